@@ -19,7 +19,19 @@ class DataError(HalfbyteError, ValueError):
     exit_code = 3
 
 
+class HubError(HalfbyteError, RuntimeError):
+    """The Hub is out of reach, or refuses what was asked of it."""
+
+    exit_code = 4
+
+
 class LaunchError(HalfbyteError, RuntimeError):
     """The launcher's environment asks for something that would not train as the user expects."""
 
     exit_code = 5
+
+
+class OutOfMemory(HalfbyteError):
+    """The device is full; the last checkpoint is untouched."""
+
+    exit_code = 6
