@@ -1,0 +1,349 @@
+"""The recipe: everything a run is made from, validated once into frozen objects.
+
+Each field is described by the string under it; the JSON Schema, the reference page and the error messages are
+made from those and from the constraints.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema
+
+from halfbyte.trainer.losses import LOSSES, MSE, Loss
+from halfbyte.trainer.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
+from halfbyte.trainer.recipe_file import KeyPath, RecipeDumper, dotted, read
+from halfbyte.trainer.recipe_folders import is_folder, is_repository, resolve_folders
+from halfbyte.trainer.recipe_overrides import apply_overrides
+from halfbyte.trainer.recipe_problems import report
+from halfbyte.trainer.recipe_schema import SchemaTree, shown
+from halfbyte.trainer.registry import FAMILIES, SETTINGS, conflict, in_prose, nearest
+from halfbyte.trainer.schedules import SCHEDULES, Constant, Schedule
+from halfbyte.trainer.shift import SHIFTS, ResolutionShift, Shift
+from halfbyte.trainer.timesteps import TIMESTEPS, LogitNormal, TimestepScheme
+from halfbyte.trainer.weighting import WEIGHTINGS, NoWeighting, Weighting
+
+_TARGET_PRESETS = ("all-linear", "attention")
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+PictureSide = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+FilePath = Annotated[Path, Field(strict=False)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+def _check_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(targets, tuple) or targets in _TARGET_PRESETS:
+        if not targets:
+            raise ValueError(f"got [], expected at least one module name, or {in_prose(_TARGET_PRESETS)}")
+        return targets
+    if near := nearest(targets, [preset.replace("-", "_") for preset in _TARGET_PRESETS]):
+        raise ValueError(f"got '{targets}'; did you mean '{near.replace('_', '-')}'?")
+    try:
+        re.compile(targets)
+    except re.error as error:
+        accepted = "all-linear, attention, a list of module names, or a regular expression"
+        raise ValueError(f"got '{targets}', expected {accepted} ({error})") from error
+    return targets
+
+
+Targets = Annotated[
+    str | Texts,
+    AfterValidator(_check_targets),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(_TARGET_PRESETS)},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                {"type": "string", "format": "regex"},
+            ]
+        }
+    ),
+]
+
+
+class Section(BaseModel):
+    """A part of the recipe."""
+
+    model_config = SETTINGS
+
+
+class ModelSection(Section):
+    """The model that is trained on."""
+
+    family: Annotated[str, FAMILIES]
+    """What kind of model it is."""
+    path: str
+    """A Hub repository as owner/name, or a folder (./, ../, / or ~ in front), in diffusers' layout. In a
+    recipe file ./ and ../ start from the file's folder, on the command line from the current one."""
+    revision: Text | None = None
+    """A branch, tag or commit of the Hub repository; null: its main branch."""
+    max_sequence_length: int | None = Field(default=None, ge=1, le=512)
+    """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
+    FLUX 512)."""
+
+    @field_validator("path")
+    @classmethod
+    def _is_folder_or_repository(cls, path: str) -> str:
+        if not is_folder(path) and not is_repository(path):
+            accepted = "a Hub repository as owner/name, or a folder with ./, ../, / or ~ in front"
+            raise ValueError(f"got {shown(path)}, expected {accepted}")
+        return path
+
+    @model_validator(mode="after")
+    def _folders_have_no_revisions(self) -> Self:
+        if self.revision is not None and is_folder(self.path):
+            raise conflict("revision", f"got '{self.revision}', but {self.path} is a folder; expected null")
+        return self
+
+
+class QuantSection(Section):
+    """How the frozen base is stored and computed with."""
+
+    type: Literal["nf4", "fp4", "none"] = "nf4"
+    """The 4-bit code of the base's linear layers; none keeps them in compute_dtype."""
+    double_quant: bool = True
+    """Quantize the block scales too: 0.4 bit a parameter less. Without meaning where type is none."""
+    skip: Texts = ()
+    """Names of modules to keep in compute_dtype, matched as diffusers matches them: the last part of a path,
+    or any part followed by a dot."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The precision of activations and of every weight that is not quantized."""
+
+
+class LoraSection(Section):
+    """What learns."""
+
+    rank: int = Field(default=16, ge=1)
+    """The inner size of the adapters; their parameters grow with it."""
+    alpha: float = Field(default=16, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is zeroed in training."""
+    targets: Targets = "all-linear"
+    """The layers with an adapter: all-linear, attention, a list of module names, or a regular expression over
+    whole module names."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
+
+
+class DataSection(Section):
+    """The pictures and their captions."""
+
+    path: FilePath
+    """A folder of pictures, with captions in metadata.jsonl or metadata.csv, or in .txt files beside them. A
+    relative path starts from the recipe file's folder, on the command line from the current one."""
+    resolution: PictureSide = 1024
+    """Pixels: the side of a square, or of the square with a bucket's area."""
+    aspect_buckets: bool = True
+    """Group pictures by their proportions; false: everything is cropped to a square."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of a picture is kept where its proportions do not fit."""
+    random_crops: int = Field(default=1, ge=1)
+    """How many crops of each picture are cached when crop is random."""
+    flip: bool = False
+    """Also train on mirrored pictures."""
+    caption_prefix: str = ""
+    """Put before every caption, e.g. a trigger word."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples trained with an empty caption."""
+    cache_dir: FilePath | None = None
+    """Where latents and text embeddings are kept between runs; null: ~/.cache/halfbyte."""
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache_dir or Path("~/.cache/halfbyte").expanduser()
+
+    @model_validator(mode="after")
+    def _crops_differ_only_at_random(self) -> Self:
+        if self.random_crops > 1 and self.crop == "center":
+            raise conflict("random_crops", f"got {self.random_crops}, expected 1 where data.crop is center")
+        return self
+
+
+class ObjectiveSection(Section):
+    """What the adapters learn to do: the noise levels, their weight, the distance."""
+
+    timesteps: Annotated[TimestepScheme, TIMESTEPS] = LogitNormal(name="logit_normal")
+    """How often each noise level is drawn."""
+    shift: Annotated[Shift, SHIFTS] = ResolutionShift(name="resolution")
+    """How the drawn levels move with the picture's size. FLUX.1-dev: resolution; FLUX.1-schnell: none; SD3:
+    static, 3.0."""
+    weighting: Annotated[Weighting, WEIGHTINGS] = NoWeighting(name="none")
+    """How much each noise level counts in the loss."""
+    loss: Annotated[Loss, LOSSES] = MSE(name="mse")
+    """The distance of the predicted velocity from noise - x0."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """What the model is told in training; only models with guidance embeddings (FLUX.1-dev) use it."""
+
+
+class TrainSection(Section):
+    """The run."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(default=1, ge=1)
+    """Pictures a process and micro-batch."""
+    grad_accumulation: int = Field(default=1, ge=1)
+    """Micro-batches an optimizer step."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Longer gradients are scaled down to this norm; null: no clipping."""
+    gradient_checkpointing: bool = True
+    """Compute the blocks' activations twice instead of keeping them: less memory, more time."""
+    seed: Seed = 0
+    """Everything random follows from it."""
+
+
+class SampleSection(Section):
+    """Pictures drawn with the pipeline's own sampler: before, during and after training."""
+
+    prompts: Texts = ()
+    """One picture each; none: nothing is drawn."""
+    every: int = Field(default=0, ge=0)
+    """Optimizer steps between pictures; 0: only before and after."""
+    steps: int = Field(default=28, ge=1)
+    """Sampling steps."""
+    guidance_scale: float = Field(default=3.5, ge=0)
+    """As the pipeline takes it: told to FLUX.1-dev, classifier-free guidance for SD3."""
+    width: PictureSide = 1024
+    """Pixels."""
+    height: PictureSide = 1024
+    """Pixels."""
+    seed: Seed = 0
+    """The same noise at every drawing, so that pictures compare."""
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> Self:
+        if self.every and not self.prompts:
+            raise conflict("every", f"got {self.every}, expected 0 where sample.prompts is empty")
+        return self
+
+
+class CheckpointSection(Section):
+    """What a run continues from."""
+
+    every: int = Field(default=250, ge=1)
+    """Optimizer steps between checkpoints; the last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """Older ones are deleted."""
+
+
+class OutputSection(Section):
+    """What is left behind."""
+
+    dir: FilePath
+    """The run's folder; a relative path starts from the current folder."""
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between rows of metrics."""
+    export_base: bool = True
+    """Also write the quantized transformer, for stock diffusers."""
+
+
+class Recipe(Section):
+    """A recipe of halfbyte: how to fine-tune FLUX or SD3 with LoRA over a quantized base."""
+
+    model: ModelSection
+    quant: QuantSection = Field(default_factory=QuantSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: DataSection
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    optimizer: Annotated[OptimizerChoice, OPTIMIZERS] = AdamW(name="adamw")
+    """How the adapters are moved."""
+    lr_schedule: Annotated[Schedule, SCHEDULES] = Constant(name="constant")
+    """How the learning rate goes over the run."""
+    train: TrainSection = Field(default_factory=TrainSection)
+    sample: SampleSection = Field(default_factory=SampleSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    output: OutputSection
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.lr_schedule.warmup_steps >= self.train.steps > 1:
+            raise conflict(
+                "lr_schedule.warmup_steps",
+                f"got {self.lr_schedule.warmup_steps}, expected fewer than train.steps ({self.train.steps})",
+            )
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain values that JSON and YAML can hold."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """A recipe file that loads as this very recipe."""
+        return yaml.dump(self.dump(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(one: Recipe, other: Recipe) -> list[str]:
+    """The fields, as `train.steps`, in which two recipes differ; a list counts as one field."""
+    left, right = _flat(one.dump()), _flat(other.dump())
+    return [
+        name
+        for name in {**left, **right}
+        if name not in left or name not in right or left[name] != right[name]
+    ]
+
+
+def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = (*path, key)
+        fields |= _flat(value, inner) if isinstance(value, dict) else {dotted(inner): value}
+    return fields
+
+
+class _Schema(GenerateJsonSchema):
+    # A field's title is its name again, and editors show it above the description.
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema that editors check recipes with."""
+    schema = Recipe.model_json_schema(schema_generator=_Schema)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
+
+
+def _unwrapped(node: Any) -> Any:
+    """Descriptions as one line each: where their lines break in the source means nothing to an editor."""
+    if isinstance(node, list):
+        return [_unwrapped(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _unwrapped(value)
+        for key, value in node.items()
+    }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies `section.field=value` overrides.
+
+    Raises RecipeError with one line for every problem, each with its file and line: what cannot be read, what
+    the schema refuses, settings that contradict each other, and folders named there that do not exist.
+    """
+    document = read(path)
+    tree = SchemaTree(json_schema())
+    apply_overrides(document, overrides, tree)
+    for section, node in tree.properties(tree.schema).items():
+        # An absent section, or one with every line commented out, has its defaults and misses what has none.
+        if document.at((section,)) is None and not tree.variants(node):
+            document.data[section] = {}
+    resolve_folders(document)
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        report(error, document, tree)
+    document.raise_problems()
+    return recipe

@@ -1,0 +1,249 @@
+"""A recipe as written: YAML with the line of every key.
+
+YAML is read by the rules of its version 1.2, as editors read it: 1e-4 is a number and `on` is a word.
+PyYAML alone follows version 1.1, where it is the other way round.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.registry import nearest
+
+KeyPath = tuple[str | int, ...]
+
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
+_TAG = "tag:yaml.org,2002:"
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2's plain values, and no aliases: they would hide where a value comes from."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, replaced as a whole
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            problem = "a recipe has no aliases; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quotes whatever either version of YAML would not read back as text."""
+
+
+for _name, _pattern in _SCALARS.items():
+    RecipeLoader.add_implicit_resolver(_TAG + _name, _pattern, None)
+    RecipeDumper.add_implicit_resolver(_TAG + _name, _pattern, None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a line of the file, or an override."""
+
+    source: str  # the file as the user named it, or the override's text
+    line: int  # counted from 1; for overrides, their position on the command line
+    base: Path  # the folder that ./ and ../ start from
+    override: KeyPath | None = None  # the field that the override sets
+
+    def report(self, path: KeyPath, message: str) -> str:
+        """`flux_lora.yaml:14: optimizer.lr: ...`, or `command line: optimizer.lr=x: ...`."""
+        if self.override is None:
+            return f"{self.source}:{self.line}: {dotted(path)}{': ' if path else ''}{message}"
+        deeper = dotted(path[len(self.override) :])
+        return f"command line: {self.source}: {deeper}{': ' if deeper else ''}{message}"
+
+
+@dataclass
+class Document:
+    """The values of a recipe file with overrides applied, and where each was written."""
+
+    data: dict[str, Any]
+    places: dict[KeyPath, Place]
+    problems: list[tuple[Place, str]] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> Place:
+        """Where the value at `path` was written; for an absent one, where what encloses it was."""
+        while path not in self.places:
+            path = path[:-1]
+        return self.places[path]
+
+    def problem(self, path: KeyPath, message: str) -> None:
+        """Notes what is wrong with the field at `path`."""
+        self.refuse(self.place(path), path, message)
+
+    def at(self, path: KeyPath) -> Any:
+        """The value of a field; None where there is none."""
+        value: Any = self.data
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def refuse(self, place: Place, path: KeyPath, message: str) -> None:
+        self.problems.append((place, place.report(path, message)))
+
+    def replace(self, path: KeyPath, value: Any) -> None:
+        """Changes the value of a field that is there; where it was written stays known."""
+        self.at(path[:-1])[path[-1]] = value
+
+    def put(self, path: KeyPath, value: Any, place: Place) -> None:
+        """Sets a field that may be absent; sections on the way that are absent or empty are made."""
+        section = self.data
+        for depth, key in enumerate(path[:-1], start=1):
+            inner = section.get(str(key))
+            if inner is None:
+                inner = section[str(key)] = {}
+                self.places[path[:depth]] = place
+            if not isinstance(inner, dict):
+                self.refuse(place, path, f"{dotted(path[:depth])} is a single value and has no fields")
+                return
+            section = inner
+        section[str(path[-1])] = value
+        self.forget(path)
+        self.places[path] = place
+
+    def forget(self, path: KeyPath) -> None:
+        """Drops the places of a value and of all inside it."""
+        for known in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[known]
+
+    def raise_problems(self) -> None:
+        """Raises RecipeError with one line a problem, the file's by line, then the command line's."""
+        if self.problems:
+            ordered = sorted(self.problems, key=lambda item: (item[0].override is not None, item[0].line))
+            raise RecipeError("\n".join(dict.fromkeys(text for _, text in ordered)))
+
+
+def dotted(path: KeyPath) -> str:
+    """`sample.prompts[1]`: a field as messages and overrides write it."""
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+    return text
+
+
+def read(file: str | Path) -> Document:
+    """Reads a recipe file. Raises RecipeError for one that is absent, unreadable or not YAML."""
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")])
+        hint = f"; did you mean {path.parent / near}?" if near else ""
+        raise RecipeError(f"{file}: there is no such recipe{hint}") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{file}: this is a folder, expected a recipe, a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: this is no UTF-8 text, expected a recipe, a YAML file") from error
+    except OSError as error:
+        raise RecipeError(f"{file}: the recipe cannot be read: {error.strerror}") from error
+    root = Place(str(file), 1, path.absolute().parent)
+    node = compose(text, root)
+    if not isinstance(node, yaml.MappingNode):
+        holds = "is empty" if node is None else f"holds {'a list' if _is_list(node) else 'a single value'}"
+        raise RecipeError(f"{file}: the recipe {holds}, expected sections: model, quant, lora, data, ...")
+    document = Document({}, {(): root})
+    document.data = plain_value(node, (), root, document)
+    return document
+
+
+def compose(text: str, place: Place) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = error.problem or error.context or "cannot be read"
+        if "'\\t'" in problem:
+            problem = "a tab where a value or key should start; indent with spaces"
+        raise RecipeError(_not_yaml(place, mark.line + 1 if mark else 1, problem)) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"a character it does not allow, {error.character!r}"
+        raise RecipeError(_not_yaml(place, line, problem)) from error
+    except RecursionError as error:
+        raise RecipeError(_not_yaml(place, 1, "nested too deeply")) from error
+
+
+def _not_yaml(place: Place, line: int, problem: str) -> str:
+    where = Place(place.source, line, place.base, place.override)
+    return where.report(place.override or (), f"not valid YAML: {problem}")
+
+
+def _is_list(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode)
+
+
+def plain_value(node: yaml.Node | None, path: KeyPath, place: Place, document: Document) -> Any:
+    """The plain value of a node; notes the line of each key and item, where the document is a file."""
+    if node is None:
+        return None
+    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+        return _mapping(node, path, place, document)
+    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+        items = []
+        for index, item in enumerate(node.value):
+            inner = _note(item, (*path, index), place, document)
+            items.append(plain_value(item, (*path, index), inner, document))
+        return items
+    kind = node.tag.removeprefix(_TAG)
+    if isinstance(node, yaml.ScalarNode) and kind == "str":
+        return node.value
+    if isinstance(node, yaml.ScalarNode) and kind in _SCALARS and _SCALARS[kind].match(node.value):
+        return _converted(kind, node.value)
+    document.refuse(place, path, f"a recipe has no tags; leave out '{node.tag}'")
+    return None
+
+
+def _mapping(node: yaml.MappingNode, path: KeyPath, place: Place, document: Document) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            document.refuse(place, path, "a key is a single word, not a list or a mapping")
+            continue
+        inner = (*path, key.value)
+        if key.value in values:
+            first = document.place(inner)
+            here = Place(place.source, key.start_mark.line + 1, place.base, place.override)
+            where = f"; first on line {first.line}" if first.override is None else ""
+            document.problems.append((here, here.report(inner, f"given twice{where}")))
+            continue
+        values[key.value] = plain_value(value, inner, _note(key, inner, place, document), document)
+    return values
+
+
+def _note(node: yaml.Node, path: KeyPath, place: Place, document: Document) -> Place:
+    if place.override is not None:
+        return place
+    place = Place(place.source, node.start_mark.line + 1, place.base)
+    document.places[path] = place
+    return place
+
+
+def scalar(text: str) -> Any:
+    """One plain value, as the same letters in a recipe file would be read."""
+    for kind, pattern in _SCALARS.items():
+        if pattern.match(text):
+            return _converted(kind, text)
+    return text
+
+
+def _converted(kind: str, text: str) -> Any:
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text, 0) if text[:2] in ("0x", "0o") else int(text, 10)
+    # Python writes infinity and NaN without YAML's dot.
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))

@@ -1,0 +1,69 @@
+"""The folders a recipe names: made absolute, and found to exist before anything else is done."""
+
+import os
+import re
+from pathlib import Path
+
+from halfbyte.trainer.recipe_file import Document, KeyPath
+
+# owner/name as the Hub accepts it.
+_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a model's path is written as a folder's."""
+    return path.startswith(("./", "../", "/", "~")) or path in (".", "..")
+
+
+def is_repository(path: str) -> bool:
+    """Whether a model's path is written as a Hub repository's."""
+    return _HUB_NAME.fullmatch(path) is not None
+
+
+def resolve_folders(document: Document) -> None:
+    """Replaces the document's relative paths by absolute ones and notes what is missing.
+
+    What a run reads is looked for from the recipe file's folder, or from the current one if it was named on
+    the command line; what it writes goes under the current folder.
+    """
+    _resolve_model(document)
+    data = _resolve(document, ("data", "path"), must_exist=True)
+    _resolve(document, ("data", "cache_dir"))
+    output = _resolve(document, ("output", "dir"), base=Path.cwd())
+    if data is not None and output is not None and output.is_relative_to(data):
+        message = f"{output} is inside data.path; its pictures would be trained on at the next start"
+        document.problem(("output", "dir"), message)
+
+
+def _resolve_model(document: Document) -> None:
+    path: KeyPath = ("model", "path")
+    written = document.at(path)
+    if not isinstance(written, str):
+        return
+    if is_folder(written):
+        _resolve(document, path, must_exist=True)
+    elif is_repository(written) and Path(written).is_dir():
+        message = (
+            f"'{written}' names a Hub repository, but also a folder here; write './{written}' for the folder,"
+            " or start elsewhere for the repository"
+        )
+        document.problem(path, message)
+
+
+def _resolve(
+    document: Document, path: KeyPath, *, base: Path | None = None, must_exist: bool = False
+) -> Path | None:
+    """The absolute folder a field names, put into the document; None where the field names none."""
+    written = document.at(path)
+    if not isinstance(written, str):
+        return None
+    if not written:
+        document.problem(path, "got '', expected a folder")
+        return None
+    folder = ((base or document.place(path).base) / os.path.expanduser(written)).resolve()
+    document.replace(path, str(folder))
+    if folder.exists() and not folder.is_dir():
+        document.problem(path, f"got '{written}', expected a folder; {folder} is a file")
+    elif must_exist and not folder.exists():
+        document.problem(path, f"got '{written}', but there is no folder {folder}")
+    return folder
