@@ -1,0 +1,142 @@
+"""Which linear layers of a model become 4-bit layers: the recipe, and diffusers' own rule for what it skips."""
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant.nf4 import WEIGHT_DTYPES, QuantSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantRecipe:
+    """How a model is quantized, and which of its layers are not."""
+
+    quant_type: str = "nf4"
+    """`nf4` or `fp4`."""
+    double_quant: bool = True
+    """Store the block scales in 8 bits as well."""
+    blocksize: int = 64
+    """Weights that share a scale."""
+    compute_dtype: torch.dtype = torch.bfloat16
+    """What the products run in: bfloat16, float16 or float32."""
+    skip: tuple[str, ...] = ()
+    """Modules left alone, as diffusers matches them: the last part of a layer's path, its whole path, or anything
+    that stands in the path before a dot."""
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"compute_dtype: got {self.compute_dtype}, accepted: bfloat16, float16, float32")
+        if isinstance(self.skip, str) or not all(isinstance(entry, str) and entry for entry in self.skip):
+            raise ValueError(f"skip: got {self.skip!r}, expected a list of module names")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        QuantSpec(self.quant_type, self.double_quant, self.blocksize)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The part that concerns a single weight."""
+        return QuantSpec(self.quant_type, self.double_quant, self.blocksize)
+
+
+@dataclass(frozen=True)
+class SkipMatch:
+    """What one entry of a skip list keeps out of the quantization."""
+
+    entry: str
+    layers: tuple[str, ...]  # paths of linear layers
+    parameters: int  # elements of their weights
+
+
+def is_skipped(path: str, skip: Sequence[str]) -> bool:
+    """Whether diffusers' bitsandbytes quantizer would leave the linear layer at `path` alone.
+
+    The rule of `_replace_with_bnb_linear` (diffusers 0.42), to the letter, so that an exported list means the
+    same layers there: an entry matches the leaf name, the whole path, or, with a dot after it, any piece of it.
+    """
+    leaf = path.rpartition(".")[2]
+    return any(entry in (leaf, path) or f"{entry}." in path for entry in skip)
+
+
+def kept_in_fp32(model: nn.Module | type[nn.Module]) -> tuple[str, ...]:
+    """Names that the model's class keeps in fp32; diffusers adds them to every skip list."""
+    names = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def skip_matches(model: nn.Module, skip: Sequence[str]) -> tuple[SkipMatch, ...]:
+    """For each entry of a skip list, the linear layers it matches in `model`, on meta or not."""
+    linears = dict(_linears(model))
+    matches = []
+    for entry in skip:
+        layers = tuple(path for path in linears if is_skipped(path, (entry,)))
+        parameters = sum(linears[path].in_features * linears[path].out_features for path in layers)
+        matches.append(SkipMatch(entry, layers, parameters))
+    return tuple(matches)
+
+
+def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -> tuple[str, ...]:
+    """Replace the linear layers of `model` in place by 4-bit ones; returns their paths.
+
+    Layers with values are quantized where they are; layers on meta wait for theirs. With `check_skip` a skip
+    list is refused (ValueError) where an entry matches nothing, and warned about where it matches more than it
+    seems to say; off, for lists that a checkpoint brings along. Raises ValueError as well where adapters are
+    already on the model, or no layer is left to quantize.
+    """
+    model_name = type(model).__name__
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{model_name}: has adapters already; quantize the base first, then add them")
+    if check_skip:
+        _check_skip(model, recipe.skip)
+    skip = (*recipe.skip, *kept_in_fp32(model))
+    replaced = []
+    for path, linear in list(_linears(model)):
+        if isinstance(linear, Linear4bit) or is_skipped(path, skip):
+            continue
+        layer = Linear4bit.from_linear(
+            linear, spec=recipe.spec, compute_dtype=recipe.compute_dtype, name=f"{path}.weight"
+        )
+        model.set_submodule(path, layer)
+        replaced.append(path)
+    if not replaced:
+        raise ValueError(
+            f"{model_name}: no linear layer to quantize; it has none, or skip={list(skip)} names them all"
+        )
+    return tuple(replaced)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    # Duplicates included: a layer under two names is two entries of a checkpoint, and two layers to diffusers.
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and isinstance(module, nn.Linear):
+            yield path, module
+
+
+def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    model_name = type(model).__name__
+    modules = {path for path, _ in model.named_modules()}
+    for match in skip_matches(model, skip):
+        if not match.layers:
+            known = modules | {path.rpartition(".")[2] for path in modules}
+            near = difflib.get_close_matches(match.entry, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"skip: {match.entry!r} matches no linear layer of {model_name}{hint}")
+        # Whoever names a module by its full path means that module, and gets every layer of the name.
+        surplus = [path for path in match.layers if not f"{path}.".startswith(f"{match.entry}.")]
+        if match.entry in modules and surplus:
+            log.warning(
+                "skip: %r matches %d linear layers of %s (%.3g M parameters stay unquantized), of them %d besides"
+                " the module of that path, %s first; diffusers matches names anywhere in a path, so no list can"
+                " mean that module alone",
+                match.entry,
+                len(match.layers),
+                model_name,
+                match.parameters / 1e6,
+                len(surplus),
+                surplus[0],
+            )

@@ -1,0 +1,131 @@
+"""One quantized weight: its packed codes, what it takes to read them, and the way there and back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import ops, reference
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NESTED_BLOCKSIZE = 256
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a weight becomes 4 bits."""
+
+    quant_type: str = "nf4"
+    """`nf4`, for weights that are spread like a normal distribution, or `fp4`."""
+    double_quant: bool = True
+    """Store the block scales in 8 bits as well: 0.37 bit a parameter less."""
+    blocksize: int = 64
+    """Elements that share a scale."""
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in ops.QUANT_TYPES:
+            raise ValueError(f"quant_type: got {self.quant_type!r}, accepted: {', '.join(ops.QUANT_TYPES)}")
+        if self.blocksize not in ops.BLOCKSIZES:
+            accepted = ", ".join(map(str, ops.BLOCKSIZES))
+            raise ValueError(f"blocksize: got {self.blocksize}, accepted: {accepted}")
+
+
+@dataclass(frozen=True, eq=False)
+class NestedState:
+    """How 8-bit scales are read: `code[codes] * absmax + offset`."""
+
+    absmax: Tensor  # (ceil(b / blocksize),) fp32, for b scales
+    code: Tensor  # (256,) fp32
+    offset: Tensor  # () fp32; stays a tensor, because a Python number would break a compiled graph
+    blocksize: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuantState:
+    """All that is needed, with the packed codes, to have the weight back."""
+
+    quant_type: str
+    shape: torch.Size
+    dtype: torch.dtype  # of the weight before it was quantized
+    blocksize: int
+    code: Tensor  # (16,) fp32
+    absmax: Tensor  # (b,), fp32, or uint8 codes when `nested` says how to read them
+    nested: NestedState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device besides the packed codes."""
+        tensors = [self.absmax, self.code]
+        if self.nested is not None:
+            tensors += [self.nested.absmax, self.nested.code, self.nested.offset]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "QuantState":
+        """The same state on `device`; dtypes never change, whatever the module around it is cast to."""
+        device = torch.device(device)
+        if self.absmax.device == device:
+            return self
+        nested = self.nested
+        if nested is not None:
+            nested = NestedState(
+                absmax=nested.absmax.to(device, non_blocking=non_blocking),
+                code=nested.code.to(device, non_blocking=non_blocking),
+                offset=nested.offset.to(device, non_blocking=non_blocking),
+                blocksize=nested.blocksize,
+            )
+        return QuantState(
+            quant_type=self.quant_type,
+            shape=self.shape,
+            dtype=self.dtype,
+            blocksize=self.blocksize,
+            code=self.code.to(device, non_blocking=non_blocking),
+            absmax=self.absmax.to(device, non_blocking=non_blocking),
+            nested=nested,
+        )
+
+
+def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Tensor, QuantState]:
+    """Quantize a weight of any shape on its own device, into (packed uint8 ((n + 1) // 2, 1), state).
+
+    Raises ValueError, naming the tensor by `name`, where it is empty, not fp32, fp16 or bf16, or not finite.
+    """
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name}: cannot quantize {weight.dtype}; accepted: float32, float16, bfloat16")
+    if weight.numel() == 0:
+        raise ValueError(f"{name}: cannot quantize an empty tensor of shape {tuple(weight.shape)}")
+    weight = weight.detach().contiguous()
+    # aminmax is one pass without a temporary, and passes NaN on.
+    if not torch.stack(torch.aminmax(weight)).isfinite().all():
+        raise ValueError(f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged")
+    code = reference.on_device(f"{spec.quant_type.upper()}_CODE", weight.device)
+    nested = None
+    if spec.double_quant:
+        packed, absmax, nested_absmax, offset = ops.quantize_4bit_double(
+            weight, spec.quant_type, spec.blocksize, NESTED_BLOCKSIZE
+        )
+        nested_code = reference.on_device("DYNAMIC_CODE", weight.device)
+        nested = NestedState(nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
+    else:
+        packed, absmax = ops.quantize_4bit(weight, spec.quant_type, spec.blocksize)
+    state = QuantState(spec.quant_type, weight.shape, weight.dtype, spec.blocksize, code, absmax, nested)
+    return packed, state
+
+
+def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of `state.shape`, in `dtype` or else in the dtype it had."""
+    dtype = state.dtype if dtype is None else dtype
+    nested = state.nested
+    if nested is None:
+        return ops.dequantize_4bit(packed, state.absmax, state.code, state.shape, dtype, state.blocksize)
+    return ops.dequantize_4bit_double(
+        packed,
+        state.absmax,
+        nested.absmax,
+        nested.offset,
+        state.code,
+        nested.code,
+        state.shape,
+        dtype,
+        state.blocksize,
+        nested.blocksize,
+    )
