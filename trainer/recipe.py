@@ -4,6 +4,7 @@ Each field is described by the string under it; the JSON Schema, the reference p
 made from those and from the constraints.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from halfbyte.trainer.weighting import WEIGHTINGS, NoWeighting, Weighting
 
 _TARGET_PRESETS = ("all-linear", "attention")
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 PictureSide = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
 FilePath = Annotated[Path, Field(strict=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -285,14 +286,15 @@ class Recipe(Section):
         return yaml.dump(self.dump(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def differences(one: Recipe, other: Recipe) -> list[str]:
-    """The fields, as `train.steps`, in which two recipes differ; a list counts as one field."""
-    left, right = _flat(one.dump()), _flat(other.dump())
-    return [
-        name
-        for name in {**left, **right}
-        if name not in left or name not in right or left[name] != right[name]
-    ]
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """A line for each field that differs, as `train.steps: 100 -> 200`; a list counts as one field."""
+    old, new = _flat(before.dump()), _flat(after.dump())
+    lines = []
+    for name in old | new:
+        was, now = (shown(fields[name]) if name in fields else "absent" for fields in (old, new))
+        if was != now:
+            lines.append(f"{name}: {was} -> {now}")
+    return lines
 
 
 def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
@@ -313,6 +315,11 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema that editors check recipes with."""
     schema = Recipe.model_json_schema(schema_generator=_Schema)
     return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
+
+
+def json_schema_text() -> str:
+    """recipes/recipe.schema.json."""
+    return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def _unwrapped(node: Any) -> Any:
@@ -337,9 +344,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = SchemaTree(json_schema())
     apply_overrides(document, overrides, tree)
     for section, node in tree.properties(tree.schema).items():
-        # An absent section, or one with every line commented out, has its defaults and misses what has none.
-        if document.at((section,)) is None and not tree.variants(node):
-            document.data[section] = {}
+        # A section with every line commented out reads as null; like an absent one, it has its defaults.
+        if document.at((section,)) is None:
+            document.data.pop(section, None)
+            if not tree.variants(node):
+                document.data[section] = {}
     resolve_folders(document)
     try:
         recipe = Recipe.model_validate(document.data)

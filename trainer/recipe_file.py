@@ -87,7 +87,10 @@ class Document:
         """The value of a field; None where there is none."""
         value: Any = self.data
         for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, list) and isinstance(key, int):
+                value = value[key]
+            else:
+                value = value.get(key) if isinstance(value, dict) else None
         return value
 
     def refuse(self, place: Place, path: KeyPath, message: str) -> None:
@@ -139,8 +142,8 @@ def read(file: str | Path) -> Document:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        near = nearest(path.name, [other.name for other in path.parent.glob("*.y*ml")])
-        hint = f"; did you mean {path.parent / near}?" if near else ""
+        near = nearest(path.stem, [other.stem for other in path.parent.glob("*.yaml")])
+        hint = f"; did you mean {path.parent / near}.yaml?" if near else ""
         raise RecipeError(f"{file}: there is no such recipe{hint}") from error
     except IsADirectoryError as error:
         raise RecipeError(f"{file}: this is a folder, expected a recipe, a YAML file") from error
@@ -151,7 +154,8 @@ def read(file: str | Path) -> Document:
     root = Place(str(file), 1, path.absolute().parent)
     node = compose(text, root)
     if not isinstance(node, yaml.MappingNode):
-        holds = "is empty" if node is None else f"holds {'a list' if _is_list(node) else 'a single value'}"
+        kinds = {yaml.SequenceNode: "holds a list", yaml.ScalarNode: "holds a single value"}
+        holds = kinds.get(type(node), "is empty")
         raise RecipeError(f"{file}: the recipe {holds}, expected sections: model, quant, lora, data, ...")
     document = Document({}, {(): root})
     document.data = plain_value(node, (), root, document)
@@ -162,14 +166,14 @@ def compose(text: str, place: Place) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=RecipeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "cannot be read"
+        mark = error.problem_mark
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
         if "'\\t'" in problem:
-            problem = "a tab where a value or key should start; indent with spaces"
+            problem = "a tab where a key or value should start; indent with spaces"
         raise RecipeError(_not_yaml(place, mark.line + 1 if mark else 1, problem)) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problem = f"a character it does not allow, {error.character!r}"
+        problem = f"it does not allow the character U+{error.character:04X}"
         raise RecipeError(_not_yaml(place, line, problem)) from error
     except RecursionError as error:
         raise RecipeError(_not_yaml(place, 1, "nested too deeply")) from error
@@ -178,10 +182,6 @@ def compose(text: str, place: Place) -> yaml.Node | None:
 def _not_yaml(place: Place, line: int, problem: str) -> str:
     where = Place(place.source, line, place.base, place.override)
     return where.report(place.override or (), f"not valid YAML: {problem}")
-
-
-def _is_list(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.SequenceNode)
 
 
 def plain_value(node: yaml.Node | None, path: KeyPath, place: Place, document: Document) -> Any:

@@ -26,7 +26,11 @@ def apply_overrides(document: Document, texts: Sequence[str], tree: SchemaTree) 
             )
         else:
             before = document.at(path)
-            document.put(path, _written_value(value.strip(), path, place, document), place)
+            try:
+                document.put(path, _written_value(value.strip(), path, place, document), place)
+            except RecipeError as error:
+                document.problems.append((place, str(error)))
+                continue
             if path[-1] == "name" and isinstance(before, str):
                 _leave_out_settings(document, path[:-1], before, tree)
 
@@ -64,12 +68,7 @@ def _leave_out_settings(document: Document, path: KeyPath, before: str, tree: Sc
         document.forget((*path, key))
     if unfit:
         log.warning(
-            "%s is now %s, which has no %s: the recipe's %s for %s is left out",
-            dotted(path),
-            choice["name"],
-            " or ".join(unfit),
-            "settings" if len(unfit) > 1 else "setting",
-            before,
+            "%s: leaving out the recipe's %s, which only %s has", dotted(path), " and ".join(unfit), before
         )
 
 
@@ -78,8 +77,4 @@ def _written_value(text: str, path: KeyPath, place: Place, document: Document) -
     # begins no comment, and the '*' of a regular expression no alias.
     if not text.startswith(("[", "{", '"', "'")):
         return scalar(text)
-    try:
-        return plain_value(compose(text, place), path, place, document)
-    except RecipeError as error:
-        document.problems.append((place, str(error)))
-        return document.at(path)
+    return plain_value(compose(text, place), path, place, document)

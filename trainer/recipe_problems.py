@@ -6,8 +6,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from halfbyte.trainer.recipe_file import Document, KeyPath, dotted
-from halfbyte.trainer.recipe_schema import SchemaTree, shown
-from halfbyte.trainer.registry import nearest, unknown_name
+from halfbyte.trainer.recipe_schema import Node, SchemaTree, shown
+from halfbyte.trainer.registry import in_prose, nearest
 
 
 def report(error: ValidationError, document: Document, tree: SchemaTree) -> None:
@@ -31,48 +31,53 @@ def _field(detail: ErrorDetails, data: Any) -> KeyPath:
         elif detail["type"] != "missing" or index < len(detail["loc"]):
             continue
         path.append(key)
-    named = detail.get("ctx", {}).get("field", "")
-    return (*path, *named.split(".")) if named else tuple(path)
+    if detail["type"] == "union_tag_invalid":
+        path.append("name")
+    path += detail.get("ctx", {}).get("field", "").split(".")
+    return tuple(path[:-1] if path[-1] == "" else path)
 
 
 def _message(detail: ErrorDetails, path: KeyPath, document: Document, tree: SchemaTree) -> str:
-    kind = detail["type"]
-    if kind == "extra_forbidden":
+    if detail["type"] == "extra_forbidden":
         return _unknown_key(path, document, tree)
-    if kind in ("conflict", "value_error"):
+    if detail["type"] in ("conflict", "value_error"):
         return detail["msg"].removeprefix("Value error, ")
     node = tree.at(path, document.data)
     assert node is not None, f"{dotted(path)} passed validation's unknown-key check but is in no schema"
-    if kind == "missing":
-        return f"missing, expected {tree.expected(node)}"
-    if kind == "union_tag_not_found":
+    if detail["type"] == "missing":
+        meaning = tree.meaning(node)
+        return f"missing, expected {tree.expected(node)}{f': {meaning}' if meaning else ''}"
+    if detail["type"] == "union_tag_not_found":
         return f"no name given, expected {tree.expected(node)}"
-    if kind == "union_tag_invalid":
-        return unknown_name(
-            str(path[-1]).removesuffix("s"), str(detail["input"]["name"]), tree.variants(node)
-        )
-    return f"got {shown(detail['input'])}, expected {tree.expected(node)}{_spelling(detail['input'], node)}"
-
-
-def _spelling(value: Any, node: dict[str, Any]) -> str:
+    value = document.at(path)
     near = nearest(value, map(str, node.get("enum", []))) if isinstance(value, str) else None
-    return f"; did you mean '{near}'?" if near else ""
+    return f"got {shown(value)}, expected {tree.expected(node)}" + (
+        f"; did you mean '{near}'?" if near else ""
+    )
 
 
 def _unknown_key(path: KeyPath, document: Document, tree: SchemaTree) -> str:
-    *parents, key = path
-    section: Any = document.data
-    for parent in parents:
-        section = section[parent]
-    enclosing = tree.at(tuple(parents), document.data)
-    chosen = section.get("name") if enclosing and tree.variants(enclosing) else None
-    known = tree.properties(enclosing, chosen) if enclosing else {}
-    if near := nearest(str(key), known):
+    key = str(path[-1])
+    section = tree.at(path[:-1], document.data)
+    assert section is not None, f"{dotted(path)} is an unknown key of an unknown section"
+    known = tree.properties(section, document.at((*path[:-1], "name")))
+    if near := nearest(key, known):
         return f"unknown key; did you mean '{near}'?"
-    everywhere = {dotted(field): str(field[-1]) for field in tree.fields()}
-    elsewhere = [field for field, last in everywhere.items() if last == key]
-    if not elsewhere and (similar := nearest(str(key), set(everywhere.values()))):
-        elsewhere = [field for field, last in everywhere.items() if last == similar]
-    if elsewhere:
-        return f"unknown key; did you mean {' or '.join(elsewhere)}?"
-    return f"unknown key, expected {', '.join(known)}"
+    if elsewhere := _elsewhere(key, tree):
+        return f"unknown key; did you mean {in_prose(elsewhere)}?"
+    return f"unknown key, expected {in_prose(known)}"
+
+
+def _elsewhere(key: str, tree: SchemaTree) -> list[str]:
+    """Fields of other sections with this name, or a similar one, or what it says in their description."""
+    fields: list[tuple[KeyPath, Node]] = list(tree.fields())
+    similar = nearest(key, {str(path[-1]) for path, _ in fields})
+    words = key.replace("_", " ").lower()
+    for found in (
+        [path for path, _ in fields if path[-1] == key],
+        [path for path, _ in fields if path[-1] == similar],
+        [path for path, node in fields if words in node.get("description", "").lower()],
+    ):
+        if found:
+            return [dotted(path) for path in found[:3]]
+    return []

@@ -23,49 +23,45 @@ class SchemaTree:
         target: Node = self.schema["$defs"][node["$ref"].rpartition("/")[2]]
         return target | {key: value for key, value in node.items() if key != "$ref"}
 
-    def properties(self, node: Node, chosen: str | None = None) -> dict[str, Node]:
-        """The fields of a section; of a choice those under the name `chosen`, or under any name."""
-        node = self.resolve(node)
-        fields: dict[str, Node] = dict(node.get("properties", {}))
-        for name, variant in self.variants(node).items():
-            if chosen in (None, name):
-                fields |= variant["properties"]
-        return fields
-
     def variants(self, node: Node) -> dict[str, Node]:
         """The registered classes of a choice, by name; empty for any other node."""
-        node = self.resolve(node)
-        mapping = node.get("discriminator", {}).get("mapping", {})
-        return {name: self.resolve({"$ref": reference}) for name, reference in mapping.items()}
+        classes = [self.resolve(option) for option in self.resolve(node).get("oneOf", [])]
+        return {option["properties"]["name"]["const"]: option for option in classes}
+
+    def properties(self, node: Node, name: Any = None) -> dict[str, Node]:
+        """The fields of a section; of a choice those that go with a name, or with any where it is not known."""
+        variants = self.variants(node)
+        if not variants:
+            return dict(self.resolve(node).get("properties", {}))
+        if name in variants:
+            return dict(variants[name]["properties"])
+        fields: dict[str, Node] = {}
+        for variant in variants.values():
+            fields |= variant["properties"]
+        return fields | {"name": {"enum": list(variants)}}
 
     def at(self, path: KeyPath, data: Any) -> Node | None:
-        """The node at a field's path, choices taken as `data` names them; None for an unknown field."""
+        """The node of a field, in the choices that `data` names; None for an unknown field."""
         node = self.schema
         for key in path:
             if isinstance(key, int):
-                arrays = [option for option in self._options(node) if option.get("type") == "array"]
-                if not arrays:
-                    return None
-                node = self.resolve(
-                    arrays[0]["items"] if "items" in arrays[0] else arrays[0]["prefixItems"][key]
-                )
-                data = data[key] if isinstance(data, list) and key < len(data) else None
+                array = next(option for option in self._options(node) if option.get("type") == "array")
+                node = self.resolve(array["items"] if "items" in array else array["prefixItems"][key])
                 continue
-            chosen = data.get("name") if isinstance(data, dict) else None
-            fields = self.properties(node, chosen if chosen in self.variants(node) else None)
+            fields = self.properties(node, data.get("name") if isinstance(data, dict) else None)
             if key not in fields:
                 return None
             node = self.resolve(fields[key])
             data = data.get(key) if isinstance(data, dict) else None
         return node
 
-    def fields(self) -> Iterator[KeyPath]:
+    def fields(self) -> Iterator[tuple[KeyPath, Node]]:
         """Every field of every section, and of every choice under any name."""
         for section, outer in self.properties(self.schema).items():
             for name, inner in self.properties(outer).items():
-                yield section, name
-                for deeper in self.properties(inner):
-                    yield section, name, deeper
+                yield (section, name), self.resolve(inner)
+                for deeper, node in self.properties(inner).items():
+                    yield (section, name, deeper), self.resolve(node)
 
     def expected(self, node: Node) -> str:
         """What the node accepts, as the end of `got '1e-4x', expected ...`."""
@@ -74,20 +70,29 @@ class SchemaTree:
             return in_prose([self.expected(option) for option in node["anyOf"]])
         if "enum" in node:
             return in_prose([str(value) for value in node["enum"]])
-        if "const" in node:
-            return str(node["const"])
         if variants := self.variants(node):
-            return (
-                f"a name with its settings, as {{name: {next(iter(variants))}}}; names: {in_prose(variants)}"
-            )
+            return f"a mapping with a name, as {{name: {next(iter(variants))}}}; names: {in_prose(variants)}"
         kind = node.get("type")
         if kind in ("integer", "number"):
             return _number(node)
         if kind == "array":
-            return "a list, as [one, two]"
-        if kind == "string":
-            return {"path": "a path", "regex": "a regular expression"}.get(node.get("format", ""), "text")
-        return {"boolean": "true or false", "null": "null", "object": "a section of fields"}[str(kind)]
+            items = node["prefixItems"] if "prefixItems" in node else [node["items"]]
+            return f"a list of {'texts' if items[0]['type'] == 'string' else 'numbers'}, as [one, two]"
+        if kind == "string" and "format" in node:
+            return {"path": "a path", "regex": "a regular expression"}[node["format"]]
+        words = {
+            "string": "text",
+            "boolean": "true or false",
+            "null": "null",
+            "object": "a section of fields",
+        }
+        return words[str(kind)]
+
+    def meaning(self, node: Node) -> str:
+        """The first sentence of the description, as the end of a sentence."""
+        text: str = self.resolve(node).get("description", "")
+        text = text.partition(". ")[0].rstrip(".")
+        return text[:1].lower() + text[1:]
 
     def _options(self, node: Node) -> list[Node]:
         node = self.resolve(node)
@@ -96,24 +101,24 @@ class SchemaTree:
 
 def _number(node: Node) -> str:
     noun = "whole number" if node["type"] == "integer" else "number"
-    low, above = node.get("minimum"), node.get("exclusiveMinimum")
-    high, below = node.get("maximum"), node.get("exclusiveMaximum")
+    low, high = node.get("minimum"), node.get("maximum")
+    above, below = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
     text = f"a positive {noun}" if above == 0 else f"a {noun}"
-    if node.get("multipleOf"):
+    if "multipleOf" in node:
         text += f" divisible by {node['multipleOf']}"
     limits = []
-    if low is not None:
+    if low is not None and high is not None:
+        limits.append(f"from {low} to {high}")
+    elif low is not None:
         limits.append(f"{low} or more")
-    if above:
-        limits.append(f"more than {above}")
-    if high is not None:
-        limits.append(f"at most {high}")
+    elif high is not None:
+        limits.append(f"{high} or less")
     if below is not None:
         limits.append(f"less than {below}")
     return f"{text}, {' and '.join(limits)}" if limits else text
 
 
 def shown(value: Any) -> str:
-    """A value as the recipe would write it, cut where it is long."""
+    """A value as a recipe would write it, cut where it is long."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
