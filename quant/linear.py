@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight stays in 4 bits; only gradients for its input (and bias) pass through it."""
+"""A frozen linear layer whose weight stays in 4 bits; gradients reach its input, and its bias if asked."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,9 +39,11 @@ class Params4bit(nn.Parameter):
         # nn.Parameter's own would come back as a plain parameter.
         return Params4bit, (self.data, self.requires_grad, self.quant_state)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Params4bit":
-        """As Tensor.to, with the statistics moved along; they keep their dtypes."""
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Tensor.to, with the statistics moved along; a plain tensor where the dtype changes."""
         data = super().to(*args, **kwargs)
+        if data.dtype != self.dtype:
+            return data
         state = None if self.quant_state is None else self.quant_state.to(data.device)
         return Params4bit(data, self.requires_grad, state)
 
@@ -55,7 +57,7 @@ class Params4bit(nn.Parameter):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b with W dequantized for the product alone, and again for dX: nothing of W's size is saved."""
+    """y = x W^T + b, W dequantized for the product alone and again for dX: nothing of W's size is saved."""
 
     @staticmethod
     def forward(

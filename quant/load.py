@@ -64,7 +64,6 @@ def load_quantized(
     if recipe is not None:
         convert(model, recipe, check_skip=stored is None)
         model.register_to_config(quantization_config=quantization_config(recipe))
-    model.register_to_config(_name_or_path=str(folder))
     with ShardedWeights(folder) as weights:
         _fill(model, weights, dtype, device, progress, quantized=stored is not None)
     # Buffers that are no part of the checkpoint were computed when the model was built.

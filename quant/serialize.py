@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from halfbyte.quant.convert import QuantRecipe, is_skipped, kept_in_fp32
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.nf4 import WEIGHT_DTYPES, QuantSpec
 from halfbyte.quant.packing import split_key
-from halfbyte.quant.shards import write_text, write_weights
+from halfbyte.quant.shards import flush, write_text, write_weights
 
 CONFIG_FILE = "config.json"
 DEFAULT_SHARD_BYTES = 10 * 10**9  # diffusers' own
@@ -77,30 +76,41 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantReci
 def save_quantized(
     model: nn.Module,
     folder: Path,
-    recipe: QuantRecipe,
+    recipe: QuantRecipe | None = None,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write a converted diffusers model so that stock diffusers loads it; the folder appears whole or not at all.
 
-    Adapters on the model are left out. Raises ValueError where the model's 4-bit layers are not those that the
-    recipe means, and FileExistsError where the folder holds something.
+    Without `recipe` the settings are those that the model was loaded with. Adapters on the model are left out.
+    Raises ValueError where the model's 4-bit layers are not those that the recipe means, and FileExistsError
+    where the folder holds something.
     """
     folder = Path(folder)
+    model_name = type(model).__name__
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: holds files already; name an empty or a new folder")
-    tensors = base_tensors(model)
-    _check_layers(model, recipe)
     if not isinstance(model, ConfigMixin):
-        raise ValueError(f"{type(model).__name__}: not a diffusers model, it has no config to save")
-    config = json.loads(model.to_json_string()) | {"quantization_config": quantization_config(recipe)}
+        raise ValueError(f"{model_name}: not a diffusers model, it has no config to save")
+    config = json.loads(model.to_json_string())
+    if recipe is None:
+        if "quantization_config" not in config:
+            raise ValueError(f"{model_name}: is not quantized; load it with load_quantized and a recipe")
+        recipe = read_quantization_config(config["quantization_config"], model_name)
+    _check_layers(model, recipe)
+    tensors = base_tensors(model)
+    config["quantization_config"] = quantization_config(recipe)
+    # Where the model came from, often a path on this machine, is nothing to publish.
+    config.pop("_name_or_path", None)
     work = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", work / CONFIG_FILE)
         write_weights(_groups(tensors), work, max_shard_bytes=max_shard_bytes)
+        flush(work)
         os.replace(work, folder)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -108,15 +118,25 @@ def save_quantized(
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without adapters, under the names that it has without them."""
-    tuned = [path for path, module in model.named_modules() if hasattr(module, "base_layer")]
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        layer = next((path for path in tuned if name.startswith(f"{path}.")), None)
-        if layer is None:
-            tensors[name] = tensor
-        elif name.startswith(f"{layer}.base_layer."):
-            tensors[f"{layer}.{name.removeprefix(f'{layer}.base_layer.')}"] = tensor
-    return tensors
+    tuned = _tuned(model)
+    named = ((_base_name(name, tuned), tensor) for name, tensor in model.state_dict().items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _tuned(model: nn.Module) -> list[str]:
+    """The paths that an adapter of PEFT has taken, with the layer of the model below it as `base_layer`."""
+    return [path for path, module in model.named_modules() if hasattr(module, "base_layer")]
+
+
+def _base_name(name: str, tuned: Sequence[str]) -> str | None:
+    """The name of a tensor or module without adapters; None where it belongs to an adapter."""
+    for path in tuned:
+        base = f"{path}.base_layer"
+        if name == base or name.startswith(f"{base}."):
+            return path + name.removeprefix(base)
+        if name.startswith(f"{path}."):
+            return None
+    return name
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -129,14 +149,16 @@ def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _check_layers(model: nn.Module, recipe: QuantRecipe) -> None:
-    skip = (*recipe.skip, *kept_in_fp32(model))
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+    skip, tuned = (*recipe.skip, *kept_in_fp32(model)), _tuned(model)
+    for name, module in model.named_modules():
+        path = _base_name(name, tuned)
+        if path is None or not isinstance(module, nn.Linear):
             continue
-        path = path.removesuffix(".base_layer")
+        skipped = is_skipped(path, skip)
         if isinstance(module, Linear4bit):
+            # The block size is in each weight's own statistics, so a config cannot contradict it.
             expected = QuantSpec(recipe.quant_type, recipe.double_quant, module.spec.blocksize)
-            if is_skipped(path, skip) or module.spec != expected:
-                raise ValueError(f"{path}: is quantized as {module.spec}, which is not what {recipe} says")
-        elif isinstance(module.weight, torch.Tensor) and not is_skipped(path, skip) and "lora_" not in path:
-            raise ValueError(f"{path}: is not quantized, though {recipe} does not skip it")
+            if skipped or module.spec != expected:
+                raise ValueError(f"{path}: quantized with {module.spec}, which is not what {recipe} says")
+        elif not skipped:
+            raise ValueError(f"{path}: not quantized, though {recipe} does not skip it")

@@ -143,15 +143,19 @@ def write_weights(groups: Iterable[Mapping[str, Tensor]], folder: Path, *, max_s
 
 def _write_shard(shard: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in shard.items()}, path, {"format": "pt"})
-    _flush(path)
+    flush(path)
 
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file through to the disk."""
     path.write_text(text, encoding="utf-8")
-    _flush(path)
+    flush(path)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def flush(path: Path) -> None:
+    """Have the system put a file, or the entries of a folder, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
