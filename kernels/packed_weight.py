@@ -1,0 +1,42 @@
+"""A 4-bit weight as the kernels pass it among themselves."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import ops
+
+
+class PackedWeight(NamedTuple):
+    """The tensors and numbers of one quantized (N, K) weight; the three nested ones go together or are None."""
+
+    packed: Tensor  # uint8, (N * K + 1) // 2 bytes
+    absmax: Tensor  # fp32 scales (b,), or their uint8 codes where double-quantized
+    nested_absmax: Tensor | None  # fp32 (ceil(b / nested_blocksize),)
+    offset: Tensor | None  # fp32 ()
+    code: Tensor  # fp32 (16,)
+    nested_code: Tensor | None  # fp32 (256,)
+    shape: tuple[int, int]  # (N, K)
+    blocksize: int
+    nested_blocksize: int
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The (N, K) weight in `dtype`."""
+        if self.nested_absmax is None:
+            return ops.dequantize_4bit(
+                self.packed, self.absmax, self.code, self.shape, dtype, self.blocksize
+            )
+        assert self.offset is not None and self.nested_code is not None
+        return ops.dequantize_4bit_double(
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.offset,
+            self.code,
+            self.nested_code,
+            self.shape,
+            dtype,
+            self.blocksize,
+            self.nested_blocksize,
+        )
