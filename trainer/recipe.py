@@ -289,12 +289,10 @@ class Recipe(Section):
 def differences(before: Recipe, after: Recipe) -> list[str]:
     """A line for each field that differs, as `train.steps: 100 -> 200`; a list counts as one field."""
     old, new = _flat(before.dump()), _flat(after.dump())
-    lines = []
-    for name in old | new:
-        was, now = (shown(fields[name]) if name in fields else "absent" for fields in (old, new))
-        if was != now:
-            lines.append(f"{name}: {was} -> {now}")
-    return lines
+    changed = [name for name in old | new if (name in old, old.get(name)) != (name in new, new.get(name))]
+    was = {name: shown(old[name]) if name in old else "absent" for name in changed}
+    now = {name: shown(new[name]) if name in new else "absent" for name in changed}
+    return [f"{name}: {was[name]} -> {now[name]}" for name in changed]
 
 
 def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
