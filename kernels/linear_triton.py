@@ -83,9 +83,7 @@ def _one_row_kernel(
         position = each_row.to(tl.int64) * row_words + word
         words = tl.load(tl.max_contiguous(packed + position, [1]), mask=mask, other=0)
         block = (position * _UNIT // BLOCKSIZE).to(tl.int32)
-        scale = block_scale(
-            absmax, nested_absmax, offset, nested_code, block, mask, NESTED_BLOCKSIZE, DOUBLE
-        )
+        scale = block_scale(absmax, nested_absmax, offset, nested_code, block, mask, NESTED_BLOCKSIZE, DOUBLE)
         products = tl.zeros((OUTPUTS * WORDS,), tl.float32)
         for within in tl.static_range(8):
             inputs = tl.load(x + (start + lane) * _UNIT + within, mask=start + lane < row_words, other=0.0)
@@ -240,7 +238,8 @@ def _weight_arguments(weight: PackedWeight) -> tuple[Tensor, ...]:
     if weight.nested_absmax is None:
         nested = (absmax, absmax, absmax)  # never read
     else:
-        assert weight.offset is not None and weight.nested_code is not None
+        assert weight.offset is not None
+        assert weight.nested_code is not None
         nested = (weight.nested_absmax, weight.offset, weight.nested_code)
     return (weight.packed.reshape(-1).view(torch.int32), absmax, nested[0], nested[1], weight.code, nested[2])
 

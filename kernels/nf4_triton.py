@@ -56,9 +56,10 @@ def as_units(packed: Tensor, unit: int) -> Tensor:
 def in_range(position, left, EVEN: tl.constexpr):
     """The mask `position < left`; a constant, which the compiler drops, where the caller knows it holds."""
     if EVEN:
-        return tl.full(position.shape, 1, tl.int1)
+        mask = tl.full(position.shape, 1, tl.int1)
     else:
-        return position < left
+        mask = position < left
+    return mask
 
 
 @triton.jit
@@ -89,12 +90,11 @@ def block_scale(
     DOUBLE: tl.constexpr,
 ):
     """The fp32 scales of the blocks numbered `block`; with double quantization `absmax` holds their 8-bit codes."""
-    stored = tl.load(absmax + block, mask=mask, other=0)
+    scale = tl.load(absmax + block, mask=mask, other=0)
     if DOUBLE:
         nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        return tl.load(nested_code + stored.to(tl.int32)) * nested + tl.load(offset)
-    else:
-        return stored
+        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
+    return scale
 
 
 @triton.jit
@@ -130,9 +130,7 @@ def _dequantize_kernel(
     nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
     values = lookup(code, 16, nibbles) * scale[:, None]
     inside = local[:, None] * UNIT + within[None, :]
-    tl.store(
-        out + first * UNIT + inside, values.to(out.dtype.element_ty), mask=in_range(inside, left, EVEN)
-    )
+    tl.store(out + first * UNIT + inside, values.to(out.dtype.element_ty), mask=in_range(inside, left, EVEN))
 
 
 def _dequantize(

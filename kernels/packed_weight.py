@@ -24,10 +24,9 @@ class PackedWeight(NamedTuple):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The (N, K) weight in `dtype`."""
         if self.nested_absmax is None:
-            return ops.dequantize_4bit(
-                self.packed, self.absmax, self.code, self.shape, dtype, self.blocksize
-            )
-        assert self.offset is not None and self.nested_code is not None
+            return ops.dequantize_4bit(self.packed, self.absmax, self.code, self.shape, dtype, self.blocksize)
+        assert self.offset is not None
+        assert self.nested_code is not None
         return ops.dequantize_4bit_double(
             self.packed,
             self.absmax,

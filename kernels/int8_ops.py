@@ -1,0 +1,113 @@
+"""LLM.int8() as torch sees it: schema, fake, autograd and dispatch."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import int8_reference
+
+_library = torch.library.Library("halfbyte", "FRAGMENT")
+_library.define("quantize_int8(Tensor weight) -> (Tensor quantized, Tensor absmax)")
+_library.define("dequantize_int8(Tensor quantized, Tensor absmax, ScalarType dtype) -> Tensor")
+_library.define(
+    "linear_int8(Tensor x, Tensor quantized, Tensor absmax, Tensor? bias, float threshold) -> Tensor"
+)
+_library.define("linear_int8_input_grad(Tensor grad, Tensor quantized, Tensor absmax) -> Tensor")
+
+
+def _linear(x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return int8_reference.linear_int8(rows, quantized, absmax, bias, threshold).view(
+        *x.shape[:-1], quantized.shape[0]
+    )
+
+
+_library.impl("quantize_int8", int8_reference.quantize_rows, "CompositeExplicitAutograd")
+_library.impl("dequantize_int8", int8_reference.dequantize_rows, "CompositeExplicitAutograd")
+_library.impl("linear_int8", _linear, "CompositeExplicitAutograd")
+_library.impl("linear_int8_input_grad", int8_reference.linear_int8_input_grad, "CompositeExplicitAutograd")
+
+# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
+if importlib.util.find_spec("triton") is not None:
+    from halfbyte.kernels import int8_triton
+
+    def _linear_cuda(
+        x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return int8_triton.linear_int8(rows, quantized, absmax, bias, threshold).view(
+            *x.shape[:-1], quantized.shape[0]
+        )
+
+    _library.impl("quantize_int8", int8_triton.quantize_rows, "CUDA")
+    _library.impl("linear_int8", _linear_cuda, "CUDA")
+
+
+@torch.library.register_fake("halfbyte::quantize_int8", lib=_library)
+def _fake_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(
+        (weight.shape[0],), dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("halfbyte::dequantize_int8", lib=_library)
+def _fake_dequantize(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return quantized.new_empty(quantized.shape, dtype=dtype)
+
+
+@torch.library.register_fake("halfbyte::linear_int8", lib=_library)
+def _fake_linear(
+    x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], quantized.shape[0]))
+
+
+@torch.library.register_fake("halfbyte::linear_int8_input_grad", lib=_library)
+def _fake_input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], quantized.shape[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, quantized, absmax, bias, _ = inputs
+    ctx.save_for_backward(quantized, absmax)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx = bias_grad = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.halfbyte.linear_int8_input_grad.default(grad, *ctx.saved_tensors)
+    if ctx.needs_input_grad[3]:
+        bias_grad = grad.flatten(end_dim=-2).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, None, None, bias_grad, None
+
+
+torch.library.register_autograd("halfbyte::linear_int8", _backward, setup_context=_save, lib=_library)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> (int8 (N, K), fp32 row absmax (N,)), by way of fp16."""
+    return torch.ops.halfbyte.quantize_int8.default(weight)
+
+
+def dequantize_int8(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 (N, K) and fp32 (N,) -> (N, K) in `dtype`."""
+    return torch.ops.halfbyte.dequantize_int8.default(quantized, absmax, dtype)
+
+
+def linear_int8(
+    x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None = None, threshold: float = 6.0
+) -> Tensor:
+    """x (..., K) times the int8 weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
+
+    Columns of x where a magnitude reaches `threshold` are multiplied in x's dtype; 0 quantizes them all.
+    Differentiable in x and bias.
+    """
+    return torch.ops.halfbyte.linear_int8.default(x, quantized, absmax, bias, threshold)
+
+
+def linear_int8_input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
+    """grad (..., N) times the dequantized weight (N, K): (..., K) in grad's dtype."""
+    return torch.ops.halfbyte.linear_int8_input_grad.default(grad, quantized, absmax)
