@@ -4,13 +4,16 @@ An op runs the plain-torch reference on every device, except where `BACKENDS` na
 device type. A backend implements the four functions with the reference's meaning; tests compare the two.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import reference
+from halfbyte.kernels import nf4_cpu, reference
 
 QUANT_TYPES = tuple(reference.CODES)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -63,14 +66,16 @@ REFERENCE: Mapping[str, Callable[..., Any]] = {
     "dequantize_4bit_double": _reference_dequantize_double,
 }
 
-# Device type -> op -> implementation; an op that a backend leaves out keeps the reference there.
-BACKENDS: dict[str, Mapping[str, Callable[..., Any]]] = {}
+# Device type -> the module with its implementations, under the names of the ops.
+BACKENDS: dict[str, ModuleType] = {"cpu": nf4_cpu}
+# A CPU build of torch comes without Triton; CUDA builds bring it.
+if importlib.util.find_spec("triton") is not None:
+    BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.nf4_triton")
 
 for _name, _kernel in REFERENCE.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-for _device_type, _kernels in BACKENDS.items():
-    for _name, _kernel in _kernels.items():
-        _library.impl(_name, _kernel, _device_type.upper())
+    for _device_type, _backend in BACKENDS.items():
+        _library.impl(_name, getattr(_backend, _name), _device_type.upper())
 
 
 def _blocks(numel: int, blocksize: int) -> int:

@@ -142,9 +142,7 @@ class Linear4bit(nn.Linear):
         state = unpack_state(name, packed, statistics)
         expected = (self.out_features, self.in_features)
         if tuple(state.shape) != expected:
-            raise ValueError(
-                f"{name}: expected a weight of shape {expected}, the file has {tuple(state.shape)}"
-            )
+            raise ValueError(f"{name}: expected a weight of shape {expected}, got {tuple(state.shape)}")
         self.weight = Params4bit(packed, quant_state=state)
         self.spec = QuantSpec(state.quant_type, state.nested is not None, state.blocksize)
 

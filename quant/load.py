@@ -59,8 +59,13 @@ def load_quantized(
             raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
         own = read_quantization_config(stored, str(folder / CONFIG_FILE))
         recipe = _settle(own, recipe, folder)
-    with _default_dtype(dtype), init_empty_weights():
-        model: Model = model_cls.from_config(config)
+    try:
+        with _default_dtype(dtype), init_empty_weights():
+            model: Model = model_cls.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: no {model_cls.__name__} can be built from it: {error}"
+        ) from error
     if recipe is not None:
         convert(model, recipe, check_skip=stored is None)
         model.register_to_config(quantization_config=quantization_config(recipe))

@@ -55,7 +55,7 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantReci
     if storage != "uint8":
         raise ValueError(f"{where}: bnb_4bit_quant_storage is {storage!r}, accepted: uint8")
     compute_dtype = config.get("bnb_4bit_compute_dtype", "float32")
-    if compute_dtype not in _DTYPES:
+    if not isinstance(compute_dtype, str) or compute_dtype not in _DTYPES:
         raise ValueError(
             f"{where}: bnb_4bit_compute_dtype is {compute_dtype!r}, accepted: {', '.join(_DTYPES)}"
         )

@@ -4,9 +4,10 @@ import bitsandbytes.functional as bnb
 import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
+
 from halfbyte.kernels import ops, reference
 from halfbyte.quant.nf4 import QuantSpec, dequantize, quantize
-from hypothesis import given, settings
 
 SHAPES = [(64, 64), (192, 128), (30, 50), (1, 1), (1, 64), (7, 9), (129, 257), (3, 64, 5), (1, 127)]
 
@@ -226,7 +227,7 @@ def test_registered_kernels_equal_the_reference(op):
 
 
 def test_a_state_moves_without_changing_a_dtype():
-    packed, state = quantize(gaussian((64, 64)), QuantSpec())
+    _, state = quantize(gaussian((64, 64)), QuantSpec())
     moved = state.to("meta")
     assert moved.nested is not None
     assert (moved.absmax.device.type, moved.absmax.dtype) == ("meta", torch.uint8)
