@@ -3,8 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from torch import Tensor
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.load import Progress, load_quantized
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.source import ModelSource, resolve
 
 
 @dataclass(frozen=True)
@@ -38,3 +47,150 @@ class Encoders(ABC):
     @abstractmethod
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
         """One row a caption; the empty caption is what caption dropout trains on."""
+
+
+class Family(ABC):
+    """One kind of model, opened at a pipeline folder; configurations are read at once, weights when asked for."""
+
+    pipeline_class: ClassVar[type[Any]]
+    denoiser_class: ClassVar[type[Any]]
+    text_components: ClassVar[tuple[str, ...]]
+    # Patterns (full match on a module's name) behind the recipe's target presets.
+    target_presets: ClassVar[dict[str, str]]
+
+    @classmethod
+    def components(cls) -> tuple[str, ...]:
+        """Every part of the pipeline folder that training reads."""
+        return ("transformer", "vae", *cls.text_components, "scheduler")
+
+    @classmethod
+    def open(cls, path: str, revision: str | None, max_sequence_length: int | None) -> Self:
+        """The family at a folder or Hub repository. Raises RecipeError or HubError, see `source.resolve`."""
+        return cls(
+            resolve(path, revision, cls.components(), cls.denoiser_class.__name__), max_sequence_length
+        )
+
+    def __init__(self, source: ModelSource, max_sequence_length: int | None) -> None:
+        self.source = source
+        self.denoiser_config = source.config("transformer")
+        self.vae_config = source.config("vae")
+        self.scheduler_config = source.config("scheduler")
+        self.max_sequence_length = max_sequence_length or self.default_sequence_length()
+
+    @abstractmethod
+    def default_sequence_length(self) -> int:
+        """T5 tokens a caption is padded to when the recipe does not say."""
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent pixel stands for, along one side."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def size_multiple(self) -> int:
+        """Picture sides are multiples of this: the VAE's scale times the denoiser's patch of two."""
+        return self.vae_scale * 2
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Tokens the denoiser sees of a latent of this size (latent pixels)."""
+        return (height // 2) * (width // 2)
+
+    def load_encoders(self, *, device: torch.device, dtype: torch.dtype, memo: Path) -> Encoders:
+        """The VAE and text encoders as the stock pipeline holds them."""
+        return PipelineEncoders(self, device=device, dtype=dtype, memo=memo)
+
+    def load_denoiser(
+        self,
+        recipe: QuantRecipe | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+    ) -> nn.Module:
+        """The transformer, quantized while it streams from disk; frozen. Raises RecipeError for damaged files."""
+        try:
+            denoiser = load_quantized(
+                self.denoiser_class,
+                self.source.folder / "transformer",
+                recipe,
+                dtype=dtype,
+                device=device,
+                progress=progress,
+            )
+        except ValueError as error:
+            raise RecipeError(f"model.path: {error}") from error
+        return denoiser.requires_grad_(False)
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as the denoiser sees them, by the VAE's own config; fp32."""
+        return (latents - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
+
+    def representable(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sigma that the denoiser is told in `dtype`, so that noise and timestep are one number; fp32."""
+        return sigma.float()
+
+    @abstractmethod
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float
+    ) -> Tensor:
+        """The predicted velocity, noise - x0.
+
+        noisy: (B, C, H/8, W/8) in the compute dtype; sigma: (B,) fp32 in (0, 1]. Returns noisy's shape.
+        """
+
+    @abstractmethod
+    def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
+        """Calls the stock pipeline's text encoding, without classifier-free guidance's negative half."""
+
+    def lora_targets(self, preset: str) -> str:
+        """The regular expression over module names that a preset of the recipe stands for."""
+        return self.target_presets[preset]
+
+    def sampling_inputs(self, text: TextEmbedding, empty: TextEmbedding) -> dict[str, Tensor]:
+        """What the stock pipeline is called with for one caption; `empty` is the empty caption's embedding."""
+        return {"prompt_embeds": text.prompt_embeds, "pooled_prompt_embeds": text.pooled_prompt_embeds}
+
+    def describe_guidance(self, guidance_scale: float) -> str:
+        """What is made of the recipe's guidance_scale, for the start of the run."""
+        return "not used: the model has no guidance embedding"
+
+
+class PipelineEncoders(Encoders):
+    """Encoders that call the stock pipeline's own `encode_prompt`, so training sees what inference will.
+
+    Weights are read when first needed: a run whose cache is full reads none.
+    """
+
+    def __init__(self, family: Family, *, device: torch.device, dtype: torch.dtype, memo: Path) -> None:
+        source = family.source
+        self._family = family
+        self._device = device
+        self._dtype = dtype
+        self._vae: Any = None
+        self._pipeline: Any = None
+        # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
+        self.latent_fingerprint = source.fingerprint(["vae"], memo) + ":float32"
+        settings = f"{family.max_sequence_length}:{dtype}"
+        self.text_fingerprint = source.fingerprint(family.text_components, memo) + ":" + settings
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> LatentMoments:
+        """The posterior's moments, by the stock VAE."""
+        if self._vae is None:
+            folder = self._family.source.folder / "vae"
+            self._vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).to(self._device)
+        posterior = self._vae.encode(pixels.to(self._device, torch.float32)).latent_dist
+        return LatentMoments(posterior.mean.cpu(), posterior.std.cpu())
+
+    @torch.no_grad()
+    def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
+        """The caption as the stock pipeline embeds it, padded as the recipe says."""
+        if self._pipeline is None:
+            self._pipeline = self._family.pipeline_class.from_pretrained(
+                self._family.source.folder, transformer=None, vae=None, dtype=self._dtype
+            ).to(self._device)
+        embedding = self._family.embed(self._pipeline, list(captions), self._device)
+        return TextEmbedding(
+            embedding.prompt_embeds.to("cpu", torch.bfloat16),
+            embedding.pooled_prompt_embeds.to("cpu", torch.bfloat16),
+        )

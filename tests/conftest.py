@@ -1,0 +1,28 @@
+"""Tiny pipelines on disk, made once for the whole test run."""
+
+import os
+
+import pytest
+import torch
+
+# Before huggingface_hub is imported by anything: no test may reach a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
+
+# At these sizes a second thread gains nothing, and sums in another order would unpin the pinned losses.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mini_flux(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini") / "flux"
+    build_flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_sd3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mini") / "sd3"
+    build_sd3_pipeline().save_pretrained(folder)
+    return folder

@@ -1,0 +1,6 @@
+"""`python -m halfbyte.trainer RECIPE`, the form that accelerate launch and torchrun take."""
+
+from halfbyte.trainer.cli import train
+
+if __name__ == "__main__":
+    train()

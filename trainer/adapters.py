@@ -1,0 +1,117 @@
+"""LoRA through PEFT: which layers learn, how they start, and their weights under diffusers' names."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.randomness import generator
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class TrainedLayers:
+    """What learns in a run."""
+
+    layers: int
+    parameters: int
+    total_layers: int  # linear layers in the whole transformer
+
+
+def add_lora(
+    denoiser: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str | list[str],
+    init: str,
+    seed: int,
+) -> TrainedLayers:
+    """Puts fp32 adapters on the layers that `targets` matches (a regular expression, or module-name endings).
+
+    Raises RecipeError when nothing matches.
+    """
+    linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian" if init == "gaussian" else True,
+    )
+    model: Any = denoiser
+    try:
+        model.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        examples = ", ".join(linears[:: max(1, len(linears) // 6)])
+        raise RecipeError(
+            f"lora.targets: {targets!r} matches no layer; accepted: all-linear, attention, endings of module names,"
+            f" or a regular expression over whole names such as {examples}"
+        ) from error
+    adapters = trained_parameters(denoiser)
+    for name, parameter in adapters.items():
+        parameter.data = parameter.data.float()
+        if ".lora_A." in name:
+            _start(parameter, name, init, rank, seed)
+    layers = sum(".lora_A." in name for name in adapters)
+    return TrainedLayers(layers, sum(p.numel() for p in adapters.values()), len(linears))
+
+
+def _start(parameter: nn.Parameter, name: str, init: str, rank: int, seed: int) -> None:
+    # Drawn on the CPU and keyed by layer, so that every process and every device starts from the same adapter.
+    value = torch.empty(parameter.shape, dtype=torch.float32)
+    source = generator(seed, f"lora/{name}")
+    if init == "gaussian":
+        nn.init.normal_(value, std=1 / rank, generator=source)
+    else:
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=source)
+    parameter.data.copy_(value)
+
+
+def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by their name in the model, in its order."""
+    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+
+
+def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights on the CPU in fp32, under PEFT's saved names (`….lora_A.weight`)."""
+    return {
+        _saved_name(name): p.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, p in trained_parameters(denoiser).items()
+    }
+
+
+def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts saved weights back; raises ValueError unless names and shapes are exactly the model's."""
+    parameters = {_saved_name(name): p for name, p in trained_parameters(denoiser).items()}
+    odd = sorted(parameters.keys() ^ state.keys())
+    odd += [n for n in parameters.keys() & state.keys() if parameters[n].shape != state[n].shape]
+    if odd:
+        raise ValueError(
+            f"the saved adapter does not fit this model: {len(odd)} names differ, first {odd[0]}"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[name])
+
+
+def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str) -> None:
+    """Writes `pytorch_lora_weights.safetensors` as diffusers does: rank and alpha ride in its metadata."""
+    model: Any = denoiser
+    pipeline_class.save_lora_weights(
+        folder,
+        transformer_lora_layers=adapter_state(denoiser),
+        transformer_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),
+    )
+
+
+def _saved_name(name: str) -> str:
+    return name.replace(f".{ADAPTER}.", ".")

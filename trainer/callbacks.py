@@ -1,0 +1,205 @@
+"""What happens around the training step: metrics, checkpoints, samples, stopping."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from halfbyte.trainer import checkpoint
+from halfbyte.trainer.adapters import save_adapter, trained_parameters
+from halfbyte.trainer.errors import HalfbyteError
+from halfbyte.trainer.launch import World, any_process, barrier
+from halfbyte.trainer.metrics import MetricsWriter, StepMetrics
+from halfbyte.trainer.module import DiffusionModule
+from halfbyte.trainer.progress import Progress
+
+
+class StepCallback(Callback):
+    """A callback that acts between optimizer steps; Lightning's own hooks count micro-batches."""
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Called once after each optimizer step, in every process."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_step_end(trainer, pl_module)
+
+
+class Recorder(StepCallback):
+    """Writes metrics, shows progress, and stops a run whose loss is no number."""
+
+    def __init__(
+        self,
+        world: World,
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+        *,
+        samples_per_step: int,
+        every: int,
+        last_step: int,
+    ) -> None:
+        self.world = world
+        self.writer = writer
+        self.progress = progress
+        self.samples_per_step = samples_per_step
+        self.every = every
+        self.last_step = last_step
+        self.last: StepMetrics | None = None
+        self._since = 0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning's hook."""
+        self._started = time.perf_counter()
+        self._since = pl_module.step
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """See `StepCallback`."""
+        step = module.step
+        losses, module.losses = module.losses, []
+        if step % self.every and step != self.last_step:
+            if self.progress is not None:
+                self.progress.advance(step)
+            return
+        loss = torch.stack(losses).float().mean()
+        if self.world.size > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= self.world.size
+        value = loss.item()
+        assert module.grad_norm is not None
+        grad_norm = float(module.grad_norm.item())
+        now = time.perf_counter()
+        rate = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
+        self._since, self._started = step, now
+        if not (torch.isfinite(loss) and torch.isfinite(module.grad_norm)):
+            raise HalfbyteError(
+                f"step {step}: the loss is {value} and the gradient norm {grad_norm}; the run is stopped and earlier"
+                " checkpoints are kept. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or compute_dtype:"
+                " bfloat16 instead of float16"
+            )
+        device = self.world.device
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.last = StepMetrics(step, value, float(lr), grad_norm, rate, memory)
+        if self.writer is not None:
+            self.writer.write(self.last)
+        if self.progress is not None:
+            self.progress.advance(step, self.last)
+
+
+class Checkpointer(StepCallback):
+    """Saves at optimizer boundaries, every so often and at the end; puts the optimizer back at the start."""
+
+    def __init__(
+        self,
+        world: World,
+        root: Path,
+        *,
+        every: int,
+        keep: int,
+        last_step: int,
+        global_batch: int,
+        resume: checkpoint.Checkpoint | None,
+    ) -> None:
+        self.world = world
+        self.root = root
+        self.every = every
+        self.keep = keep
+        self.last_step = last_step
+        self.global_batch = global_batch
+        self.resume = resume
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning's hook: optimizers exist, nothing has run."""
+        if self.resume is None:
+            return
+        names = list(trained_parameters(pl_module.denoiser))
+        checkpoint.restore_optimizer(trainer.optimizers[0], names, self.resume.optimizer)
+        if self.resume.scaler:
+            trainer.precision_plugin.load_state_dict(self.resume.scaler)
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """See `StepCallback`."""
+        step = module.step
+        if step % self.every == 0 or step == self.last_step or trainer.should_stop:
+            self.save(trainer, module)
+
+    def save(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Saves now; every process must call it."""
+        if self.world.leads:
+            accumulation = int(trainer.accumulate_grad_batches)
+            position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
+            names = list(trained_parameters(module.denoiser))
+            checkpoint.save(
+                self.root,
+                position,
+                write_adapter=lambda folder: save_adapter(
+                    module.denoiser, module.family.pipeline_class, folder
+                ),
+                optimizer=checkpoint.named_optimizer_state(trainer.optimizers[0], names),
+                scaler=trainer.precision_plugin.state_dict(),
+            )
+            checkpoint.prune(self.root, self.keep)
+        barrier(self.world)
+
+
+class Sampler(StepCallback):
+    """Draws the recipe's prompts every so often; the run itself draws them before and after."""
+
+    def __init__(self, world: World, draw: Callable[[int], object], *, every: int, last_step: int) -> None:
+        self.world = world
+        self.draw = draw
+        self.every = every
+        self.last_step = last_step
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """See `StepCallback`."""
+        if self.every and module.step % self.every == 0 and module.step != self.last_step:
+            if self.world.leads:
+                module.denoiser.eval()
+                self.draw(module.step)
+                module.denoiser.train()
+            barrier(self.world)
+
+
+class Interruption(StepCallback):
+    """Turns Ctrl-C and SIGTERM into a stop at the next optimizer boundary, in every process at once.
+
+    Stands before the Checkpointer, which saves when the run is to stop.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.signal: int | None = None
+        self.stopped = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning's hook; after it has set its own handlers, which would end the run with exit code 0."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """See `StepCallback`."""
+        if any_process(self.world, self.signal is not None):
+            self.stopped = True
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Lightning's hook."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, _: object) -> None:
+        if self.signal is not None:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number

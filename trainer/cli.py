@@ -1,0 +1,113 @@
+"""The command line: `train RECIPE [key=value ...]`, and `halfbyte` with everything else."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
+from halfbyte.trainer.launch import World, leave, read_world
+from halfbyte.trainer.recipe import json_schema_text, load_recipe
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    help="QLoRA fine-tuning of FLUX and SD3.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("train")
+@train_app.command()
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/flux_mini.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings by dotted name, e.g. train.steps=10.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in output.dir from its last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a LoRA as the recipe says.
+
+    Exit codes: 0 done, 2 recipe or model, 3 data, 4 Hub, 5 launch environment, 6 out of memory, 130 interrupted.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    world: World | None = None
+    try:
+        world = read_world()
+        _configure_logging(world)
+        settings = load_recipe(recipe, overrides or [])
+        _quieten_libraries()
+        # Slow to import, and a recipe with a mistake should be told at once.
+        from halfbyte.trainer.run import run
+
+        finished = run(settings, world, console=Console(quiet=not world.leads, soft_wrap=True), resume=resume)
+    except HalfbyteError as error:
+        _fail(errors, world, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(errors, world, "interrupted", _INTERRUPTED)
+    finally:
+        if world is not None:
+            leave(world)
+    if not finished:
+        raise typer.Exit(_INTERRUPTED)
+
+
+@app.command("schema")
+def schema_command(
+    output: Annotated[
+        Path | None, typer.Argument(help="A file to write; without it the schema is printed.")
+    ] = None,
+) -> None:
+    """Write the recipe's JSON Schema, which editors complete and check recipes with."""
+    text = json_schema_text()
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+def _quieten_libraries() -> None:
+    """Progress and notes of the libraries would stand between the lines that matter."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def _fail(console: Console, world: World | None, message: str, code: int) -> NoReturn:
+    # One message a machine: what is wrong with a recipe is wrong in every process.
+    if world is None or world.local_rank == 0 or code == OutOfMemory.exit_code:
+        console.print(f"error: {message}", markup=False)
+    raise typer.Exit(code)
+
+
+def _configure_logging(world: World) -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("halfbyte").setLevel(logging.INFO if world.leads else logging.ERROR)
+
+
+def train() -> None:
+    """The `train` script."""
+    train_app()
+
+
+def main() -> None:
+    """The `halfbyte` script."""
+    app()

@@ -1,0 +1,67 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from halfbyte.trainer.families.base import Family, TextEmbedding
+
+_BLOCKS = r"transformer_blocks\.\d+\."
+# attn2 is the second, image-only attention of SD3.5 medium's first blocks.
+_ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+
+
+class SD3(Family):
+    """Unpacked latents, two CLIPs and T5 on one sequence, timesteps from 0 to 1000."""
+
+    pipeline_class = StableDiffusion3Pipeline
+    denoiser_class = SD3Transformer2DModel
+    text_components = (
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+    )
+    target_presets = {  # noqa: RUF012 - a class constant
+        "attention": _BLOCKS + _ATTENTION,
+        "all-linear": _BLOCKS + rf"({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
+    }
+
+    def default_sequence_length(self) -> int:
+        """256, as the stock pipeline pads T5; CLIP's 77 tokens come before them."""
+        return 256
+
+    def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
+        """CLIP-L and CLIP-G beside T5 on the sequence, their pooled outputs side by side."""
+        prompt_embeds, _, pooled, _ = pipeline.encode_prompt(
+            captions,
+            captions,
+            captions,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return TextEmbedding(prompt_embeds, pooled)
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float
+    ) -> Tensor:
+        """The predicted velocity; see `Family.predict`. SD3 has no guidance input."""
+        return denoiser(
+            hidden_states=noisy,
+            encoder_hidden_states=text.prompt_embeds,
+            pooled_projections=text.pooled_prompt_embeds,
+            timestep=sigma * 1000,
+            return_dict=False,
+        )[0]
+
+    def sampling_inputs(self, text: TextEmbedding, empty: TextEmbedding) -> dict[str, Tensor]:
+        """Classifier-free guidance is against the empty caption."""
+        return super().sampling_inputs(text, empty) | {
+            "negative_prompt_embeds": empty.prompt_embeds,
+            "negative_pooled_prompt_embeds": empty.pooled_prompt_embeds,
+        }

@@ -1,0 +1,136 @@
+"""One training step, the same for every model, loss and optimizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from halfbyte.trainer.adapters import trained_parameters
+from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.losses import Loss
+from halfbyte.trainer.randomness import generator, key, uniform
+from halfbyte.trainer.samples import Batch
+from halfbyte.trainer.shift import Shift
+from halfbyte.trainer.timesteps import TimestepScheme
+from halfbyte.trainer.weighting import Weighting
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized: the expectation over sigma of weight(sigma) * loss(prediction, noise - x0)."""
+
+    timesteps: TimestepScheme
+    shift: Shift
+    weighting: Weighting
+    loss: Loss
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A point on the path from data to noise for each sample, and the velocity there."""
+
+    noisy: Tensor  # (B, C, H/8, W/8) fp32: (1 - sigma) x0 + sigma noise
+    target: Tensor  # (B, C, H/8, W/8) fp32: noise - x0
+    sigma: Tensor  # (B,) fp32
+
+
+class DiffusionModule(LightningModule):
+    """The denoiser with its adapters, the objective, and the optimizer as functions of (seed, position)."""
+
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        objective: Objective,
+        *,
+        build_optimizer: Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+        lr_factor: Callable[[int], float],
+        compute_dtype: torch.dtype,
+        max_grad_norm: float | None,
+        seed: int,
+        first_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = denoiser.train()  # adapters' dropout; Lightning leaves the mode as it is
+        self.objective = objective
+        self.build_optimizer = build_optimizer
+        self.lr_factor = lr_factor
+        self.compute_dtype = compute_dtype
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.first_step = first_step
+        self.base_lr: float | None = None
+        self.grad_norm: Tensor | None = None
+        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        # The frozen base is the same in every process already: DDP need neither broadcast nor watch it.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, p in self.named_parameters() if not p.requires_grad
+        ] + [name for name, _ in self.named_buffers()]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, those before a resume included."""
+        return self.first_step + int(self.trainer.global_step)
+
+    def corrupt(self, batch: Batch) -> NoisyBatch:
+        """Draws latent, noise and sigma for each sample from its position in the run."""
+        shape = batch.latent_mean.shape[1:]
+        draw = {
+            name: torch.stack(
+                [torch.randn(shape, generator=generator(self.seed, name, p)) for p in batch.positions]
+            ).to(batch.latent_mean.device)
+            for name in ("posterior", "noise")
+        }
+        u = [uniform(self.seed, "timestep", p) for p in batch.positions]
+        latents = self.family.scale_latents(batch.latent_mean + batch.latent_std * draw["posterior"])
+        sigma = self.objective.timesteps.sigmas(torch.tensor(u, dtype=torch.float64))
+        sigma = self.objective.shift.apply(sigma, self.family.image_tokens(shape[1], shape[2]))
+        sigma = self.family.representable(sigma, self.compute_dtype).to(latents.device)
+        weight = sigma[:, None, None, None]
+        noise = draw["noise"]
+        return NoisyBatch((1 - weight) * latents + weight * noise, noise - latents, sigma)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective on one micro-batch: a scalar, fp32."""
+        point = self.corrupt(batch)
+        text = TextEmbedding(
+            batch.prompt_embeds.to(self.compute_dtype), batch.pooled_prompt_embeds.to(self.compute_dtype)
+        )
+        velocity = self.family.predict(
+            self.denoiser,
+            point.noisy.to(self.compute_dtype),
+            point.sigma,
+            text,
+            self.objective.guidance_scale,
+        )
+        per_sample = self.objective.loss.per_sample(velocity, point.target)
+        return (self.objective.weighting.weights(point.sigma) * per_sample).mean()
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """Lightning's hook."""
+        # Dropout draws from torch's global generators; seeded here, they need not be saved.
+        torch.manual_seed(key(self.seed, "dropout", *batch.positions))
+        loss = self.loss(batch)
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Lightning's hook."""
+        return self.build_optimizer(list(trained_parameters(self.denoiser).items()))
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Lightning's hook: clips by the norm over all adapters, and keeps the norm for the metrics."""
+        parameters = list(trained_parameters(self.denoiser).values())
+        bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, bound).detach()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning's hook: the learning rate is a function of the step alone, so it has no state to save."""
+        for group in optimizer.param_groups:
+            base = group.setdefault("base_lr", group["lr"])
+            group["lr"] = base * self.lr_factor(self.step)

@@ -1,0 +1,100 @@
+"""What happens before the transformer is loaded: pictures read, latents and embeddings cached, encoders gone."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from halfbyte.trainer.buckets import Cropping, Size, views_of
+from halfbyte.trainer.cache import LatentCache, fill
+from halfbyte.trainer.data import Sample, read_samples
+from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.launch import World, barrier
+from halfbyte.trainer.plan import Plan
+from halfbyte.trainer.progress import Shown
+from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.samples import PlannedBatches, TrainingSample, TrainingSet, collate
+from halfbyte.trainer.sampling import Prompt
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training needs besides the transformer."""
+
+    samples: Sequence[Sample]
+    views: int
+    sizes: Sequence[Size]  # those that pictures have, not all that there could be
+    prompts: Sequence[Prompt]
+    empty: TextEmbedding
+    plan: Plan
+    training_set: TrainingSet
+
+    def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
+        """This process's micro-batches from the given one to the end of the run, as one epoch."""
+        train = recipe.train
+        batches = PlannedBatches(
+            self.plan,
+            batch_size=train.batch_size,
+            rank=world.rank,
+            start=first_micro_batch,
+            stop=train.steps * train.grad_accumulation,
+        )
+        return DataLoader(
+            self.training_set,
+            batch_sampler=batches,
+            collate_fn=collate,
+            pin_memory=world.device.type == "cuda",
+        )
+
+
+def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> Prepared:
+    """Reads the data and fills the cache, each process its share; the encoders are gone when it returns.
+
+    Raises DataError with every problem of the pictures and captions at once.
+    """
+    data = recipe.data
+    reading = Shown(console, "reading pictures", "picture")
+    samples = read_samples(
+        data.path,
+        data.caption_prefix,
+        is_decoded=lambda sha256: LatentCache.has_decoded(data.cache_folder, sha256),
+        progress=reading,
+    )
+    reading.close()
+    cropping = Cropping(
+        data.resolution, family.size_multiple, data.aspect_buckets, data.crop, data.random_crops, data.flip
+    )
+    groups = views_of(samples, cropping, recipe.train.seed)
+    views = [view for group in groups for view in group]
+    encoding = Shown(console, "encoding", "entry")
+    encoders = family.load_encoders(
+        device=world.device, dtype=torch.bfloat16, memo=data.cache_folder / "digests"
+    )
+    latents, texts = fill(
+        data.cache_folder,
+        encoders,
+        views,
+        [*(sample.caption for sample in samples), *recipe.sample.prompts],
+        rank=world.rank,
+        world_size=world.size,
+        progress=encoding,
+    )
+    encoding.close()
+    del encoders
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    barrier(world)
+    train = recipe.train
+    return Prepared(
+        samples,
+        len(views),
+        sorted({(view.width, view.height) for view in views}),
+        [Prompt(text, texts.read(text)) for text in recipe.sample.prompts],
+        texts.read(""),
+        Plan(groups, seed=train.seed, global_batch=train.batch_size * world.size),
+        TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
+    )

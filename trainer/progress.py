@@ -1,0 +1,91 @@
+"""Progress that a person can read: a bar on a terminal, a line now and then in a log."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from halfbyte.trainer.metrics import StepMetrics
+
+_LOG_SECONDS = 10.0
+
+
+class Progress:
+    """Loss, rate and time left of one long task."""
+
+    def __init__(
+        self, console: Console, title: str, *, total: int, done: int = 0, unit: str = "step"
+    ) -> None:
+        self.console = console
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self._first = done
+        self._began = time.perf_counter()
+        self._spoke = self._began
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        if console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+            self._bar.start()
+
+    def advance(self, done: int, metrics: StepMetrics | None = None) -> None:
+        """`done` units of the total are finished."""
+        now = time.perf_counter()
+        pace = (done - self._first) / max(now - self._began, 1e-9)
+        note = f"{pace:.2f} {self.unit}/s"
+        if metrics is not None:
+            note = f"loss {metrics.loss:.4f}  {note}"
+        if self._bar is not None and self._task is not None:
+            if metrics is None:
+                self._bar.update(self._task, completed=done)
+            else:
+                self._bar.update(self._task, completed=done, note=note)
+        elif done == self.total or now - self._spoke >= _LOG_SECONDS:
+            self._spoke = now
+            left = (self.total - done) / pace if pace > 0 else float("inf")
+            self.console.print(
+                f"{self.title} {done}/{self.total}  {note}  {_clock(left)} left", highlight=False
+            )
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Shown:
+    """A progress callback (done, total) that opens its display when it hears the total."""
+
+    def __init__(self, console: Console, title: str, unit: str) -> None:
+        self._console = console
+        self._title = title
+        self._unit = unit
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = Progress(self._console, self._title, total=total, done=done, unit=self._unit)
+        self._progress.advance(done)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._progress is not None:
+            self._progress.close()
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,154 @@
+"""What a run says of itself: the settings that decide the result before it, where everything is after it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from halfbyte.trainer.adapters import TrainedLayers
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.launch import World
+from halfbyte.trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What is known when training is about to start."""
+
+    recipe: Recipe
+    family: Family
+    world: World
+    trained: TrainedLayers
+    quantized_layers: int
+    footprint: int  # bytes of the frozen base on the device
+    pictures: int
+    views: int  # cached crops and mirrors of them
+    sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
+
+
+def opening_lines(opening: Opening) -> list[tuple[str, str]]:
+    """Label and text for each thing that decides the result; nothing that matters is left to a guess."""
+    recipe, family, trained = opening.recipe, opening.family, opening.trained
+    quant = recipe.quant
+    if quant.type == "none":
+        base = f"not quantized, {quant.compute_dtype}"
+    else:
+        double = "double-quantized" if quant.double_quant else "single-quantized"
+        base = f"{quant.type} {double}, {opening.quantized_layers} layers, computed in {quant.compute_dtype}"
+    revision = f" @ {family.source.revision[:12]}" if family.source.revision else ""
+    objective = recipe.objective
+    tokens = sorted(
+        {family.image_tokens(h // family.vae_scale, w // family.vae_scale) for w, h in opening.sizes}
+    )
+    train, world = recipe.train, opening.world
+    step = train.batch_size * train.grad_accumulation * world.size
+    return [
+        ("model", f"{family.source.name}{revision} ({recipe.model.family})"),
+        ("base", f"{base}; {_bytes(opening.footprint)}"),
+        (
+            "trains",
+            f"LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"
+            f" {trained.total_layers} linear layers: {trained.parameters:,} parameters in fp32",
+        ),
+        (
+            "data",
+            f"{opening.pictures} pictures, {opening.views} views, sizes"
+            f" {', '.join(f'{w}x{h}' for w, h in opening.sizes)}",
+        ),
+        ("timesteps", objective.timesteps.describe()),
+        ("shift", f"{objective.shift.describe()}; {_shift_note(opening, tokens)}"),
+        ("weighting", f"{objective.weighting.describe()}; loss {objective.loss.describe()}"),
+        ("guidance", family.describe_guidance(objective.guidance_scale)),
+        ("optimizer", f"{recipe.optimizer.describe()}; schedule {recipe.lr_schedule.describe()}"),
+        (
+            "run",
+            f"{train.steps} steps of {step} samples ({train.batch_size} x {train.grad_accumulation} micro-batches"
+            f" x {_processes(world)}), about"
+            f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
+        ),
+    ]
+
+
+def _shift_note(opening: Opening, tokens: Sequence[int]) -> str:
+    """What becomes of sigma 0.5 at the run's sizes, beside what the model's own scheduler is set to."""
+    middle = torch.tensor([0.5], dtype=torch.float64)
+    shown = sorted({tokens[0], tokens[-1]})
+    moved = ", ".join(
+        f"{float(opening.recipe.objective.shift.apply(middle, count)):.3f} at {count} image tokens"
+        for count in shown
+    )
+    scheduler = opening.family.scheduler_config
+    if scheduler.get("use_dynamic_shifting"):
+        own = "dynamic by resolution"
+    else:
+        own = f"static {scheduler.get('shift', 1.0):g}"
+    return f"sigma 0.5 becomes {moved} (the model's own sampler: {own})"
+
+
+def write_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """Prints labels and texts as two columns."""
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        console.print(f"{label:<{width}}  {text}", markup=False, highlight=False)
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What a finished run left, as summary.json holds it."""
+
+    steps: int
+    seconds: float  # of training alone
+    first_loss: float | None  # mean over the first tenth of the logged steps
+    last_loss: float | None
+    adapter: Path
+    base: Path | None
+    checkpoint: Path | None
+    samples: Path | None
+    metrics: Path
+
+
+def closing_lines(closing: Closing) -> list[tuple[str, str]]:
+    """Label and text for each thing a user looks for after a run."""
+    lines = [("trained", f"{closing.steps} steps in {closing.seconds:.0f} s")]
+    if closing.first_loss is not None and closing.last_loss is not None:
+        lines.append(
+            (
+                "loss",
+                f"{closing.first_loss:.4f} -> {closing.last_loss:.4f} (means of the first and last tenth)",
+            )
+        )
+    lines.append(("adapter", str(closing.adapter)))
+    if closing.base is not None:
+        lines.append(("base", str(closing.base)))
+    if closing.samples is not None:
+        lines.append(("samples", str(closing.samples)))
+    lines.append(("metrics", f"{closing.metrics} (also: tensorboard --logdir {closing.metrics.parent})"))
+    if closing.checkpoint is not None:
+        lines.append(("checkpoint", str(closing.checkpoint)))
+    return lines
+
+
+def write_summary(closing: Closing, path: Path) -> None:
+    """The same as JSON."""
+    fields: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(closing).items()
+    }
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def _processes(world: World) -> str:
+    return (
+        f"1 process on {world.device.type}"
+        if world.size == 1
+        else f"{world.size} processes on {world.device.type}"
+    )
+
+
+def _bytes(count: int) -> str:
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,75 @@
+"""A run's folder: what is where, and whether a run may write into it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.trainer.checkpoint import folders
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.recipe import Recipe, differences, load_recipe
+
+# Settings that change how a run is watched and kept, not what it computes.
+_FREE = ("output.", "sample.", "checkpoint.", "data.cache_dir", "train.steps")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside `output.dir`."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was run, defaults and overrides filled in."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder a checkpoint."""
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Sample pictures."""
+        return self.root / "samples"
+
+    @property
+    def comparison(self) -> Path:
+        """Before and after, in one picture."""
+        return self.root / "samples.png"
+
+    @property
+    def adapter(self) -> Path:
+        """The exported LoRA."""
+        return self.root / "adapter"
+
+    @property
+    def base(self) -> Path:
+        """The exported quantized transformer."""
+        return self.root / "transformer"
+
+
+def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
+    """Checks that the run may write here; changes nothing. Raises RecipeError when it may not."""
+    root = folder.root
+    if root.exists() and not root.is_dir():
+        raise RecipeError(f"output.dir: {root} is a file; name a folder")
+    holds_run = folder.recipe.is_file()
+    if not holds_run:
+        if root.is_dir() and any(root.iterdir()):
+            raise RecipeError(
+                f"output.dir: {root} is not empty and holds no run; name a new folder: output.dir=runs/other"
+            )
+        return
+    if not resume:
+        saved = folders(folder.checkpoints)
+        state = f"its last checkpoint is {saved[-1].name}" if saved else "it has no checkpoint yet"
+        raise RecipeError(
+            f"output.dir: {root} holds another run ({state}). Go on with it: --resume. Or name a new folder:"
+            " output.dir=runs/other"
+        )
+    changed = [line for line in differences(load_recipe(folder.recipe), recipe) if not line.startswith(_FREE)]
+    if changed:
+        raise RecipeError(
+            "--resume: these settings differ from the run's own recipe, "
+            f"{folder.recipe}, and would make it another run:\n  " + "\n  ".join(changed)
+        )

@@ -1,0 +1,159 @@
+"""Where a pipeline's weights are: a folder, or a snapshot of a Hub repository, with a digest for the cache."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from halfbyte.trainer.errors import HubError, RecipeError
+
+_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A pipeline folder in diffusers' layout."""
+
+    name: str  # what the recipe calls it: a repository's name or a folder
+    folder: Path
+    revision: str | None  # the commit of a Hub snapshot; None for a folder
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The component's configuration, without its weights."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return _read_json(self.folder / component / name)
+
+    def require(self, components: Sequence[str], denoiser: str) -> None:
+        """Raises RecipeError for another class of transformer, or naming every component the folder lacks."""
+        index = self.folder / "model_index.json"
+        if not index.is_file():
+            raise RecipeError(
+                f"model.path: {self.name}: no model_index.json in {self.folder}; expected a pipeline folder in"
+                " diffusers' layout (as DiffusionPipeline.save_pretrained writes it)"
+            )
+        listed = _read_json(index)
+        found = (listed.get("transformer") or [None, None])[1]
+        if found not in (None, denoiser):
+            raise RecipeError(
+                f"model.family: {self.name} holds a {found}, this family trains a {denoiser}; choose the family that"
+                " fits the model"
+            )
+        missing = [part for part in components if not self._holds(part, listed)]
+        if missing:
+            raise RecipeError(
+                f"model.path: {self.name}: lacks {', '.join(missing)}; a pipeline for training needs"
+                f" {', '.join(components)}"
+            )
+
+    def fingerprint(self, components: Sequence[str], memo: Path) -> str:
+        """A digest of the components' files: what of the model a cache entry depends on.
+
+        A Hub snapshot is named by its commit. A folder's files are hashed whole; `memo` is a folder that keeps
+        each file's digest by path, size and time of change, so that 10 GB of encoders are read once.
+        """
+        digest = hashlib.sha256()
+        if self.revision is not None:
+            digest.update(f"{self.name}@{self.revision}:{','.join(components)}".encode())
+            return digest.hexdigest()
+        for component in components:
+            for file in sorted(path for path in (self.folder / component).rglob("*") if path.is_file()):
+                relative = file.relative_to(self.folder).as_posix()
+                digest.update(f"{relative}:{_file_digest(file, memo)}\n".encode())
+        return digest.hexdigest()
+
+    def _holds(self, component: str, listed: dict[str, Any]) -> bool:
+        entry = listed.get(component)
+        folder = self.folder / component
+        if entry is None or entry[0] is None or not folder.is_dir():
+            return False
+        if component.startswith(("tokenizer", "scheduler")):
+            return any(folder.iterdir())
+        return (
+            any(file.suffix in _WEIGHTS for file in folder.iterdir()) and (folder / "config.json").is_file()
+        )
+
+
+def resolve(path: str, revision: str | None, components: Sequence[str], denoiser: str) -> ModelSource:
+    """Finds the pipeline; a Hub repository's needed components are downloaded (with the client's progress).
+
+    denoiser: the class of transformer that the pipeline must hold.
+
+    Raises RecipeError for a folder that is no such pipeline, HubError when the Hub refuses or is out of reach.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        source = ModelSource(path, folder, None)
+    else:
+        source = _download(path, revision, components)
+    source.require(components, denoiser)
+    return source
+
+
+def _download(name: str, revision: str | None, components: Sequence[str]) -> ModelSource:
+    # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
+    wanted = ["model_index.json"]
+    for part in components:
+        wanted += [f"{part}/*{suffix}" for suffix in (".json", ".safetensors", ".txt", ".model")]
+    page = f"https://huggingface.co/{name}"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise HubError(
+            f"model.path: {name} is gated: accept its licence at {page}, then log in with `hf auth login` or set"
+            " HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"model.revision: {name} has no revision {revision!r}; see {page}/commits") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"model.path: no repository {name} on the Hub, or it is private and you are not logged in"
+            " (`hf auth login`); a local folder starts with ./, ../, ~ or /"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"model.path: {name} is not in the local Hub cache and the Hub cannot be reached; check the connection,"
+            " or name a folder: model.path=/path/to/folder"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise HubError(f"model.path: the Hub refused {name} ({status}); see {page}") from error
+    return ModelSource(name, folder, folder.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"model.path: {path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"model.path: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"model.path: {path}: expected a JSON object")
+    return content
+
+
+def _file_digest(file: Path, memo: Path) -> str:
+    status = file.stat()
+    identity = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    kept = memo / hashlib.sha256(identity.encode()).hexdigest()
+    if kept.is_file():
+        return kept.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    memo.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_suffix(f".{hashlib.sha256(str(id(stream)).encode()).hexdigest()[:8]}.tmp")
+    temporary.write_text(digest)
+    temporary.replace(kept)
+    return digest
