@@ -21,12 +21,15 @@ MAX_ROWS = 16
 _UNIT = tl.constexpr(8)  # values in a 32-bit word of the packed weight
 _DOT_ROWS = 16  # the tensor cores' smallest tile
 
-# One row: output rows a program computes, and words of each it reads at a time.
-_ROW_OUTPUTS = 4
-_ROW_WORDS = 128
+# One row: output rows a program computes, and words of each it reads at a time. In a single warp the table is
+# looked up by exchanging registers, without the barriers that shared memory needs.
+_ROW_OUTPUTS = 8
+_ROW_WORDS = 32
+_ROW_WARPS = 1
 # Several rows: the weight tile of a step, in output rows and words.
 _TILE_OUTPUTS = 32
 _TILE_WORDS = 16
+_TILE_WARPS = 4
 _WANTED_PROGRAMS = 512  # about four on each of an H200's 132 multiprocessors
 
 
@@ -273,7 +276,7 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
                 BIAS=bias is not None,
                 OUTPUTS=_ROW_OUTPUTS,
                 WORDS=_ROW_WORDS,
-                num_warps=4,
+                num_warps=_ROW_WARPS,
             )
             return y
         tiles = triton.cdiv(outputs, _TILE_OUTPUTS)
@@ -294,7 +297,7 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
             ROWS=_DOT_ROWS,
             OUTPUTS=_TILE_OUTPUTS,
             WORDS=_TILE_WORDS,
-            num_warps=4,
+            num_warps=_TILE_WARPS,
             enable_fp_fusion=False,
         )
     y = partial[0] if parts == 1 else partial.sum(dim=0)
@@ -326,7 +329,7 @@ def input_grad_rows(grad: Tensor, weight: PackedWeight) -> Tensor:
             ROWS=_DOT_ROWS,
             OUTPUTS=_TILE_OUTPUTS,
             WORDS=_TILE_WORDS,
-            num_warps=4,
+            num_warps=_TILE_WARPS,
             enable_fp_fusion=False,
         )
     return (partial[0] if parts == 1 else partial.sum(dim=0)).to(grad.dtype)

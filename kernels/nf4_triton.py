@@ -25,6 +25,7 @@ _BYTE_UNIT = 2
 
 _UNITS_PER_PROGRAM = 512
 _VALUES_PER_PROGRAM = 4096
+_WARPS = 4
 
 _CELLS = 64  # a unit of the scaled value; a power of two, so that scaling by it is exact
 # Added to a float32 below 2**22, this leaves round_half_even(value) + 64 in the low mantissa bits.
@@ -165,7 +166,7 @@ def _dequantize(
             UNITS=units,
             DOUBLE=nested is not None,
             EVEN=numel % (units * unit) == 0,
-            num_warps=4,
+            num_warps=_WARPS,
             enable_fp_fusion=False,
         )
 
@@ -327,7 +328,7 @@ def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, 
             UNIT=unit,
             FP4=quant_type == "fp4",
             EVEN=numel % (blocks_per_program * blocksize) == 0,
-            num_warps=4,
+            num_warps=_WARPS,
             enable_fp_fusion=False,
         )
     return packed, absmax, sums
@@ -369,7 +370,7 @@ def quantize_4bit_double(
             NESTED_BLOCKSIZE=nested_blocksize,
             GROUP=group,
             CHUNK=1024,
-            num_warps=4,
+            num_warps=_WARPS,
             enable_fp_fusion=False,
         )
     return packed, codes, nested_absmax, offset
