@@ -173,7 +173,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     value = 0
     for name in sorted(tensors):
         raw = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        value = zlib.crc32(memoryview(raw), value)
+        value = zlib.crc32(raw.data, value)
     return f"{value:08x}"
 
 

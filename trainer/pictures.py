@@ -36,11 +36,13 @@ _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 def upright_size(data: bytes) -> tuple[int, int]:
     """(width, height) as seen after EXIF rotation, from the header alone. Raises one of DECODE_ERRORS."""
     with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller")
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
-    return (height, width) if turned else (width, height)
+        width, height = _bounded(image.size)
+        if image.format == "TIFF":
+            return width, height  # upright from the start; Pillow leaves every other kind to exif_transpose
+        # A PNG's own getexif decodes all pixels to reach what may come after them.
+        to_the_end = image.format == "PNG" and _has_late_metadata(data)
+        exif = image.getexif() if to_the_end else Image.Image.getexif(image)
+    return (height, width) if exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS else (width, height)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -48,8 +50,8 @@ def decode(data: bytes) -> Image.Image:
 
     Raises one of DECODE_ERRORS.
     """
-    upright_size(data)
     with Image.open(io.BytesIO(data)) as image:
+        _bounded(image.size)
         image.load()
         upright = ImageOps.exif_transpose(image)
     return _rgb(upright)
@@ -60,13 +62,32 @@ def pixels(
 ) -> Tensor:
     """The box (left, top, right, bottom) of an RGB picture at size (W, H): (3, H, W) fp32 in [-1, 1].
 
-    Lanczos with the kernel widened when shrinking, confined to the box: nothing outside the crop bleeds in.
+    Lanczos with the kernel widened when shrinking. Cropped first: resize(box=...) would look past its edges.
     """
-    crop = image.resize(size, Image.Resampling.LANCZOS, box=box)
+    crop = image.crop(box).resize(size, Image.Resampling.LANCZOS)
     if flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     values = torch.from_numpy(np.array(crop, dtype=np.uint8))
     return values.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0).contiguous()
+
+
+def _bounded(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller")
+    return size
+
+
+def _has_late_metadata(png: bytes) -> bool:
+    """Whether a chunk that may hold an orientation follows the pixels."""
+    place, after_pixels = 8, False
+    while place + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        after_pixels |= kind == b"IDAT"
+        if after_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        place += 12 + length
+    return False
 
 
 def _rgb(image: Image.Image) -> Image.Image:
