@@ -130,13 +130,13 @@ def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
         surplus = [path for path in match.layers if not f"{path}.".startswith(f"{match.entry}.")]
         if match.entry in modules and surplus:
             log.warning(
-                "skip: %r matches %d linear layers of %s (%.3g M parameters stay unquantized), of them %d besides"
+                "skip: %r matches %d linear layers of %s (%s parameters stay unquantized), of them %d besides"
                 " the module of that path, %s first; diffusers matches names anywhere in a path, so no list can"
                 " mean that module alone",
                 match.entry,
                 len(match.layers),
                 model_name,
-                match.parameters / 1e6,
+                f"{match.parameters:,}",
                 len(surplus),
                 surplus[0],
             )

@@ -1,6 +1,7 @@
 """A frozen linear layer whose weight stays in 4 bits; gradients reach its input, and its bias if asked."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class Params4bit(nn.Parameter):
         return super().nelement() + (0 if self.quant_state is None else self.quant_state.nbytes)
 
 
+def _has_autocast(device_type: str) -> bool:
+    # The meta device, on which shapes and costs are worked out, has none, and raises when asked for it.
+    return torch.amp.is_autocast_available(device_type)
+
+
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T + b, W dequantized for the product alone and again for dX: nothing of W's size is saved."""
 
@@ -73,7 +79,8 @@ class _FrozenLinear(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         grad_x = grad_bias = None
         # Whatever autocast region backward() is called from, the product stays in the forward's dtype.
-        with torch.autocast(grad_output.device.type, enabled=False):
+        device_type = grad_output.device.type
+        with torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext():
             if ctx.needs_input_grad[0]:
                 grad_x = grad_output @ dequantize(packed, ctx.state, grad_output.dtype)
             if ctx.needs_input_grad[2]:
@@ -153,7 +160,7 @@ class Linear4bit(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in) -> (..., out), in the input's dtype; under autocast in autocast's, as nn.Linear."""
         device_type = input.device.type
-        if torch.is_autocast_enabled(device_type):
+        if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
             compute_dtype = output_dtype = torch.get_autocast_dtype(device_type)
         else:
             compute_dtype, output_dtype = self.compute_dtype, input.dtype

@@ -1,6 +1,7 @@
 """One quantized weight: its packed codes, what it takes to read them, and the way there and back."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class NestedState:
     offset: Tensor  # () fp32; stays a tensor, because a Python number would break a compiled graph
     blocksize: int
 
+    # What bitsandbytes' own reader asks of such a state, see `QuantState.state2`.
+    nested: ClassVar[None] = None
+    dtype: ClassVar[torch.dtype] = torch.float32
+
 
 @dataclass(frozen=True, eq=False)
 class QuantState:
@@ -51,6 +56,18 @@ class QuantState:
     code: Tensor  # (16,) fp32
     absmax: Tensor  # (b,), fp32, or uint8 codes when `nested` says how to read them
     nested: NestedState | None = None
+
+    # diffusers (LoRAs that widen a layer) and PEFT (DoRA) hand the state of a `Params4bit` to bitsandbytes'
+    # dequantize_4bit, which looks for the nested part under these two names.
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to the scales."""
+        return None if self.nested is None else self.nested.offset
+
+    @property
+    def state2(self) -> NestedState | None:
+        """How the scales are read."""
+        return self.nested
 
     @property
     def nbytes(self) -> int:

@@ -125,8 +125,8 @@ def _nested_state(
     if facts["nested_dtype"] != "float32":
         raise ValueError(f"{where}: nested_dtype is {facts['nested_dtype']!r}, accepted: float32")
     offset = facts["nested_offset"]
-    if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
-        raise ValueError(f"{where}: nested_offset is {offset!r}, expected a finite number")
+    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{where}: nested_offset is {str(offset)[:80]}, expected a finite number")
     groups = (math.ceil(blocks / blocksize),)
     return NestedState(
         absmax=_statistic(name, "nested_absmax", statistics, device, torch.float32, groups),
@@ -200,6 +200,8 @@ def _statistic(
     _check_tensor(f"{name}.{suffix}", tensor, dtype, shape)
     if dtype.is_floating_point and not tensor.isfinite().all():
         raise ValueError(f"{name}.{suffix}: holds NaN or infinite values; the file is damaged")
+    if dtype.is_floating_point and suffix.endswith("absmax") and (tensor < 0).any():
+        raise ValueError(f"{name}.{suffix}: holds negative scales; the file is damaged")
     return tensor.to(device)
 
 

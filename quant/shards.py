@@ -62,6 +62,13 @@ class ShardedWeights:
         if index.is_file():
             shard_of = _read_index(index)
             held = {shard: self._open(shard) for shard in sorted(set(shard_of.values()))}
+            for shard, names in held.items():
+                for name in names & shard_of.keys():
+                    if shard_of[name] != shard:
+                        raise ValueError(
+                            f"{self.folder / shard}: holds {name}, which {INDEX_FILE} places in {shard_of[name]};"
+                            " which of the two is right cannot be told"
+                        )
             for name, shard in shard_of.items():
                 if name not in held[shard]:
                     raise ValueError(f"{self.folder / shard}: lacks {name}, which {INDEX_FILE} places there")

@@ -88,7 +88,7 @@ def test_a_name_that_matches_more_than_its_module_is_warned_about(request, caplo
     (record,) = caplog.records
     message = record.getMessage()
     assert "'proj_out' matches 5 linear layers of FluxTransformer2DModel" in message
-    assert "0.086 M parameters" in message
+    assert "(86,016 parameters stay unquantized)" in message
     assert "4 besides the module of that path, single_transformer_blocks.0.proj_out first" in message
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -191,6 +192,15 @@ def test_a_move_takes_the_statistics_along():
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
+def test_shapes_can_be_worked_out_on_meta():
+    layer = layer_of().to("meta")
+    x = torch.empty(3, 96, device="meta", requires_grad=True)
+    output = layer(x)
+    output.sum().backward()
+    assert (output.shape, output.dtype) == ((3, 80), torch.float32)
+    assert x.grad.shape == x.shape
+
+
 def test_accelerate_moves_the_parameter_with_its_state():
     layer = layer_of()
     set_module_tensor_to_device(layer, "weight", "cpu", value=layer.weight.data.clone())
@@ -281,6 +291,20 @@ def test_footprint_counts_codes_and_statistics():
     assert weight.numel() == 128 * 128 // 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_holds_the_same_weight_and_gives_it_back():
+    layer = layer_of()
+    expected = layer.dequantize()
+    layer.cuda()
+    assert layer.weight.quant_state.nested.offset.is_cuda
+    assert torch.equal(layer.dequantize().cpu(), expected)
+    x = noise(4, 96, requires_grad=True)
+    layer(x.cuda()).sum().backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(layer.cpu().dequantize(), expected)
+
+
 @pytest.fixture
 def flux(mini_flux):
     return load_quantized(
@@ -335,6 +359,25 @@ def test_gradients_of_an_adapter_equal_a_float64_reference():
     (base + 2.0 * (x.double() @ down.T) @ up.T).backward(upstream.double())
     torch.testing.assert_close(tuned.lora_A["default"].weight.grad.double(), down.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tuned.lora_B["default"].weight.grad.double(), up.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bitsandbytes_reads_our_state(double_quant):
+    layer = layer_of(128, 64, double_quant=double_quant)
+    assert torch.equal(
+        bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), layer.dequantize()
+    )
+
+
+def test_dora_finds_the_norms_of_our_weights():
+    layer = layer_of(128, 64, compute_dtype=torch.float32)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    magnitude = model.base_model.model[0].lora_magnitude_vector["default"].weight
+    torch.testing.assert_close(
+        magnitude.float(), layer.dequantize(torch.float32).norm(dim=1), rtol=1e-2, atol=0
+    )
+    x = noise(3, 128, dtype=torch.float32)
+    torch.testing.assert_close(model(x), layer(x), rtol=1e-2, atol=1e-2)
 
 
 def test_get_peft_model_finds_all_linears(flux):

@@ -134,6 +134,17 @@ def test_a_weight_may_lie_apart_from_its_statistics(mini_sd3, tmp_path):
     assert torch.equal(prediction(load(apart)), prediction(load(tmp_path / "whole")))
 
 
+def test_a_tensor_in_two_shards_is_refused(mini_sd3, tmp_path):
+    SD3Transformer2DModel.from_pretrained(mini_sd3 / "transformer").save_pretrained(
+        tmp_path, max_shard_size="200KB"
+    )
+    weight_map = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
+    other = next(file for file in weight_map.values() if file != weight_map["proj_out.weight"])
+    save_file(load_file(tmp_path / other) | {"proj_out.weight": torch.zeros(1)}, tmp_path / other)
+    with pytest.raises(ValueError, match=f"{other}: holds proj_out.weight, which .* places in"):
+        load(tmp_path, QuantRecipe())
+
+
 def test_no_second_full_weight_is_held_while_loading(mini_sd3, monkeypatch):
     held, most = [], 0
     read = ShardedWeights.read
@@ -150,6 +161,21 @@ def test_no_second_full_weight_is_held_while_loading(mini_sd3, monkeypatch):
     load(mini_sd3 / "transformer", QuantRecipe(skip=("proj_out",)))
     assert len(held) > 20
     assert most == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_gpu_quantizes_to_the_codes_of_the_cpu(mini_sd3, double_quant):
+    recipe = QuantRecipe(double_quant=double_quant)
+    on_cpu = load(mini_sd3 / "transformer", recipe).state_dict()
+    on_gpu = load_quantized(
+        SD3Transformer2DModel, mini_sd3 / "transformer", recipe, dtype=torch.bfloat16, device="cuda"
+    )
+    assert all(parameter.is_cuda for parameter in on_gpu.parameters())
+    for name, tensor in on_gpu.state_dict().items():
+        if not double_quant or name.endswith((".weight", ".bias")):
+            assert torch.equal(tensor.cpu(), on_cpu[name]), name
 
 
 def test_progress_counts_the_tensors(mini_sd3):

@@ -248,20 +248,30 @@ def test_a_missing_statistic_is_named(suffix):
 
 
 @pytest.mark.parametrize("suffix", ["absmax", "quant_map", "nested_absmax", "nested_quant_map"])
-@pytest.mark.parametrize("damage", ["length", "dtype", "values"])
-def test_a_statistic_of_another_form_is_named(suffix, damage):
+@pytest.mark.parametrize(
+    "change",
+    [lambda tensor: torch.cat([tensor, tensor[:1]]), lambda tensor: tensor.double(), lambda t: t[None]],
+)
+def test_a_statistic_of_another_form_is_named(suffix, change):
     packed, _, statistics = packed_weight()
-    tensor = statistics[suffix]
-    if damage == "length":
-        statistics[suffix] = torch.cat([tensor, tensor[:1]])
-    elif damage == "dtype":
-        statistics[suffix] = tensor.to(torch.float64)
-    elif suffix == "absmax":
-        pytest.skip("any byte is a code")
-    else:
-        statistics[suffix] = tensor.clone()
-        statistics[suffix][0] = float("nan")
-    with pytest.raises(ValueError, match=rf"^w\.{suffix}: "):
+    statistics[suffix] = change(statistics[suffix])
+    with pytest.raises(ValueError, match=rf"^w\.{suffix}: expected torch\."):
+        unpack_state("w", packed, statistics)
+
+
+@pytest.mark.parametrize("suffix", ["quant_map", "nested_absmax", "nested_quant_map"])
+def test_a_statistic_that_is_not_finite_is_named(suffix):
+    packed, _, statistics = packed_weight()
+    statistics[suffix][0] = float("nan")
+    with pytest.raises(ValueError, match=rf"^w\.{suffix}: holds NaN"):
+        unpack_state("w", packed, statistics)
+
+
+@pytest.mark.parametrize("suffix", ["absmax", "nested_absmax"])
+def test_negative_scales_are_refused(suffix):
+    packed, _, statistics = packed_weight(double_quant=suffix == "nested_absmax")
+    statistics[suffix] = -statistics[suffix]
+    with pytest.raises(ValueError, match=rf"^w\.{suffix}: holds negative scales"):
         unpack_state("w", packed, statistics)
 
 
@@ -310,6 +320,7 @@ def test_a_packed_weight_of_another_length_is_named(length):
         {"shape": [10.0, 20]}, {"shape": [True, 200]}, {"shape": [10**18, 10**18]}, {"shape": [2**39, 2**39]},
         {"shape": [1] * 1000}, {"shape": [[10], [20]]}, {"shape": [20, 10, 1, 2]}, {"shape": "10,20"},
         {"nested_blocksize": 0}, {"nested_blocksize": 100}, {"nested_dtype": "float16"},
+        {"nested_offset": 10**400}, {"nested_offset": 1e39},
         {"nested_offset": "1"}, {"nested_offset": None}, {"nested_offset": True}, {"nested_offset": [1.0]},
         {"nested_offset": float("nan")}, {"nested_offset": float("inf")}, {"surplus": 1},
     ],
