@@ -42,6 +42,13 @@ class RecipeLoader(yaml.SafeLoader):
 class RecipeDumper(yaml.SafeDumper):
     """Quotes whatever either version of YAML would not read back as text."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # PyYAML folds these line breaks into spaces unless they are written as escapes.
+        style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar(_TAG + "str", text, style)
+
+
+RecipeDumper.add_representer(str, RecipeDumper.represent_text)
 
 for _name, _pattern in _SCALARS.items():
     RecipeLoader.add_implicit_resolver(_TAG + _name, _pattern, None)
@@ -72,6 +79,8 @@ class Document:
     data: dict[str, Any]
     places: dict[KeyPath, Place]
     problems: list[tuple[Place, str]] = field(default_factory=list)
+    # Fields whose value could not be read: they are null in `data`, which says nothing about them.
+    unread: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> Place:
         """Where the value at `path` was written; for an absent one, where what encloses it was."""
@@ -202,6 +211,7 @@ def plain_value(node: yaml.Node | None, path: KeyPath, place: Place, document: D
     if isinstance(node, yaml.ScalarNode) and kind in _SCALARS and _SCALARS[kind].match(node.value):
         return _converted(kind, node.value)
     document.refuse(place, path, f"a recipe has no tags; leave out '{node.tag}'")
+    document.unread.add(path)
     return None
 
 
@@ -209,7 +219,8 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, place: Place, document: Docu
     values: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            document.refuse(place, path, "a key is a single word, not a list or a mapping")
+            here = Place(place.source, key.start_mark.line + 1, place.base, place.override)
+            document.refuse(here, path, "a key is a single word, not a list or a mapping")
             continue
         inner = (*path, key.value)
         if key.value in values:

@@ -25,6 +25,7 @@ def apply_overrides(document: Document, texts: Sequence[str], tree: SchemaTree) 
                 place, path, f"a section; set its fields one by one, as {name}.{_first(path, tree)}=..."
             )
         else:
+            _name_absent_choice(document, path, place, tree)
             before = document.at(path)
             try:
                 document.put(path, _written_value(value.strip(), path, place, document), place)
@@ -44,6 +45,13 @@ def _first(path: KeyPath, tree: SchemaTree) -> str:
     node = tree.at(path, None)
     assert node is not None
     return next(iter(tree.properties(node)))
+
+
+def _name_absent_choice(document: Document, path: KeyPath, place: Place, tree: SchemaTree) -> None:
+    """A setting is overridden of a choice that the file leaves to its default: the default is that choice."""
+    node = tree.at(path[:-1], document.data)
+    if node is not None and tree.variants(node) and document.at(path[:-1]) is None:
+        document.put(path[:-1], {"name": node["default"]["name"]}, place)
 
 
 def _leave_out_settings(document: Document, path: KeyPath, before: str, tree: SchemaTree) -> None:

@@ -12,7 +12,7 @@ from halfbyte.trainer.registry import in_prose, nearest
 
 def report(error: ValidationError, document: Document, tree: SchemaTree) -> None:
     """Adds each of pydantic's errors to the document's problems, once a field."""
-    reported: set[KeyPath] = set()
+    reported = set(document.unread)
     for detail in error.errors(include_url=False):
         path = _field(detail, document.data)
         if path not in reported:
@@ -25,7 +25,8 @@ def _field(detail: ErrorDetails, data: Any) -> KeyPath:
     """The field an error is about: its location without the union members pydantic names on the way."""
     path: list[str | int] = []
     for index, key in enumerate(detail["loc"], start=1):
-        inside = key in data if isinstance(data, dict) else isinstance(data, list) and isinstance(key, int)
+        inside = isinstance(data, dict) and key in data
+        inside |= isinstance(data, list) and isinstance(key, int) and key < len(data)
         if inside:
             data = data[key]
         elif detail["type"] != "missing" or index < len(detail["loc"]):
@@ -60,9 +61,12 @@ def _unknown_key(path: KeyPath, document: Document, tree: SchemaTree) -> str:
     key = str(path[-1])
     section = tree.at(path[:-1], document.data)
     assert section is not None, f"{dotted(path)} is an unknown key of an unknown section"
-    known = tree.properties(section, document.at((*path[:-1], "name")))
+    name = document.at((*path[:-1], "name"))
+    known = tree.properties(section, name)
     if near := nearest(key, known):
         return f"unknown key; did you mean '{near}'?"
+    if owners := [other for other, node in tree.variants(section).items() if key in node["properties"]]:
+        return f"{name} has no such setting, only {in_prose(owners)} has; expected {in_prose(known)}"
     if elsewhere := _elsewhere(key, tree):
         return f"unknown key; did you mean {in_prose(elsewhere)}?"
     return f"unknown key, expected {in_prose(known)}"

@@ -1,0 +1,505 @@
+"""Recipes: what is read, what is refused, and where the messages point."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.losses import LOSSES, Huber
+from halfbyte.trainer.recipe import Recipe, differences, load_recipe
+from halfbyte.trainer.recipe_file import RecipeDumper, RecipeLoader, scalar
+from halfbyte.trainer.registry import FAMILIES, Registry
+from halfbyte.trainer.shift import StaticShift
+
+SMALL = """\
+model: {family: flux, path: owner/name}
+data: {path: ./pictures}
+output: {dir: out}
+"""
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes recipe.yaml beside a folder of pictures; the current folder is another one."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def written(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return written
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    """The lines of the error, without the folder of the recipe."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(f"{path.parent}/", "").splitlines()
+
+
+def test_a_small_recipe_gets_the_documented_defaults(write: Write) -> None:
+    recipe = load_recipe(write(SMALL))
+    assert recipe.quant.type == "nf4"
+    assert recipe.quant.double_quant
+    assert recipe.lora.rank == 16
+    assert recipe.objective.shift.name == "resolution"
+    assert recipe.objective.loss.name == "mse"
+    assert recipe.optimizer.lr == 1e-4
+    assert recipe.data.cache_folder == Path.home() / ".cache" / "halfbyte"
+
+
+def test_a_section_with_every_line_commented_out_has_its_defaults(write: Write) -> None:
+    recipe = load_recipe(write(SMALL + "train:\n  # steps: 3\nlr_schedule:\n"))
+    assert recipe.train.steps == 1000
+    assert recipe.lr_schedule.name == "constant"
+
+
+def test_every_problem_is_reported_at_once_in_order_with_its_line(write: Write) -> None:
+    path = write(
+        """\
+model:
+  family: fluxx
+  path: name
+quant: {type: nf5}
+lora:
+  rank: 1.5
+  lr: 3
+  targets: all_linear
+data:
+  path: ./pictures
+  resolution: 1000
+objective:
+  loss: {name: hubert}
+  timesteps: {name: mode, mean: 1}
+optimizer:
+  name: adamw
+  lr: 1e-4x
+trian: {steps: 3}
+train:
+  learning_rate: 3
+  seed: -1
+output: {dir: out}
+"""
+    )
+    assert problems(path, "train.stepz=10", "sample.steps=many") == [
+        "recipe.yaml:2: model.family: got 'fluxx', expected flux or sd3; did you mean 'flux'?",
+        "recipe.yaml:3: model.path: got 'name', expected a Hub repository as owner/name,"
+        " or a folder with ./, ../, / or ~ in front",
+        "recipe.yaml:4: quant.type: got 'nf5', expected nf4, fp4 or none; did you mean 'nf4'?",
+        "recipe.yaml:6: lora.rank: got 1.5, expected a whole number, 1 or more",
+        "recipe.yaml:7: lora.lr: unknown key; did you mean optimizer.lr?",
+        "recipe.yaml:8: lora.targets: got 'all_linear'; did you mean 'all-linear'?",
+        "recipe.yaml:11: data.resolution: got 1000, expected a whole number divisible by 16, from 16 to 8192",
+        "recipe.yaml:13: objective.loss.name: got 'hubert', expected mse, huber or l1; did you mean 'huber'?",
+        "recipe.yaml:14: objective.timesteps.mean: mode has no such setting, only logit_normal has;"
+        " expected name or scale",
+        "recipe.yaml:17: optimizer.lr: got '1e-4x', expected a positive number",
+        "recipe.yaml:18: trian: unknown key; did you mean 'train'?",
+        "recipe.yaml:20: train.learning_rate: unknown key;"
+        " did you mean optimizer.lr or lr_schedule.warmup_steps?",
+        "recipe.yaml:21: train.seed: got -1, expected a whole number, from 0 to 4294967295",
+        "command line: train.stepz=10: unknown key; did you mean 'steps'?",
+        "command line: sample.steps=many: got 'many', expected a whole number, 1 or more",
+    ]
+
+
+def test_what_must_be_given_is_named_with_its_meaning(write: Write) -> None:
+    assert problems(write("train: {steps: 3}\n")) == [
+        "recipe.yaml:1: model.family: missing, expected flux or sd3: what kind of model it is",
+        "recipe.yaml:1: model.path: missing, expected text: a Hub repository as owner/name, or a folder"
+        " (./, ../, / or ~ in front), in diffusers' layout",
+        "recipe.yaml:1: data.path: missing, expected a path: a folder of pictures, with captions in"
+        " metadata.jsonl or metadata.csv, or in .txt files beside them",
+        "recipe.yaml:1: output.dir: missing, expected a path: the run's folder; a relative path starts from"
+        " the current folder",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train: {steps: yes}", "train.steps: got 'yes', expected a whole number, 1 or more"),
+        ("train: {steps: true}", "train.steps: got true, expected a whole number, 1 or more"),
+        ("train: {steps: '10'}", "train.steps: got '10', expected a whole number, 1 or more"),
+        ("train: {steps: 10.0}", "train.steps: got 10.0, expected a whole number, 1 or more"),
+        ("train: {steps: 0}", "train.steps: got 0, expected a whole number, 1 or more"),
+        ("train: {max_grad_norm: .nan}", "train.max_grad_norm: got NaN, expected a positive number or null"),
+        (
+            "train: {max_grad_norm: .inf}",
+            "train.max_grad_norm: got Infinity, expected a positive number or null",
+        ),
+        ("optimizer: {name: adamw, lr: true}", "optimizer.lr: got true, expected a positive number"),
+        ("optimizer: {name: adamw, lr: 0}", "optimizer.lr: got 0, expected a positive number"),
+        ("optimizer: {lr: 1}", "optimizer: no name given, expected a mapping with a name, as {name: adamw};"),
+        ("optimizer: adamw", "optimizer: got 'adamw', expected a mapping with a name, as {name: adamw};"),
+        (
+            "optimizer: {name: adamw, betas: [0.9, 2]}",
+            "optimizer.betas[1]: got 2, expected a number, 0 or more",
+        ),
+        (
+            "optimizer: {name: adamw, betas: [0.9]}",
+            "optimizer.betas[1]: missing, expected a number, 0 or more",
+        ),
+        ("quant: {double_quant: yes}", "quant.double_quant: got 'yes', expected true or false"),
+        ("quant: {double_quant: 1}", "quant.double_quant: got 1, expected true or false"),
+        ("quant: nf4", "quant: got 'nf4', expected a section of fields"),
+        ("quant: {skip: proj_out}", "quant.skip: got 'proj_out', expected a list of texts, as [one, two]"),
+        ("sample: {prompts: [a, 3]}", "sample.prompts[1]: got 3, expected text"),
+        ("sample: {prompts: ['']}", "sample.prompts[0]: got '', expected text"),
+        ("sample: {width: 1000}", "sample.width: got 1000, expected a whole number divisible by 16, from"),
+        ("sample: {every: 5}", "sample.every: got 5, expected 0 where sample.prompts is empty"),
+        ("lora: {targets: '*'}", "lora.targets: got '*', expected all-linear, attention, a list of module"),
+        ("lora: {targets: []}", "lora.targets: got [], expected at least one module name, or all-linear or"),
+        ("lora: {targets: 3}", "lora.targets: got 3, expected all-linear or attention, a list of texts,"),
+        ("lora: {dropout: 1}", "lora.dropout: got 1, expected a number, 0 or more and less than 1"),
+        (
+            "lr_schedule: {name: linear, warmup_steps: 1000}",
+            "lr_schedule.warmup_steps: got 1000, expected fewer",
+        ),
+        (
+            "objective: {shift: {name: resolution, base_tokens: 9, max_tokens: 9}}",
+            "objective.shift.max_tokens: got 9, expected more than base_tokens (9)",
+        ),
+        (
+            "objective: {timesteps: {name: mode, scale: 2}}",
+            "objective.timesteps.scale: got 2, expected a number,",
+        ),
+        ("lora: {rank: 4, rank: 8}", "lora.rank: given twice; first on line 4"),
+        ("wandb: true", "wandb: unknown key, expected model, quant, lora, data, objective, optimizer,"),
+        ("lora: {rank: !!python/name:os.system x}", "lora.rank: a recipe has no tags; leave out"),
+        ("? [a]\n: 3", "a key is a single word, not a list or a mapping"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_line_and_what_is_accepted(
+    write: Write, line: str, expected: str
+) -> None:
+    (problem,) = problems(write(SMALL + line + "\n"))
+    assert problem.startswith(f"recipe.yaml:4: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "recipe.yaml: the recipe is empty, expected sections: model, quant"),
+        ("# nothing\n", "recipe.yaml: the recipe is empty"),
+        ("- model\n", "recipe.yaml: the recipe holds a list"),
+        ("model\n", "recipe.yaml: the recipe holds a single value"),
+        ("model:\n\tfamily: flux\n", "recipe.yaml:2: not valid YAML: a tab where"),
+        ("model: [1,\n", "recipe.yaml:2: not valid YAML: while parsing a flow"),
+        ("model:\n  a: 1\n b: 2\n", "recipe.yaml:3: not valid YAML: "),
+        ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: expected a single document"),
+        ("a: &x 1\nb: *x\n", "recipe.yaml:2: not valid YAML: a recipe has no aliases"),
+        ("a: 1\nb: \x01\n", "recipe.yaml:2: not valid YAML: it does not allow the character U+0001"),
+        ("[" * 100_000, "recipe.yaml:1: not valid YAML: nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(write: Write, text: str, expected: str) -> None:
+    (problem,) = problems(write(text))
+    assert problem.startswith(expected)
+
+
+def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
+    write(SMALL)
+    assert problems(tmp_path / "recip.yaml") == [
+        "recip.yaml: there is no such recipe; did you mean recipe.yaml?"
+    ]
+    assert problems(tmp_path / "other.yaml") == ["other.yaml: there is no such recipe"]
+    assert problems(tmp_path / "pictures") == ["pictures: this is a folder, expected a recipe, a YAML file"]
+    (tmp_path / "weights.yaml").write_bytes(b"\xff\xfe\x80\x00")
+    assert problems(tmp_path / "weights.yaml") == [
+        "weights.yaml: this is no UTF-8 text, expected a recipe, a YAML file"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-4", 1e-4), ("1E+2", 100.0), (".5", 0.5), ("1.", 1.0), ("010", 10), ("0x1F", 31), ("0o17", 15)]
+    + [(word, word) for word in ("yes", "on", "1:30", "2024-01-01", "1_000", "=", "<<")]
+    + [("True", True), ("~", None), ("", None)],
+)
+def test_plain_values_follow_yaml_1_2_in_files_and_overrides(written: str, value: object) -> None:
+    assert scalar(written) == value
+    assert type(scalar(written)) is type(value)
+    assert (
+        yaml.compose(f"- {written}", Loader=RecipeLoader)
+        .value[0]
+        .tag.endswith({float: "float", int: "int", str: "str", bool: "bool", type(None): "null"}[type(value)])
+    )
+
+
+def test_a_learning_rate_without_a_dot_is_a_number(write: Write) -> None:
+    path = write(SMALL + "optimizer: {name: adamw, lr: 1e-4}\n")
+    assert load_recipe(path).optimizer.lr == 1e-4
+    assert load_recipe(path, ["optimizer.lr=3e-5"]).optimizer.lr == 3e-5
+    assert load_recipe(path, ["optimizer.lr=1"]).optimizer.lr == 1.0
+
+
+def test_overrides_replace_fields_and_the_last_one_wins(write: Write) -> None:
+    recipe = load_recipe(
+        write(SMALL),
+        [
+            "train.steps=10",
+            "train.steps=20",
+            "lora.targets=[to_q, to_k]",
+            "train.max_grad_norm=null",
+            "objective.shift={name: static, shift: 2}",
+            'sample.prompts=["a cat: sitting", a dog]',
+        ],
+    )
+    assert recipe.train.steps == 20
+    assert recipe.lora.targets == ("to_q", "to_k")
+    assert recipe.train.max_grad_norm is None
+    assert recipe.objective.shift == StaticShift(name="static", shift=2.0)
+    assert recipe.sample.prompts == ("a cat: sitting", "a dog")
+
+
+@pytest.mark.parametrize("text", ["a photo of #1", "a: b", "*star", "&x", "!tag", "- a", "a = b", "@x", "%y"])
+def test_an_override_without_brackets_is_the_text_itself(write: Write, text: str) -> None:
+    assert load_recipe(write(SMALL), [f"data.caption_prefix={text}"]).data.caption_prefix == text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps", "expected section.field=value, as train.steps=10"),
+        ("=3", "expected section.field=value, as train.steps=10"),
+        ("train..steps=3", "expected section.field=value, as train.steps=10"),
+        ("trian.steps=3", "unknown key; did you mean 'train'?"),
+        ("steps=3", "unknown key; did you mean train.steps or sample.steps?"),
+        ("model.path.x=3", "model.path is a single value and has no fields"),
+        ("train={steps: 3}", "a section; set its fields one by one, as train.steps=..."),
+        ("sample.prompts=[a, b", "not valid YAML: while parsing a flow sequence"),
+        ("optimizer={name: adamw, lr: x}", "lr: got 'x', expected a positive number"),
+        ("optimizer={name: adamw, lr: 1, lr: 2}", "lr: given twice"),
+        ("objective.loss.name=hubert", "got 'hubert', expected mse, huber or l1; did you mean 'huber'?"),
+        ("lora.targetz=", "unknown key; did you mean 'targets'?"),
+        ("lora.rank=", "got null, expected a whole number, 1 or more"),
+    ],
+)
+def test_a_wrong_override_is_named_as_it_was_given(write: Write, override: str, expected: str) -> None:
+    (problem,) = problems(write(SMALL), override)
+    assert problem.startswith(f"command line: {override}: {expected}")
+
+
+def test_a_choice_renamed_keeps_what_fits_and_says_what_it_leaves_out(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(
+        SMALL + "lr_schedule: {name: linear, warmup_steps: 5}\nobjective: {loss: {name: huber, delta: 0.3}}\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        recipe = load_recipe(path, ["lr_schedule.name=cosine"])
+    assert (recipe.lr_schedule.name, recipe.lr_schedule.warmup_steps) == ("cosine", 5)
+    assert caplog.messages == []
+    with caplog.at_level(logging.WARNING):
+        assert load_recipe(path, ["objective.loss.name=l1"]).objective.loss.name == "l1"
+    assert caplog.messages == ["objective.loss: leaving out the recipe's delta, which only huber has"]
+    # What the command line itself sets is never left out.
+    assert problems(path, "objective.loss.delta=0.2", "objective.loss.name=l1") == [
+        "command line: objective.loss.delta=0.2: l1 has no such setting, only huber has; expected name"
+    ]
+    assert load_recipe(path, ["objective.loss.name=huber"]).objective.loss == Huber(name="huber", delta=0.3)
+
+
+def test_paths_start_from_where_they_were_written(write: Write, tmp_path: Path) -> None:
+    here = tmp_path / "elsewhere"
+    for folder in (tmp_path / "models" / "a", here / "models" / "a", here / "pictures"):
+        folder.mkdir(parents=True)
+    path = write(
+        "model: {family: flux, path: ./models/a}\n"
+        "data: {path: pictures, cache_dir: ../cache}\n"
+        "output: {dir: runs/a}\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.model.path == str(tmp_path / "models" / "a")
+    assert recipe.data.path == tmp_path / "pictures"
+    assert recipe.data.cache_folder == tmp_path.parent / "cache"
+    assert recipe.output.dir == here / "runs" / "a"
+    recipe = load_recipe(path, ["model.path=./models/a", "data.path=pictures", "data.cache_dir=~/x"])
+    assert recipe.model.path == str(here / "models" / "a")
+    assert recipe.data.path == here / "pictures"
+    assert recipe.data.cache_folder == Path.home() / "x"
+
+
+def test_folders_that_are_not_there_are_problems_of_the_recipe(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = write("model: {family: flux, path: ./mini}\ndata: {path: ./photoz}\noutput: {dir: ../file}\n")
+    assert problems(path) == [
+        "recipe.yaml:1: model.path: got './mini', but there is no folder mini",
+        "recipe.yaml:2: data.path: got './photoz', but there is no folder photoz",
+        "recipe.yaml:3: output.dir: got '../file', expected a folder; file is a file",
+    ]
+    assert problems(path, "model.path=owner/name", "data.path=", "output.dir=''")[0].endswith(
+        "got null, expected a path"
+    )
+    assert problems(write(SMALL), "output.dir=../pictures/run") == [
+        "command line: output.dir=../pictures/run: pictures/run is inside data.path;"
+        " its pictures would be trained on at the next start"
+    ]
+
+
+@pytest.mark.parametrize("path", ["owner/name", "black-forest-labs/FLUX.1-dev", "a/b_c.d-e", "0x/1"])
+def test_hub_repositories_are_recognized(write: Write, path: str) -> None:
+    assert load_recipe(write(SMALL), [f"model.path={path}"]).model.path == path
+
+
+@pytest.mark.parametrize(
+    "path", ["flux", "a/b/c", "a b/c", "a/b--c", "a/..", "-a/b", "a/b.", "https://x/y", "é/b"]
+)
+def test_what_is_neither_repository_nor_folder_is_refused(write: Write, path: str) -> None:
+    (problem,) = problems(write(SMALL), f"model.path={path}")
+    assert "expected a Hub repository as owner/name, or a folder" in problem
+
+
+def test_a_folder_named_like_a_repository_must_be_told_apart(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "owner" / "name").mkdir(parents=True)
+    (problem,) = problems(write(SMALL))
+    assert "write './owner/name' for the folder" in problem
+    recipe = load_recipe(write(SMALL), ["model.path=./owner/name"])
+    assert recipe.model.path == str(tmp_path / "elsewhere" / "owner" / "name")
+
+
+def test_a_folder_has_no_revision(write: Write, tmp_path: Path) -> None:
+    (problem,) = problems(write(SMALL), f"model.path={tmp_path}", "model.revision=main")
+    assert (
+        problem == f"command line: model.revision=main: got 'main', but {tmp_path} is a folder; expected null"
+    )
+    assert load_recipe(write(SMALL), ["model.revision=main"]).model.revision == "main"
+
+
+def test_recipes_cannot_be_changed(write: Write) -> None:
+    recipe = load_recipe(write(SMALL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.steps = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.objective.loss.name = "l1"
+
+
+def test_a_written_recipe_loads_as_itself_anywhere(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write(SMALL), ["lora.targets=[to_q]", "optimizer.lr=1e-5", "objective.loss.name=l1"])
+    copy = tmp_path / "elsewhere" / "copy.yaml"
+    copy.write_text(recipe.to_yaml())
+    monkeypatch.chdir("/")
+    assert load_recipe(copy) == recipe
+    assert differences(load_recipe(copy), recipe) == []
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    prefix=st.text(),
+    prompts=st.lists(st.text(min_size=1), max_size=3),
+    lr=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
+    revision=st.sampled_from(["1e5", "0o17", "010", "yes", "null", "1_000", "12e34567", "~", "1:30", "0x1"]),
+)
+def test_any_text_survives_being_written(
+    tmp_path_factory: pytest.TempPathFactory, prefix: str, prompts: list[str], lr: float, revision: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    values = {
+        "model": {"family": "sd3", "path": "owner/name", "revision": revision},
+        "data": {"path": str(folder), "caption_prefix": prefix},
+        "sample": {"prompts": prompts},
+        "optimizer": {"name": "adamw", "lr": lr},
+        "output": {"dir": "/tmp/run"},
+    }
+    recipe = Recipe.model_validate(values)
+    (folder / "written.yaml").write_text(recipe.to_yaml(), encoding="utf-8", newline="")
+    assert load_recipe(folder / "written.yaml") == recipe
+
+
+def test_differences_name_the_fields_with_both_values(write: Write) -> None:
+    path = write(SMALL)
+    long = "x" * 80
+    before = load_recipe(path, [f"sample.prompts=[{long}1]"])
+    after = load_recipe(
+        path,
+        ["train.seed=7", "objective.loss={name: huber}", "lora.targets=[a]", f"sample.prompts=[{long}2]"],
+    )
+    lines = differences(before, after)
+    assert lines[:2] == ["lora.targets: 'all-linear' -> [\"a\"]", "objective.loss.name: 'mse' -> 'huber'"]
+    assert lines[2] == "train.seed: 0 -> 7"
+    assert lines[3].startswith("sample.prompts: ")
+    assert lines[4:] == ["objective.loss.delta: absent -> 0.1"]
+
+
+def test_a_new_loss_is_one_registered_class(write: Write) -> None:
+    program = """
+import sys
+from typing import Literal
+from pydantic import Field
+from halfbyte.trainer.losses import LOSSES, Loss
+
+@LOSSES.register
+class Quartic(Loss):
+    "The fourth power of the error."
+    name: Literal["quartic"]
+    scale: float = Field(default=1.0, gt=0)
+
+    def elementwise(self, prediction, target):
+        return self.scale * (prediction - target) ** 4
+
+from halfbyte.trainer.recipe import json_schema_text, load_recipe
+loss = load_recipe(sys.argv[1], ["objective.loss={name: quartic, scale: 2}"]).objective.loss
+assert type(loss) is Quartic and loss.scale == 2, loss
+assert '"quartic"' in json_schema_text()
+try:
+    load_recipe(sys.argv[1], ["objective.loss={name: quartic, scale: 0}"])
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(write(SMALL))], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert "scale: got 0, expected a positive number" in done.stdout
+
+
+def test_reading_recipes_imports_no_model_code(write: Write) -> None:
+    program = (
+        "import sys; from halfbyte.trainer.recipe import load_recipe; load_recipe(sys.argv[1]);"
+        "print([m for m in ('diffusers', 'transformers', 'lightning', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(write(SMALL))], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", FAMILIES.names)
+def test_registered_families_are_there(name: str) -> None:
+    assert FAMILIES[name].__module__ == f"halfbyte.trainer.families.{name}"
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(
+        RecipeError, match="unknown family 'fluxx', expected flux or sd3; did you mean 'flux'"
+    ):
+        FAMILIES["fluxx"]
+    with pytest.raises(RecipeError, match=r"unknown loss 'quartic', expected mse, huber or l1$"):
+        LOSSES["quartic"]
+
+
+def test_a_name_is_registered_once() -> None:
+    registry: Registry[Huber] = Registry("loss")
+    registry.register(Huber)
+    with pytest.raises(AssertionError, match="already a loss 'huber'"):
+        registry.register(Huber)
+
+
+def test_text_that_either_yaml_would_misread_is_quoted() -> None:
+    for text in ("1e5", "0o17", "yes", "1:30", "010"):
+        assert yaml.dump([text], Dumper=RecipeDumper).strip() == f"- '{text}'"
