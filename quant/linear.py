@@ -84,7 +84,7 @@ class _FrozenLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grad_output @ dequantize(packed, ctx.state, grad_output.dtype)
             if ctx.needs_input_grad[2]:
-                grad_bias = grad_output.flatten(0, -2).sum(0)
+                grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
         return grad_x, None, grad_bias, None, None
 
 

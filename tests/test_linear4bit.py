@@ -61,13 +61,14 @@ def test_autocast_gives_what_it_gives_a_plain_linear(x_dtype):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("rows", [(), (4, 7)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_equal_plain_autograd_in_float64(bias):
+def test_gradients_equal_plain_autograd_in_float64(bias, rows):
     layer = layer_of(bias=bias, compute_dtype=torch.float32)
     if bias:
         layer.bias = nn.Parameter(layer.bias.float())
-    x = noise(4, 7, 96, dtype=torch.float32, requires_grad=True)
-    upstream = noise(4, 7, 80, dtype=torch.float32, seed=1)
+    x = noise(*rows, 96, dtype=torch.float32, requires_grad=True)
+    upstream = noise(*rows, 80, dtype=torch.float32, seed=1)
     layer(x).backward(upstream)
 
     exact_x = x.detach().double().requires_grad_(True)
