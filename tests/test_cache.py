@@ -2,7 +2,7 @@
 
 import logging
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -152,8 +152,8 @@ class TestFill:
         left.save(pictures / "d.png")
         plain, flipped = views_in(pictures, flip=True)[-2:]
         latents, _ = fill(tmp_path / "cache", CountingEncoders(), [plain, flipped], [])
-        assert torch.equal(latents.read(plain).mean, latents.read(flipped).mean.flip(-1))
-        assert not torch.equal(latents.read(plain).mean, latents.read(flipped).mean)
+        assert torch.allclose(latents.read(plain).mean, latents.read(flipped).mean.flip(-1), atol=1e-6)
+        assert not torch.allclose(latents.read(plain).mean, latents.read(flipped).mean, atol=0.5)
 
     def test_equal_pictures_and_captions_are_encoded_once(self, pictures: Path, tmp_path: Path) -> None:
         (pictures / "e.png").write_bytes((pictures / "a.png").read_bytes())
@@ -189,9 +189,8 @@ class TestFill:
         for rank, encoders in enumerate(shares):
             fill(tmp_path / "cache", encoders, views, captions_of(views), rank=rank, world_size=3)
         assert sum(len(encoders.pictures) for encoders in shares) == 4
-        assert sorted(sum((encoders.captions for encoders in shares), [])) == sorted(
-            ["", *captions_of(views)]
-        )
+        encoded = [caption for encoders in shares for caption in encoders.captions]
+        assert sorted(encoded) == sorted(["", *captions_of(views)])
         assert max(len(encoders.pictures) for encoders in shares) == 2
         assert LatentCache(tmp_path / "cache", "vae1").missing(views) == []
 
@@ -207,10 +206,10 @@ class TestFill:
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join()
+            worker.join(timeout=120)
         assert [worker.exitcode for worker in workers] == [0, 0, 0]
         assert LatentCache(tmp_path / "cache", "vae1").missing(views) == []
-        assert [file for file in (tmp_path / "cache").rglob("*.partial")] == []
+        assert list((tmp_path / "cache").rglob("*.partial")) == []
 
     def test_nan_is_refused_with_the_picture_s_name(self, pictures: Path, tmp_path: Path) -> None:
         class Overflowing(CountingEncoders):
@@ -238,10 +237,10 @@ class TestFill:
 
 class TestDamage:
     @pytest.fixture
-    def filled(self, pictures: Path, tmp_path: Path) -> Iterator[tuple[Path, list[View]]]:
+    def filled(self, pictures: Path, tmp_path: Path) -> tuple[Path, list[View]]:
         views = views_in(pictures)
         fill(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
-        yield tmp_path / "cache", views
+        return tmp_path / "cache", views
 
     @pytest.mark.parametrize("kind", ["latents", "texts"])
     @pytest.mark.parametrize("damage", ["truncated", "empty", "bit", "foreign", "junk"])
