@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -225,6 +226,30 @@ class TestFill:
         (tmp_path / "cache").write_text("a file", encoding="utf-8")
         with pytest.raises(DataError, match="cannot write the cache entry"):
             fill(tmp_path / "cache", CountingEncoders(), views_in(pictures), [])
+
+    def test_too_small_a_disk_is_noticed_at_the_first_entry(
+        self, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=600)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+        views = views_in(pictures)
+        encoders = CountingEncoders()
+        with pytest.raises(DataError, match=r"cache needs .* set data\.cache_dir to a larger one"):
+            fill(tmp_path / "cache", encoders, views, captions_of(views))
+        assert len(encoders.captions) == 1
+
+    def test_progress_counts_what_is_there_already(self, pictures: Path, tmp_path: Path) -> None:
+        views = views_in(pictures)
+        fill(tmp_path / "cache", CountingEncoders(), views[:2], captions_of(views[:1]))
+        seen: list[tuple[int, int]] = []
+        fill(
+            tmp_path / "cache",
+            CountingEncoders(),
+            views,
+            captions_of(views),
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        assert seen == [(done, 9) for done in range(10)]
 
     def test_pictures_known_to_decode(self, pictures: Path, tmp_path: Path) -> None:
         views = views_in(pictures)

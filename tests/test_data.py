@@ -225,7 +225,10 @@ class TestBadFolders:
         ("line", "says"),
         [
             ('{"file_name": "a.png", "text": "x"', "not valid JSON"),
+            ('{"file_name": "a.png", "text": ' + "9" * 5000 + "}", "not usable JSON"),
             ('["a.png", "x"]', "expected an object"),
+            ('{"file_name": "a.png", "text": "\\ud800"}', "holds half of a character"),
+            ('{"file_name": "a.png\\u0000", "text": "x"}', "names a missing picture"),
             ('{"file": "a.png", "text": "x"}', "file_name: got None"),
             ('{"file_name": "a.png", "label": "x"}', "no caption column; expected 'text' or 'caption'"),
             ('{"file_name": "a.png", "text": 3}', "the caption is 3; expected a string"),

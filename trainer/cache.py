@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from halfbyte.trainer.buckets import View
+from halfbyte.trainer.buckets import Size, View
 from halfbyte.trainer.data import load_pixels
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.base import Encoders, LatentMoments, TextEmbedding
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Raised whenever pixels are prepared differently, so that older entries are not used.
 _PIXELS_VERSION = 1
+
+_LATENT_NAMES = ("mean", "std")
+_TEXT_NAMES = ("prompt_embeds", "pooled_prompt_embeds")
 
 _Item = TypeVar("_Item")
 
@@ -57,7 +61,7 @@ class LatentCache:
 
     def read(self, view: View) -> LatentMoments:
         """The posterior's moments, (1, C, H/8, W/8) fp32. Raises DataError."""
-        tensors = _read(self.path(view), ("mean", "std"), view.sample.path)
+        tensors = _read(self.path(view), _LATENT_NAMES, view.sample.path)
         return LatentMoments(tensors["mean"][None], tensors["std"][None])
 
     def write(self, view: View, moments: LatentMoments) -> None:
@@ -65,9 +69,12 @@ class LatentCache:
         tensors = {"mean": moments.mean[0].float(), "std": moments.std[0].float()}
         _write(self.path(view), tensors, f"{view.sample.path}: the VAE")
 
-    def missing(self, views: Iterable[View]) -> list[View]:
-        """The views without a sound entry, each content once; damaged entries are reported."""
-        return _without_entry({self.path(view): view for view in views}, ("mean", "std"))
+    def missing(self, views: Iterable[View], on_sound: Callable[[], None] = lambda: None) -> list[View]:
+        """The views without a sound entry, each content once; damaged entries are reported.
+
+        Every entry is read whole; `on_sound` is called for each that is as it was written.
+        """
+        return _without_entry({self.path(view): view for view in views}, _LATENT_NAMES, on_sound)
 
 
 class TextCache:
@@ -85,7 +92,7 @@ class TextCache:
 
     def read(self, caption: str) -> TextEmbedding:
         """The embedding, (1, T, D) and (1, P). Raises DataError."""
-        tensors = _read(self.path(caption), ("prompt_embeds", "pooled_prompt_embeds"), repr(caption))
+        tensors = _read(self.path(caption), _TEXT_NAMES, repr(caption))
         return TextEmbedding(tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None])
 
     def write(self, caption: str, embedding: TextEmbedding) -> None:
@@ -96,11 +103,12 @@ class TextCache:
         }
         _write(self.path(caption), tensors, f"{caption!r}: the text encoder")
 
-    def missing(self, captions: Iterable[str]) -> list[str]:
-        """The captions without a sound entry, each once; damaged entries are reported."""
-        return _without_entry(
-            {self.path(caption): caption for caption in captions}, ("prompt_embeds", "pooled_prompt_embeds")
-        )
+    def missing(self, captions: Iterable[str], on_sound: Callable[[], None] = lambda: None) -> list[str]:
+        """The captions without a sound entry, each once; damaged entries are reported.
+
+        Every entry is read whole; `on_sound` is called for each that is as it was written.
+        """
+        return _without_entry({self.path(caption): caption for caption in captions}, _TEXT_NAMES, on_sound)
 
 
 def fill(
@@ -126,36 +134,62 @@ def fill(
     texts = TextCache(folder, encoders.text_fingerprint)
     own_views = list({latents.path(view): view for view in views}.values())[rank::world_size]
     own_captions = list(dict.fromkeys(["", *captions]))[rank::world_size]
-    missing_views = latents.missing(own_views)
-    missing_captions = texts.missing(own_captions)
-    total = len(own_views) + len(own_captions)
-    done = total - len(missing_views) - len(missing_captions)
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    report(0)
-    for caption_batch in _batches(missing_captions, batch_size):
-        embedding = encoders.encode_texts(caption_batch)
-        for row, caption in enumerate(caption_batch):
-            one = slice(row, row + 1)
-            texts.write(
-                caption, TextEmbedding(embedding.prompt_embeds[one], embedding.pooled_prompt_embeds[one])
-            )
-        report(len(caption_batch))
-    for size in sorted({(view.width, view.height) for view in missing_views}):
-        alike = [view for view in missing_views if (view.width, view.height) == size]
+    tally = _Tally(len(own_views) + len(own_captions), progress)
+    missing_captions = texts.missing(own_captions, tally)
+    missing_views = latents.missing(own_views, tally)
+    for number, batch in enumerate(_batches(missing_captions, batch_size)):
+        _encode_texts(texts, encoders, batch)
+        if number == 0:
+            _check_space(folder, texts.path(batch[0]), len(missing_captions) * world_size)
+        tally(len(batch))
+    by_size = sorted(missing_views, key=lambda view: (view.width, view.height))
+    for size, alike in groupby(by_size, key=lambda view: (view.width, view.height)):
         for view_batch in _batches(alike, batch_size):
-            pixels = [load_pixels(view.sample, view.box, size, view.flip) for view in view_batch]
-            moments = encoders.encode_images(torch.stack(pixels))
-            for row, view in enumerate(view_batch):
-                one = slice(row, row + 1)
-                latents.write(view, LatentMoments(moments.mean[one], moments.std[one]))
-            report(len(view_batch))
+            _encode_views(latents, encoders, view_batch, size)
+            if view_batch[0] is by_size[0]:
+                _check_space(folder, latents.path(by_size[0]), len(missing_views) * world_size)
+            tally(len(view_batch))
     return latents, texts
+
+
+class _Tally:
+    """Counts entries that are ready."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self(0)
+
+    def __call__(self, ready: int = 1) -> None:
+        self._done += ready
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _encode_texts(texts: TextCache, encoders: Encoders, captions: list[str]) -> None:
+    embedding = encoders.encode_texts(captions)
+    rows = zip(embedding.prompt_embeds.split(1), embedding.pooled_prompt_embeds.split(1), strict=True)
+    for caption, row in zip(captions, rows, strict=True):
+        texts.write(caption, TextEmbedding(*row))
+
+
+def _encode_views(latents: LatentCache, encoders: Encoders, views: list[View], size: Size) -> None:
+    pixels = torch.stack([load_pixels(view.sample, view.box, size, view.flip) for view in views])
+    moments = encoders.encode_images(pixels)
+    for view, row in zip(views, zip(moments.mean.split(1), moments.std.split(1), strict=True), strict=True):
+        latents.write(view, LatentMoments(*row))
+
+
+def _check_space(folder: Path, first: Path, entries: int) -> None:
+    """Raises DataError when the disk will be full before the last of `entries` like the first is written."""
+    needed = first.stat().st_size * (entries - 1)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"the cache {folder} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB left;"
+            " set data.cache_dir to a larger one"
+        )
 
 
 def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
@@ -198,7 +232,9 @@ def _is_sound(path: Path, names: Sequence[str]) -> bool:
         return False
 
 
-def _without_entry(items: dict[Path, _Item], names: Sequence[str]) -> list[_Item]:
+def _without_entry(
+    items: dict[Path, _Item], names: Sequence[str], on_sound: Callable[[], None]
+) -> list[_Item]:
     absent: list[_Item] = []
     for path, item in items.items():
         if not path.is_file():
@@ -206,6 +242,8 @@ def _without_entry(items: dict[Path, _Item], names: Sequence[str]) -> list[_Item
         elif not _is_sound(path, names):
             log.warning("cache entry %s is damaged and is encoded anew", path)
             absent.append(item)
+        else:
+            on_sound()
     return absent
 
 

@@ -70,6 +70,11 @@ def caption_of(where: object, row: dict[str, object], problems: Problems) -> str
     if not isinstance(value, str):
         problems.add(where, f"the caption is {value!r}; expected a string")
         return None
+    if not value.isascii() and value.encode(errors="replace").decode() != value:
+        problems.add(
+            where, f"the caption {value!r} holds half of a character (a lone surrogate); write it anew"
+        )
+        return None
     return value.strip()
 
 
@@ -95,6 +100,9 @@ def _jsonl_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[str
             row = json.loads(line)
         except json.JSONDecodeError as error:
             problems.add(where, f"not valid JSON: {error.msg} at column {error.colno}")
+            continue
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
+            problems.add(where, f"not usable JSON: {error}")
             continue
         if not isinstance(row, dict):
             problems.add(

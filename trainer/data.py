@@ -28,6 +28,8 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 # Pictures all the same, but not to Pillow: naming them beats leaving them out in silence.
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
+_HINTS = 10
+
 Progress = Callable[[int, int], None]  # (pictures read, pictures in all)
 
 
@@ -125,7 +127,11 @@ def _find(root: Path, prefix: str, problems: Problems) -> list[_Found]:
 def _files(root: Path, problems: Problems) -> list[Path]:
     """Every file below root in sorted order, hidden ones left out."""
     found: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
+
+    def unreadable(error: OSError) -> None:
+        problems.add(error.filename, f"cannot be read: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         for name in subfolders:
             if (Path(folder) / name).is_symlink():
@@ -188,7 +194,9 @@ def _metadata_captions(
         for row in read_metadata(file, problems):
             picture = Path(os.path.normpath(file.parent / row.file_name))
             if picture not in known:
-                problems.add(row.where, _missing(root, file.parent, row.file_name, picture, pictures))
+                # Looking for what may have been meant takes long where very many are missing.
+                candidates = pictures if len(problems.lines) < _HINTS else []
+                problems.add(row.where, _missing(root, file.parent, row.file_name, picture, candidates))
             elif picture in first_row:
                 problems.add(row.where, f"{row.file_name!r} has a row already, at {first_row[picture]}")
             else:
@@ -197,12 +205,12 @@ def _metadata_captions(
     return captions
 
 
-def _missing(root: Path, folder: Path, name: str, picture: Path, pictures: list[Path]) -> str:
+def _missing(root: Path, folder: Path, name: str, picture: Path, candidates: list[Path]) -> str:
     if not picture.is_relative_to(root):
         return f"names {name!r}, which is outside {root}; pictures are read from inside it alone"
     if picture.exists() or picture.is_symlink():
         return f"names {name!r}, which cannot be read as a picture; accepted: {', '.join(PICTURE_SUFFIXES)}"
-    names = [os.path.relpath(other, folder) for other in pictures]
+    names = [os.path.relpath(other, folder) for other in candidates]
     folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
@@ -251,7 +259,7 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
             yield _Found(table, number, _joined(prefix, caption))
             continue
         name = image.get("path") if isinstance(image, dict) else None
-        picture = table.parent / name if isinstance(name, str) else None
+        picture = table.parent / name if isinstance(name, str) and "\0" not in name else None
         if picture is None:
             problems.add(where, f"{IMAGE_COLUMN}: holds no bytes and no path")
         elif not _is_inside(root, picture):
