@@ -1,6 +1,8 @@
 """The objective's choices against diffusers' own arithmetic and the papers' statistics."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
@@ -8,10 +10,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch import Tensor
 from torch.nn import functional as F
 
-from halfbyte.trainer.losses import L1, LOSSES, MSE, Huber
+from halfbyte.trainer.losses import L1, LOSSES, MSE, Huber, Loss
 from halfbyte.trainer.optimizers import OPTIMIZERS, AdamW
+from halfbyte.trainer.registry import Registry
 from halfbyte.trainer.schedules import SCHEDULES, Constant, Cosine, Linear
 from halfbyte.trainer.shift import SHIFTS, NoShift, ResolutionShift, StaticShift
 from halfbyte.trainer.timesteps import TIMESTEPS, CosMap, LogitNormal, Mode, TimestepScheme, Uniform
@@ -151,7 +155,9 @@ def test_more_tokens_mean_more_noise_and_no_shift_changes_nothing() -> None:
     ],
     ids=["mse", "l1", "huber"],
 )
-def test_losses_are_torchs_in_float64_averaged_over_each_sample(loss, reference) -> None:  # type: ignore[no-untyped-def]
+def test_losses_are_torchs_in_float64_averaged_over_each_sample(
+    loss: Loss, reference: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     source = torch.Generator().manual_seed(0)
     prediction = torch.randn(3, 4, 9, 5, generator=source).bfloat16()
     target = torch.randn(3, 4, 9, 5, generator=source)
@@ -202,7 +208,7 @@ def test_adamw_takes_torchs_step_with_the_recipes_settings_and_only_trains_what_
 
 
 @pytest.mark.parametrize("registry", [TIMESTEPS, SHIFTS, WEIGHTINGS, LOSSES, OPTIMIZERS, SCHEDULES])
-def test_every_choice_says_what_it_is(registry) -> None:  # type: ignore[no-untyped-def]
+def test_every_choice_says_what_it_is(registry: Registry[Any]) -> None:
     for name, choice in registry.classes.items():
         built = choice(name=name)
         assert built.describe().startswith(name)
@@ -211,7 +217,7 @@ def test_every_choice_says_what_it_is(registry) -> None:  # type: ignore[no-unty
             assert setting == "name" or field.description, f"{choice.__name__}.{setting} has no description"
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def _distance(one: Tensor, other: Tensor) -> float:
     """The Kolmogorov-Smirnov distance of two samples of equal size; about 0.003 apart by chance here."""
     points = torch.linspace(0.001, 0.999, 999)
     below = [

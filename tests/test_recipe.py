@@ -1,5 +1,6 @@
 """Recipes: what is read, what is refused, and where the messages point."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.losses import LOSSES, Huber
-from halfbyte.trainer.recipe import Recipe, differences, load_recipe
+from halfbyte.trainer.recipe import Recipe, differences, json_schema, load_recipe
 from halfbyte.trainer.recipe_file import RecipeDumper, RecipeLoader, scalar
+from halfbyte.trainer.recipe_schema import SchemaTree
 from halfbyte.trainer.registry import FAMILIES, Registry
 from halfbyte.trainer.shift import StaticShift
 
@@ -165,8 +167,8 @@ def test_what_must_be_given_is_named_with_its_meaning(write: Write) -> None:
         ("lora: {targets: 3}", "lora.targets: got 3, expected all-linear or attention, a list of texts,"),
         ("lora: {dropout: 1}", "lora.dropout: got 1, expected a number, 0 or more and less than 1"),
         (
-            "lr_schedule: {name: linear, warmup_steps: 1000}",
-            "lr_schedule.warmup_steps: got 1000, expected fewer",
+            "lr_schedule: {name: linear, warmup_steps: 1001}",
+            "lr_schedule.warmup_steps: got 1001, expected at most",
         ),
         (
             "objective: {shift: {name: resolution, base_tokens: 9, max_tokens: 9}}",
@@ -344,6 +346,8 @@ def test_folders_that_are_not_there_are_problems_of_the_recipe(write: Write, tmp
     assert problems(path, "model.path=owner/name", "data.path=", "output.dir=''")[0].endswith(
         "got null, expected a path"
     )
+    (problem,) = problems(write(SMALL), f"data.path={'x' * 5000}")
+    assert "which cannot be used as a path" in problem
     assert problems(write(SMALL), "output.dir=../pictures/run") == [
         "command line: output.dir=../pictures/run: pictures/run is inside data.path;"
         " its pictures would be trained on at the next start"
@@ -419,6 +423,46 @@ def test_any_text_survives_being_written(
     recipe = Recipe.model_validate(values)
     (folder / "written.yaml").write_text(recipe.to_yaml(), encoding="utf-8", newline="")
     assert load_recipe(folder / "written.yaml") == recipe
+
+
+SCHEMA = SchemaTree(json_schema())
+FIELDS = sorted({path[:end] for path, _ in SCHEMA.fields() for end in range(1, len(path) + 1)})
+JUNK = st.recursive(
+    st.sampled_from(
+        [None, True, -1, 1.5, float("nan"), 10**400, "", "x", "none", "[[", "\0", "x" * 5000, "\ud800"]
+    ),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["name", "lr", "x"]), inner),
+    max_leaves=3,
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    broken=st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=3),
+    overrides=st.lists(
+        st.tuples(st.sampled_from(FIELDS), st.sampled_from(["", ".name", ".x"]), JUNK), max_size=2
+    ),
+)
+def test_whatever_is_wrong_ends_in_one_kind_of_error(
+    tmp_path_factory: pytest.TempPathFactory, broken: dict, overrides: list
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    values = yaml.safe_load(SMALL) | {"data": {"path": str(folder)}}
+    for path, value in broken.items():
+        section = values
+        for key in path[:-1]:
+            section[key] = section[key] if isinstance(section.get(key), dict) else {}
+            section = section[key]
+        section[path[-1]] = value
+    (folder / "broken.yaml").write_text(yaml.safe_dump(values))
+    texts = [f"{'.'.join(path)}{more}={json.dumps(value)}" for path, more, value in overrides]
+    try:
+        recipe = load_recipe(folder / "broken.yaml", texts)
+    except RecipeError as error:
+        lines = str(error).splitlines()
+        assert all(line.startswith((f"{folder}/broken.yaml:", "command line: ")) for line in lines)
+    else:
+        assert isinstance(recipe, Recipe)
 
 
 def test_differences_name_the_fields_with_both_values(write: Write) -> None:

@@ -270,10 +270,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
-        if self.lr_schedule.warmup_steps >= self.train.steps > 1:
+        if self.lr_schedule.warmup_steps > self.train.steps:
             raise conflict(
                 "lr_schedule.warmup_steps",
-                f"got {self.lr_schedule.warmup_steps}, expected fewer than train.steps ({self.train.steps})",
+                f"got {self.lr_schedule.warmup_steps}, expected at most train.steps ({self.train.steps})",
             )
         return self
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from halfbyte.trainer.recipe_file import Document, KeyPath
+from halfbyte.trainer.recipe_schema import shown
 
 # owner/name as the Hub accepts it.
 _HUB_NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
@@ -60,10 +61,16 @@ def _resolve(
     if not written:
         document.problem(path, "got '', expected a folder")
         return None
-    folder = ((base or document.place(path).base) / os.path.expanduser(written)).resolve()
+    try:
+        folder = ((base or document.place(path).base) / os.path.expanduser(written)).resolve()
+        exists = folder.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        # Too long, with a null character, a loop of links, in a folder one may not look into.
+        document.problem(path, f"got {shown(written)}, which cannot be used as a path: {error}")
+        return None
     document.replace(path, str(folder))
-    if folder.exists() and not folder.is_dir():
+    if exists and not folder.is_dir():
         document.problem(path, f"got '{written}', expected a folder; {folder} is a file")
-    elif must_exist and not folder.exists():
+    elif must_exist and not exists:
         document.problem(path, f"got '{written}', but there is no folder {folder}")
     return folder

@@ -62,7 +62,7 @@ def _leave_out_settings(document: Document, path: KeyPath, before: str, tree: Sc
     node = tree.at(path, document.data)
     choice = document.at(path)
     variants = tree.variants(node) if node is not None else {}
-    if before not in variants or choice["name"] not in variants:
+    if not {before, str(choice["name"])} <= set(variants):
         return
     unfit = [
         key

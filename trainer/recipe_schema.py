@@ -33,7 +33,7 @@ class SchemaTree:
         variants = self.variants(node)
         if not variants:
             return dict(self.resolve(node).get("properties", {}))
-        if name in variants:
+        if isinstance(name, str) and name in variants:
             return dict(variants[name]["properties"])
         fields: dict[str, Node] = {}
         for variant in variants.values():
