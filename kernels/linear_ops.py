@@ -1,7 +1,7 @@
 """The 4-bit linear as torch sees it: schema, fake, autograd and the choice of kernel by the number of rows.
 
 Up to `linear_triton.MAX_ROWS` rows on CUDA the packed weight is multiplied as it is (modulation and embedding
-layers see one row a sample); above, and on CPU, it is dequantized for the one product and dropped.
+layers see one row a sample); above, on CPU and for dX, it is dequantized for the one product and dropped.
 """
 
 import importlib.util
@@ -26,10 +26,6 @@ _WEIGHT_SCHEMA = (
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define(f"linear_4bit(Tensor x, {_WEIGHT_SCHEMA}, Tensor? bias) -> Tensor")
 _library.define(f"linear_4bit_input_grad(Tensor grad, {_WEIGHT_SCHEMA}) -> Tensor")
-
-
-def _takes_rows(rows: Tensor, weight: PackedWeight) -> bool:
-    return rows.is_cuda and HAS_TRITON and linear_triton.supports(weight, rows.shape[0], rows.dtype)
 
 
 def _linear(
@@ -58,7 +54,7 @@ def _linear(
         nested_blocksize,
     )
     rows = x.reshape(-1, width)
-    if _takes_rows(rows, weight):
+    if rows.is_cuda and HAS_TRITON and linear_triton.supports(weight, rows):
         y = linear_triton.linear_rows(rows, weight, bias)
     else:
         y = nn.functional.linear(rows, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -89,12 +85,7 @@ def _input_grad(
         blocksize,
         nested_blocksize,
     )
-    rows = grad.reshape(-1, outputs)
-    if _takes_rows(rows, weight):
-        dx = linear_triton.input_grad_rows(rows, weight)
-    else:
-        dx = rows @ weight.dequantize(grad.dtype)
-    return dx.view(*grad.shape[:-1], width)
+    return (grad.reshape(-1, outputs) @ weight.dequantize(grad.dtype)).view(*grad.shape[:-1], width)
 
 
 _library.impl("linear_4bit", _linear, "CompositeExplicitAutograd")

@@ -23,9 +23,11 @@ from halfbyte.kernels import reference
 _WORD_UNIT = 8
 _BYTE_UNIT = 2
 
-_UNITS_PER_PROGRAM = 512
-_VALUES_PER_PROGRAM = 4096
-_WARPS = 4
+# Measured best on an H200 (scripts/bench_kernels.md).
+_UNITS_PER_PROGRAM = 256  # dequantize
+_DEQUANTIZE_WARPS = 4
+_VALUES_PER_PROGRAM = 8192  # quantize
+_QUANTIZE_WARPS = 8
 
 _CELLS = 64  # a unit of the scaled value; a power of two, so that scaling by it is exact
 # Added to a float32 below 2**22, this leaves round_half_even(value) + 64 in the low mantissa bits.
@@ -51,6 +53,22 @@ def as_units(packed: Tensor, unit: int) -> Tensor:
     """The packed bytes as one element a unit: int32 words or the bytes themselves."""
     flat = packed.reshape(-1)
     return flat.view(torch.int32) if unit == _WORD_UNIT else flat
+
+
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one ahead has ended (CUDA's programmatic dependent launch)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+@functools.cache
+def _cache_bytes(device: torch.device) -> int:
+    """The size of the device's L2 cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 @triton.jit
@@ -114,7 +132,12 @@ def _dequantize_kernel(
     UNITS: tl.constexpr,
     DOUBLE: tl.constexpr,
     EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
+    STREAM: tl.constexpr,
 ):
+    if EARLY:
+        # Launched while the kernel before still runs: nothing it wrote may be read before this.
+        tl.extra.cuda.gdc_wait()
     first = tl.program_id(0).to(tl.int64) * UNITS
     local = tl.arange(0, UNITS)
     within = tl.arange(0, UNIT)
@@ -122,7 +145,12 @@ def _dequantize_kernel(
     unit_mask = in_range(local * UNIT, left, EVEN)
     # Told that neighbours are unrelated, the compiler gives each thread one word of every row of 32, which is
     # already how the stores want their values; otherwise it would take 16 bytes a thread and shuffle.
-    words = tl.load(tl.max_contiguous(packed + first + local, [1]), mask=unit_mask, other=0).to(tl.int32)
+    words = tl.load(
+        tl.max_contiguous(packed + first + local, [1]),
+        mask=unit_mask,
+        other=0,
+        eviction_policy="evict_first",  # read once a step, unlike the weight that a product reads next
+    ).to(tl.int32)
     block = (first * UNIT // BLOCKSIZE).to(tl.int32) + local * UNIT // BLOCKSIZE
     scale = block_scale(
         absmax, nested_absmax, offset, nested_code, block, unit_mask, NESTED_BLOCKSIZE, DOUBLE
@@ -131,7 +159,12 @@ def _dequantize_kernel(
     nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
     values = lookup(code, 16, nibbles) * scale[:, None]
     inside = local[:, None] * UNIT + within[None, :]
-    tl.store(out + first * UNIT + inside, values.to(out.dtype.element_ty), mask=in_range(inside, left, EVEN))
+    tl.store(
+        out + first * UNIT + inside,
+        values.to(out.dtype.element_ty),
+        mask=in_range(inside, left, EVEN),
+        cache_modifier=".cs" if STREAM else "",
+    )
 
 
 def _dequantize(
@@ -150,6 +183,7 @@ def _dequantize(
     unit = unit_of(packed, numel)
     units = max(_UNITS_PER_PROGRAM, blocksize // unit)
     nested_absmax, offset, nested_code = nested or (absmax, absmax, absmax)
+    early = _launches_early(packed.device)
     with torch.cuda.device_of(packed):
         _dequantize_kernel[(triton.cdiv(numel, units * unit),)](
             as_units(packed, unit),
@@ -166,8 +200,12 @@ def _dequantize(
             UNITS=units,
             DOUBLE=nested is not None,
             EVEN=numel % (units * unit) == 0,
-            num_warps=_WARPS,
+            EARLY=early,
+            # A weight that the L2 cannot hold until it is read should not push out what it can.
+            STREAM=out.nbytes > _cache_bytes(out.device),
+            num_warps=_DEQUANTIZE_WARPS,
             enable_fp_fusion=False,
+            launch_pdl=early,
         )
 
 
@@ -328,7 +366,7 @@ def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, 
             UNIT=unit,
             FP4=quant_type == "fp4",
             EVEN=numel % (blocks_per_program * blocksize) == 0,
-            num_warps=_WARPS,
+            num_warps=_QUANTIZE_WARPS,
             enable_fp_fusion=False,
         )
     return packed, absmax, sums
@@ -370,7 +408,7 @@ def quantize_4bit_double(
             NESTED_BLOCKSIZE=nested_blocksize,
             GROUP=group,
             CHUNK=1024,
-            num_warps=_WARPS,
+            num_warps=4,
             enable_fp_fusion=False,
         )
     return packed, codes, nested_absmax, offset
