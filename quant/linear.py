@@ -1,12 +1,14 @@
 """A frozen linear layer whose weight stays in 4 bits; gradients reach its input, and its bias if asked."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halfbyte.kernels import linear_ops
+from halfbyte.kernels.packed_weight import PackedWeight
 from halfbyte.quant.nf4 import QuantSpec, QuantState, dequantize, quantize
 from halfbyte.quant.packing import STATISTICS, pack_state, unpack_state
 
@@ -57,35 +59,60 @@ class Params4bit(nn.Parameter):
         return super().nelement() + (0 if self.quant_state is None else self.quant_state.nbytes)
 
 
-def _has_autocast(device_type: str) -> bool:
-    # The meta device, on which shapes and costs are worked out, has none, and raises when asked for it.
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast can be asked for: the meta device, on which shapes are worked out, has none, and raises."""
     return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on this kind of device; None where it is off."""
+    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """For a backward: whatever region it is called from, its products stay in the forward's dtype."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T + b, W dequantized for the product alone and again for dX: nothing of W's size is saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.state = state
-        return nn.functional.linear(x, dequantize(packed, state, dtype), bias)
+        return linear_ops.linear_4bit(x, packed_weight(packed, state), bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         (packed,) = ctx.saved_tensors
         grad_x = grad_bias = None
-        # Whatever autocast region backward() is called from, the product stays in the forward's dtype.
-        device_type = grad_output.device.type
-        with torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext():
+        with without_autocast(grad_output.device.type):
             if ctx.needs_input_grad[0]:
-                grad_x = grad_output @ dequantize(packed, ctx.state, grad_output.dtype)
+                grad_x = linear_ops.linear_4bit_input_grad(grad_output, packed_weight(packed, ctx.state))
             if ctx.needs_input_grad[2]:
                 grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_x, None, grad_bias, None, None
+        return grad_x, None, grad_bias, None
+
+
+def packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
+    """A packed (N, K) weight with its state, as the kernels take it."""
+    outputs, width = state.shape
+    nested = state.nested
+    return PackedWeight(
+        packed=packed,
+        absmax=state.absmax,
+        nested_absmax=None if nested is None else nested.absmax,
+        offset=None if nested is None else nested.offset,
+        code=state.code,
+        nested_code=None if nested is None else nested.code,
+        shape=(outputs, width),
+        blocksize=state.blocksize,
+        nested_blocksize=0 if nested is None else nested.blocksize,
+    )
 
 
 class Linear4bit(nn.Linear):
@@ -157,16 +184,17 @@ class Linear4bit(nn.Linear):
         """The weight (out, in), in `dtype` or else in the dtype it had before it was quantized."""
         return dequantize(self.weight.data, self._state(), dtype)
 
+    def packed_weight(self) -> PackedWeight:
+        """The weight as the kernels take it."""
+        return packed_weight(self.weight, self._state())
+
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in) -> (..., out), in the input's dtype; under autocast in autocast's, as nn.Linear."""
-        device_type = input.device.type
-        if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-            compute_dtype = output_dtype = torch.get_autocast_dtype(device_type)
-        else:
-            compute_dtype, output_dtype = self.compute_dtype, input.dtype
+        autocast = autocast_dtype(input.device.type)
+        compute_dtype = self.compute_dtype if autocast is None else autocast
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        output = _FrozenLinear.apply(input.to(compute_dtype), self.weight, bias, self._state(), compute_dtype)
-        return output.to(output_dtype)
+        output = _FrozenLinear.apply(input.to(compute_dtype), self.weight, bias, self._state())
+        return output.to(input.dtype if autocast is None else autocast)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec}, compute_dtype={self.compute_dtype}"

@@ -1,0 +1,107 @@
+"""Products that add into a matrix already there, as the two halves of an adapted layer need.
+
+The sum is formed in fp32 and rounded once. They are ops because of what `torch.compile` would make of the same
+lines: a dequantize in the forward and the same one in the backward count as one value there, which is saved between
+the two at its full size; and addmm_ becomes a product into fresh memory, with the addend copied there first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import linear_ops
+from halfbyte.kernels.packed_weight import PackedWeight
+
+if linear_ops.HAS_TRITON:
+    from halfbyte.kernels import linear_triton
+
+_WEIGHT_SCHEMA = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor code, Tensor? nested_code,"
+    " SymInt[] shape, int blocksize, int nested_blocksize"
+)
+
+_library = torch.library.Library("halfbyte", "FRAGMENT")
+_library.define("add_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()")
+_library.define(f"add_linear_4bit_(Tensor(a!) out, Tensor x, {_WEIGHT_SCHEMA}) -> ()")
+_library.define(f"add_linear_4bit_input_grad_(Tensor(a!) out, Tensor grad, {_WEIGHT_SCHEMA}) -> ()")
+
+
+def _weight(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor,
+    nested_code: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    nested_blocksize: int,
+) -> PackedWeight:
+    outputs, width = shape
+    return PackedWeight(
+        packed,
+        absmax,
+        nested_absmax,
+        offset,
+        code,
+        nested_code,
+        (outputs, width),
+        blocksize,
+        nested_blocksize,
+    )
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    out.addmm_(left, right)
+
+
+def _add_linear(out: Tensor, x: Tensor, *fields: Any) -> None:
+    weight = _weight(*fields)
+    if not (out.is_cuda and linear_ops.HAS_TRITON and x.shape[0] <= linear_triton.MAX_ROWS):
+        out.addmm_(x, weight.dequantize(x.dtype).t())
+    elif x.shape[0] == 1:
+        # The kernel adds its bias in fp32, and of a single row any addend is a bias.
+        out.copy_(linear_ops.linear_4bit(x, weight, out[0]))
+    else:
+        out.add_(linear_ops.linear_4bit(x, weight))
+
+
+def _add_input_grad(out: Tensor, grad: Tensor, *fields: Any) -> None:
+    out.addmm_(grad, _weight(*fields).dequantize(grad.dtype))
+
+
+_library.impl("add_product_", _add_product, "CompositeExplicitAutograd")
+_library.impl("add_linear_4bit_", _add_linear, "CompositeExplicitAutograd")
+_library.impl("add_linear_4bit_input_grad_", _add_input_grad, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("halfbyte::add_product_", lib=_library)
+def _fake_add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("halfbyte::add_linear_4bit_", lib=_library)
+def _fake_add_linear(out: Tensor, x: Tensor, *fields: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("halfbyte::add_linear_4bit_input_grad_", lib=_library)
+def _fake_add_input_grad(out: Tensor, grad: Tensor, *fields: Any) -> None:
+    return None
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out (M, N) += left (M, K) times right (K, N); one dtype, not differentiable."""
+    torch.ops.halfbyte.add_product_.default(out, left, right)
+
+
+def add_linear_4bit(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
+    """out (M, N) += x (M, K) times the weight (N, K) transposed; one dtype, not differentiable."""
+    torch.ops.halfbyte.add_linear_4bit_.default(out, x, *weight)
+
+
+def add_linear_4bit_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) -> None:
+    """out (M, K) += grad (M, N) times the weight (N, K); one dtype, not differentiable."""
+    torch.ops.halfbyte.add_linear_4bit_input_grad_.default(out, grad, *weight)

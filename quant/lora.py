@@ -1,0 +1,148 @@
+"""PEFT's LoRA layers with our arithmetic: base and adapter in one product each way, see `low_rank`.
+
+PEFT owns everything else: names, files, the list of adapters, which is active, their scales. An adapter of the
+plain kind takes the fused path; for all else that PEFT can do (DoRA and other variants, merged or several active
+adapters, adapters chosen by sample, LoRA biases, bases of other kinds) the layer is PEFT's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+
+from halfbyte.kernels.packed_weight import PackedWeight
+from halfbyte.quant.linear import Linear4bit, autocast_dtype
+from halfbyte.quant.low_rank import AdaptedWeight, low_rank_linears
+
+
+class LoraLinear(peft_layer.Linear):
+    """PEFT's LoRA over an nn.Linear, base and adapter fused. What runs in the compute dtype runs there for both:
+    autocast's, or else the base's; PEFT without autocast multiplies fp32 adapters in fp32."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype that the base layer gives."""
+        fused = None if args or kwargs else _fused(self, x)
+        if fused is None:
+            return super().forward(x, *args, **kwargs)
+        return _apply(x, [fused])[0]
+
+
+class LoraLinear4bit(LoraLinear):
+    """The same over a 4-bit base, which no adapter can be merged into."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError: the sum would be rounded to 4 bits, and most of the adapter lost."""
+        raise ValueError(
+            "cannot merge an adapter into a 4-bit base, where rounding would undo it; keep the adapter separate, or"
+            " load the base unquantized and merge there"
+        )
+
+
+# By the class of the base; the first that fits is taken, so the special one comes first.
+LORA_LAYERS: dict[type[nn.Module], type[nn.Module]] = {Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear}
+
+
+def fused_config(config: LoraConfig) -> LoraConfig:
+    """The same configuration, which makes our layers; nothing of that is written to files."""
+    config._register_custom_module(LORA_LAYERS)
+    return config
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Give the adapters that a model has our arithmetic; returns how many layers changed.
+
+    For adapters whose configuration somebody else made, as `load_lora_weights` of diffusers does. The layers stay
+    the same objects with the same parameters; adapters added to them later are fused as well.
+    """
+    changed = 0
+    module: Any
+    for module in model.modules():
+        # Ours add no state to PEFT's class, so the object can go over as it is.
+        if type(module) is peft_layer.Linear and type(module.get_base_layer()) in LORA_LAYERS:
+            module.__class__ = LORA_LAYERS[type(module.get_base_layer())]
+            changed += 1
+    return changed
+
+
+def lora_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """`tuple(layer(x) for layer in layers)`, with the A of all adapted layers in one product.
+
+    Layers that are not ours, or whose adapters take PEFT's path, are called one by one; so are all where their
+    compute dtypes differ, or an adapter's dropout is on, which draws a mask for each layer.
+    """
+    fused = [_fused(layer, x) if isinstance(layer, LoraLinear) else None for layer in layers]
+    group = [layer for layer in fused if layer is not None and layer.dropout is None]
+    if len(group) < 2 or any(layer.compute_dtype != group[0].compute_dtype for layer in group):
+        return tuple(layer(x) for layer in layers)
+    outputs = iter(_apply(x, group))
+    return tuple(
+        layer(x) if plan is None or plan.dropout is not None else next(outputs)
+        for layer, plan in zip(layers, fused, strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fused:
+    """One layer's part in a fused product."""
+
+    adapted: AdaptedWeight
+    dropout: nn.Module | None
+    compute_dtype: torch.dtype
+    output_dtype: torch.dtype
+
+
+def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
+    """What the fused path needs of a layer; None where its state asks for PEFT's own."""
+    adapter = _sole_adapter(layer)
+    base = layer.base_layer
+    # A class that was derived from nn.Linear may compute anything.
+    if adapter is None or type(base) not in LORA_LAYERS or base.weight.requires_grad:
+        return None
+    down, up, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    if not (_is_bare(base) and _is_bare(down) and _is_bare(up)):
+        return None
+    autocast = autocast_dtype(x.device.type)
+    weight: Tensor | PackedWeight = base.weight
+    if isinstance(base, Linear4bit):
+        weight = base.packed_weight()
+        compute_dtype = base.compute_dtype if autocast is None else autocast
+        output_dtype = x.dtype if autocast is None else autocast
+    elif autocast is not None and torch.float64 not in (x.dtype, base.weight.dtype):
+        compute_dtype = output_dtype = autocast
+    elif x.dtype == base.weight.dtype:
+        compute_dtype = output_dtype = x.dtype
+    else:
+        return None  # the base alone knows what it makes of this
+    adapted = AdaptedWeight(weight, base.bias, down.weight, up.weight, layer.scaling[adapter])
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    return _Fused(adapted, dropout if drops else None, compute_dtype, output_dtype)
+
+
+def _sole_adapter(layer: LoraLinear) -> str | None:
+    """The one adapter to apply; None where there is none, several, or one of another kind than plain LoRA."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias[active[0]]:
+        return None
+    return active[0]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling the module does no more than its class says: offloading and hooks need the call."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _apply(x: Tensor, layers: Sequence[_Fused]) -> tuple[Tensor, ...]:
+    first = layers[0]
+    rows = x.reshape(-1, x.shape[-1]).to(first.compute_dtype)
+    dropped = None if first.dropout is None else first.dropout(rows)
+    outputs = low_rank_linears(rows, [layer.adapted for layer in layers], dropped)
+    return tuple(
+        y.view(*x.shape[:-1], y.shape[-1]).to(layer.output_dtype)
+        for y, layer in zip(outputs, layers, strict=True)
+    )
