@@ -53,7 +53,12 @@ output: {{dir: {folder / name}}}
 def run_here(recipe: Path, *overrides: str, resume: bool = False, world: World | None = None) -> Path:
     """Runs in this process; returns the run's folder."""
     settings = load_recipe(recipe, overrides)
-    assert run(settings, world or read_world({}), console=Console(quiet=True), resume=resume)
+    assert run(
+        settings,
+        world or read_world({"ACCELERATE_USE_CPU": "true"}),
+        console=Console(quiet=True),
+        resume=resume,
+    )
     return settings.output.dir
 
 

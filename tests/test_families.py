@@ -1,5 +1,7 @@
 """What a family sends to its denoiser is what the stock pipeline sends at inference."""
 
+import re
+
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -115,3 +117,19 @@ def test_text_embedding_shapes(mini_flux):
     assert isinstance(text, TextEmbedding)
     assert text.prompt_embeds.shape[:2] == (2, 512)
     assert not torch.equal(text.prompt_embeds[0], text.prompt_embeds[1])
+
+
+def test_targets_are_presets_or_regular_expressions(mini_flux):
+    family = Flux.open(str(mini_flux), None, None)
+    every = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "ff.net.2")]
+    every += [f"single_transformer_blocks.3.{name}" for name in ("attn.to_q", "proj_mlp", "proj_out")]
+    matched = {
+        preset: [n for n in every if re.fullmatch(family.lora_targets(preset), n)]
+        for preset in family.target_presets
+    }
+    assert matched["all-linear"] == every
+    assert matched["attention"] == [name for name in every if "attn" in name]
+    assert not re.fullmatch(family.lora_targets("all-linear"), "proj_out"), (
+        "the model's last layer is no block"
+    )
+    assert family.lora_targets(r".*\.to_q") == r".*\.to_q"

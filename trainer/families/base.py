@@ -142,9 +142,9 @@ class Family(ABC):
     def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
         """Calls the stock pipeline's text encoding, without classifier-free guidance's negative half."""
 
-    def lora_targets(self, preset: str) -> str:
-        """The regular expression over module names that a preset of the recipe stands for."""
-        return self.target_presets[preset]
+    def lora_targets(self, targets: str) -> str:
+        """A regular expression over module names: the one a preset stands for, or the one that was given."""
+        return self.target_presets.get(targets, targets)
 
     def sampling_inputs(self, text: TextEmbedding, empty: TextEmbedding) -> dict[str, Tensor]:
         """What the stock pipeline is called with for one caption; `empty` is the empty caption's embedding."""

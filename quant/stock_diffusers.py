@@ -1,0 +1,126 @@
+"""Our layers behind diffusers' own `from_pretrained`, in place of bitsandbytes."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import CustomDtype
+from diffusers import BitsAndBytesConfig
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from halfbyte.quant.convert import convert
+from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant.packing import split_key
+from halfbyte.quant.serialize import read_quantization_config
+
+
+def default_device() -> torch.device:
+    """Where a quantized model goes when no device_map says otherwise."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def own_statistics(key: str, state_dict: dict[str, Tensor]) -> dict[str, str]:
+    """Suffix -> key of the statistics that a state dict has for the weight at `key`."""
+    found = {}
+    for name in state_dict:
+        split = split_key(name)
+        if split is not None and split[0] == key:
+            found[split[1]] = name
+    return found
+
+
+class Halfbyte4bitConfig(BitsAndBytesConfig):
+    """bitsandbytes' settings, without asking that bitsandbytes be installed."""
+
+    def post_init(self) -> None:
+        """Checks the settings themselves; the stock check asks for the version of bitsandbytes as well."""
+        read_quantization_config(self.to_dict(), "quantization_config")
+
+
+class Halfbyte4bitQuantizer(DiffusersQuantizer):
+    """Loads 4-bit bitsandbytes checkpoints into `Linear4bit`, and quantizes others on the way in; CPU or CUDA."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """float16 where nothing is asked for, as with bitsandbytes."""
+        return torch.float16 if torch_dtype is None else torch_dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The current GPU, or the CPU where there is none."""
+        return {"": default_device()} if device_map is None else device_map
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
+        """What `device_map="auto"` counts a quantized weight as."""
+        return CustomDtype.INT4
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, Any]:
+        """Leaves a tenth for the weight that is being quantized."""
+        return {device: size * 0.9 if isinstance(size, int) else size for device, size in max_memory.items()}
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
+    ) -> bool:
+        """Whether the parameter is a 4-bit layer's weight, which `create_quantized_param` puts in place."""
+        path, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(path), Linear4bit)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        """Puts a weight in place, packed or yet to be quantized. Raises ValueError naming the tensor."""
+        layer = model.get_submodule(param_name.rpartition(".")[0])
+        assert isinstance(layer, Linear4bit)
+        value = param_value.to(target_device)
+        if not self.pre_quantized:
+            layer.quantize(value, param_name)
+            return
+        keys = own_statistics(param_name, state_dict)
+        statistics = {suffix: state_dict[key].to(target_device) for suffix, key in keys.items()}
+        layer.load_packed(value, statistics, param_name)
+        if unexpected_keys is not None:
+            for key in keys.values():
+                if key in unexpected_keys:
+                    unexpected_keys.remove(key)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, device_map: Any, keep_in_fp32_modules: Any = (), **_: Any
+    ) -> None:
+        recipe = read_quantization_config(self.quantization_config.to_dict(), "quantization_config")
+        self.modules_to_not_convert = [*recipe.skip, *keep_in_fp32_modules]
+        convert(model, recipe, check_skip=not self.pre_quantized)
+        stock: Any = model
+        stock.config.quantization_config = self.quantization_config
+        stock.is_loaded_in_4bit = True
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """save_pretrained writes bitsandbytes' files: the layers' state dict has their keys."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train through the frozen layers."""
+        return True
+
+
+def register() -> None:
+    """From here on diffusers' `from_pretrained` builds our 4-bit layers for bitsandbytes checkpoints and configs."""
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Halfbyte4bitQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = Halfbyte4bitConfig
