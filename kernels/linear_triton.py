@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.nf4_triton import block_scale, check_blocksize, in_range
+from halfbyte.kernels.packed_triton import block_scale, check_blocksize, in_range
 from halfbyte.kernels.packed_weight import PackedWeight
 
 MAX_ROWS = 4

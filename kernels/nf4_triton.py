@@ -18,13 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels import reference
-
-# Values a thread takes at a time: a 32-bit word's worth, or one byte's where the length or the address is odd.
-_WORD_UNIT = 8
-_BYTE_UNIT = 2
+from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range, lookup, unit_of
 
 # Measured best on an H200 (scripts/bench_kernels.md).
 _UNITS_PER_PROGRAM = 256  # dequantize
+_UNITS_PER_PROGRAM_SMALL = 1024  # where even these programs all run at once
+_SMALL_NUMEL = 1 << 24
 _DEQUANTIZE_WARPS = 4
 _VALUES_PER_PROGRAM = 8192  # quantize
 _QUANTIZE_WARPS = 8
@@ -32,27 +31,6 @@ _QUANTIZE_WARPS = 8
 _CELLS = 64  # a unit of the scaled value; a power of two, so that scaling by it is exact
 # Added to a float32 below 2**22, this leaves round_half_even(value) + 64 in the low mantissa bits.
 _ROUND_TO_BITS = tl.constexpr(1.5 * 2**23 + _CELLS)
-
-
-def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
-    """The kernels index blocks by shifts, and a thread's eight values must share one.
-
-    Raises:
-        ValueError: for anything but a power of two from 8 to 4096.
-    """
-    if blocksize not in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"{name}: got {blocksize}, the CUDA kernels take a power of two from 8 to 4096")
-
-
-def unit_of(packed: Tensor, numel: int) -> int:
-    """How many values a thread may take at a time from this packed weight."""
-    return _WORD_UNIT if numel % _WORD_UNIT == 0 and packed.data_ptr() % 4 == 0 else _BYTE_UNIT
-
-
-def as_units(packed: Tensor, unit: int) -> Tensor:
-    """The packed bytes as one element a unit: int32 words or the bytes themselves."""
-    flat = packed.reshape(-1)
-    return flat.view(torch.int32) if unit == _WORD_UNIT else flat
 
 
 @functools.cache
@@ -72,48 +50,10 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 @triton.jit
-def in_range(position, left, EVEN: tl.constexpr):
-    """The mask `position < left`; a constant, which the compiler drops, where the caller knows it holds."""
-    if EVEN:
-        mask = tl.full(position.shape, 1, tl.int1)
-    else:
-        mask = position < left
-    return mask
-
-
-@triton.jit
-def lookup(table, SIZE: tl.constexpr, index):
-    """table[index] for a (rows, columns) index, out of shared memory: half the instructions of a global load."""
-    ROWS: tl.constexpr = index.shape[0]
-    COLUMNS: tl.constexpr = index.shape[1]
-    found = tl.gather(tl.load(table + tl.arange(0, SIZE)), tl.reshape(index, (ROWS * COLUMNS,)), 0)
-    return tl.reshape(found, (ROWS, COLUMNS))
-
-
-@triton.jit
 def _reciprocal(largest):
     """One over the blocks' absmax, floored as the reference floors it so that a zero absmax gives a finite one."""
     # Below the smallest normal fp32, so a bare constant would make everything fp64.
     return tl.div_rn(1.0, tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32)))
-
-
-@triton.jit
-def block_scale(
-    absmax,
-    nested_absmax,
-    offset,
-    nested_code,
-    block,
-    mask,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    DOUBLE: tl.constexpr,
-):
-    """The fp32 scales of the blocks numbered `block`; with double quantization `absmax` holds their 8-bit codes."""
-    scale = tl.load(absmax + block, mask=mask, other=0)
-    if DOUBLE:
-        nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
-    return scale
 
 
 @triton.jit
@@ -181,7 +121,8 @@ def _dequantize(
     if numel == 0:
         return
     unit = unit_of(packed, numel)
-    units = max(_UNITS_PER_PROGRAM, blocksize // unit)
+    per_program = _UNITS_PER_PROGRAM_SMALL if numel <= _SMALL_NUMEL else _UNITS_PER_PROGRAM
+    units = max(per_program, blocksize // unit)
     nested_absmax, offset, nested_code = nested or (absmax, absmax, absmax)
     early = _launches_early(packed.device)
     with torch.cuda.device_of(packed):
