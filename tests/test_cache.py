@@ -1,7 +1,9 @@
 """The cache on disk: keyed by content, whole or absent, filled by several processes, read into batches."""
 
+import errno
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -311,6 +313,41 @@ class TestDamage:
         # What a kill leaves: the temporary file and no entry.
         path.rename(path.with_name(f".{path.stem}.1.partial"))
         assert LatentCache(cache, "vae1").missing(views) == views[:1]
+
+    def test_an_entry_is_on_the_disk_before_it_has_its_name(
+        self, filled: tuple[Path, list[View]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache, views = filled
+        path = LatentCache(cache, "vae1").path(views[0])
+        size = path.stat().st_size
+        path.unlink()
+        named: list[bool] = []
+        sizes: list[int] = []
+
+        def fsync(descriptor: int) -> None:
+            named.append(path.exists())
+            sizes.append(os.fstat(descriptor).st_size)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        fill(cache, CountingEncoders(), views, [])
+        assert named == [False]
+        assert sizes == [size]
+        assert path.exists()
+
+    def test_a_failed_write_leaves_nothing(
+        self, filled: tuple[Path, list[View]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache, views = filled
+        LatentCache(cache, "vae1").path(views[0]).unlink()
+
+        def fsync(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(DataError, match=r"cannot write the cache entry .* No space left on device"):
+            fill(cache, CountingEncoders(), views, [])
+        assert len(entries(cache / "latents")) == 3
+        assert list(cache.rglob("*.partial")) == []
 
     def test_entries_are_plain_safetensors(self, filled: tuple[Path, list[View]]) -> None:
         cache, views = filled

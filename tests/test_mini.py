@@ -1,17 +1,22 @@
 """The small pipelines: complete, loadable by stock diffusers, alive in every part."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from halfbyte.trainer.buckets import Cropping, views_of
+from halfbyte.trainer.data import load_pixels, read_samples
 from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
 from halfbyte.trainer.mini_tokenizers import clip_tokenizer, t5_tokenizer
 
 BUILDERS = {"flux": build_flux_pipeline, "sd3": build_sd3_pipeline}
 CLASSES = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}
+MINI = Path(__file__).parents[1] / "recipes" / "mini"
 CAPTIONS = ("A photo of a cat; its eyes are green.", "A photo of a rocket at night.")
 
 
@@ -80,6 +85,41 @@ def test_a_few_sampling_steps_stay_finite_and_of_order_one(kind: str) -> None:
     assert 0.3 < latents.float().std() < 10
 
 
+@pytest.mark.parametrize("kind", BUILDERS)
+class TestShipped:
+    def test_it_is_what_the_script_makes_and_small(self, kind: str) -> None:
+        folder = MINI / kind
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3e6
+        shipped = weights(CLASSES[kind].from_pretrained(folder, torch_dtype=torch.bfloat16))
+        built = weights(BUILDERS[kind](0))
+        assert shipped.keys() == built.keys()
+        assert all(torch.equal(shipped[key], built[key]) for key in built if not key.startswith("vae."))
+        for tokenizer in folder.glob("tokenizer*/tokenizer.json"):
+            built_tokenizer = getattr(BUILDERS[kind](0), tokenizer.parent.name)
+            saved = json.loads(tokenizer.read_text(encoding="utf-8"))
+            assert saved["model"] == json.loads(built_tokenizer.backend_tokenizer.to_str())["model"]
+
+    def test_every_tensor_is_bf16(self, kind: str) -> None:
+        for file in (MINI / kind).rglob("*.safetensors"):
+            assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+    def test_the_vae_keeps_the_photographs(self, kind: str) -> None:
+        vae = AutoencoderKL.from_pretrained(MINI / kind / "vae", torch_dtype=torch.float32)
+        views = views_of(read_samples(MINI.parent / "photos"), Cropping(64, 16), seed=0)
+        latents: list[Tensor] = []
+        for (view,) in views[:8]:
+            pixels = load_pixels(view.sample, view.box, (view.width, view.height), view.flip)[None]
+            with torch.no_grad():
+                posterior = vae.encode(pixels).latent_dist
+                decoded = vae.decode(posterior.mean).sample
+            colors = nn.functional.avg_pool2d(pixels, 16)
+            assert nn.functional.avg_pool2d(decoded - pixels, 16).abs().mean() < 0.25 * colors.std()
+            assert (decoded - pixels).std() < 0.6 * pixels.std(), "a flat picture would have 1"
+            assert 0.01 < posterior.std.mean() < 0.3
+            latents.append((posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor)
+        assert 0.7 < torch.cat([latent.flatten() for latent in latents]).std() < 1.4
+
+
 def test_clip_reads_any_text_without_loss_up_to_case_and_spaces() -> None:
     tokenizer = clip_tokenizer()
     text = "a photo of a white cup, 3 coins & a café named Ωmega 🚀"
@@ -88,7 +128,15 @@ def test_clip_reads_any_text_without_loss_up_to_case_and_spaces() -> None:
     assert ids[-1] == tokenizer.eos_token_id == len(tokenizer) - 1
     back = tokenizer.decode(ids, skip_special_tokens=True)
     assert back.replace(" ", "") == text.lower().replace(" ", "")
-    assert len(tokenizer("a photo of a cat").input_ids) == 7, "common words are one token each"
+    assert len(tokenizer("a photo of the photo").input_ids) == 7, "common words are one token each"
+
+
+def test_tokens_are_the_same_in_every_process() -> None:
+    text = "A photo of a white cup, 3 coins & a café."
+    clip = [766, 320, 548, 519, 320, 630, 66, 640, 267, 274, 544, 681, 261, 320, 569, 69, 127, 358, 269, 767]
+    assert clip_tokenizer()(text).input_ids == clip
+    t5 = [426, 208, 203, 201, 222, 308, 15, 3, 22, 363, 3, 9, 201, 3, 70, 68, 73, 169, 17, 1]
+    assert t5_tokenizer()(text).input_ids == t5
 
 
 def test_t5_reads_latin_text_without_loss() -> None:

@@ -98,9 +98,9 @@ def test_transparency_of_grey_and_palette_pictures() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_keeps_its_shades(kind: str) -> None:
-    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    values = np.array([[0, 128, 129, 257, 128 * 257, 65535]], dtype=np.uint16)
     got = array(encoded(Image.fromarray(values), kind))
-    assert got.tolist() == [[[0] * 3, [1] * 3, [128] * 3, [255] * 3]]
+    assert got[0].tolist() == [[shade] * 3 for shade in (0, 0, 1, 1, 128, 255)]
 
 
 def test_floating_point_grey() -> None:
@@ -136,14 +136,24 @@ def test_an_animation_gives_its_first_frame() -> None:
     assert array(data)[0, 0].tolist() == [255, 0, 0]
 
 
+def swapped_primaries() -> bytes:
+    """The sRGB profile with red and green exchanged, under another name."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"temp").replace(b"gXYZ", b"rXYZ").replace(b"temp", b"gXYZ")
+    return profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
 def test_a_colour_profile_is_followed() -> None:
-    # The same numbers mean another colour under a profile: here primaries in LAB space, the easiest to make.
-    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-    plain = encoded(squares(), "PNG")
-    assert np.array_equal(array(encoded(squares(), "PNG", icc_profile=srgb.tobytes())), array(plain))
-    # A profile for another colour space than the picture's cannot be applied, and is passed over.
-    assert np.array_equal(array(encoded(squares(), "PNG", icc_profile=lab.tobytes())), array(plain))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(array(encoded(squares(), "PNG", icc_profile=srgb)), squares())
+    swapped = array(encoded(squares(), "PNG", icc_profile=swapped_primaries()))
+    assert np.abs(swapped - np.asarray(squares())[..., [1, 0, 2]]).max() <= 3
+
+
+def test_a_profile_of_another_colour_space_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert np.array_equal(array(encoded(squares(), "PNG", icc_profile=lab)), squares())
+    assert "colour profile cannot be read" in caplog.text
 
 
 def test_a_broken_colour_profile_is_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,10 +4,11 @@ Both keep a caption whole: CLIP's byte pairs know every byte, T5's pieces every 
 and common words are one token each, so that a caption fits into CLIP's 77.
 """
 
-import json
+from collections import Counter
+from functools import cache
+from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer, T5Tokenizer
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -35,7 +36,7 @@ def clip_tokenizer(*, pad_token: str = _END) -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     # "!" is the first of the sorted alphabet, hence token 0, as in CLIP's own vocabulary.
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    merges = _learned_merges(count=254)
+    merges = list(_learned_merges(count=254))
     tokens += ["".join(pair) for pair in merges]
     vocabulary = {token: index for index, token in enumerate([*tokens, _START, _END])}
     assert len(vocabulary) == 768, "two merges made one token"
@@ -56,18 +57,32 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _learned_merges(*, count: int) -> list[tuple[str, str]]:
-    """The first byte pairs that byte-pair training joins over the word list, frequent words weighing more."""
-    words = _WORDS.split()
-    weighted = [word for rank, word in enumerate(words) for _ in range(1 + 40 // (rank + 1))]
-    tokenizer = CLIPTokenizer().backend_tokenizer
-    # Letters that end a word are their own symbols: leave room for them, then take as many merges as asked.
-    trainer = BpeTrainer(
-        vocab_size=256 + 26 + count,
-        initial_alphabet=sorted(ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(weighted, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [(left, right) for left, right in merges][:count]
+@cache
+def _learned_merges(*, count: int) -> tuple[tuple[str, str], ...]:
+    """The first pairs that byte-pair training joins over the word list, frequent words weighing more.
+
+    Our own loop, since the trainer of `tokenizers` breaks ties in another order at every call.
+    """
+    words = {
+        (*word[:-1], word[-1] + "</w>"): 1 + 40 // (rank + 1) for rank, word in enumerate(_WORDS.split())
+    }
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        weights: Counter[tuple[str, str]] = Counter()
+        for symbols, weight in words.items():
+            for pair in pairwise(symbols):
+                weights[pair] += weight
+        best = max(weights, key=lambda pair: (weights[pair], pair))
+        merges.append(best)
+        words = {_merged(symbols, best): weight for symbols, weight in words.items()}
+    return tuple(merges)
+
+
+def _merged(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return tuple(merged)
