@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from halfbyte.quant.lora import fused_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
 
@@ -33,9 +34,11 @@ def add_lora(
     targets: str | list[str],
     init: str,
     seed: int,
+    fused: bool = True,
 ) -> TrainedLayers:
     """Puts fp32 adapters on the layers that `targets` matches (a regular expression, or module-name endings).
 
+    `fused` computes a layer and its adapter as one function, see `halfbyte.quant.lora`; the adapters are the same.
     Raises RecipeError when nothing matches.
     """
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
@@ -48,7 +51,7 @@ def add_lora(
     )
     model: Any = denoiser
     try:
-        model.add_adapter(config, adapter_name=ADAPTER)
+        model.add_adapter(fused_config(config) if fused else config, adapter_name=ADAPTER)
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise

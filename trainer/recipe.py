@@ -202,6 +202,9 @@ class TrainSection(Section):
     """Longer gradients are scaled down to this norm; null: no clipping."""
     gradient_checkpointing: bool = True
     """Compute the blocks' activations twice instead of keeping them: less memory, more time."""
+    fused_adapters: bool = True
+    """Compute each layer and its adapter as one function: faster, and less is kept for the backward; false: PEFT's
+    own layers, which give the same up to rounding."""
     seed: Seed = 0
     """Everything random follows from it."""
 

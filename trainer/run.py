@@ -172,7 +172,10 @@ def _load(recipe: Recipe, family: Family, world: World, console: Console) -> _Lo
         targets=family.lora_targets(targets) if isinstance(targets, str) else list(targets),
         init=recipe.lora.init,
         seed=recipe.train.seed,
+        fused=recipe.train.fused_adapters,
     )
+    if recipe.train.fused_adapters:
+        family.share_inputs(denoiser)
     quantized = sum(isinstance(module, Linear4bit) for module in denoiser.modules())
     return _Loaded(denoiser.eval(), trained, quantized, footprint)
 

@@ -121,6 +121,13 @@ class Family(ABC):
             raise RecipeError(f"model.path: {error}") from error
         return denoiser.requires_grad_(False)
 
+    @abstractmethod
+    def share_inputs(self, denoiser: nn.Module) -> None:
+        """Have layers of the denoiser that read the same input multiply it by their adapters at once.
+
+        Nothing else changes: outputs, parameters and their names stay.
+        """
+
     def scale_latents(self, latents: Tensor) -> Tensor:
         """The VAE's latents as the denoiser sees them, by the VAE's own config; fp32."""
         return (latents - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]

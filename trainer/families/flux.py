@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.flux_attention import share_inputs
 from halfbyte.trainer.source import ModelSource
 
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -46,6 +47,10 @@ class Flux(Family):
             captions, captions, device=device, max_sequence_length=self.max_sequence_length
         )
         return TextEmbedding(prompt_embeds, pooled)
+
+    def share_inputs(self, denoiser: nn.Module) -> None:
+        """Queries, keys and values of each stream; in the single blocks the MLP as well."""
+        share_inputs(denoiser)
 
     def representable(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded to `dtype`: the transformer casts the timestep to its hidden states' dtype."""

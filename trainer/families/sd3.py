@@ -7,6 +7,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.sd3_attention import share_inputs
 
 _BLOCKS = r"transformer_blocks\.\d+\."
 # attn2 is the second, image-only attention of SD3.5 medium's first blocks.
@@ -46,6 +47,10 @@ class SD3(Family):
             max_sequence_length=self.max_sequence_length,
         )
         return TextEmbedding(prompt_embeds, pooled)
+
+    def share_inputs(self, denoiser: nn.Module) -> None:
+        """Queries, keys and values of each stream."""
+        share_inputs(denoiser)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float

@@ -1,0 +1,114 @@
+"""FLUX's attention and single blocks with the adapters of layers that share an input in one product.
+
+Without adapters the outputs are diffusers' own to the bit.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_flux
+from torch import Tensor, nn
+
+from halfbyte.quant.lora import lora_linears
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (S, head_dim) fp32
+Projected = tuple[Tensor, ...]  # queries, keys, values: three of (B, S, heads * head_dim)
+
+
+class SharedInputAttention(transformer_flux.FluxAttnProcessor):
+    """Queries, keys and values of a stream from one pass over its tokens."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, S, dim), with the text's (B, T, dim) in the dual blocks: what goes in comes out."""
+        module: Any = attn
+        image = lora_linears(hidden_states, (module.to_q, module.to_k, module.to_v))
+        if encoder_hidden_states is None:
+            return self.attend(attn, image, None, attention_mask, image_rotary_emb)
+        layers = (module.add_q_proj, module.add_k_proj, module.add_v_proj)
+        text = lora_linears(encoder_hidden_states, layers)
+        mixed = self.attend(attn, image, text, attention_mask, image_rotary_emb)
+        texts = encoder_hidden_states.shape[1]
+        projected, dropout = module.to_out
+        image_mixed = dropout(projected(mixed[:, texts:].contiguous()))
+        return image_mixed, module.to_add_out(mixed[:, :texts].contiguous())
+
+    def attend(
+        self,
+        attn: nn.Module,
+        image: Projected,
+        text: Projected | None,
+        mask: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """The attention of all tokens, text first: (B, T + S, heads * head_dim)."""
+        module: Any = attn
+        query, key, value = (part.unflatten(-1, (-1, module.head_dim)) for part in image)
+        query, key = module.norm_q(query), module.norm_k(key)
+        if text is not None:
+            text_query, text_key, text_value = (part.unflatten(-1, (-1, module.head_dim)) for part in text)
+            query = torch.cat((module.norm_added_q(text_query), query), dim=1)
+            key = torch.cat((module.norm_added_k(text_key), key), dim=1)
+            value = torch.cat((text_value, value), dim=1)
+        if rotary is not None:
+            query, key = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (query, key))
+        mixed = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return mixed.flatten(2, 3).to(query.dtype)
+
+
+# Named as diffusers names it: compile_repeated_blocks and device maps look for blocks by the name of their class.
+class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
+    """The single block, whose MLP reads the same tokens as its attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
+        attention, processor = self.attn, self.attn.processor
+        if joint_attention_kwargs or not isinstance(processor, SharedInputAttention):
+            # Another processor, an IP adapter's for one, makes queries and keys by itself.
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        texts = encoder_hidden_states.shape[1]
+        tokens = torch.cat((encoder_hidden_states, hidden_states), dim=1)
+        normed, gate = self.norm(tokens, emb=temb)
+        *projected, hidden = lora_linears(
+            normed, (attention.to_q, attention.to_k, attention.to_v, self.proj_mlp)
+        )
+        mixed = processor.attend(attention, tuple(projected), None, None, image_rotary_emb)
+        update = self.proj_out(torch.cat((mixed, self.act_mlp(hidden)), dim=2))
+        tokens = tokens + gate.unsqueeze(1) * update
+        if tokens.dtype == torch.float16:
+            largest = torch.finfo(torch.float16).max
+            tokens = tokens.clip(-largest, largest)
+        return tokens[:, :texts], tokens[:, texts:]
+
+
+def share_inputs(denoiser: nn.Module) -> None:
+    """Puts both in place of diffusers' in a FluxTransformer2DModel; its parameters stay as they are."""
+    model: Any = denoiser
+    model.set_attn_processor(SharedInputAttention())
+    for block in model.single_transformer_blocks:
+        # Ours adds no state, so the block keeps its own, with hooks and adapters.
+        block.__class__ = FluxSingleTransformerBlock
