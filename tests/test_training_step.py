@@ -40,11 +40,13 @@ def module_of(family, denoiser, dtype, seed=3):
     )
 
 
-def adapted(family, *, dtype, quantized=True):
-    recipe = QuantRecipe(quant_type="nf4", double_quant=True, compute_dtype=dtype) if quantized else None
+def adapted(family, *, dtype, fused=True):
+    recipe = QuantRecipe(quant_type="nf4", double_quant=True, compute_dtype=dtype)
     denoiser = family.load_denoiser(recipe, device=torch.device("cpu"), dtype=dtype)
     targets = family.lora_targets("all-linear")
-    add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1)
+    add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1, fused=fused)
+    if fused:
+        family.share_inputs(denoiser)
     draws = torch.Generator().manual_seed(7)
     for name, parameter in trained_parameters(denoiser).items():
         if ".lora_B." in name:  # at zero, A would have no gradient
@@ -67,8 +69,9 @@ def batch_for(family, positions=(0, 5)):
     )
 
 
-def in_float64(denoiser):
-    """The same model with plain linears that hold the dequantized weights, all in float64."""
+def in_float64(family, dtype):
+    """The same model with plain linears that hold the dequantized weights, all in float64, and PEFT's layers."""
+    denoiser = adapted(family, dtype=dtype, fused=False)
     for name, layer in list(denoiser.named_modules()):
         if isinstance(layer, Linear4bit):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
@@ -93,7 +96,7 @@ def test_adapter_gradients_match_float64(request, family_class, fixture, checkpo
     loss = module_of(family, denoiser, torch.float32).loss(batch)
     loss.backward()
 
-    reference = in_float64(adapted(family, dtype=torch.float32))
+    reference = in_float64(family, torch.float32)
     module = module_of(family, reference, torch.float32)
     # Sigma is rounded as in the fp32 run; everything after it is float64.
     module.compute_dtype = torch.float64
@@ -120,11 +123,11 @@ def test_bf16_gradients_are_as_good_as_plain_linears(mini_flux):
     family = family_at(mini_flux, Flux)
     batch = batch_for(family)
     ours = gradients(module_of(family, adapted(family, dtype=torch.bfloat16), torch.bfloat16), batch, True)
-    plain = in_float64(adapted(family, dtype=torch.bfloat16)).bfloat16()
+    plain = in_float64(family, torch.bfloat16).bfloat16()
     for parameter in trained_parameters(plain).values():
         parameter.data = parameter.data.float()
     theirs = gradients(module_of(family, plain, torch.bfloat16), batch, True)
-    exact_module = module_of(family, in_float64(adapted(family, dtype=torch.bfloat16)), torch.bfloat16)
+    exact_module = module_of(family, in_float64(family, torch.bfloat16), torch.bfloat16)
     point = exact_module.corrupt(batch)
     exact_module.corrupt = lambda _: point  # the sigma that bf16 can be told
     exact_module.compute_dtype = torch.float64
