@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import ops, reference
+from halfbyte.kernels import ops, reference, scale_search
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NESTED_BLOCKSIZE = 256
+SCALE_SEARCHES = (None, "mse")
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,12 @@ class QuantSpec:
     """Store the block scales in 8 bits as well: 0.37 bit a parameter less."""
     blocksize: int = 64
     """Elements that share a scale."""
+    scale_search: str | None = None
+    """`mse`: the scale of each block is the one with the least squared error; None: its largest magnitude."""
 
     def __post_init__(self) -> None:
+        if self.scale_search not in SCALE_SEARCHES:
+            raise ValueError(f"scale_search: got {self.scale_search!r}, accepted: None, mse")
         if self.quant_type not in ops.QUANT_TYPES:
             raise ValueError(f"quant_type: got {self.quant_type!r}, accepted: {', '.join(ops.QUANT_TYPES)}")
         if self.blocksize not in ops.BLOCKSIZES:
@@ -116,14 +121,15 @@ def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Ten
         raise ValueError(f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged")
     code = reference.on_device(f"{spec.quant_type.upper()}_CODE", weight.device)
     nested = None
+    kernels = ops if spec.scale_search is None else scale_search
     if spec.double_quant:
-        packed, absmax, nested_absmax, offset = ops.quantize_4bit_double(
+        packed, absmax, nested_absmax, offset = kernels.quantize_4bit_double(
             weight, spec.quant_type, spec.blocksize, NESTED_BLOCKSIZE
         )
         nested_code = reference.on_device("DYNAMIC_CODE", weight.device)
         nested = NestedState(nested_absmax, nested_code, offset, NESTED_BLOCKSIZE)
     else:
-        packed, absmax = ops.quantize_4bit(weight, spec.quant_type, spec.blocksize)
+        packed, absmax = kernels.quantize_4bit(weight, spec.quant_type, spec.blocksize)
     state = QuantState(spec.quant_type, weight.shape, weight.dtype, spec.blocksize, code, absmax, nested)
     return packed, state
 
