@@ -1,4 +1,4 @@
-"""Which linear layers of a model become 4-bit layers: the recipe, and diffusers' own rule for what it skips."""
+"""Which linear layers of a model are quantized: the recipe, and diffusers' own rule for what it skips."""
 
 import difflib
 import logging
@@ -8,10 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from halfbyte.kernels import ops
+from halfbyte.quant.int8 import DEFAULT_THRESHOLD
 from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.nf4 import WEIGHT_DTYPES, QuantSpec
 
 log = logging.getLogger(__name__)
+
+QuantizedLinear = Linear4bit | Linear8bit
+QUANT_TYPES = (*ops.QUANT_TYPES, "int8")
+_LARGEST_THRESHOLD = 65504.0  # of fp16, in which outliers are told
 
 
 @dataclass(frozen=True)
@@ -19,29 +26,58 @@ class QuantRecipe:
     """How a model is quantized, and which of its layers are not."""
 
     quant_type: str = "nf4"
-    """`nf4` or `fp4`."""
+    """`nf4`, `fp4` or `int8` (LLM.int8())."""
     double_quant: bool = True
-    """Store the block scales in 8 bits as well."""
+    """Store the block scales in 8 bits as well; always False for int8, which has a scale a row."""
     blocksize: int = 64
-    """Weights that share a scale."""
+    """Weights that share a scale, in the 4-bit types."""
     compute_dtype: torch.dtype = torch.bfloat16
     """What the products run in: bfloat16, float16 or float32."""
     skip: tuple[str, ...] = ()
     """Modules left alone, as diffusers matches them: the last part of a layer's path, its whole path, or anything
     that stands in the path before a dot."""
+    llm_int8_threshold: float = DEFAULT_THRESHOLD
+    """int8: input columns that reach this magnitude are multiplied in compute_dtype; 0: none are."""
+    scale_search: str | None = None
+    """`mse`: 4-bit scales with the least squared error instead of the block's largest magnitude. It leaves no
+    trace in the files, and a folder that is quantized already keeps its scales."""
 
     def __post_init__(self) -> None:
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type: got {self.quant_type!r}, accepted: {', '.join(QUANT_TYPES)}")
         if self.compute_dtype not in WEIGHT_DTYPES:
             raise ValueError(f"compute_dtype: got {self.compute_dtype}, accepted: bfloat16, float16, float32")
         if isinstance(self.skip, str) or not all(isinstance(entry, str) and entry for entry in self.skip):
             raise ValueError(f"skip: got {self.skip!r}, expected a list of module names")
         object.__setattr__(self, "skip", tuple(self.skip))
-        QuantSpec(self.quant_type, self.double_quant, self.blocksize)
+        if not 0 <= self.llm_int8_threshold <= _LARGEST_THRESHOLD:
+            raise ValueError(
+                f"llm_int8_threshold: got {self.llm_int8_threshold}, expected a number from 0 to 65504"
+            )
+        # diffusers refuses a config.json with an integer there.
+        object.__setattr__(self, "llm_int8_threshold", float(self.llm_int8_threshold))
+        if self.quant_type == "int8":
+            if self.scale_search is not None:
+                raise ValueError(f"scale_search: got {self.scale_search!r}, expected None for int8")
+            # What has no meaning for a type has one value there, so that recipes that mean the same are equal.
+            object.__setattr__(self, "double_quant", False)
+        else:
+            object.__setattr__(self, "llm_int8_threshold", DEFAULT_THRESHOLD)
+            QuantSpec(self.quant_type, self.double_quant, self.blocksize, self.scale_search)
 
     @property
     def spec(self) -> QuantSpec:
-        """The part that concerns a single weight."""
-        return QuantSpec(self.quant_type, self.double_quant, self.blocksize)
+        """The part that concerns a single 4-bit weight."""
+        assert self.quant_type != "int8"
+        return QuantSpec(self.quant_type, self.double_quant, self.blocksize, self.scale_search)
+
+    def quantized(self, linear: nn.Linear, name: str) -> QuantizedLinear:
+        """The layer that replaces `linear`; raises ValueError, naming the weight by `name`, see `from_linear`."""
+        if self.quant_type == "int8":
+            return Linear8bit.from_linear(
+                linear, threshold=self.llm_int8_threshold, compute_dtype=self.compute_dtype, name=name
+            )
+        return Linear4bit.from_linear(linear, spec=self.spec, compute_dtype=self.compute_dtype, name=name)
 
 
 @dataclass(frozen=True)
@@ -81,7 +117,7 @@ def skip_matches(model: nn.Module, skip: Sequence[str]) -> tuple[SkipMatch, ...]
 
 
 def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -> tuple[str, ...]:
-    """Replace the linear layers of `model` in place by 4-bit ones; returns their paths.
+    """Replace the linear layers of `model` in place by quantized ones; returns their paths.
 
     Layers with values are quantized where they are; layers on meta wait for theirs. With `check_skip` a skip
     list is refused (ValueError) where an entry matches nothing, and warned about where it matches more than it
@@ -96,12 +132,9 @@ def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -
     skip = (*recipe.skip, *kept_in_fp32(model))
     replaced = []
     for path, linear in list(_linears(model)):
-        if isinstance(linear, Linear4bit) or is_skipped(path, skip):
+        if isinstance(linear, QuantizedLinear) or is_skipped(path, skip):
             continue
-        layer = Linear4bit.from_linear(
-            linear, spec=recipe.spec, compute_dtype=recipe.compute_dtype, name=f"{path}.weight"
-        )
-        model.set_submodule(path, layer)
+        model.set_submodule(path, recipe.quantized(linear, f"{path}.weight"))
         replaced.append(path)
     if not replaced:
         raise ValueError(

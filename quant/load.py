@@ -1,4 +1,4 @@
-"""Load a diffusers model from a folder into 4-bit layers, tensor by tensor.
+"""Load a diffusers model from a folder into quantized layers, tensor by tensor.
 
 At no time is more than one tensor in memory besides the packed model. A folder in full precision is quantized
 on the way; a folder that bitsandbytes or this package has quantized is taken as it is, to the bit.
@@ -17,10 +17,13 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from halfbyte.quant.convert import QuantRecipe, convert, kept_in_fp32
-from halfbyte.quant.linear import Linear4bit
-from halfbyte.quant.packing import split_key
-from halfbyte.quant.serialize import CONFIG_FILE, quantization_config, read_quantization_config
+from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.serialize import (
+    CONFIG_FILE,
+    quantization_config,
+    read_quantization_config,
+    split_statistic,
+)
 from halfbyte.quant.shards import ShardedWeights
 
 log = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ def load_quantized(
     device: torch.device | str,
     progress: Progress | None = None,
 ) -> Model:
-    """The model of `folder` in eval mode on `device`, frozen in 4 bits by `recipe`, or in `dtype` without one.
+    """The model of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
 
     Weights are cast to `dtype` before they are quantized, and so is everything that is not quantized, as
     `from_pretrained(torch_dtype=dtype)` does. Where the folder is quantized already, its own settings hold,
@@ -131,7 +134,7 @@ def _fill(
         module = model.get_submodule(path)
         tensor_dtype = torch.float32 if kept & set(name.split(".")) else dtype
         try:
-            if isinstance(module, Linear4bit) and leaf == "weight":
+            if isinstance(module, QuantizedLinear) and leaf == "weight":
                 if quantized:
                     found = {suffix: weights.read(key) for suffix, key in statistics.get(name, {}).items()}
                     module.load_packed(weights.read(name).to(device), found, name)
@@ -150,11 +153,13 @@ def _fill(
 
 
 def _statistics(model: nn.Module, weights: ShardedWeights) -> dict[str, dict[str, str]]:
-    """The weight of each 4-bit layer -> the statistics in the file by suffix -> their names there."""
-    layers = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    """The weight of each quantized layer -> the statistics in the file by suffix -> their names there."""
+    layers = {
+        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
     statistics: dict[str, dict[str, str]] = {}
     for name in weights.names:
-        parts = split_key(name)
+        parts = split_statistic(name)
         if parts is not None and parts[0] in layers:
             statistics.setdefault(parts[0], {})[parts[1]] = name
     return statistics

@@ -4,16 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
-from halfbyte.quant.convert import QuantRecipe, is_skipped, kept_in_fp32
-from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant import int8, packing
+from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, is_skipped, kept_in_fp32
+from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.nf4 import WEIGHT_DTYPES, QuantSpec
-from halfbyte.quant.packing import split_key
 from halfbyte.quant.shards import flush, write_text, write_weights
 
 CONFIG_FILE = "config.json"
@@ -24,19 +25,21 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 
 def quantization_config(recipe: QuantRecipe) -> dict[str, Any]:
     """The `quantization_config` of config.json, with every key that diffusers' BitsAndBytesConfig writes."""
+    eight = recipe.quant_type == "int8"
     return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
+        "_load_in_4bit": not eight,
+        "_load_in_8bit": eight,
         "bnb_4bit_compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": recipe.quant_type,
+        # What BitsAndBytesConfig has there when nobody names a type.
+        "bnb_4bit_quant_type": "fp4" if eight else recipe.quant_type,
         "bnb_4bit_use_double_quant": recipe.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": list(recipe.skip) or None,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
+        "llm_int8_threshold": recipe.llm_int8_threshold,
+        "load_in_4bit": not eight,
+        "load_in_8bit": eight,
         "quant_method": "bitsandbytes",
     }
 
@@ -47,10 +50,14 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantReci
     The block size is not in it: each weight's own statistics say that.
     """
     method = config.get("quant_method")
-    if method != "bitsandbytes" or config.get("load_in_4bit", config.get("_load_in_4bit")) is not True:
+    four, eight = (config.get(key, config.get(f"_{key}")) is True for key in ("load_in_4bit", "load_in_8bit"))
+    if method != "bitsandbytes" or four == eight:
         raise ValueError(
-            f"{where}: quantization_config has quant_method {method!r}; accepted: bitsandbytes with load_in_4bit"
+            f"{where}: quantization_config has quant_method {method!r}; accepted: bitsandbytes with load_in_4bit,"
+            " or with load_in_8bit"
         )
+    if eight and config.get("llm_int8_has_fp16_weight", False) is not False:
+        raise ValueError(f"{where}: llm_int8_has_fp16_weight is set, and weights in fp16 are not quantized")
     storage = config.get("bnb_4bit_quant_storage", "uint8")
     if storage != "uint8":
         raise ValueError(f"{where}: bnb_4bit_quant_storage is {storage!r}, accepted: uint8")
@@ -62,12 +69,16 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantReci
     skip = config.get("llm_int8_skip_modules") or []
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
         raise ValueError(f"{where}: llm_int8_skip_modules is {skip!r}, expected a list of module names")
+    threshold = config.get("llm_int8_threshold", int8.DEFAULT_THRESHOLD)
+    if type(threshold) not in (int, float):
+        raise ValueError(f"{where}: llm_int8_threshold is {threshold!r}, expected a number")
     try:
         return QuantRecipe(
-            quant_type=config.get("bnb_4bit_quant_type", "fp4"),
+            quant_type="int8" if eight else config.get("bnb_4bit_quant_type", "fp4"),
             double_quant=bool(config.get("bnb_4bit_use_double_quant", False)),
             compute_dtype=_DTYPES[compute_dtype],
             skip=tuple(skip),
+            llm_int8_threshold=threshold,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -83,7 +94,7 @@ def save_quantized(
     """Write a converted diffusers model so that stock diffusers loads it; the folder appears whole or not at all.
 
     Without `recipe` the settings are those that the model was loaded with. Adapters on the model are left out.
-    Raises ValueError where the model's 4-bit layers are not those that the recipe means, and FileExistsError
+    Raises ValueError where the model's quantized layers are not those that the recipe means, and FileExistsError
     where the folder holds something.
     """
     folder = Path(folder)
@@ -139,11 +150,16 @@ def _base_name(name: str, tuned: Sequence[str]) -> str | None:
     return name
 
 
+def split_statistic(key: str) -> tuple[str, str] | None:
+    """The name of a quantized weight and that of its statistic; None where the key names no statistic."""
+    return packing.split_key(key) or int8.split_key(key)
+
+
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Each weight with its statistics; diffusers cannot load one whose statistics are in another shard."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        statistic = split_key(name)
+        statistic = split_statistic(name)
         groups.setdefault(name if statistic is None else statistic[0], {})[name] = tensor
     yield from groups.values()
 
@@ -155,10 +171,27 @@ def _check_layers(model: nn.Module, recipe: QuantRecipe) -> None:
         if path is None or not isinstance(module, nn.Linear):
             continue
         skipped = is_skipped(path, skip)
-        if isinstance(module, Linear4bit):
-            # The block size is in each weight's own statistics, so a config cannot contradict it.
-            expected = QuantSpec(recipe.quant_type, recipe.double_quant, module.spec.blocksize)
-            if skipped or module.spec != expected:
-                raise ValueError(f"{path}: quantized with {module.spec}, which is not what {recipe} says")
+        if isinstance(module, QuantizedLinear):
+            if skipped or not _is_meant(module, recipe):
+                raise ValueError(
+                    f"{path}: quantized with {_described(module)}, which is not what {recipe} says"
+                )
         elif not skipped:
             raise ValueError(f"{path}: not quantized, though {recipe} does not skip it")
+
+
+def _is_meant(layer: QuantizedLinear, recipe: QuantRecipe) -> bool:
+    if isinstance(layer, Linear8bit):
+        return recipe.quant_type == "int8" and layer.threshold == recipe.llm_int8_threshold
+    # The block size is in each weight's own statistics, so a config cannot contradict it; how a scale was found
+    # is in no file.
+    spec = replace(layer.spec, scale_search=None)
+    return recipe.quant_type != "int8" and spec == QuantSpec(
+        recipe.quant_type, recipe.double_quant, spec.blocksize
+    )
+
+
+def _described(layer: QuantizedLinear) -> str:
+    if isinstance(layer, Linear8bit):
+        return f"int8, threshold {layer.threshold:g}"
+    return str(layer.spec)

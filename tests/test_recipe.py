@@ -99,7 +99,7 @@ output: {dir: out}
         "recipe.yaml:2: model.family: got 'fluxx', expected flux or sd3; did you mean 'flux'?",
         "recipe.yaml:3: model.path: got 'name', expected a Hub repository as owner/name,"
         " or a folder with ./, ../, / or ~ in front",
-        "recipe.yaml:4: quant.type: got 'nf5', expected nf4, fp4 or none; did you mean 'nf4'?",
+        "recipe.yaml:4: quant.type: got 'nf5', expected nf4, fp4, int8 or none; did you mean 'nf4'?",
         "recipe.yaml:6: lora.rank: got 1.5, expected a whole number, 1 or more",
         "recipe.yaml:7: lora.lr: unknown key; did you mean optimizer.lr?",
         "recipe.yaml:8: lora.targets: got 'all_linear'; did you mean 'all-linear'?",

@@ -38,7 +38,7 @@ def export_adapter(family: Family, denoiser: nn.Module, folder: Path) -> Path:
 
 
 def is_quantized(denoiser: nn.Module) -> bool:
-    """Whether the denoiser holds a 4-bit base, which can be exported."""
+    """Whether the denoiser holds a quantized base, which can be exported."""
     model: Any = denoiser
     return "quantization_config" in model.config
 

@@ -112,15 +112,29 @@ class ModelSection(Section):
 class QuantSection(Section):
     """How the frozen base is stored and computed with."""
 
-    type: Literal["nf4", "fp4", "none"] = "nf4"
-    """The 4-bit code of the base's linear layers; none keeps them in compute_dtype."""
+    type: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the base's linear layers are held: in 4 bits (nf4, fp4), in 8 (int8, which is LLM.int8()), or in
+    compute_dtype (none)."""
     double_quant: bool = True
-    """Quantize the block scales too: 0.4 bit a parameter less. Without meaning where type is none."""
+    """Quantize the block scales too: 0.4 bit a parameter less. Without meaning where type is int8 or none."""
+    scale_search: Literal["none", "mse"] = "none"
+    """mse: give each block of 4-bit weights the scale with the least squared error instead of its largest
+    magnitude: 8 % less error in the same files, at several times the time to quantize."""
+    llm_int8_threshold: float = Field(default=6.0, ge=0)
+    """Where type is int8: input columns that reach this magnitude are multiplied in compute_dtype; 0: none are."""
     skip: Texts = ()
     """Names of modules to keep in compute_dtype, matched as diffusers matches them: the last part of a path,
     or any part followed by a dot."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The precision of activations and of every weight that is not quantized."""
+
+    @model_validator(mode="after")
+    def _only_blocks_have_scales_to_search(self) -> Self:
+        if self.scale_search != "none" and self.type not in ("nf4", "fp4"):
+            raise conflict(
+                "scale_search", f"got {self.scale_search}, expected none where quant.type is {self.type}"
+            )
+        return self
 
 
 class LoraSection(Section):

@@ -12,7 +12,7 @@ from rich.console import Console
 from halfbyte.trainer.adapters import TrainedLayers
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
-from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.recipe import QuantSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     if quant.type == "none":
         base = f"not quantized, {quant.compute_dtype}"
     else:
-        double = "double-quantized" if quant.double_quant else "single-quantized"
-        base = f"{quant.type} {double}, {opening.quantized_layers} layers, computed in {quant.compute_dtype}"
+        base = f"{_storage(quant)}, {opening.quantized_layers} layers, computed in {quant.compute_dtype}"
     revision = f" @ {family.source.revision[:12]}" if family.source.revision else ""
     objective = recipe.objective
     tokens = sorted(
@@ -71,6 +70,15 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
         ),
     ]
+
+
+def _storage(quant: QuantSection) -> str:
+    """How a quantized base is held."""
+    if quant.type == "int8":
+        return f"int8, outliers from {quant.llm_int8_threshold:g}" if quant.llm_int8_threshold else "int8"
+    double = "double-quantized" if quant.double_quant else "single-quantized"
+    searched = "" if quant.scale_search == "none" else f", scales by {quant.scale_search}"
+    return f"{quant.type} {double}{searched}"
 
 
 def _shift_note(opening: Opening, tokens: Sequence[int]) -> str:

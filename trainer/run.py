@@ -12,8 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from rich.console import Console
 from torch import nn
 
-from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import TrainedLayers, add_lora, load_adapter_state
 from halfbyte.trainer.callbacks import Checkpointer, Interruption, Recorder, Sampler
@@ -139,6 +138,8 @@ def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
         double_quant=recipe.quant.double_quant,
         compute_dtype=DTYPES[recipe.quant.compute_dtype],
         skip=recipe.quant.skip,
+        llm_int8_threshold=recipe.quant.llm_int8_threshold,
+        scale_search=None if recipe.quant.scale_search == "none" else recipe.quant.scale_search,
     )
 
 
@@ -176,7 +177,7 @@ def _load(recipe: Recipe, family: Family, world: World, console: Console) -> _Lo
     )
     if recipe.train.fused_adapters:
         family.share_inputs(denoiser)
-    quantized = sum(isinstance(module, Linear4bit) for module in denoiser.modules())
+    quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return _Loaded(denoiser.eval(), trained, quantized, footprint)
 
 
