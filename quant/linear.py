@@ -13,6 +13,13 @@ from halfbyte.quant.nf4 import QuantSpec, QuantState, dequantize, quantize
 from halfbyte.quant.packing import STATISTICS, pack_state, unpack_state
 
 
+# The meta device, on which shapes are worked out, has no autocast, and raises when asked. Asked here once, for torch
+# 2.11's compiler cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
+
 class Params4bit(nn.Parameter):
     """Packed codes uint8 ((n + 1) // 2, 1) with `quant_state`; before quantization, on meta, (out, in).
 
@@ -59,21 +66,16 @@ class Params4bit(nn.Parameter):
         return super().nelement() + (0 if self.quant_state is None else self.quant_state.nbytes)
 
 
-def has_autocast(device_type: str) -> bool:
-    """Whether autocast can be asked for: the meta device, on which shapes are worked out, has none, and raises."""
-    return torch.amp.is_autocast_available(device_type)
-
-
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast computes in on this kind of device; None where it is off."""
-    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """For a backward: whatever region it is called from, its products stay in the forward's dtype."""
-    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if device_type in _AUTOCAST_DEVICES else nullcontext()
 
 
 class _FrozenLinear(torch.autograd.Function):
