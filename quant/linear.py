@@ -1,7 +1,6 @@
 """A frozen linear layer whose weight stays in 4 bits; gradients reach its input, and its bias if asked."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,15 +8,9 @@ from torch import Tensor, nn
 
 from halfbyte.kernels import linear_ops
 from halfbyte.kernels.packed_weight import PackedWeight
+from halfbyte.quant.autocast import autocast_dtype, without_autocast
 from halfbyte.quant.nf4 import QuantSpec, QuantState, dequantize, quantize
 from halfbyte.quant.packing import STATISTICS, pack_state, unpack_state
-
-
-# The meta device, on which shapes are worked out, has no autocast, and raises when asked. Asked here once, for torch
-# 2.11's compiler cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)
-)
 
 
 class Params4bit(nn.Parameter):
@@ -64,18 +57,6 @@ class Params4bit(nn.Parameter):
         otherwise miss the statistics; the number of elements proper is `numel()`.
         """
         return super().nelement() + (0 if self.quant_state is None else self.quant_state.nbytes)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast computes in on this kind of device; None where it is off."""
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """For a backward: whatever region it is called from, its products stay in the forward's dtype."""
-    return torch.autocast(device_type, enabled=False) if device_type in _AUTOCAST_DEVICES else nullcontext()
 
 
 class _FrozenLinear(torch.autograd.Function):

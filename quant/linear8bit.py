@@ -1,13 +1,13 @@
 """A frozen linear layer of LLM.int8(): int8 weights and activations, outlier columns in the compute dtype."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels import int8_ops
+from halfbyte.quant.autocast import autocast_dtype, without_autocast
 from halfbyte.quant.int8 import (
     DEFAULT_THRESHOLD,
     STATISTICS,
@@ -61,13 +61,6 @@ class Int8Params(nn.Parameter):
         return super().nelement() + (0 if self.SCB is None else self.SCB.nbytes)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """What is computed within keeps its dtypes, whatever region surrounds it; the meta device knows no regions."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 class _FrozenLinear8bit(torch.autograd.Function):
     """y = x W^T + b by LLM.int8(), dX = dY W with W dequantized: the rounding of x passes gradients as they are."""
 
@@ -76,14 +69,14 @@ class _FrozenLinear8bit(torch.autograd.Function):
         ctx: Any, x: Tensor, quantized: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
         ctx.save_for_backward(quantized, scales)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             return int8_ops.linear_int8(x, quantized, scales, bias, threshold)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         grad_x = grad_bias = None
-        with _without_autocast(grad_output.device.type):
+        with without_autocast(grad_output.device.type):
             if ctx.needs_input_grad[0]:
                 grad_x = int8_ops.linear_int8_input_grad(grad_output, *ctx.saved_tensors)
             if ctx.needs_input_grad[3]:
@@ -171,11 +164,9 @@ class Linear8bit(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in) -> (..., out), in the input's dtype; under autocast in autocast's, as nn.Linear."""
-        device_type = input.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            compute_dtype = output_dtype = torch.get_autocast_dtype(device_type)
-        else:
-            compute_dtype, output_dtype = self.compute_dtype, input.dtype
+        autocast = autocast_dtype(input.device.type)
+        compute_dtype = self.compute_dtype if autocast is None else autocast
+        output_dtype = input.dtype if autocast is None else autocast
         bias = None if self.bias is None else self.bias.to(compute_dtype)
         output = _FrozenLinear8bit.apply(
             input.to(compute_dtype), self.weight, self._scales(), bias, self.threshold

@@ -15,7 +15,8 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from halfbyte.kernels.packed_weight import PackedWeight
-from halfbyte.quant.linear import Linear4bit, autocast_dtype
+from halfbyte.quant.autocast import autocast_dtype
+from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.low_rank import AdaptedWeight, low_rank_linears
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from halfbyte.kernels import accumulate_ops, linear_ops
 from halfbyte.kernels.packed_weight import PackedWeight
-from halfbyte.quant.linear import without_autocast
+from halfbyte.quant.autocast import without_autocast
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,8 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from halfbyte.quant.convert import convert
-from halfbyte.quant.linear import Linear4bit
-from halfbyte.quant.packing import split_key
-from halfbyte.quant.serialize import read_quantization_config
+from halfbyte.quant.convert import QuantizedLinear, convert
+from halfbyte.quant.serialize import read_quantization_config, split_statistic
 
 
 def default_device() -> torch.device:
@@ -28,13 +26,13 @@ def own_statistics(key: str, state_dict: dict[str, Tensor]) -> dict[str, str]:
     """Suffix -> key of the statistics that a state dict has for the weight at `key`."""
     found = {}
     for name in state_dict:
-        split = split_key(name)
+        split = split_statistic(name)
         if split is not None and split[0] == key:
             found[split[1]] = name
     return found
 
 
-class Halfbyte4bitConfig(BitsAndBytesConfig):
+class HalfbyteConfig(BitsAndBytesConfig):
     """bitsandbytes' settings, without asking that bitsandbytes be installed."""
 
     def post_init(self) -> None:
@@ -42,8 +40,8 @@ class Halfbyte4bitConfig(BitsAndBytesConfig):
         read_quantization_config(self.to_dict(), "quantization_config")
 
 
-class Halfbyte4bitQuantizer(DiffusersQuantizer):
-    """Loads 4-bit bitsandbytes checkpoints into `Linear4bit`, and quantizes others on the way in; CPU or CUDA."""
+class HalfbyteQuantizer(DiffusersQuantizer):
+    """Loads bitsandbytes checkpoints into our layers, and quantizes others on the way in; CPU or CUDA."""
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
@@ -58,7 +56,7 @@ class Halfbyte4bitQuantizer(DiffusersQuantizer):
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
         """What `device_map="auto"` counts a quantized weight as."""
-        return CustomDtype.INT4
+        return torch.int8 if self.quantization_config.load_in_8bit else CustomDtype.INT4
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, Any]:
         """Leaves a tenth for the weight that is being quantized."""
@@ -67,9 +65,9 @@ class Halfbyte4bitQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
-        """Whether the parameter is a 4-bit layer's weight, which `create_quantized_param` puts in place."""
+        """Whether the parameter is a quantized layer's weight, which `create_quantized_param` puts in place."""
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), Linear4bit)
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
     def create_quantized_param(
         self,
@@ -83,7 +81,7 @@ class Halfbyte4bitQuantizer(DiffusersQuantizer):
     ) -> None:
         """Puts a weight in place, packed or yet to be quantized. Raises ValueError naming the tensor."""
         layer = model.get_submodule(param_name.rpartition(".")[0])
-        assert isinstance(layer, Linear4bit)
+        assert isinstance(layer, QuantizedLinear)
         value = param_value.to(target_device)
         if not self.pre_quantized:
             layer.quantize(value, param_name)
@@ -104,7 +102,8 @@ class Halfbyte4bitQuantizer(DiffusersQuantizer):
         convert(model, recipe, check_skip=not self.pre_quantized)
         stock: Any = model
         stock.config.quantization_config = self.quantization_config
-        stock.is_loaded_in_4bit = True
+        stock.is_loaded_in_8bit = recipe.quant_type == "int8"
+        stock.is_loaded_in_4bit = not stock.is_loaded_in_8bit
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         return model
@@ -121,6 +120,7 @@ class Halfbyte4bitQuantizer(DiffusersQuantizer):
 
 
 def register() -> None:
-    """From here on diffusers' `from_pretrained` builds our 4-bit layers for bitsandbytes checkpoints and configs."""
-    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Halfbyte4bitQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING["bitsandbytes_4bit"] = Halfbyte4bitConfig
+    """From here on diffusers' `from_pretrained` builds our layers for bitsandbytes checkpoints and configs."""
+    for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        AUTO_QUANTIZER_MAPPING[kind] = HalfbyteQuantizer
+        AUTO_QUANTIZATION_CONFIG_MAPPING[kind] = HalfbyteConfig

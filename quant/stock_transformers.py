@@ -1,4 +1,4 @@
-"""Our layers behind transformers' own `from_pretrained`, in place of bitsandbytes: T5 and CLIP in 4 bits."""
+"""Our layers behind transformers' own `from_pretrained`, in place of bitsandbytes: T5 and CLIP in 4 bits or in 8."""
 
 from typing import Any
 
@@ -9,15 +9,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from halfbyte.quant.linear import Linear4bit, Params4bit
-from halfbyte.quant.packing import STATISTICS
+from halfbyte.quant import int8, packing
+from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.linear import Params4bit
+from halfbyte.quant.linear8bit import Int8Params
 from halfbyte.quant.serialize import read_quantization_config
 from halfbyte.quant.stock_diffusers import default_device
 
 
-def _layer_at(model: nn.Module, parameter: str) -> Linear4bit:
+def _layer_at(model: nn.Module, parameter: str) -> QuantizedLinear:
     layer = model.get_submodule(parameter.rpartition(".")[0])
-    assert isinstance(layer, Linear4bit)
+    assert isinstance(layer, QuantizedLinear)
     return layer
 
 
@@ -31,8 +33,8 @@ class _Quantize(ConversionOps):
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, Params4bit]:
-        converted = {}
+    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, nn.Parameter]:
+        converted: dict[str, nn.Parameter] = {}
         for name, value in input_dict.items():
             layer = _layer_at(model, name)
             layer.quantize(_first(value), name)
@@ -60,15 +62,20 @@ class _Unpack(ConversionOps):
         return {"weight": layer.weight}
 
 
-class Halfbyte4bitHfQuantizer(HfQuantizer):
-    """Loads 4-bit bitsandbytes checkpoints into `Linear4bit`, and quantizes others on the way in; CPU or CUDA."""
+class HalfbyteHfQuantizer(HfQuantizer):
+    """Loads bitsandbytes checkpoints into our layers, and quantizes others on the way in; CPU or CUDA."""
 
     requires_calibration = False
 
     @property
     def quantized_element_size(self) -> float:
         """Bytes that `device_map="auto"` counts a quantized weight's element as."""
-        return 0.5
+        return 1.0 if self._eight else 0.5
+
+    @property
+    def _eight(self) -> bool:
+        config: Any = self.quantization_config
+        return bool(config.load_in_8bit)
 
     def update_device_map(self, device_map: Any) -> Any:
         """The current GPU, or the CPU where there is none."""
@@ -79,9 +86,9 @@ class Halfbyte4bitHfQuantizer(HfQuantizer):
         return {device: size * 0.9 if isinstance(size, int) else size for device, size in max_memory.items()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether the parameter is a 4-bit layer's weight."""
+        """Whether the parameter is a quantized layer's weight."""
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), Linear4bit)
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What a full-precision weight goes through."""
@@ -92,7 +99,8 @@ class Halfbyte4bitHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         # The plain weight last: as a pattern it matches the others too.
-        names = [*(f"weight.{suffix}" for suffix in STATISTICS), "weight"]
+        beside = int8.STATISTICS if self._eight else tuple(f"weight.{name}" for name in packing.STATISTICS)
+        names = [*beside, "weight"]
         return [WeightConverter(names, "weight", [_Unpack(self)])]
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
@@ -104,14 +112,18 @@ class Halfbyte4bitHfQuantizer(HfQuantizer):
         )
         for path, module in list(model.named_modules()):
             if type(module) is nn.Linear and should_convert_module(path, skipped):
-                layer = Linear4bit.from_linear(module, spec=recipe.spec, compute_dtype=recipe.compute_dtype)
+                layer = recipe.quantized(module, f"{path}.weight")
                 if self.pre_quantized:
                     # The loader casts what it reads to the dtype that it finds here.
-                    layer.weight = Params4bit(layer.weight.data.to(torch.uint8))
+                    meta = layer.weight.data
+                    layer.weight = (
+                        Int8Params(meta.to(torch.int8)) if self._eight else Params4bit(meta.to(torch.uint8))
+                    )
                 model.set_submodule(path, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model.is_loaded_in_4bit = True
+        model.is_loaded_in_8bit = self._eight
+        model.is_loaded_in_4bit = not self._eight
         # save_pretrained would undo what loading converted; the layers' state dict is in the file's form already.
         model._weight_conversions = [
             conversion
@@ -131,5 +143,6 @@ class Halfbyte4bitHfQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """From here on transformers' `from_pretrained` builds our 4-bit layers for bitsandbytes checkpoints and configs."""
-    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Halfbyte4bitHfQuantizer
+    """From here on transformers' `from_pretrained` builds our layers for bitsandbytes checkpoints and configs."""
+    for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        AUTO_QUANTIZER_MAPPING[kind] = HalfbyteHfQuantizer
