@@ -66,7 +66,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
         """Whether the parameter is a quantized layer's weight, which `create_quantized_param` puts in place."""
-        path, _, leaf = param_name.rpartition(".")
+        path, _dot, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
     def create_quantized_param(

@@ -87,7 +87,7 @@ class HalfbyteHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """Whether the parameter is a quantized layer's weight."""
-        path, _, leaf = param_name.rpartition(".")
+        path, _dot, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:

@@ -83,7 +83,10 @@ def _quieten_libraries() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    # Imported first: Lightning sets its own levels and handlers when it is.
+    import lightning.pytorch
+
+    for name in (lightning.pytorch.__name__, "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
