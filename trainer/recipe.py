@@ -217,8 +217,8 @@ class TrainSection(Section):
     gradient_checkpointing: bool = True
     """Compute the blocks' activations twice instead of keeping them: less memory, more time."""
     fused_adapters: bool = True
-    """Compute each layer and its adapter as one function: faster, and less is kept for the backward; false: PEFT's
-    own layers, which give the same up to rounding."""
+    """Compute each layer and its adapter as one function, which keeps less for the backward; false: PEFT's own
+    layers, which give the same up to rounding."""
     seed: Seed = 0
     """Everything random follows from it."""
 
