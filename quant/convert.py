@@ -107,7 +107,7 @@ def kept_in_fp32(model: nn.Module | type[nn.Module]) -> tuple[str, ...]:
 
 def skip_matches(model: nn.Module, skip: Sequence[str]) -> tuple[SkipMatch, ...]:
     """For each entry of a skip list, the linear layers it matches in `model`, on meta or not."""
-    linears = dict(_linears(model))
+    linears = dict(linear_layers(model))
     matches = []
     for entry in skip:
         layers = tuple(path for path in linears if is_skipped(path, (entry,)))
@@ -131,7 +131,7 @@ def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -
         _check_skip(model, recipe.skip)
     skip = (*recipe.skip, *kept_in_fp32(model))
     replaced = []
-    for path, linear in list(_linears(model)):
+    for path, linear in list(linear_layers(model)):
         if isinstance(linear, QuantizedLinear) or is_skipped(path, skip):
             continue
         model.set_submodule(path, recipe.quantized(linear, f"{path}.weight"))
@@ -143,7 +143,8 @@ def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -
     return tuple(replaced)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer of a model with its path."""
     # Duplicates included: a layer under two names is two entries of a checkpoint, and two layers to diffusers.
     for path, module in model.named_modules(remove_duplicate=False):
         if path and isinstance(module, nn.Linear):

@@ -55,20 +55,14 @@ def load_quantized(
     of another shape, or belong to another class of model.
     """
     folder, device = Path(folder), torch.device(device)
-    config = _read_config(folder, model_cls.__name__)
+    config = read_config(folder, model_cls.__name__)
     stored = config.get("quantization_config")
     if stored is not None:
         if not isinstance(stored, dict):
             raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
         own = read_quantization_config(stored, str(folder / CONFIG_FILE))
         recipe = _settle(own, recipe, folder)
-    try:
-        with _default_dtype(dtype), init_empty_weights():
-            model: Model = model_cls.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: no {model_cls.__name__} can be built from it: {error}"
-        ) from error
+    model = empty_model(model_cls, config, folder, dtype)
     if recipe is not None:
         convert(model, recipe, check_skip=stored is None)
         model.register_to_config(quantization_config=quantization_config(recipe))
@@ -78,7 +72,8 @@ def load_quantized(
     return model.to(device).eval()
 
 
-def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
+def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
+    """The config.json of a model's folder; ValueError where it is none, or of another class than `class_name`."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path}: missing; expected the folder of a diffusers model")
@@ -89,9 +84,23 @@ def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
     stored_class = config.get("_class_name", class_name)
-    if stored_class != class_name:
+    if class_name is not None and stored_class != class_name:
         raise ValueError(f"{path}: describes a {stored_class}, expected a {class_name}")
     return config
+
+
+def empty_model(
+    model_cls: type[Model], config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> Model:
+    """The model that `config` describes, its parameters on meta; ValueError, naming the folder, where none does."""
+    try:
+        with _default_dtype(dtype), init_empty_weights():
+            model: Model = model_cls.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: no {model_cls.__name__} can be built from it: {error}"
+        ) from error
+    return model
 
 
 def _settle(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRecipe:

@@ -75,6 +75,50 @@ def schema_command(
         output.write_text(text, encoding="utf-8")
 
 
+@app.command("quant-report")
+def quant_report_command(
+    model: Annotated[Path, typer.Argument(help="A pipeline folder, or the folder of a transformer.")],
+    component: Annotated[str, typer.Option(help="Which part of the pipeline.")] = "transformer",
+    scheme: Annotated[
+        str, typer.Option(help="What the skip list is for: nf4, 'nf4 mse', fp4 or int8.")
+    ] = "nf4",
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, help="Suggest a skip list of the layers with a larger relative error, e.g. 0.1."),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Weights measured a layer, in whole rows spread evenly; 0: all.")
+    ] = 4_000_000,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst layers are shown.")] = 20,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report, of every layer, to this file.")
+    ] = None,
+) -> None:
+    """Measure what NF4, FP4, int8 and searched scales cost each layer, to choose quant.skip by numbers.
+
+    Exit codes: 0 done, 2 wrong folder or option, 130 interrupted.
+    """
+    progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        _quieten_libraries()
+        # Slow to import, as above.
+        from halfbyte.trainer.quant_report_output import run_quant_report
+
+        run_quant_report(
+            model,
+            component,
+            beyond=None if threshold is None else (scheme, threshold),
+            sample=sample,
+            worst=worst,
+            json_file=json_file,
+            progress_console=progress_console,
+        )
+    except HalfbyteError as error:
+        _fail(progress_console, None, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(progress_console, None, "interrupted", _INTERRUPTED)
+
+
 def _quieten_libraries() -> None:
     """Progress and notes of the libraries would stand between the lines that matter."""
     from diffusers.utils import logging as diffusers_logging

@@ -101,6 +101,28 @@ def resolve(path: str, revision: str | None, components: Sequence[str], denoiser
     return source
 
 
+def find_component(path: Path, component: str) -> Path:
+    """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
+
+    Raises RecipeError for a folder that is neither.
+    """
+    if not path.is_dir():
+        raise RecipeError(
+            f"{path}: no such folder; expected a pipeline in diffusers' layout, or a model's folder"
+        )
+    if (path / "model_index.json").is_file() or (path / component).is_dir():
+        if (path / component / "config.json").is_file():
+            return path / component
+        held = sorted(folder.name for folder in path.iterdir() if (folder / "config.json").is_file())
+        raise RecipeError(f"{path}: has no component {component!r}; it has {', '.join(held) or 'none'}")
+    if not (path / "config.json").is_file():
+        raise RecipeError(
+            f"{path}: holds neither a model_index.json nor a config.json; expected a pipeline in diffusers' layout,"
+            " or a model's folder"
+        )
+    return path
+
+
 def _download(name: str, revision: str | None, components: Sequence[str]) -> ModelSource:
     # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
     wanted = ["model_index.json"]
