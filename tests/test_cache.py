@@ -415,6 +415,19 @@ class TestBatches:
         tensors = (moved.latent_mean, moved.latent_std, moved.prompt_embeds, moved.pooled_prompt_embeds)
         assert all(tensor.is_meta for tensor in tensors)
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_a_pinned_batch_arrives_whole(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
+        plain = self.loaded(groups, tmp_path / "cache")
+        pinned = DataLoader(
+            plain.dataset, batch_sampler=plain.batch_sampler, collate_fn=collate, pin_memory=True
+        )
+        for one, other in zip(plain, pinned, strict=True):
+            assert other.latent_mean.is_pinned()
+            moved = other.to("cuda")
+            assert moved.prompt_embeds.is_cuda
+            assert torch.equal(one.latent_mean, moved.latent_mean.cpu())
+
     def test_worker_processes_give_the_same_batches(
         self, groups: list[tuple[View, ...]], tmp_path: Path
     ) -> None:

@@ -75,9 +75,9 @@ class TestForms:
         assert captions(tmp_path) == {"a.png": "red, green\nand blue"}
 
     def test_text_files_beside_pictures_in_nested_folders(self, tmp_path: Path) -> None:
-        for name in ("b.JPG", "deep/er/a.webp"):
+        for name, suffix in (("b.JPG", ".TXT"), ("deep/er/a.webp", ".txt")):
             picture(tmp_path / name)
-            (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}\n", encoding="utf-8")
+            (tmp_path / name).with_suffix(suffix).write_text(f"caption of {name}\n", encoding="utf-8")
         assert [sample.caption for sample in read_samples(tmp_path)] == [
             "caption of b.JPG",
             "caption of deep/er/a.webp",

@@ -220,7 +220,7 @@ def _missing(root: Path, folder: Path, name: str, picture: Path, candidates: lis
 def _text_captions(
     files: list[Path], pictures: list[Path], captions: dict[Path, str], problems: Problems
 ) -> dict[Path, str]:
-    texts = {file.with_suffix(""): file for file in files if file.suffix == ".txt"}
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     used: set[Path] = set()
     merged = dict(captions)
     for picture in pictures:
