@@ -91,6 +91,17 @@ class TestForms:
         rows(tmp_path / "z", ("deep/a.png", "from z"))
         assert [sample.caption for sample in read_samples(tmp_path)] == ["from x", "from y", "from z"]
 
+    def test_a_path_through_a_parent_and_a_relative_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        picture(tmp_path / "deep" / "a.png")
+        rows(tmp_path, ("deep/a.png", "x"))
+        (tmp_path / "sibling").mkdir()
+        assert captions(tmp_path / "sibling" / "..") == {"a.png": "x"}
+        monkeypatch.chdir(tmp_path)
+        assert captions(Path()) == {"a.png": "x"}
+        assert captions(Path("sibling/..")) == {"a.png": "x"}
+
     def test_hidden_files_are_left_out(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         picture(tmp_path / ".trash" / "b.png")

@@ -75,6 +75,8 @@ def read_samples(
     Raises DataError with one line for each thing wrong.
     """
     root = Path(path)
+    if ".." in root.parts:
+        root = root.resolve()  # rows are looked up by normalized path
     problems = Problems()
     found = _find(root, caption_prefix.strip(), problems)
     samples: list[Sample] = []
