@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from halfbyte.quant.convert import QuantRecipe, convert
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
@@ -33,9 +35,13 @@ from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.source import ModelSource
 from halfbyte.trainer.timesteps import LogitNormal
 from halfbyte.trainer.weighting import NoWeighting
-from torch import nn
 
-_VAE = {"latent_channels": 16, "block_out_channels": [1, 1, 1, 1], "shift_factor": 0.1, "scaling_factor": 0.36}
+_VAE = {
+    "latent_channels": 16,
+    "block_out_channels": [1, 1, 1, 1],
+    "shift_factor": 0.1,
+    "scaling_factor": 0.36,
+}
 _FLUX = {
     "patch_size": 1,
     "in_channels": 64,
@@ -101,7 +107,12 @@ def random_denoiser(model: str, family: Family, row: str, device: torch.device) 
             shape = parameter.shape
             if isinstance(module, Linear4bit) and name == "weight":
                 module.quantize(drawn(torch.Size((module.out_features, module.in_features))), path)
-            elif row == "peer" and isinstance(module, nn.Linear) and name == "weight" and not _skipped(path, skip):
+            elif (
+                row == "peer"
+                and isinstance(module, nn.Linear)
+                and name == "weight"
+                and not _skipped(path, skip)
+            ):
                 continue
             else:
                 value = torch.ones(shape, device=device).bfloat16() if len(shape) < 2 else drawn(shape)
@@ -179,7 +190,11 @@ def measure(arguments: argparse.Namespace, row: str, device: torch.device) -> di
     )
     parameters = list(trained_parameters(denoiser).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
-    config, side, tokens = family.denoiser_config, arguments.px // family.vae_scale, _MODELS[arguments.model][3]
+    config, side, tokens = (
+        family.denoiser_config,
+        arguments.px // family.vae_scale,
+        _MODELS[arguments.model][3],
+    )
 
     def step(number: int) -> float:
         batch = Batch(
@@ -233,7 +248,9 @@ def _gib(count: int) -> float:
 
 def main() -> None:
     """Measures the rows asked for, one after the other, and prints each as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=_MODELS, default="flux")
     parser.add_argument("--rows", default="ours,bf16,peer", help="which of ours, bf16 and peer")
     parser.add_argument("--px", type=int, default=1024)

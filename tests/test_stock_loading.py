@@ -38,6 +38,8 @@ def ours(monkeypatch):
             mapping = getattr(module, name)
             for kind in KINDS:
                 monkeypatch.setitem(mapping, kind, mapping[kind])
+    for module in (stock_diffusers, stock_transformers):
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
     stock_diffusers.register()
     stock_transformers.register()
 

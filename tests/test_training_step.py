@@ -9,6 +9,7 @@ from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
+from halfbyte.trainer.launch import join, read_world
 from halfbyte.trainer.losses import MSE
 from halfbyte.trainer.module import DiffusionModule, Objective
 from halfbyte.trainer.samples import Batch
@@ -167,3 +168,26 @@ def test_the_path_and_its_velocity(mini_flux):
     expected = family.scale_latents(batch.latent_mean)
     assert abs(float(noise.std()) - 1) < 0.05
     assert float((latents - expected).abs().mean()) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
+def test_cuda_gradients_are_the_cpus(request, family_class, fixture, checkpointing):
+    """What attention, kernels and autocast make of a step there: a wrong backward is far off, or NaN."""
+    join(read_world({}))
+    family = family_at(request.getfixturevalue(fixture), family_class)
+    steps = []
+    for device in ("cpu", "cuda"):
+        denoiser = adapted(family, dtype=torch.bfloat16).to(device).train()
+        family.share_inputs(denoiser)
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        module = module_of(family, denoiser, torch.bfloat16)
+        with torch.autocast(device, torch.bfloat16):
+            module.loss(batch_for(family).to(device)).backward()
+        grads = [p.grad.flatten().cpu() for p in trained_parameters(denoiser).values()]
+        steps.append(torch.cat(grads))
+    ours, theirs = steps
+    assert (ours - theirs).norm() < 0.05 * ours.norm()

@@ -61,9 +61,12 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
 
 
 def join(world: World) -> None:
-    """Starts torch.distributed for a world of more than one; Lightning joins what it finds."""
+    """Readies the device, and torch.distributed for a world of more than one; Lightning joins what it finds."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+        # cuDNN's attention misreads the incoming gradient where its strides are not the output's, as in FLUX's and
+        # SD3's blocks (torch 2.11, cuDNN 9.19): gradients come out wrong by a factor of 8 to 180, or NaN, or it faults.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world.size == 1 or torch.distributed.is_initialized():
         return
     # One process encodes or exports while the others wait: hours, with a large data set.
