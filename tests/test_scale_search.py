@@ -220,4 +220,4 @@ def test_the_gpu_finds_scales_as_good_and_the_same_every_time(quant_type, double
     plain = block_errors(weight, restored(weight, quant_type=quant_type, double_quant=double_quant)).cpu()
     assert (errors <= plain).all()
     cpu = restored(weight.cpu(), quant_type=quant_type, double_quant=double_quant, scale_search="mse")
-    assert errors.sum() == pytest.approx(block_errors(weight.cpu(), cpu).sum(), rel=1e-3)
+    assert errors.sum().item() == pytest.approx(block_errors(weight.cpu(), cpu).sum().item(), rel=1e-3)
