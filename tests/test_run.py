@@ -197,6 +197,15 @@ def test_bad_pictures_end_with_code_3(tmp_path, mini_flux, damage, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, mini_flux):
+    recipe = write_recipe(tmp_path, mini_flux)
+    result = invoke(recipe, "optimizer.lr=1e30", "train.max_grad_norm=null", "checkpoint.every=1")
+    assert result.exit_code == 1
+    assert "the loss is" in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "adapter").exists(), "nothing is exported"
+
+
 def test_a_folder_with_other_things_is_not_written_to(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     (tmp_path / "run").mkdir()

@@ -134,6 +134,8 @@ def _quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Lightning wraps the model for DDP on a stream of its own, and torch remarks on it at every start.
+    warnings.filterwarnings("ignore", message=".*AccumulateGrad node's stream.*")
 
 
 def _fail(console: Console, world: World | None, message: str, code: int) -> NoReturn:
