@@ -44,7 +44,9 @@ class _Hub(BaseHTTPRequestHandler):
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
         elif kind == "tree":
             sizes = {file: (self.repositories[name] / file).stat().st_size for file in self._names(name)}
-            tree = [{"type": "file", "path": file, "size": size, "oid": COMMIT} for file, size in sizes.items()]
+            tree = [
+                {"type": "file", "path": file, "size": size, "oid": COMMIT} for file, size in sizes.items()
+            ]
             self._send(json.dumps(tree).encode(), with_body)
         else:
             files = [{"rfilename": file} for file in self._names(name)]

@@ -10,11 +10,12 @@ from accelerate import init_empty_weights
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
 from peft import LoraConfig
-from probe import prediction
 from torch import nn
 
 from halfbyte.quant.convert import QuantRecipe, convert, kept_in_fp32, skip_matches
 from halfbyte.quant.linear import Linear4bit
+
+from probe import prediction
 
 CLASSES = [FluxTransformer2DModel, SD3Transformer2DModel]
 

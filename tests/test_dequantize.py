@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-from judge import stock_bitsandbytes_on_cpu
 from peft import LoraConfig
-from probe import prediction
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
@@ -15,6 +13,9 @@ from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert
 from halfbyte.quant.dequantize import dequantize
 from halfbyte.quant.load import load_quantized
 from halfbyte.quant.serialize import save_quantized
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import prediction
 
 CLASSES = [FluxTransformer2DModel, SD3Transformer2DModel]
 RECIPES = [

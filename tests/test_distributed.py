@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from runs import PICTURES, command, run_here, write_recipe
 from safetensors.torch import load_file
 
 from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.metrics import read_metrics
+
+from runs import PICTURES, command, run_here, write_recipe
 
 LAUNCHERS = {
     "accelerate": (

@@ -8,9 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, SD3Transformer2DModel
-from judge import stock_bitsandbytes_on_cpu
 from peft import LoraConfig, get_peft_model
-from probe import inputs, prediction
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,6 +20,9 @@ from halfbyte.quant.serialize import quantization_config, read_quantization_conf
 from halfbyte.quant.shards import INDEX_FILE, WEIGHTS_FILE
 from halfbyte.trainer.recipe import load_recipe
 from halfbyte.trainer.run import quant_recipe
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import inputs, prediction
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CLASSES = [FluxTransformer2DModel, SD3Transformer2DModel]

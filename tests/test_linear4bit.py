@@ -10,7 +10,6 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from probe import prediction
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +18,8 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.linear import Linear4bit, Params4bit
 from halfbyte.quant.load import load_quantized
 from halfbyte.quant.nf4 import QuantSpec
+
+from probe import prediction
 
 
 def layer_of(in_features=96, out_features=80, *, bias=True, compute_dtype=torch.bfloat16, seed=0, **spec):

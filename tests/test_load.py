@@ -9,8 +9,6 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, SD3Transformer2DModel
-from judge import stock_bitsandbytes_on_cpu
-from probe import prediction
 from safetensors.torch import load_file, save_file
 
 from halfbyte.quant.convert import QuantRecipe
@@ -18,6 +16,9 @@ from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.load import load_quantized
 from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import INDEX_FILE, WEIGHTS_FILE, ShardedWeights
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import prediction
 
 CLASSES = [FluxTransformer2DModel, SD3Transformer2DModel]
 

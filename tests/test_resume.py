@@ -8,12 +8,13 @@ import sys
 import time
 
 import pytest
-from runs import environment, run_here, write_recipe
 from safetensors.torch import load_file
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.metrics import read_metrics
+
+from runs import environment, run_here, write_recipe
 
 
 def losses(folder):

@@ -6,9 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
-from judge import stock_bitsandbytes_on_cpu
 from PIL import Image
-from runs import run_here, write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -17,6 +15,9 @@ from halfbyte.quant.load import load_quantized
 from halfbyte.trainer.cli import app, train_app
 from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.metrics import read_metrics
+
+from judge import stock_bitsandbytes_on_cpu
+from runs import run_here, write_recipe
 
 STOCK = {
     "flux": (FluxPipeline, FluxTransformer2DModel),

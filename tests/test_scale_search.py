@@ -8,8 +8,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import stock_bitsandbytes_on_cpu
-from probe import prediction
 
 from halfbyte.kernels import ops, reference, scale_search
 from halfbyte.quant.convert import QuantRecipe
@@ -20,6 +18,9 @@ from halfbyte.quant.packing import pack_state, unpack_state
 from halfbyte.quant.serialize import save_quantized
 from halfbyte.trainer.recipe import load_recipe
 from halfbyte.trainer.run import quant_recipe
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import prediction
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 both_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

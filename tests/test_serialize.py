@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, SD3Transformer2DModel
-from judge import stock_bitsandbytes_on_cpu
 from peft import LoraConfig
-from probe import prediction
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +17,9 @@ from halfbyte.quant.nf4 import QuantSpec, dequantize, quantize
 from halfbyte.quant.packing import pack_state, split_key, unpack_state
 from halfbyte.quant.serialize import quantization_config, read_quantization_config, save_quantized
 from halfbyte.quant.shards import INDEX_FILE, WEIGHTS_FILE
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import prediction
 
 CLASSES = [FluxTransformer2DModel, SD3Transformer2DModel]
 STATE = "quant_state.bitsandbytes__nf4"

@@ -8,7 +8,6 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DMode
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from peft.utils import get_peft_model_state_dict
-from probe import inputs, prediction
 from safetensors.torch import load_file
 
 from halfbyte.quant import lora
@@ -19,6 +18,8 @@ from halfbyte.quant.low_rank import low_rank_linears
 from halfbyte.trainer.adapters import add_lora, save_adapter, trained_parameters
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
+
+from probe import inputs, prediction
 
 CLASSES = {
     "flux": (Flux, FluxTransformer2DModel, FluxPipeline),

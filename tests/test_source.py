@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from loopback_hub import COMMIT, hub
-from runs import environment
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.source import resolve
+
+from loopback_hub import COMMIT, hub
+from runs import environment
 
 COMPONENTS = ("transformer", "vae", "scheduler")
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
 from diffusers.quantizers import auto as diffusers_auto
-from judge import stock_bitsandbytes_on_cpu
-from probe import prediction
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
@@ -16,6 +14,9 @@ from transformers.quantizers import auto as transformers_auto
 
 from halfbyte.quant import stock_diffusers, stock_transformers
 from halfbyte.quant.convert import QuantizedLinear
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import prediction
 
 KINDS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 SETTINGS = {
