@@ -1,10 +1,13 @@
-"""Write a complete tiny pipeline, its VAE fitted to the shipped photographs.
+"""Write a complete tiny pipeline: VAE and transformer fitted to the shipped photographs, the rest random.
 
-.venv/bin/python scripts/make_mini.py {flux,sd3} FOLDER [--seed N] [--vae-steps N] [--vae FOLDER]
+.venv/bin/python scripts/make_mini.py {flux,sd3} FOLDER [--seed N] [--steps N] [--vae FOLDER]
+
+Some ten minutes on one CPU core.
 """
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,14 +15,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from halfbyte.trainer.data import read_samples, sample_bytes
+from halfbyte.trainer.families.base import TextEmbedding
 from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
 from halfbyte.trainer.pictures import decode, pixels
 from halfbyte.trainer.randomness import generator
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.source import resolve
 
 BUILDERS = {"flux": build_flux_pipeline, "sd3": build_sd3_pipeline}
 NAMES = {"flux": "FLUX.1-dev", "sd3": "SD3.5"}
 PHOTOS = Path(__file__).parents[1] / "recipes" / "photos"
 SIDE = 64  # pixels
+TEXT_TOKENS = 64  # as the mini recipes pad captions
 
 CARD = """---
 license: apache-2.0
@@ -29,13 +36,14 @@ library_name: diffusers
 # A miniature {name}
 
 Every component of {name} in its own class, with about a million parameters in all: for trying the whole path
-of training, export and loading on a machine without an accelerator. It has learned no pictures.
+of training, export and loading on a machine without an accelerator. What it draws are coloured shapes.
 
-- Transformer, text encoders: random weights of seed {seed} (`halfbyte.trainer.mini`), scaled so that a forward on
-  noise answers with numbers of order one. No layer is zero and none is gated away.
-- Tokenizers: made from code; CLIP's knows every byte, T5's the printable Latin-1 characters.
 - VAE: {steps} steps on crops of the photographs in `recipes/photos` (see LICENSES.md there), enough to keep
   shapes and colours of a {side}-pixel picture. Its scaling and shift factors are measured on them.
+- Transformer: {steps} steps on such crops under captions that say nothing ("A photo."), {tokens} T5 tokens a
+  caption: it knows what photographs look like in general, and which caption means which is left to learn.
+- Text encoders: random weights of seed {seed} (`halfbyte.trainer.mini`). No layer is zero or gated away.
+- Tokenizers: made from code; CLIP's knows every byte, T5's the printable Latin-1 characters.
 - Scheduler: the settings of {name}.
 
 Made by `scripts/make_mini.py {kind} FOLDER`. bf16, safetensors.
@@ -49,25 +57,31 @@ def main() -> None:
     parser.add_argument("kind", choices=BUILDERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=2000, help="0 leaves the VAE random")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="of VAE and transformer; 0 leaves both random"
+    )
     parser.add_argument("--vae", type=Path, help="a pipeline made with the same seed and steps: take its VAE")
     arguments = parser.parse_args()
+    # One thread: sums in a fixed order give the same weights again on the same machine.
+    torch.set_num_threads(1)
+    photos = [decode(sample_bytes(sample)) for sample in read_samples(PHOTOS)]
     pipeline = BUILDERS[arguments.kind](arguments.seed)
     if arguments.vae is not None:
         vae = AutoencoderKL.from_pretrained(arguments.vae / "vae", torch_dtype=torch.bfloat16)
-        # Without this the folder's path would be saved in the new pipeline's config.
-        vae.register_to_config(_name_or_path="")
+        vae.register_to_config(_name_or_path="")  # else the folder's path is saved
         pipeline.register_modules(vae=vae)
-    elif arguments.vae_steps:
-        photos = [decode(sample_bytes(sample)) for sample in read_samples(PHOTOS)]
-        fit_vae(pipeline.vae, photos, steps=arguments.vae_steps, seed=arguments.seed)
+    elif arguments.steps:
+        fit_vae(pipeline.vae, photos, steps=arguments.steps, seed=arguments.seed)
     pipeline.save_pretrained(arguments.folder)
+    if arguments.steps:
+        fit_transformer(arguments.kind, arguments.folder, photos, steps=arguments.steps, seed=arguments.seed)
     card = CARD.format(
         name=NAMES[arguments.kind],
         kind=arguments.kind,
         seed=arguments.seed,
-        steps=arguments.vae_steps,
+        steps=arguments.steps,
         side=SIDE,
+        tokens=TEXT_TOKENS,
     )
     (arguments.folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -76,16 +90,14 @@ def fit_vae(vae: AutoencoderKL, photos: list[Image.Image], *, steps: int, seed: 
     """Fits the VAE to crops of the photographs, in place; its last state is bf16, as before.
 
     The loss is the L1 distance, the squared distance of 8-pixel means (colour before detail) and a KL term so
-    small that it only keeps the latents near unit size. One thread: sums in a fixed order give the same
-    weights again on the same machine.
+    small that it only keeps the latents near unit size.
     """
-    torch.set_num_threads(1)
     nn.Module.to(vae, torch.float32).requires_grad_(True)
     optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
     draws = generator(seed, "mini/crops")
     for step in range(steps):
-        batch = torch.stack([_crop(photos, draws) for _ in range(8)])
+        batch = torch.stack([_crop(photos, (SIDE, SIDE), draws, least=0.3) for _ in range(8)])
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=draws)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - batch
@@ -98,7 +110,9 @@ def fit_vae(vae: AutoencoderKL, photos: list[Image.Image], *, steps: int, seed: 
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: L1 {error.abs().mean():.4f}, coarse {coarse:.5f}, KL {kl:.3f}", flush=True)
+            print(
+                f"VAE step {step}: L1 {error.abs().mean():.4f}, coarse {coarse:.5f}, KL {kl:.3f}", flush=True
+            )
     nn.Module.to(vae.requires_grad_(False), torch.bfloat16)
     _measure_scale(vae, photos)
 
@@ -119,14 +133,64 @@ def _measure_scale(vae: AutoencoderKL, photos: list[Image.Image]) -> None:
     )
 
 
-def _crop(photos: list[Image.Image], draws: torch.Generator) -> Tensor:
-    """A square of 30 to 100 % of a photograph's shorter side, as (3, SIDE, SIDE) in [-1, 1]."""
-    which, size, across, down, mirrored = torch.rand(5, generator=draws).tolist()
+def fit_transformer(kind: str, folder: Path, photos: list[Image.Image], *, steps: int, seed: int) -> None:
+    """Fits the saved pipeline's transformer to the velocity noise - x0 on crops, in fp32, and saves it in bf16.
+
+    Every crop gets one of a few captions at random, hence learns nothing from them.
+    """
+    family_class = FAMILIES[kind]
+    source = resolve(str(folder), None, family_class.components(), family_class.denoiser_class.__name__)
+    family = family_class(source, TEXT_TOKENS)
+    draws = generator(seed, "mini/transformer")
+    with TemporaryDirectory() as memo:
+        encoders = family.load_encoders(device=torch.device("cpu"), dtype=torch.bfloat16, memo=Path(memo))
+    text = encoders.encode_texts(["", "A photo.", "A picture.", "A photograph of something."])
+    pools = [
+        encoders.encode_images(torch.stack([_crop(photos, size, draws, least=0.5) for _ in range(320)]))
+        for size in ((SIDE, SIDE), (80, 48), (48, 80))
+    ]
+    denoiser = family_class.denoiser_class.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        pool = pools[step % len(pools)]
+        chosen = torch.randint(len(pool.mean), (16,), generator=draws)
+        captions = torch.randint(len(text.prompt_embeds), (16,), generator=draws)
+        posterior_noise, noise = torch.randn((2, *pool.mean[chosen].shape), generator=draws)
+        latents = family.scale_latents(pool.mean[chosen] + pool.std[chosen] * posterior_noise)
+        # Logit-normal, moved towards noise by the shift of FLUX.1-dev at its smallest pictures.
+        sigma = torch.sigmoid(torch.randn(16, generator=draws) + 0.5)
+        weight = sigma[:, None, None, None]
+        velocity = family.predict(
+            denoiser,
+            (1 - weight) * latents + weight * noise,
+            sigma,
+            TextEmbedding(text.prompt_embeds[captions].float(), text.pooled_prompt_embeds[captions].float()),
+            # Any guidance the recipe may name for training or sampling.
+            1 + 3 * torch.rand((), generator=draws).item(),
+        )
+        loss = nn.functional.mse_loss(velocity, noise - latents)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"transformer step {step}: loss {loss:.4f}", flush=True)
+    denoiser.register_to_config(_name_or_path="")  # else the folder's path is saved
+    nn.Module.to(denoiser, torch.bfloat16).save_pretrained(folder / "transformer")
+
+
+def _crop(
+    photos: list[Image.Image], size: tuple[int, int], draws: torch.Generator, *, least: float
+) -> Tensor:
+    """A part of a photograph, `least` to all of what fits, as (3, H, W) in [-1, 1] at size (W, H)."""
+    which, share, across, down, mirrored = torch.rand(5, generator=draws).tolist()
     photo = photos[int(which * len(photos))]
-    side = round((0.3 + 0.7 * size) * min(photo.size))
-    left, top = round(across * (photo.width - side)), round(down * (photo.height - side))
-    box = (left, top, left + side, top + side)
-    return pixels(photo, box=box, size=(SIDE, SIDE), flip=mirrored < 0.5)
+    scale = min(photo.width / size[0], photo.height / size[1]) * (least + (1 - least) * share)
+    width, height = int(size[0] * scale), int(size[1] * scale)
+    left, top = round(across * (photo.width - width)), round(down * (photo.height - height))
+    return pixels(photo, box=(left, top, left + width, top + height), size=size, flip=mirrored < 0.5)
 
 
 def _square(photo: Image.Image) -> tuple[int, int, int, int]:
