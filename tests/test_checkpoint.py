@@ -67,9 +67,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, dam
     else:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    if name == "manifest.json" and damage == "flip":
-        assert checkpoint.newest(tmp_path).position.step in (3, 4)  # a blank may change without harm
-        return
     assert checkpoint.newest(tmp_path).position.step == 3
     assert str(newer) in caplog.text
 

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from halfbyte.quant.serialize import read_quantization_config, save_quantized
+from halfbyte.quant.serialize import save_quantized
 from halfbyte.trainer.adapters import adapter_state, save_adapter
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.errors import HalfbyteError
@@ -45,10 +45,8 @@ def is_quantized(denoiser: nn.Module) -> bool:
 
 def export_base(denoiser: nn.Module, folder: Path) -> Path:
     """Writes the quantized transformer without its adapters, whole or not at all."""
-    model: Any = denoiser
-    recipe = read_quantization_config(model.config["quantization_config"], str(folder))
     work = _work_folder(folder)
-    save_quantized(denoiser, work, recipe)
+    save_quantized(denoiser, work)
     _replace(work, folder)
     return folder
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,8 @@ def _file_digest(file: Path, memo: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     memo.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{hashlib.sha256(str(id(stream)).encode()).hexdigest()[:8]}.tmp")
+    # Several processes may come here at once, each with a name of its own.
+    temporary = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.partial")
     temporary.write_text(digest)
     temporary.replace(kept)
     return digest
