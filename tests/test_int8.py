@@ -18,8 +18,8 @@ from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.load import load_quantized
 from halfbyte.quant.serialize import quantization_config, read_quantization_config, save_quantized
 from halfbyte.quant.shards import INDEX_FILE, WEIGHTS_FILE
+from halfbyte.trainer.denoiser import quant_recipe
 from halfbyte.trainer.recipe import load_recipe
-from halfbyte.trainer.run import quant_recipe
 
 from judge import stock_bitsandbytes_on_cpu
 from probe import inputs, prediction

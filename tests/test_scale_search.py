@@ -16,8 +16,8 @@ from halfbyte.quant.load import load_quantized
 from halfbyte.quant.nf4 import QuantSpec, dequantize, quantize
 from halfbyte.quant.packing import pack_state, unpack_state
 from halfbyte.quant.serialize import save_quantized
+from halfbyte.trainer.denoiser import quant_recipe
 from halfbyte.trainer.recipe import load_recipe
-from halfbyte.trainer.run import quant_recipe
 
 from judge import stock_bitsandbytes_on_cpu
 from probe import prediction

@@ -12,7 +12,8 @@ from rich.console import Console
 from halfbyte.trainer.adapters import TrainedLayers
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
-from halfbyte.trainer.recipe import QuantSection, Recipe
+from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.recipe_sections import QuantSection
 
 
 @dataclass(frozen=True)

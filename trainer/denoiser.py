@@ -1,0 +1,69 @@
+"""The transformer of a run: streamed and quantized, with its adapters, ready to train."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
+from halfbyte.trainer.adapters import TrainedLayers, add_lora
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.launch import World
+from halfbyte.trainer.progress import Shown
+from halfbyte.trainer.recipe import Recipe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
+    """The recipe's quant section as the quant layer takes it; None leaves the base as it is."""
+    if recipe.quant.type == "none":
+        return None
+    return QuantRecipe(
+        quant_type=recipe.quant.type,
+        double_quant=recipe.quant.double_quant,
+        compute_dtype=DTYPES[recipe.quant.compute_dtype],
+        skip=recipe.quant.skip,
+        llm_int8_threshold=recipe.quant.llm_int8_threshold,
+        scale_search=None if recipe.quant.scale_search == "none" else recipe.quant.scale_search,
+    )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    denoiser: nn.Module
+    trained: TrainedLayers
+    quantized_layers: int
+    footprint: int
+
+
+def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console) -> Loaded:
+    loading = Shown(console, "loading the transformer", "tensor")
+    denoiser = family.load_denoiser(
+        quant_recipe(recipe),
+        device=world.device,
+        dtype=DTYPES[recipe.quant.compute_dtype],
+        progress=loading,
+    )
+    loading.close()
+    model: Any = denoiser
+    footprint = int(model.get_memory_footprint())
+    if recipe.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    targets = recipe.lora.targets
+    trained = add_lora(
+        denoiser,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        dropout=recipe.lora.dropout,
+        targets=family.lora_targets(targets) if isinstance(targets, str) else list(targets),
+        init=recipe.lora.init,
+        seed=recipe.train.seed,
+        fused=recipe.train.fused_adapters,
+    )
+    if recipe.train.fused_adapters:
+        family.share_inputs(denoiser)
+    quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
+    return Loaded(denoiser.eval(), trained, quantized, footprint)

@@ -1,0 +1,135 @@
+"""The training of a run: the Lightning loop with everything that watches it."""
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from rich.console import Console
+from torch import nn
+
+from halfbyte.trainer import checkpoint
+from halfbyte.trainer.callbacks import Checkpointer, Interruption, Recorder, Sampler
+from halfbyte.trainer.denoiser import DTYPES
+from halfbyte.trainer.errors import OutOfMemory
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.launch import World
+from halfbyte.trainer.metrics import MetricsWriter
+from halfbyte.trainer.module import DiffusionModule, Objective
+from halfbyte.trainer.prepare import Prepared
+from halfbyte.trainer.progress import Progress
+from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.run_folder import RunFolder
+from halfbyte.trainer.sampling import PictureSampler
+
+_PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    done: bool
+    step: int
+    seconds: float
+
+
+def fit(
+    recipe: Recipe,
+    family: Family,
+    world: World,
+    prepared: Prepared,
+    denoiser: nn.Module,
+    folder: RunFolder,
+    saved: checkpoint.Checkpoint | None,
+    sampler: PictureSampler,
+    console: Console,
+) -> Finished:
+    train = recipe.train
+    first_step = saved.position.step if saved else 0
+    module = DiffusionModule(
+        family,
+        denoiser,
+        Objective(
+            recipe.objective.timesteps,
+            recipe.objective.shift,
+            recipe.objective.weighting,
+            recipe.objective.loss,
+            recipe.objective.guidance_scale,
+        ),
+        build_optimizer=recipe.optimizer.build,
+        lr_factor=lambda step: recipe.lr_schedule.factor(step, train.steps),
+        compute_dtype=DTYPES[recipe.quant.compute_dtype],
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        first_step=first_step,
+    )
+    writer = MetricsWriter(folder.root, first_step) if world.leads else None
+    shown = Progress(console, "training", total=train.steps, done=first_step) if world.leads else None
+    interruption = Interruption(world)
+    global_batch = train.batch_size * world.size
+    callbacks = [
+        Recorder(
+            world,
+            writer,
+            shown,
+            samples_per_step=global_batch * train.grad_accumulation,
+            every=recipe.output.log_every,
+            last_step=train.steps,
+        ),
+        interruption,
+        Checkpointer(
+            world,
+            folder.checkpoints,
+            every=recipe.checkpoint.every,
+            keep=recipe.checkpoint.keep,
+            last_step=train.steps,
+            global_batch=global_batch,
+            resume=saved,
+        ),
+        Sampler(world, sampler.draw, every=recipe.sample.every, last_step=train.steps),
+    ]
+    trainer = Trainer(
+        accelerator="cuda" if world.device.type == "cuda" else "cpu",
+        devices=world.local_size if world.device.type == "cpu" or world.size > 1 else [world.device.index],
+        num_nodes=world.nodes,
+        strategy=_strategy(world),
+        precision=_PRECISION[recipe.quant.compute_dtype],
+        max_epochs=1,
+        max_steps=train.steps - first_step,
+        accumulate_grad_batches=train.grad_accumulation,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    began = time.perf_counter()
+    try:
+        if first_step < train.steps:
+            with warnings.catch_warnings():
+                # The cache is read faster than a worker process could hand it over.
+                warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+                trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            "the device ran out of memory in training; the last checkpoint is whole. The cheapest changes:"
+            " train.gradient_checkpointing=true, train.batch_size=1 (with train.grad_accumulation raised),"
+            " data.resolution=768"
+        ) from error
+    finally:
+        if shown is not None:
+            shown.close()
+        if writer is not None:
+            writer.close()
+    done = first_step >= train.steps or not interruption.stopped or module.step >= train.steps
+    return Finished(
+        done, module.step if first_step < train.steps else first_step, time.perf_counter() - began
+    )
+
+
+def _strategy(world: World) -> Strategy:
+    if world.size == 1:
+        return SingleDeviceStrategy(device=world.device)
+    return DDPStrategy(process_group_backend=world.backend, gradient_as_bucket_view=True)

@@ -1,0 +1,258 @@
+"""The recipe's sections, validated once into frozen objects.
+
+Each field is described by the string under it; the JSON Schema, the reference page and the error messages are
+made from those and from the constraints.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from halfbyte.trainer.losses import LOSSES, MSE, Loss
+from halfbyte.trainer.recipe_folders import is_folder, is_repository
+from halfbyte.trainer.recipe_schema import shown
+from halfbyte.trainer.registry import FAMILIES, SETTINGS, conflict, in_prose, nearest
+from halfbyte.trainer.shift import SHIFTS, ResolutionShift, Shift
+from halfbyte.trainer.timesteps import TIMESTEPS, LogitNormal, TimestepScheme
+from halfbyte.trainer.weighting import WEIGHTINGS, NoWeighting, Weighting
+
+_TARGET_PRESETS = ("all-linear", "attention")
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+PictureSide = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+FilePath = Annotated[Path, Field(strict=False)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+def _check_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(targets, tuple) or targets in _TARGET_PRESETS:
+        if not targets:
+            raise ValueError(f"got [], expected at least one module name, or {in_prose(_TARGET_PRESETS)}")
+        return targets
+    if near := nearest(targets, [preset.replace("-", "_") for preset in _TARGET_PRESETS]):
+        raise ValueError(f"got '{targets}'; did you mean '{near.replace('_', '-')}'?")
+    try:
+        re.compile(targets)
+    except re.error as error:
+        accepted = "all-linear, attention, a list of module names, or a regular expression"
+        raise ValueError(f"got '{targets}', expected {accepted} ({error})") from error
+    return targets
+
+
+Targets = Annotated[
+    str | Texts,
+    AfterValidator(_check_targets),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(_TARGET_PRESETS)},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                {"type": "string", "format": "regex"},
+            ]
+        }
+    ),
+]
+
+
+class Section(BaseModel):
+    """A part of the recipe."""
+
+    model_config = SETTINGS
+
+
+class ModelSection(Section):
+    """The model that is trained on."""
+
+    family: Annotated[str, FAMILIES]
+    """What kind of model it is."""
+    path: str
+    """A Hub repository as owner/name, or a folder (./, ../, / or ~ in front), in diffusers' layout. In a
+    recipe file ./ and ../ start from the file's folder, on the command line from the current one."""
+    revision: Text | None = None
+    """A branch, tag or commit of the Hub repository; null: its main branch."""
+    max_sequence_length: int | None = Field(default=None, ge=1, le=512)
+    """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
+    FLUX 512)."""
+
+    @field_validator("path")
+    @classmethod
+    def _is_folder_or_repository(cls, path: str) -> str:
+        if not is_folder(path) and not is_repository(path):
+            accepted = "a Hub repository as owner/name, or a folder with ./, ../, / or ~ in front"
+            raise ValueError(f"got {shown(path)}, expected {accepted}")
+        return path
+
+    @model_validator(mode="after")
+    def _folders_have_no_revisions(self) -> Self:
+        if self.revision is not None and is_folder(self.path):
+            raise conflict("revision", f"got '{self.revision}', but {self.path} is a folder; expected null")
+        return self
+
+
+class QuantSection(Section):
+    """How the frozen base is stored and computed with."""
+
+    type: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the base's linear layers are held: in 4 bits (nf4, fp4), in 8 (int8, which is LLM.int8()), or in
+    compute_dtype (none)."""
+    double_quant: bool = True
+    """Quantize the block scales too: 0.4 bit a parameter less. Without meaning where type is int8 or none."""
+    scale_search: Literal["none", "mse"] = "none"
+    """mse: give each block of 4-bit weights the scale with the least squared error instead of its largest
+    magnitude: 8 % less error in the same files, at several times the time to quantize."""
+    llm_int8_threshold: float = Field(default=6.0, ge=0)
+    """Where type is int8: input columns that reach this magnitude are multiplied in compute_dtype; 0: none are."""
+    skip: Texts = ()
+    """Names of modules to keep in compute_dtype, matched as diffusers matches them: the last part of a path,
+    or any part followed by a dot."""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """The precision of activations and of every weight that is not quantized."""
+
+    @model_validator(mode="after")
+    def _only_blocks_have_scales_to_search(self) -> Self:
+        if self.scale_search != "none" and self.type not in ("nf4", "fp4"):
+            raise conflict(
+                "scale_search", f"got {self.scale_search}, expected none where quant.type is {self.type}"
+            )
+        return self
+
+
+class LoraSection(Section):
+    """What learns."""
+
+    rank: int = Field(default=16, ge=1)
+    """The inner size of the adapters; their parameters grow with it."""
+    alpha: float = Field(default=16, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is zeroed in training."""
+    targets: Targets = "all-linear"
+    """The layers with an adapter: all-linear, attention, a list of module names, or a regular expression over
+    whole module names."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
+
+
+class DataSection(Section):
+    """The pictures and their captions."""
+
+    path: FilePath
+    """A folder of pictures, with captions in metadata.jsonl or metadata.csv, or in .txt files beside them. A
+    relative path starts from the recipe file's folder, on the command line from the current one."""
+    resolution: PictureSide = 1024
+    """Pixels: the side of a square, or of the square with a bucket's area."""
+    aspect_buckets: bool = True
+    """Group pictures by their proportions; false: everything is cropped to a square."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of a picture is kept where its proportions do not fit."""
+    random_crops: int = Field(default=1, ge=1)
+    """How many crops of each picture are cached when crop is random."""
+    flip: bool = False
+    """Also train on mirrored pictures."""
+    caption_prefix: str = ""
+    """Put before every caption, e.g. a trigger word."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples trained with an empty caption."""
+    cache_dir: FilePath | None = None
+    """Where latents and text embeddings are kept between runs; null: ~/.cache/halfbyte."""
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache_dir or Path("~/.cache/halfbyte").expanduser()
+
+    @model_validator(mode="after")
+    def _crops_differ_only_at_random(self) -> Self:
+        if self.random_crops > 1 and self.crop == "center":
+            raise conflict("random_crops", f"got {self.random_crops}, expected 1 where data.crop is center")
+        return self
+
+
+class ObjectiveSection(Section):
+    """What the adapters learn to do: the noise levels, their weight, the distance."""
+
+    timesteps: Annotated[TimestepScheme, TIMESTEPS] = LogitNormal(name="logit_normal")
+    """How often each noise level is drawn."""
+    shift: Annotated[Shift, SHIFTS] = ResolutionShift(name="resolution")
+    """How the drawn levels move with the picture's size. FLUX.1-dev: resolution; FLUX.1-schnell: none; SD3:
+    static, 3.0."""
+    weighting: Annotated[Weighting, WEIGHTINGS] = NoWeighting(name="none")
+    """How much each noise level counts in the loss."""
+    loss: Annotated[Loss, LOSSES] = MSE(name="mse")
+    """The distance of the predicted velocity from noise - x0."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """What the model is told in training; only models with guidance embeddings (FLUX.1-dev) use it."""
+
+
+class TrainSection(Section):
+    """The run."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(default=1, ge=1)
+    """Pictures a process and micro-batch."""
+    grad_accumulation: int = Field(default=1, ge=1)
+    """Micro-batches an optimizer step."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Longer gradients are scaled down to this norm; null: no clipping."""
+    gradient_checkpointing: bool = True
+    """Compute the blocks' activations twice instead of keeping them: less memory, more time."""
+    fused_adapters: bool = True
+    """Compute each layer and its adapter as one function, which keeps less for the backward; false: PEFT's own
+    layers, which give the same up to rounding."""
+    seed: Seed = 0
+    """Everything random follows from it."""
+
+
+class SampleSection(Section):
+    """Pictures drawn with the pipeline's own sampler: before, during and after training."""
+
+    prompts: Texts = ()
+    """One picture each; none: nothing is drawn."""
+    every: int = Field(default=0, ge=0)
+    """Optimizer steps between pictures; 0: only before and after."""
+    steps: int = Field(default=28, ge=1)
+    """Sampling steps."""
+    guidance_scale: float = Field(default=3.5, ge=0)
+    """As the pipeline takes it: told to FLUX.1-dev, classifier-free guidance for SD3."""
+    width: PictureSide = 1024
+    """Pixels."""
+    height: PictureSide = 1024
+    """Pixels."""
+    seed: Seed = 0
+    """The same noise at every drawing, so that pictures compare."""
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> Self:
+        if self.every and not self.prompts:
+            raise conflict("every", f"got {self.every}, expected 0 where sample.prompts is empty")
+        return self
+
+
+class CheckpointSection(Section):
+    """What a run continues from."""
+
+    every: int = Field(default=250, ge=1)
+    """Optimizer steps between checkpoints; the last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """Older ones are deleted."""
+
+
+class OutputSection(Section):
+    """What is left behind."""
+
+    dir: FilePath
+    """The run's folder; a relative path starts from the current folder."""
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between rows of metrics."""
+    export_base: bool = True
+    """Also write the quantized transformer, for stock diffusers."""
