@@ -34,7 +34,7 @@ _ROUND_TO_BITS = tl.constexpr(1.5 * 2**23 + _CELLS)
 
 
 @functools.cache
-def _launches_early(device: torch.device) -> bool:
+def launches_early(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one ahead has ended (CUDA's programmatic dependent launch)."""
     return (
         device.type == "cuda"
@@ -124,7 +124,7 @@ def _dequantize(
     per_program = _UNITS_PER_PROGRAM_SMALL if numel <= _SMALL_NUMEL else _UNITS_PER_PROGRAM
     units = max(per_program, blocksize // unit)
     nested_absmax, offset, nested_code = nested or (absmax, absmax, absmax)
-    early = _launches_early(packed.device)
+    early = launches_early(packed.device)
     with torch.cuda.device_of(packed):
         _dequantize_kernel[(triton.cdiv(numel, units * unit),)](
             as_units(packed, unit),
