@@ -1,31 +1,69 @@
 """A model's weights on disk in safetensors: one file, or several with an index; read lazily, written whole."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+# As transformers names them.
+TEXT_WEIGHTS_FILE = "model.safetensors"
 # Other files that hold weights, which this reader refuses: pickles run code when they are loaded.
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+# In safetensors' own order, which is that of a file's tensors: the widest first, so that each is aligned.
+_DTYPES = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is, and what it is, by the header of its file."""
+
+    shard: str
+    start: int  # byte in the file
+    stop: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
 
 class ShardedWeights:
-    """The tensors of a folder by name; nothing is read before it is asked for."""
+    """The tensors of a folder by name; nothing but headers is read before it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError, naming the file, where weights or shards are missing or damaged."""
+    def __init__(self, folder: Path, weights_file: str = WEIGHTS_FILE) -> None:
+        """Raises ValueError, naming the file, where weights or shards are missing or damaged.
+
+        weights_file: what the file is called where there is one alone; an index has that name and .index.json.
+        """
         self.folder = folder
+        self._weights_file = weights_file
+        self._index_file = f"{weights_file}.index.json"
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
+        self._stored: dict[str, Stored] = {}
         self._shard_of = self._find()
 
     def __enter__(self) -> "ShardedWeights":
@@ -41,8 +79,25 @@ class ShardedWeights:
 
     @property
     def names(self) -> list[str]:
-        """In the order of the shards, so that reading one after the other reads each file once."""
-        return sorted(self._shard_of, key=lambda name: (self._shard_of[name], name))
+        """In the order of the shards and of the bytes in them: who reads so, reads each file once from its start."""
+        return sorted(
+            self._shard_of, key=lambda name: (self._shard_of[name], self._stored[name].start, name)
+        )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors, in order."""
+        return tuple(self.folder / shard for shard in sorted(self._files))
+
+    @property
+    def index(self) -> Path | None:
+        """The file that says which shard a tensor is in, where there are several."""
+        index = self.folder / self._index_file
+        return index if index.is_file() else None
+
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies."""
+        return self._stored[name]
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -50,7 +105,7 @@ class ShardedWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
-        return tuple(self._files[self._shard_of[name]].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def read(self, name: str) -> Tensor:
         """A tensor on the CPU, mapped from the file where the system can."""
@@ -58,7 +113,7 @@ class ShardedWeights:
         return tensor
 
     def _find(self) -> dict[str, str]:
-        index, single = self.folder / INDEX_FILE, self.folder / WEIGHTS_FILE
+        index, single = self.folder / self._index_file, self.folder / self._weights_file
         if index.is_file():
             shard_of = _read_index(index)
             held = {shard: self._open(shard) for shard in sorted(set(shard_of.values()))}
@@ -66,29 +121,31 @@ class ShardedWeights:
                 for name in names & shard_of.keys():
                     if shard_of[name] != shard:
                         raise ValueError(
-                            f"{self.folder / shard}: holds {name}, which {INDEX_FILE} places in {shard_of[name]};"
+                            f"{self.folder / shard}: holds {name}, which {index.name} places in {shard_of[name]};"
                             " which of the two is right cannot be told"
                         )
             for name, shard in shard_of.items():
                 if name not in held[shard]:
-                    raise ValueError(f"{self.folder / shard}: lacks {name}, which {INDEX_FILE} places there")
+                    raise ValueError(f"{self.folder / shard}: lacks {name}, which {index.name} places there")
             return shard_of
         if single.is_file():
-            return dict.fromkeys(self._open(WEIGHTS_FILE), WEIGHTS_FILE)
+            return dict.fromkeys(self._open(single.name), single.name)
         raise ValueError(self._nothing_found())
 
     def _open(self, shard: str) -> frozenset[str]:
         path = self.folder / shard
         if not path.is_file():
-            raise ValueError(f"{path}: missing, though {INDEX_FILE} names it; download the model again")
+            raise ValueError(f"{path}: missing, though {self._index_file} names it; download the model again")
         try:
             self._files[shard] = self._stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from error
-        return frozenset(self._files[shard].keys())
+        stored = _read_header(path, shard)
+        self._stored.update(stored)
+        return frozenset(stored)
 
     def _nothing_found(self) -> str:
-        expected = f"expected {WEIGHTS_FILE} or {INDEX_FILE}"
+        expected = f"expected {self._weights_file} or {self._index_file}"
         pickled = sorted(path.name for pattern in _PICKLED for path in self.folder.glob(pattern))
         if pickled:
             return (
@@ -99,6 +156,22 @@ class ShardedWeights:
         variants = sorted(path.name for path in self.folder.glob("*.safetensors"))
         found = f"; it has {', '.join(variants[:5])}" if variants else ""
         return f"{self.folder}: no weights, {expected}{found}"
+
+
+def _read_header(path: Path, shard: str) -> dict[str, Stored]:
+    """The places of a file's tensors; the file is known to be whole, since safetensors has opened it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, facts in header.items():
+        dtype = _DTYPES.get(facts["dtype"])
+        if dtype is None:
+            raise ValueError(f"{path}: {name}: has dtype {facts['dtype']}, accepted: {', '.join(_DTYPES)}")
+        start, stop = (8 + length + offset for offset in facts["data_offsets"])
+        stored[name] = Stored(shard, start, stop, dtype, tuple(facts["shape"]))
+    return stored
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -149,8 +222,31 @@ def write_weights(groups: Iterable[Mapping[str, Tensor]], folder: Path, *, max_s
 
 
 def _write_shard(shard: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in shard.items()}, path, {"format": "pt"})
-    flush(path)
+    """Write a safetensors file, tensor by tensor from where they are; the same bytes as safetensors' own.
+
+    `safetensors.torch.save_file` would hold all of them on the host at once.
+    """
+    ranks = {dtype: rank for rank, dtype in enumerate(_CODES)}
+    names = sorted(shard, key=lambda name: (ranks[shard[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = shard[name]
+        start, end = end, end + math.prod(tensor.shape) * tensor.element_size()
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in names:
+            tensor = shard[name].detach().contiguous().cpu()
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(text: str, path: Path) -> None:
