@@ -17,6 +17,7 @@ from halfbyte.trainer.launch import World, any_process, barrier
 from halfbyte.trainer.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.module import DiffusionModule
 from halfbyte.trainer.progress import Progress
+from halfbyte.trainer.validation import Validation
 
 
 class StepCallback(Callback):
@@ -31,6 +32,47 @@ class StepCallback(Callback):
         """Lightning's hook."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, pl_module)
+
+
+class Validator(StepCallback):
+    """Measures the loss on held-out pictures: before the first step, every so often, and after the last.
+
+    Stands before the Recorder, which writes the number beside the step's own.
+    """
+
+    def __init__(
+        self,
+        validation: Validation,
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+        *,
+        every: int,
+        last_step: int,
+    ) -> None:
+        self.validation = validation
+        self.writer = writer
+        self.progress = progress
+        self.every = every
+        self.last_step = last_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning's hook: the base alone, as the adapters start."""
+        if pl_module.step == 0:
+            self.measure(pl_module)
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """See `StepCallback`."""
+        if module.step == self.last_step or (self.every and module.step % self.every == 0):
+            module.validation_loss = self.measure(module)
+
+    def measure(self, module: DiffusionModule) -> float:
+        """Measures now; every process must call it."""
+        measured = self.validation.measure(module.step)
+        if self.writer is not None:
+            self.writer.write_validation(measured)
+        if self.progress is not None:
+            self.progress.validated(measured.loss)
+        return measured.loss
 
 
 class Recorder(StepCallback):
@@ -65,7 +107,8 @@ class Recorder(StepCallback):
         """See `StepCallback`."""
         step = module.step
         losses, module.losses = module.losses, []
-        if step % self.every and step != self.last_step:
+        validation_loss, module.validation_loss = module.validation_loss, None
+        if step % self.every and step != self.last_step and validation_loss is None:
             if self.progress is not None:
                 self.progress.advance(step)
             return
@@ -88,7 +131,7 @@ class Recorder(StepCallback):
         device = self.world.device
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.last = StepMetrics(step, value, float(lr), grad_norm, rate, memory)
+        self.last = StepMetrics(step, value, float(lr), grad_norm, rate, memory, validation_loss)
         if self.writer is not None:
             self.writer.write(self.last)
         if self.progress is not None:

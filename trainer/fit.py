@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from halfbyte.trainer import checkpoint
-from halfbyte.trainer.callbacks import Checkpointer, Interruption, Recorder, Sampler
+from halfbyte.trainer.callbacks import Checkpointer, Interruption, Recorder, Sampler, Validator
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.base import Family
@@ -23,6 +23,7 @@ from halfbyte.trainer.progress import Progress
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.sampling import PictureSampler
+from halfbyte.trainer.validation import Validation
 
 _PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
@@ -68,7 +69,23 @@ def fit(
     shown = Progress(console, "training", total=train.steps, done=first_step) if world.leads else None
     interruption = Interruption(world)
     global_batch = train.batch_size * world.size
+    validator = []
+    if prepared.held_out:
+        validation = Validation(
+            family,
+            denoiser,
+            prepared.held_out,
+            prepared.held_out_set,
+            sigmas=recipe.validation.sigmas,
+            guidance_scale=recipe.objective.guidance_scale,
+            compute_dtype=DTYPES[recipe.quant.compute_dtype],
+            batch_size=train.batch_size,
+            world=world,
+        )
+        every = recipe.validation.every
+        validator = [Validator(validation, writer, shown, every=every, last_step=train.steps)]
     callbacks = [
+        *validator,
         Recorder(
             world,
             writer,

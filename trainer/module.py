@@ -67,6 +67,7 @@ class DiffusionModule(LightningModule):
         self.base_lr: float | None = None
         self.grad_norm: Tensor | None = None
         self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self.validation_loss: float | None = None  # where it was measured after the last optimizer step
         # The frozen base is the same in every process already: DDP need neither broadcast nor watch it.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, p in self.named_parameters() if not p.requires_grad

@@ -2,16 +2,17 @@
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from halfbyte.trainer.buckets import Cropping, Size, views_of
+from halfbyte.trainer.buckets import Cropping, Size, View, views_of
 from halfbyte.trainer.cache import LatentCache, fill
 from halfbyte.trainer.data import Sample, read_samples
 from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.held_out import refuse_trained, set_aside
 from halfbyte.trainer.launch import World, barrier
 from halfbyte.trainer.plan import Plan
 from halfbyte.trainer.progress import Shown
@@ -24,13 +25,15 @@ from halfbyte.trainer.sampling import Prompt
 class Prepared:
     """Everything that training needs besides the transformer."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[Sample]  # those that are trained on
     views: int
     sizes: Sequence[Size]  # those that pictures have, not all that there could be
     prompts: Sequence[Prompt]
     empty: TextEmbedding
     plan: Plan
     training_set: TrainingSet
+    held_out: Sequence[View]  # one of each picture that validation measures
+    held_out_set: TrainingSet
 
     def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
         """This process's micro-batches from the given one to the end of the run, as one epoch."""
@@ -64,11 +67,15 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         progress=reading,
     )
     reading.close()
+    samples, held_out = _split(recipe, samples)
     cropping = Cropping(
         data.resolution, family.size_multiple, data.aspect_buckets, data.crop, data.random_crops, data.flip
     )
     groups = views_of(samples, cropping, recipe.train.seed)
     views = [view for group in groups for view in group]
+    # The middle of each picture, once: what is measured does not change with how training crops.
+    whole = replace(cropping, crop="center", random_crops=1, flip=False)
+    held_out_views = [group[0] for group in views_of(held_out, whole, recipe.train.seed)]
     encoding = Shown(console, "encoding", "entry")
     encoders = family.load_encoders(
         device=world.device, dtype=torch.bfloat16, memo=data.cache_folder / "digests"
@@ -76,8 +83,8 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     latents, texts = fill(
         data.cache_folder,
         encoders,
-        views,
-        [*(sample.caption for sample in samples), *recipe.sample.prompts],
+        [*views, *held_out_views],
+        [*(sample.caption for sample in (*samples, *held_out)), *recipe.sample.prompts],
         rank=world.rank,
         world_size=world.size,
         progress=encoding,
@@ -97,4 +104,20 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         texts.read(""),
         Plan(groups, seed=train.seed, global_batch=train.batch_size * world.size),
         TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
+        held_out_views,
+        TrainingSet(latents, texts),
     )
+
+
+def _split(recipe: Recipe, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """The pictures to train on, and those to measure on. Raises DataError."""
+    validation = recipe.validation
+    if validation.path is None:
+        return set_aside(samples, validation.held_out)
+    held_out = read_samples(
+        validation.path,
+        recipe.data.caption_prefix,
+        is_decoded=lambda sha256: LatentCache.has_decoded(recipe.data.cache_folder, sha256),
+    )
+    refuse_trained(held_out, samples)
+    return samples, held_out

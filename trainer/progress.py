@@ -22,6 +22,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self._first = done
+        self._validation = ""
         self._began = time.perf_counter()
         self._spoke = self._began
         self._bar: Bar | None = None
@@ -44,7 +45,7 @@ class Progress:
         pace = (done - self._first) / max(now - self._began, 1e-9)
         note = f"{pace:.2f} {self.unit}/s"
         if metrics is not None:
-            note = f"loss {metrics.loss:.4f}  {note}"
+            note = f"loss {metrics.loss:.4f}  {self._validation}{note}"
         if self._bar is not None and self._task is not None:
             if metrics is None:
                 self._bar.update(self._task, completed=done)
@@ -56,6 +57,10 @@ class Progress:
             self.console.print(
                 f"{self.title} {done}/{self.total}  {note}  {_clock(left)} left", highlight=False
             )
+
+    def validated(self, loss: float) -> None:
+        """The loss on held-out pictures, shown until there is a newer one."""
+        self._validation = f"validation {loss:.4f}  "
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

@@ -26,6 +26,7 @@ from halfbyte.trainer.recipe_sections import (
     SampleSection,
     Section,
     TrainSection,
+    ValidationSection,
 )
 from halfbyte.trainer.registry import conflict
 from halfbyte.trainer.schedules import SCHEDULES, Constant, Schedule
@@ -44,6 +45,7 @@ class Recipe(Section):
     lr_schedule: Annotated[Schedule, SCHEDULES] = Constant(name="constant")
     """How the learning rate goes over the run."""
     train: TrainSection = Field(default_factory=TrainSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
     sample: SampleSection = Field(default_factory=SampleSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     output: OutputSection

@@ -213,6 +213,49 @@ class TrainSection(Section):
     """Everything random follows from it."""
 
 
+def _check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(sigmas)) != len(sigmas):
+        raise ValueError(f"got {shown(list(sigmas))}, expected each noise level once")
+    return sigmas
+
+
+NoiseLevels = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], ...],
+    Field(strict=False, min_length=1),
+    AfterValidator(_check_sigmas),
+]
+
+
+class ValidationSection(Section):
+    """Pictures held out of training, on which the loss at fixed noise tells how much a run has learned."""
+
+    path: FilePath | None = None
+    """A folder of pictures with captions, as data.path, that are not trained on; null: none, or those that
+    held_out sets aside."""
+    held_out: int = Field(default=0, ge=0)
+    """How many of data.path's own pictures are set aside instead, chosen by their contents alone; 0: none."""
+    sigmas: NoiseLevels = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """The noise levels at which each picture is measured, as the model is told them: a plain list and not the
+    run's own density, so that runs with other timesteps, shift or loss compare."""
+    every: int = Field(default=0, ge=0)
+    """Optimizer steps between measurements; 0: only before and after."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self.path is not None or self.held_out > 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.path is not None and self.held_out:
+            raise conflict("held_out", f"got {self.held_out}, expected 0 where validation.path is given")
+        if self.every and not self.wanted:
+            raise conflict(
+                "every", f"got {self.every}, expected 0 where neither validation.path nor held_out is given"
+            )
+        return self
+
+
 class SampleSection(Section):
     """Pictures drawn with the pipeline's own sampler: before, during and after training."""
 

@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.console import Console
 from halfbyte.trainer.adapters import TrainedLayers
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
+from halfbyte.trainer.metrics import Measurement
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.recipe_sections import QuantSection
 
@@ -29,6 +29,7 @@ class Opening:
     pictures: int
     views: int  # cached crops and mirrors of them
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
+    held_out: int  # pictures that validation measures
 
 
 def opening_lines(opening: Opening) -> list[tuple[str, str]]:
@@ -59,6 +60,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f"{opening.pictures} pictures, {opening.views} views, sizes"
             f" {', '.join(f'{w}x{h}' for w, h in opening.sizes)}",
         ),
+        ("validation", _validation_plan(recipe, opening.held_out)),
         ("timesteps", objective.timesteps.describe()),
         ("shift", f"{objective.shift.describe()}; {_shift_note(opening, tokens)}"),
         ("weighting", f"{objective.weighting.describe()}; loss {objective.loss.describe()}"),
@@ -71,6 +73,16 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
         ),
     ]
+
+
+def _validation_plan(recipe: Recipe, held_out: int) -> str:
+    """What is measured, and when."""
+    if not held_out:
+        return "none: no pictures are held out (validation.path or validation.held_out)"
+    every = recipe.validation.every
+    levels = ", ".join(f"{sigma:g}" for sigma in recipe.validation.sigmas)
+    when = f"every {every} steps, before and after" if every else "before and after"
+    return f"{held_out} pictures that are not trained on, at sigma {levels}, {when}"
 
 
 def _storage(quant: QuantSection) -> str:
@@ -106,6 +118,40 @@ def write_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
 
 
 @dataclass(frozen=True)
+class LevelChange:
+    """What training did to the validation loss at one noise level."""
+
+    sigma: float
+    base: float
+    trained: float
+
+
+@dataclass(frozen=True)
+class ValidationChange:
+    """What training did to the validation loss: `base` is step 0, the model with its adapter as it starts."""
+
+    pictures: int
+    base: float
+    trained: float
+    change_percent: float
+    by_sigma: Sequence[LevelChange]
+
+
+def validation_change(measured: Sequence[Measurement], pictures: int) -> ValidationChange | None:
+    """From the rows of validation.csv; None where nothing was measured at step 0 or after it."""
+    if len(measured) < 2 or measured[0].step != 0:
+        return None
+    base, trained = measured[0], measured[-1]
+    return ValidationChange(
+        pictures,
+        base.loss,
+        trained.loss,
+        100 * (trained.loss / base.loss - 1),
+        [LevelChange(sigma, loss, trained.by_sigma[sigma]) for sigma, loss in base.by_sigma.items()],
+    )
+
+
+@dataclass(frozen=True)
 class Closing:
     """What a finished run left, as summary.json holds it."""
 
@@ -118,6 +164,7 @@ class Closing:
     checkpoint: Path | None
     samples: Path | None
     metrics: Path
+    validation: ValidationChange | None
 
 
 def closing_lines(closing: Closing) -> list[tuple[str, str]]:
@@ -130,6 +177,8 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
                 f"{closing.first_loss:.4f} -> {closing.last_loss:.4f} (means of the first and last tenth)",
             )
         )
+    if closing.validation is not None:
+        lines.append(("validation", _validation_result(closing.validation)))
     lines.append(("adapter", str(closing.adapter)))
     if closing.base is not None:
         lines.append(("base", str(closing.base)))
@@ -141,12 +190,19 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
     return lines
 
 
+def _validation_result(change: ValidationChange) -> str:
+    levels = ", ".join(
+        f"{100 * (one.trained / one.base - 1):+.1f} % at {one.sigma:g}" for one in change.by_sigma
+    )
+    return (
+        f"loss {change.base:.4f} -> {change.trained:.4f} ({change.change_percent:+.1f} %) on {change.pictures}"
+        f" pictures that were not trained on; by sigma {levels}"
+    )
+
+
 def write_summary(closing: Closing, path: Path) -> None:
     """The same as JSON."""
-    fields: dict[str, Any] = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(closing).items()
-    }
-    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(asdict(closing), indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def _processes(world: World) -> str:

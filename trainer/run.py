@@ -14,7 +14,7 @@ from halfbyte.trainer.export import export_adapter, export_base, is_quantized
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.fit import Finished, fit
 from halfbyte.trainer.launch import World, barrier, join
-from halfbyte.trainer.metrics import StepMetrics, read_metrics
+from halfbyte.trainer.metrics import METRICS, VALIDATION, StepMetrics, read_metrics, read_validation
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.registry import FAMILIES
@@ -23,6 +23,7 @@ from halfbyte.trainer.report import (
     Opening,
     closing_lines,
     opening_lines,
+    validation_change,
     write_lines,
     write_summary,
 )
@@ -81,7 +82,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         )
         return False
     if world.leads:
-        _export(recipe, family, denoiser, folder, sampler, finished, console)
+        _export(recipe, family, denoiser, folder, sampler, finished, len(prepared.held_out), console)
     barrier(world)
     return True
 
@@ -122,6 +123,7 @@ def _opening(recipe: Recipe, family: Family, world: World, loaded: Loaded, prepa
         pictures=len(prepared.samples),
         views=prepared.views,
         sizes=prepared.sizes,
+        held_out=len(prepared.held_out),
     )
 
 
@@ -137,6 +139,7 @@ def _export(
     folder: RunFolder,
     sampler: PictureSampler,
     finished: Finished,
+    held_out: int,
     console: Console,
 ) -> None:
     denoiser.eval()
@@ -148,7 +151,7 @@ def _export(
         console.print("exporting the quantized base", highlight=False)
         base = export_base(denoiser, folder.base)
     saved = checkpoint.folders(folder.checkpoints)
-    rows = read_metrics(folder.root / "metrics.csv")
+    rows = read_metrics(folder.root / METRICS)
     first, last = _ends(rows)
     closing = Closing(
         steps=recipe.train.steps,
@@ -159,7 +162,8 @@ def _export(
         base=base,
         checkpoint=saved[-1] if saved else None,
         samples=pictures,
-        metrics=folder.root / "metrics.csv",
+        metrics=folder.root / METRICS,
+        validation=validation_change(read_validation(folder.root / VALIDATION), held_out),
     )
     write_summary(closing, folder.root / "summary.json")
     write_lines(console, closing_lines(closing))
