@@ -1,7 +1,7 @@
 """PEFT's LoRA layers with our arithmetic: base and adapter in one product each way, see `low_rank`.
 
 PEFT owns everything else: names, files, the list of adapters, which is active, their scales. An adapter of the
-plain kind takes the fused path; for all else that PEFT can do (DoRA and other variants, merged or several active
+plain kind or of DoRA's takes the fused path; for all else that PEFT can do (other variants, merged or several active
 adapters, adapters chosen by sample, LoRA biases, bases of other kinds) the layer is PEFT's own.
 """
 
@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 from halfbyte.kernels.packed_weight import PackedWeight
 from halfbyte.quant.autocast import autocast_dtype
+from halfbyte.quant.dora import Dora, rescale
 from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant.linear_group import GroupLayer
 from halfbyte.quant.low_rank import AdaptedWeight, low_rank_linears
 
 
 class LoraLinear(peft_layer.Linear):
     """PEFT's LoRA over an nn.Linear, base and adapter fused. What runs in the compute dtype runs there for both:
     autocast's, or else the base's; PEFT without autocast multiplies fp32 adapters in fp32."""
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """PEFT's list of variants, with DoRA's weights unpacked by ourselves."""
+        return {**super().lora_variants, ("use_dora",): Dora}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out), in the dtype that the base layer gives."""
@@ -94,6 +101,8 @@ class _Fused:
     dropout: nn.Module | None
     compute_dtype: torch.dtype
     output_dtype: torch.dtype
+    excess: Tensor | None = None  # (N,) fp32, DoRA's; the bias is then added after the rescaling
+    bias: Tensor | None = None  # (N,)
 
 
 def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
@@ -118,17 +127,25 @@ def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
         compute_dtype = output_dtype = x.dtype
     else:
         return None  # the base alone knows what it makes of this
-    adapted = AdaptedWeight(weight, base.bias, down.weight, up.weight, layer.scaling[adapter])
     drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    return _Fused(adapted, dropout if drops else None, compute_dtype, output_dtype)
+    seen = dropout if drops else None
+    scale = layer.scaling[adapter]
+    if adapter not in layer.lora_variant:
+        adapted = AdaptedWeight(weight, base.bias, down.weight, up.weight, scale)
+        return _Fused(adapted, seen, compute_dtype, output_dtype)
+    adapted = AdaptedWeight(weight, None, down.weight, up.weight, scale)
+    excess = layer.lora_magnitude_vector[adapter].excess(base, down.weight, up.weight, scale)
+    return _Fused(adapted, seen, compute_dtype, output_dtype, excess, base.bias)
 
 
 def _sole_adapter(layer: LoraLinear) -> str | None:
-    """The one adapter to apply; None where there is none, several, or one of another kind than plain LoRA."""
+    """The one adapter to apply; None where there is none, several, or one of another kind than LoRA and DoRA."""
     if layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias[active[0]]:
+    if len(active) != 1 or layer.lora_bias[active[0]]:
+        return None
+    if not isinstance(layer.lora_variant.get(active[0]), Dora | None):
         return None
     return active[0]
 
@@ -144,6 +161,32 @@ def _apply(x: Tensor, layers: Sequence[_Fused]) -> tuple[Tensor, ...]:
     dropped = None if first.dropout is None else first.dropout(rows)
     outputs = low_rank_linears(rows, [layer.adapted for layer in layers], dropped)
     return tuple(
-        y.view(*x.shape[:-1], y.shape[-1]).to(layer.output_dtype)
+        (y if layer.excess is None else rescale(y, layer.excess, layer.bias))
+        .view(*x.shape[:-1], y.shape[-1])
+        .to(layer.output_dtype)
         for y, layer in zip(outputs, layers, strict=True)
     )
+
+
+def group_layer(layer: nn.Module, x: Tensor) -> GroupLayer | None:
+    """The layer's part in a `LinearGroup` over x, computed in x's dtype; None where it must be called as it is."""
+    if not _is_bare(layer):
+        return None
+    base = layer
+    if isinstance(layer, LoraLinear):
+        if not layer.disable_adapters:
+            fused = _fused(layer, x)
+            if fused is None or fused.dropout is not None or fused.excess is not None:
+                return None
+            adapted = fused.adapted
+            if fused.compute_dtype != x.dtype:
+                return None
+            return GroupLayer(adapted.weight, adapted.bias, adapted.down, adapted.up, adapted.scale)
+        base = layer.base_layer
+    if type(base) not in LORA_LAYERS or not _is_bare(base) or base.weight.requires_grad:
+        return None
+    if isinstance(base, Linear4bit):
+        weight: Tensor | PackedWeight = base.packed_weight()
+        return None if base.compute_dtype != x.dtype else GroupLayer(weight, base.bias, None, None, 1.0)
+    assert isinstance(base, nn.Linear)
+    return None if base.weight.dtype != x.dtype else GroupLayer(base.weight, base.bias, None, None, 1.0)

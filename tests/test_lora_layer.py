@@ -354,7 +354,6 @@ def test_what_only_peft_can_do_is_left_to_peft():
     second_adapter(several)
     several.set_adapter(["default", "second"])
     biased = adapt(base_of(), lora_bias=True)
-    dora = adapt(base_of(quantized=False), use_dora=True)
     merged = adapt(base_of(quantized=False))
     before = merged(x)
     merged.merge()
@@ -363,7 +362,7 @@ def test_what_only_peft_can_do_is_left_to_peft():
     trained_base = adapt(base_of(quantized=False))
     trained_base.base_layer.weight.requires_grad_(True)
     torch.testing.assert_close(merged(x), before, rtol=1e-4, atol=1e-4)
-    for layer in (several, biased, dora, merged, hooked, trained_base):
+    for layer in (several, biased, merged, hooked, trained_base):
         assert not is_fused(layer, x)
         assert torch.equal(layer(x), peft_layer.Linear.forward(layer, x))
         together = lora_linears(x, [layer, several, biased])
