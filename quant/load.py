@@ -1,12 +1,12 @@
 """Load a diffusers model from a folder into quantized layers, tensor by tensor.
 
-At no time is more than one tensor in memory besides the packed model. A folder in full precision is quantized
+Besides the packed model there are only the next few tensors in memory. A folder in full precision is quantized
 on the way; a folder that bitsandbytes or this package has quantized is taken as it is, to the bit.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,25 +15,16 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from torch import Tensor, nn
 
-from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert, kept_in_fp32
-from halfbyte.quant.serialize import (
-    CONFIG_FILE,
-    quantization_config,
-    read_quantization_config,
-    split_statistic,
-)
+from halfbyte.quant.convert import QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.fill import Progress, fill
+from halfbyte.quant.read_ahead import FileRead
+from halfbyte.quant.serialize import CONFIG_FILE, quantization_config, read_quantization_config
 from halfbyte.quant.shards import ShardedWeights
 
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=ModelMixin)
-
-Progress = Callable[[int, int], None]
-"""Called after each tensor with (tensors done, tensors in all)."""
-
-_SHOWN = 5  # names in an error message
 
 
 def load_quantized(
@@ -44,12 +35,14 @@ def load_quantized(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Progress | None = None,
+    on_file: FileRead | None = None,
 ) -> Model:
     """The model of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
 
     Weights are cast to `dtype` before they are quantized, and so is everything that is not quantized, as
     `from_pretrained(torch_dtype=dtype)` does. Where the folder is quantized already, its own settings hold,
-    all but `recipe.compute_dtype`.
+    all but `recipe.compute_dtype`. On the CPU such a folder is mapped, and must stay as it is while the model
+    lives. `on_file` is told the digest of each file of weights once it has been read.
 
     Raises ValueError, naming the file or the tensor, where files or tensors are missing, left over, damaged or
     of another shape, or belong to another class of model.
@@ -61,13 +54,22 @@ def load_quantized(
         if not isinstance(stored, dict):
             raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
         own = read_quantization_config(stored, str(folder / CONFIG_FILE))
-        recipe = _settle(own, recipe, folder)
+        recipe = settle(own, recipe, folder)
     model = empty_model(model_cls, config, folder, dtype)
     if recipe is not None:
         convert(model, recipe, check_skip=stored is None)
         model.register_to_config(quantization_config=quantization_config(recipe))
     with ShardedWeights(folder) as weights:
-        _fill(model, weights, dtype, device, progress, quantized=stored is not None)
+        fill(
+            model,
+            weights,
+            packed=stored is not None,
+            dtype=dtype,
+            device=device,
+            in_fp32=kept_in_fp32(model),
+            progress=progress,
+            on_file=on_file,
+        )
     # Buffers that are no part of the checkpoint were computed when the model was built.
     return model.to(device).eval()
 
@@ -94,7 +96,7 @@ def empty_model(
 ) -> Model:
     """The model that `config` describes, its parameters on meta; ValueError, naming the folder, where none does."""
     try:
-        with _default_dtype(dtype), init_empty_weights():
+        with default_dtype(dtype), init_empty_weights():
             model: Model = model_cls.from_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -103,7 +105,7 @@ def empty_model(
     return model
 
 
-def _settle(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRecipe:
+def settle(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRecipe:
     """The settings of a quantized folder; only what the products run in is still open to choice."""
     if asked is None:
         return own
@@ -114,91 +116,11 @@ def _settle(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantR
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, new parameters are of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _fill(
-    model: ModelMixin,
-    weights: ShardedWeights,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None,
-    *,
-    quantized: bool,
-) -> None:
-    expected = dict(model.state_dict())
-    statistics = _statistics(model, weights) if quantized else {}
-    theirs = {name for suffixes in statistics.values() for name in suffixes.values()}
-    names = [name for name in weights.names if name not in theirs]
-    _check_names(weights, set(expected), set(names))
-    kept = set(kept_in_fp32(model))
-    for done, name in enumerate(names, start=1):
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        tensor_dtype = torch.float32 if kept & set(name.split(".")) else dtype
-        try:
-            if isinstance(module, QuantizedLinear) and leaf == "weight":
-                if quantized:
-                    found = {suffix: weights.read(key) for suffix, key in statistics.get(name, {}).items()}
-                    module.load_packed(weights.read(name).to(device), found, name)
-                else:
-                    module.quantize(_cast(name, weights.read(name).to(device), tensor_dtype), name)
-            else:
-                _check_shape(name, weights.shape(name), tuple(expected[name].shape))
-                tensor = weights.read(name).to(device)
-                if expected[name].is_floating_point():
-                    tensor = _cast(name, tensor, tensor_dtype)
-                _place(module, leaf, tensor)
-        except ValueError as error:
-            raise ValueError(f"{weights.path(name)}: {error}") from error
-        if progress is not None:
-            progress(done, len(names))
-
-
-def _statistics(model: nn.Module, weights: ShardedWeights) -> dict[str, dict[str, str]]:
-    """The weight of each quantized layer -> the statistics in the file by suffix -> their names there."""
-    layers = {
-        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, QuantizedLinear)
-    }
-    statistics: dict[str, dict[str, str]] = {}
-    for name in weights.names:
-        parts = split_statistic(name)
-        if parts is not None and parts[0] in layers:
-            statistics.setdefault(parts[0], {})[parts[1]] = name
-    return statistics
-
-
-def _check_names(weights: ShardedWeights, expected: set[str], found: set[str]) -> None:
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{weights.folder}: the weights do not fit {CONFIG_FILE}: {'; '.join(problems)}")
-
-
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {found}")
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    return tensor.to(dtype)
-
-
-def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    parameter = module._parameters.get(leaf)
-    if parameter is None:
-        module._buffers[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)

@@ -22,6 +22,8 @@ from halfbyte.quant.shards import ShardedWeights
 FileRead = Callable[[Path, str], None]
 """Called with each file and its digest, as `file_digest` gives it, when all of it has been read."""
 
+_SHRUNK = "became shorter while it was read; is it being written?"
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -58,6 +60,9 @@ class _Lane:
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
+        if on_gpu:
+            # A new thread is at the first GPU, and pinned memory would make a context there.
+            torch.cuda.set_device(device)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self._buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
@@ -97,7 +102,10 @@ class ReadAhead:
         With `on_file` every byte of the files is read and counts in their digests, also of other tensors.
         """
         self._weights = weights
-        self._device = device
+        # A thread of its own has another current device.
+        self._device = (
+            torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+        )
         self._on_host = frozenset(on_host)
         self._on_file = on_file
         self._in_file: dict[Path, list[str]] = {path: [] for path in weights.files}
@@ -123,6 +131,7 @@ class ReadAhead:
                     return
                 chunk, future = under_way.popleft()
                 read = future.result()
+                chunk.parts.clear()  # they keep the memory of their tensors
                 if read.copied is not None:
                     torch.cuda.current_stream(self._device).wait_event(read.copied)
                 for name in chunk.completes:
@@ -151,6 +160,8 @@ class ReadAhead:
                         chunk.targets_ready = torch.cuda.Event()
                         chunk.targets_ready.record(torch.cuda.current_stream(self._device))
                     yield chunk
+            if left:
+                raise ValueError(f"{path}: {_SHRUNK}")
 
     def _plan(self, chunk: _Chunk, left: deque[str]) -> None:
         """Notes which of the tensors `left` the chunk holds, and takes those away that end in it."""
@@ -181,7 +192,7 @@ class ReadAhead:
             self._lanes.lane = _Lane(self._device)
         lane: _Lane = self._lanes.lane
         buffer = lane.buffer()[: chunk.size]
-        data = memoryview(buffer.numpy())
+        data = buffer.numpy().data
         _read_into(data, chunk)
         digest = None if self._on_file is None else chunk_digest(data)
         with nullcontext() if lane.stream is None else torch.cuda.stream(lane.stream):
@@ -200,5 +211,5 @@ def _read_into(data: memoryview, chunk: _Chunk) -> None:
         except OSError as error:
             raise ValueError(f"{chunk.path}: cannot be read: {error.strerror}") from error
         if count == 0:
-            raise ValueError(f"{chunk.path}: became shorter while it was read; is it being written?")
+            raise ValueError(f"{chunk.path}: {_SHRUNK}")
         done += count

@@ -80,9 +80,7 @@ class ShardedWeights:
     @property
     def names(self) -> list[str]:
         """In the order of the shards and of the bytes in them: who reads so, reads each file once from its start."""
-        return sorted(
-            self._shard_of, key=lambda name: (self._shard_of[name], self._stored[name].start, name)
-        )
+        return sorted(self._shard_of, key=lambda name: (self._shard_of[name], self._stored[name].start, name))
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.load import load_quantized
+from halfbyte.quant.read_ahead import ReadAhead
 from halfbyte.quant.serialize import save_quantized
-from halfbyte.quant.shards import INDEX_FILE, WEIGHTS_FILE, ShardedWeights
+from halfbyte.quant.shards import INDEX_FILE, WEIGHTS_FILE
 
 from judge import stock_bitsandbytes_on_cpu
 from probe import prediction
@@ -146,22 +147,24 @@ def test_a_tensor_in_two_shards_is_refused(mini_sd3, tmp_path):
         load(tmp_path, QuantRecipe())
 
 
-def test_no_second_full_weight_is_held_while_loading(mini_sd3, monkeypatch):
+@pytest.mark.parametrize("recipe", [QuantRecipe(skip=("proj_out",)), QuantRecipe("int8")])
+def test_no_second_full_weight_is_held_while_loading(mini_sd3, monkeypatch, recipe):
     held, most = [], 0
-    read = ShardedWeights.read
+    finished = ReadAhead._finished
 
     def counted(self, name):
         nonlocal most
-        tensor = read(self, name)
+        tensor = finished(self, name)
         if tensor.dim() == 2:
             held.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in held))
         return tensor
 
-    monkeypatch.setattr(ShardedWeights, "read", counted)
-    load(mini_sd3 / "transformer", QuantRecipe(skip=("proj_out",)))
+    monkeypatch.setattr(ReadAhead, "_finished", counted)
+    load(mini_sd3 / "transformer", recipe)
     assert len(held) > 20
-    assert most == 1
+    # The one that is placed next, the one before it, and the two that are not quantized and stay.
+    assert most <= 4
 
 
 @pytest.mark.gpu
@@ -179,11 +182,19 @@ def test_the_gpu_quantizes_to_the_codes_of_the_cpu(mini_sd3, double_quant):
             assert torch.equal(tensor.cpu(), on_cpu[name]), name
 
 
-def test_progress_counts_the_tensors(mini_sd3):
+@pytest.mark.parametrize("quantized_before", [False, True])
+def test_progress_counts_the_bytes(mini_sd3, tmp_path, quantized_before):
+    folder = mini_sd3 / "transformer"
+    if quantized_before:
+        save_quantized(load(folder, QuantRecipe()), tmp_path / "q")
+        folder = tmp_path / "q"
     calls = []
-    model = load(mini_sd3 / "transformer", progress=lambda done, total: calls.append((done, total)))
-    total = len(model.state_dict())
-    assert calls == [(done, total) for done in range(1, total + 1)]
+    load(folder, QuantRecipe(), progress=lambda done, total: calls.append((done, total)))
+    total = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS_FILE).values())
+    assert calls[-1] == (total, total)
+    assert {call[1] for call in calls} == {total}
+    assert [call[0] for call in calls] == sorted({call[0] for call in calls})
+    assert len(calls) > 50
 
 
 def test_settings_of_a_quantized_folder_hold_and_the_difference_is_said(mini_sd3, tmp_path, caplog):
