@@ -1,19 +1,34 @@
 """LoRA through PEFT: which layers learn, how they start, and their weights under diffusers' names."""
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from halfbyte.quant.dora import RowMagnitudes
 from halfbyte.quant.lora import fused_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
 
 ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraVariant:
+    """What departs from plain LoRA; patterns are regular expressions for the end of a module name."""
+
+    rslora: bool = False  # the update is scaled by alpha / sqrt(rank)
+    dora: bool = False  # the lengths of the weight's rows learn as well, see `halfbyte.quant.dora`
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+
+_PLAIN = LoraVariant()
 
 
 @dataclass(frozen=True)
@@ -35,11 +50,13 @@ def add_lora(
     init: str,
     seed: int,
     fused: bool = True,
+    variant: LoraVariant = _PLAIN,
 ) -> TrainedLayers:
     """Puts fp32 adapters on the layers that `targets` matches (a regular expression, or module-name endings).
 
     `fused` computes a layer and its adapter as one function, see `halfbyte.quant.lora`; the adapters are the same.
-    Raises RecipeError when nothing matches.
+    Raises RecipeError when the targets or one of the variant's patterns match nothing, or DoRA finds a weight
+    without direction.
     """
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(
@@ -48,6 +65,10 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=targets,
         init_lora_weights="gaussian" if init == "gaussian" else True,
+        use_rslora=variant.rslora,
+        use_dora=variant.dora,
+        rank_pattern=dict(variant.rank_pattern),
+        alpha_pattern=dict(variant.alpha_pattern),
     )
     model: Any = denoiser
     try:
@@ -64,17 +85,45 @@ def add_lora(
     for name, parameter in adapters.items():
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
-            _start(parameter, name, init, rank, seed)
-    layers = sum(".lora_A." in name for name in adapters)
-    return TrainedLayers(layers, sum(p.numel() for p in adapters.values()), len(linears))
+            _start(parameter, name, init, seed)
+    adapted = [name.partition(".lora_A.")[0] for name in adapters if ".lora_A." in name]
+    _check_patterns(variant, adapted)
+    if variant.dora:
+        _check_directions(denoiser)
+    return TrainedLayers(len(adapted), sum(p.numel() for p in adapters.values()), len(linears))
 
 
-def _start(parameter: nn.Parameter, name: str, init: str, rank: int, seed: int) -> None:
+def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
+    for setting, patterns in (
+        ("rank_pattern", variant.rank_pattern),
+        ("alpha_pattern", variant.alpha_pattern),
+    ):
+        for pattern in patterns:
+            # PEFT's rule, by which it also chose.
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                examples = ", ".join(adapted[:: max(1, len(adapted) // 6)])
+                raise RecipeError(
+                    f"lora.{setting}: {pattern!r} matches no layer with an adapter; accepted: regular expressions"
+                    f" for the end of names such as {examples}"
+                )
+
+
+def _check_directions(denoiser: nn.Module) -> None:
+    for name, module in denoiser.named_modules():
+        if isinstance(module, RowMagnitudes) and not bool(module.base_squares.all()):
+            layer = name.partition(".lora_magnitude_vector")[0]
+            raise RecipeError(
+                f"lora.dora: {layer} has rows of zeros, whose direction DoRA cannot keep; leave the layer out of"
+                " lora.targets, or set lora.dora: false"
+            )
+
+
+def _start(parameter: nn.Parameter, name: str, init: str, seed: int) -> None:
     # Drawn on the CPU and keyed by layer, so that every process and every device starts from the same adapter.
     value = torch.empty(parameter.shape, dtype=torch.float32)
     source = generator(seed, f"lora/{name}")
     if init == "gaussian":
-        nn.init.normal_(value, std=1 / rank, generator=source)
+        nn.init.normal_(value, std=1 / len(value), generator=source)  # 1 / the layer's rank
     else:
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=source)
     parameter.data.copy_(value)
@@ -86,7 +135,8 @@ def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights on the CPU in fp32, under PEFT's saved names (`….lora_A.weight`)."""
+    """The adapter's weights on the CPU in fp32, under PEFT's saved names (`….lora_A.weight`, and DoRA's
+    `….lora_magnitude_vector`)."""
     return {
         _saved_name(name): p.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, p in trained_parameters(denoiser).items()
@@ -117,4 +167,6 @@ def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str) -> None:
 
 
 def _saved_name(name: str) -> str:
-    return name.replace(f".{ADAPTER}.", ".")
+    return name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector").replace(
+        f".{ADAPTER}.", "."
+    )

@@ -8,8 +8,9 @@ from rich.console import Console
 from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
-from halfbyte.trainer.adapters import TrainedLayers, add_lora
+from halfbyte.trainer.adapters import LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.progress import Shown
 from halfbyte.trainer.recipe import Recipe
@@ -39,6 +40,11 @@ class Loaded:
     footprint: int
 
 
+def _block_settings(recipe: Recipe) -> BlockSettings:
+    keep: dict[str, Keep] = {"none": "everything", "selective": "attention", "full": "inputs"}
+    return BlockSettings(keep[recipe.train.gradient_checkpointing], whole=recipe.train.fused_blocks)
+
+
 def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console) -> Loaded:
     loading = Shown(console, "loading the transformer", "tensor")
     denoiser = family.load_denoiser(
@@ -50,8 +56,6 @@ def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console
     loading.close()
     model: Any = denoiser
     footprint = int(model.get_memory_footprint())
-    if recipe.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     targets = recipe.lora.targets
     trained = add_lora(
         denoiser,
@@ -62,8 +66,16 @@ def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console
         init=recipe.lora.init,
         seed=recipe.train.seed,
         fused=recipe.train.fused_adapters,
+        variant=LoraVariant(
+            rslora=recipe.lora.rslora,
+            dora=recipe.lora.dora,
+            rank_pattern=recipe.lora.rank_pattern,
+            alpha_pattern=recipe.lora.alpha_pattern,
+        ),
     )
     if recipe.train.fused_adapters:
-        family.share_inputs(denoiser)
+        family.fuse_blocks(denoiser, _block_settings(recipe))
+    elif recipe.train.gradient_checkpointing != "none":
+        model.enable_gradient_checkpointing()
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return Loaded(denoiser.eval(), trained, quantized, footprint)

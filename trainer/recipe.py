@@ -59,6 +59,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _dora_is_fused(self) -> Self:
+        if self.lora.dora and not self.train.fused_adapters:
+            raise conflict(
+                "train.fused_adapters",
+                "got false, expected true where lora.dora is true: PEFT's own layers unpack the base by bitsandbytes",
+            )
+        return self
+
     def dump(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain values that JSON and YAML can hold."""
         return self.model_dump(mode="json")

@@ -49,9 +49,13 @@ class SchemaTree:
                 node = self.resolve(array["items"] if "items" in array else array["prefixItems"][key])
                 continue
             fields = self.properties(node, data.get("name") if isinstance(data, dict) else None)
-            if key not in fields:
+            free = self.resolve(node).get("additionalProperties")
+            if key in fields:
+                node = self.resolve(fields[key])
+            elif isinstance(free, dict):
+                node = self.resolve(free)
+            else:
                 return None
-            node = self.resolve(fields[key])
             data = data.get(key) if isinstance(data, dict) else None
         return node
 
@@ -78,6 +82,8 @@ class SchemaTree:
         if kind == "array":
             items = node["prefixItems"] if "prefixItems" in node else [node["items"]]
             return f"a list of {'texts' if items[0]['type'] == 'string' else 'numbers'}, as [one, two]"
+        if kind == "object" and isinstance(node.get("additionalProperties"), dict):
+            return f"a mapping, as {{name: {self.expected(node['additionalProperties'])}}}"
         if kind == "string" and "format" in node:
             return {"path": "a path", "regex": "a regular expression"}[node["format"]]
         words = {

@@ -34,6 +34,21 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 
 
+def _check_patterns(patterns: dict[str, float]) -> dict[str, float]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"got the pattern '{pattern}', expected a regular expression ({error})"
+            ) from error
+    return patterns
+
+
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_check_patterns)]
+Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_check_patterns)]
+
+
 def _check_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
     if isinstance(targets, tuple) or targets in _TARGET_PRESETS:
         if not targets:
@@ -134,6 +149,16 @@ class LoraSection(Section):
     """The inner size of the adapters; their parameters grow with it."""
     alpha: float = Field(default=16, gt=0)
     """The update is scaled by alpha / rank."""
+    rank_pattern: Ranks = Field(default={})
+    """Other ranks for some layers, as {proj_mlp: 32}: a regular expression for the end of a module name, and its
+    rank. The first that fits is taken; one that fits no layer with an adapter is an error."""
+    alpha_pattern: Alphas = Field(default={})
+    """Other alphas for some layers, in the same way; a layer whose rank alone is given keeps lora.alpha."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones (rsLoRA)."""
+    dora: bool = False
+    """Also learn the length of each row of the adapted weights (DoRA): nearer to full fine-tuning at low ranks, at
+    more time a step. Computed by this trainer's own layers, so train.fused_adapters must be true."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is zeroed in training."""
     targets: Targets = "all-linear"
@@ -204,11 +229,17 @@ class TrainSection(Section):
     """Micro-batches an optimizer step."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm; null: no clipping."""
-    gradient_checkpointing: bool = True
-    """Compute the blocks' activations twice instead of keeping them: less memory, more time."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "full"
+    """What the blocks keep for the backward: nothing but their inputs (full), also what attention gave, so that
+    it runs once (selective: twice the memory of full, which is little), or everything that costs a product (none).
+    What is not kept is computed again. Layer by layer (train.fused_blocks: false) selective is full."""
     fused_adapters: bool = True
     """Compute each layer and its adapter as one function, which keeps less for the backward; false: PEFT's own
     layers, which give the same up to rounding."""
+    fused_blocks: bool = True
+    """Run each block as one function with its own backward, where it can be (FLUX; adapters without dropout or
+    DoRA, bases of 4 bits or none): faster and smaller, the same up to rounding. Without meaning where
+    fused_adapters is false."""
     seed: Seed = 0
     """Everything random follows from it."""
 

@@ -66,7 +66,7 @@ def _table(tree: SchemaTree, fields: dict[str, Node], required: set[str]) -> Ite
 def _written(node: Node) -> str:
     """A field's default as a recipe writes it."""
     default: Any = node["default"]
-    if isinstance(default, dict):
+    if isinstance(default, dict) and "name" in default:
         return f"`{default['name']}`"
     if isinstance(default, float):
         return f"`{default:g}`"
