@@ -16,6 +16,7 @@ from halfbyte.quant.load import load_quantized
 from halfbyte.quant.lora import LoraLinear, LoraLinear4bit, fuse_adapters
 from halfbyte.quant.low_rank import low_rank_linears
 from halfbyte.trainer.adapters import add_lora, save_adapter, trained_parameters
+from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 
@@ -50,7 +51,7 @@ def adapted(family, *, fused, shared, dtype=torch.float32, dropout=0.0):
         if ".lora_B." in name:
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=draws))
     if shared:
-        family.share_inputs(denoiser)
+        family.fuse_blocks(denoiser, BlockSettings(whole=False))
     return denoiser
 
 
@@ -61,7 +62,7 @@ def test_without_adapters_the_output_is_diffusers_own_to_the_bit(opened, dtype, 
     denoiser = loaded(family, dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = prediction(denoiser, dtype)
-        family.share_inputs(denoiser)
+        family.fuse_blocks(denoiser, BlockSettings(whole=False))
         assert torch.equal(prediction(denoiser, dtype), expected)
 
 
@@ -218,5 +219,5 @@ def test_the_same_adapter_on_a_quantized_and_on_a_loaded_base(opened):
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     expected = prediction(model)
     assert fuse_adapters(model) > 0
-    family.share_inputs(model)
+    family.fuse_blocks(model, BlockSettings(whole=False))
     torch.testing.assert_close(prediction(model), expected, rtol=5e-2, atol=5e-2)

@@ -7,6 +7,7 @@ from torch import nn
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
+from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.launch import join, read_world
@@ -16,6 +17,14 @@ from halfbyte.trainer.samples import Batch
 from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.timesteps import LogitNormal
 from halfbyte.trainer.weighting import CosMapWeighting
+
+SETTINGS = [
+    BlockSettings("inputs", whole=False),
+    BlockSettings("everything", whole=False),
+    BlockSettings("inputs"),
+    BlockSettings("attention"),
+    BlockSettings("everything"),
+]
 
 
 def family_at(folder, family_class):
@@ -41,13 +50,13 @@ def module_of(family, denoiser, dtype, seed=3):
     )
 
 
-def adapted(family, *, dtype, fused=True):
+def adapted(family, *, dtype, fused=True, settings=None):
     recipe = QuantRecipe(quant_type="nf4", double_quant=True, compute_dtype=dtype)
     denoiser = family.load_denoiser(recipe, device=torch.device("cpu"), dtype=dtype)
     targets = family.lora_targets("all-linear")
     add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1, fused=fused)
     if fused:
-        family.share_inputs(denoiser)
+        family.fuse_blocks(denoiser, settings or BlockSettings())
     draws = torch.Generator().manual_seed(7)
     for name, parameter in trained_parameters(denoiser).items():
         if ".lora_B." in name:  # at zero, A would have no gradient
@@ -84,16 +93,13 @@ def in_float64(family, dtype):
     return denoiser.double()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
-def test_adapter_gradients_match_float64(request, family_class, fixture, checkpointing):
+def test_adapter_gradients_match_float64(request, family_class, fixture, settings):
     family = family_at(request.getfixturevalue(fixture), family_class)
     batch = batch_for(family)
 
-    denoiser = adapted(family, dtype=torch.float32)
-    if checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    denoiser = adapted(family, dtype=torch.float32, settings=settings).train()
     loss = module_of(family, denoiser, torch.float32).loss(batch)
     loss.backward()
 
@@ -172,18 +178,15 @@ def test_the_path_and_its_velocity(mini_flux):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
-def test_cuda_gradients_are_the_cpus(request, family_class, fixture, checkpointing):
+def test_cuda_gradients_are_the_cpus(request, family_class, fixture, settings):
     """What attention, kernels and autocast make of a step there: a wrong backward is far off, or NaN."""
     join(read_world({}))
     family = family_at(request.getfixturevalue(fixture), family_class)
     steps = []
     for device in ("cpu", "cuda"):
-        denoiser = adapted(family, dtype=torch.bfloat16).to(device).train()
-        family.share_inputs(denoiser)
-        if checkpointing:
-            denoiser.enable_gradient_checkpointing()
+        denoiser = adapted(family, dtype=torch.bfloat16, settings=settings).to(device).train()
         module = module_of(family, denoiser, torch.bfloat16)
         with torch.autocast(device, torch.bfloat16):
             module.loss(batch_for(family).to(device)).backward()

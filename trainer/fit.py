@@ -132,7 +132,7 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             "the device ran out of memory in training; the last checkpoint is whole. The cheapest changes:"
-            " train.gradient_checkpointing=true, train.batch_size=1 (with train.grad_accumulation raised),"
+            " train.gradient_checkpointing=full, train.batch_size=1 (with train.grad_accumulation raised),"
             " data.resolution=768"
         ) from error
     finally:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import Progress, load_quantized
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.source import ModelSource, resolve
 
 
@@ -122,10 +124,10 @@ class Family(ABC):
         return denoiser.requires_grad_(False)
 
     @abstractmethod
-    def share_inputs(self, denoiser: nn.Module) -> None:
-        """Have layers of the denoiser that read the same input multiply it by their adapters at once.
+    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+        """Have the blocks of a denoiser with adapters run as `settings` says, gradient checkpointing included.
 
-        Nothing else changes: outputs, parameters and their names stay.
+        Nothing else changes: outputs (up to rounding), parameters and their names stay.
         """
 
     def scale_latents(self, latents: Tensor) -> Tensor:
@@ -169,16 +171,16 @@ class PipelineEncoders(Encoders):
     """
 
     def __init__(self, family: Family, *, device: torch.device, dtype: torch.dtype, memo: Path) -> None:
-        source = family.source
+        source, digests = family.source, FileDigests(memo)
         self._family = family
         self._device = device
         self._dtype = dtype
         self._vae: Any = None
         self._pipeline: Any = None
         # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
-        self.latent_fingerprint = source.fingerprint(["vae"], memo) + ":float32"
+        self.latent_fingerprint = source.fingerprint(["vae"], digests) + ":float32"
         settings = f"{family.max_sequence_length}:{dtype}"
-        self.text_fingerprint = source.fingerprint(family.text_components, memo) + ":" + settings
+        self.text_fingerprint = source.fingerprint(family.text_components, digests) + ":" + settings
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> LatentMoments:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding
-from halfbyte.trainer.families.flux_attention import share_inputs
+from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.flux_blocks import fuse_blocks
 from halfbyte.trainer.source import ModelSource
 
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -48,9 +49,9 @@ class Flux(Family):
         )
         return TextEmbedding(prompt_embeds, pooled)
 
-    def share_inputs(self, denoiser: nn.Module) -> None:
-        """Queries, keys and values of each stream; in the single blocks the MLP as well."""
-        share_inputs(denoiser)
+    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+        """Each block as one function where it can be; else queries, keys, values and MLP from one product."""
+        fuse_blocks(denoiser, settings)
 
     def representable(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded to `dtype`: the transformer casts the timestep to its hidden states' dtype."""

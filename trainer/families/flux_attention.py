@@ -1,4 +1,4 @@
-"""FLUX's attention and single blocks with the adapters of layers that share an input in one product.
+"""FLUX's attention with the adapters of layers that share an input in one product.
 
 Without adapters the outputs are diffusers' own to the bit.
 """
@@ -11,6 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
+from halfbyte.kernels.attention import attention
 from halfbyte.quant.lora import lora_linears
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (S, head_dim) fp32
@@ -19,6 +20,11 @@ Projected = tuple[Tensor, ...]  # queries, keys, values: three of (B, S, heads *
 
 class SharedInputAttention(transformer_flux.FluxAttnProcessor):
     """Queries, keys and values of a stream from one pass over its tokens."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        """`backend`: one of `halfbyte.kernels.attention`'s; None leaves the choice to diffusers."""
+        super().__init__()
+        self.backend = backend
 
     def __call__(
         self,
@@ -60,6 +66,8 @@ class SharedInputAttention(transformer_flux.FluxAttnProcessor):
             value = torch.cat((text_value, value), dim=1)
         if rotary is not None:
             query, key = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (query, key))
+        if mask is None and self.backend is not None:
+            return attention(query, key, value, self.backend)[0].flatten(2, 3)
         mixed = dispatch_attention_fn(
             query,
             key,
@@ -69,46 +77,3 @@ class SharedInputAttention(transformer_flux.FluxAttnProcessor):
             parallel_config=self._parallel_config,
         )
         return mixed.flatten(2, 3).to(query.dtype)
-
-
-# Named as diffusers names it: compile_repeated_blocks and device maps look for blocks by the name of their class.
-class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
-    """The single block, whose MLP reads the same tokens as its attention."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotary | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
-        attention, processor = self.attn, self.attn.processor
-        if joint_attention_kwargs or not isinstance(processor, SharedInputAttention):
-            # Another processor, an IP adapter's for one, makes queries and keys by itself.
-            return super().forward(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-        texts = encoder_hidden_states.shape[1]
-        tokens = torch.cat((encoder_hidden_states, hidden_states), dim=1)
-        normed, gate = self.norm(tokens, emb=temb)
-        *projected, hidden = lora_linears(
-            normed, (attention.to_q, attention.to_k, attention.to_v, self.proj_mlp)
-        )
-        mixed = processor.attend(attention, tuple(projected), None, None, image_rotary_emb)
-        update = self.proj_out(torch.cat((mixed, self.act_mlp(hidden)), dim=2))
-        tokens = tokens + gate.unsqueeze(1) * update
-        if tokens.dtype == torch.float16:
-            largest = torch.finfo(torch.float16).max
-            tokens = tokens.clip(-largest, largest)
-        return tokens[:, :texts], tokens[:, texts:]
-
-
-def share_inputs(denoiser: nn.Module) -> None:
-    """Puts both in place of diffusers' in a FluxTransformer2DModel; its parameters stay as they are."""
-    model: Any = denoiser
-    model.set_attn_processor(SharedInputAttention())
-    for block in model.single_transformer_blocks:
-        # Ours adds no state, so the block keeps its own, with hooks and adapters.
-        block.__class__ = FluxSingleTransformerBlock

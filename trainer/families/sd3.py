@@ -7,7 +7,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from halfbyte.trainer.families.base import Family, TextEmbedding
-from halfbyte.trainer.families.sd3_attention import share_inputs
+from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.sd3_attention import fuse_attention
 
 _BLOCKS = r"transformer_blocks\.\d+\."
 # attn2 is the second, image-only attention of SD3.5 medium's first blocks.
@@ -48,9 +49,9 @@ class SD3(Family):
         )
         return TextEmbedding(prompt_embeds, pooled)
 
-    def share_inputs(self, denoiser: nn.Module) -> None:
-        """Queries, keys and values of each stream."""
-        share_inputs(denoiser)
+    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+        """Queries, keys and values of each stream from one product; the blocks run layer by layer."""
+        fuse_attention(denoiser, settings)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float

@@ -9,11 +9,18 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
+from halfbyte.kernels.attention import attention
 from halfbyte.quant.lora import lora_linears
+from halfbyte.trainer.families.block_parts import BlockSettings
 
 
 class SharedInputAttention(JointAttnProcessor2_0):
     """Queries, keys and values of a stream from one pass over its tokens."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        """`backend`: one of `halfbyte.kernels.attention`'s; None leaves the choice to torch."""
+        super().__init__()
+        self.backend = backend
 
     def __call__(
         self,
@@ -43,8 +50,11 @@ class SharedInputAttention(JointAttnProcessor2_0):
             query, key, value = (
                 torch.cat(pair, dim=2) for pair in zip((query, key, value), text, strict=True)
             )
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        mixed = mixed.transpose(1, 2).flatten(2).to(query.dtype)
+        if self.backend is None:
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        else:
+            mixed, _ = attention(*(part.transpose(1, 2) for part in (query, key, value)), self.backend)
+        mixed = mixed.flatten(2).to(query.dtype)
         projected, dropout = module.to_out
         if encoder_hidden_states is None:
             return dropout(projected(mixed))
@@ -67,7 +77,9 @@ class SharedInputAttention(JointAttnProcessor2_0):
         return query, key, value
 
 
-def share_inputs(denoiser: nn.Module) -> None:
+def fuse_attention(denoiser: nn.Module, settings: BlockSettings) -> None:
     """Puts it in place of diffusers' in an SD3Transformer2DModel."""
     model: Any = denoiser
-    model.set_attn_processor(SharedInputAttention())
+    model.set_attn_processor(SharedInputAttention(settings.backend))
+    if settings.keep != "everything":
+        model.enable_gradient_checkpointing()

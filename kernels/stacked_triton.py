@@ -1,0 +1,142 @@
+"""A 4-bit weight dequantized into the rows of a wider matrix, its adapter beside it, in one launch.
+
+Values are bit for bit those of `nf4_triton`; what differs is where they go: row n of the weight to row n of a
+matrix whose rows are further apart.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.kernels.nf4_triton import launches_early
+from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range, lookup, unit_of
+from halfbyte.kernels.packed_weight import PackedWeight
+
+_UNIT = 8  # values a thread takes at a time: one 32-bit word
+_UNITS = 256  # a program
+_WARPS = 4
+_ADAPTER_VALUES = 4096  # a program
+
+
+@triton.jit
+def _stack_kernel(
+    packed,
+    absmax,
+    nested_absmax,
+    offset,
+    code,
+    nested_code,
+    up,
+    out,
+    numel,
+    adapter_numel,
+    up_scale,
+    WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RANK: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    ADAPTER_VALUES: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    weight_programs = tl.cdiv(numel, UNITS * UNIT)
+    if tl.program_id(0) < weight_programs:
+        first = tl.program_id(0).to(tl.int64) * UNITS
+        local = tl.arange(0, UNITS)
+        within = tl.arange(0, UNIT)
+        left = numel - first * UNIT
+        unit_mask = in_range(local * UNIT, left, EVEN)
+        words = tl.load(
+            tl.max_contiguous(packed + first + local, [1]),
+            mask=unit_mask,
+            other=0,
+            eviction_policy="evict_first",
+        ).to(tl.int32)
+        block = (first * UNIT // BLOCKSIZE).to(tl.int32) + local * UNIT // BLOCKSIZE
+        scale = block_scale(
+            absmax, nested_absmax, offset, nested_code, block, unit_mask, NESTED_BLOCKSIZE, DOUBLE
+        )
+        nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
+        values = lookup(code, 16, nibbles) * scale[:, None]
+        # The width is a multiple of the unit, so a unit lies within one row.
+        row = (first + local) // (WIDTH // UNIT)
+        start = row * STRIDE + (first + local - row * (WIDTH // UNIT)) * UNIT
+        tl.store(
+            out + tl.multiple_of(start, UNIT)[:, None] + within[None, :],
+            values.to(out.dtype.element_ty),
+            mask=in_range(local[:, None] * UNIT + within[None, :], left, EVEN),
+        )
+    else:
+        index = (tl.program_id(0) - weight_programs) * ADAPTER_VALUES + tl.arange(0, ADAPTER_VALUES)
+        row = index // COLUMNS
+        column = index % COLUMNS
+        own = (column >= FIRST) & (column < FIRST + RANK) & (index < adapter_numel)
+        value = tl.load(up + row * RANK + column - FIRST, mask=own, other=0.0).to(tl.float32) * up_scale
+        tl.store(
+            out + row.to(tl.int64) * STRIDE + WIDTH + column,
+            value.to(out.dtype.element_ty),
+            mask=index < adapter_numel,
+        )
+
+
+def supports(weight: PackedWeight) -> bool:
+    """Whether the kernel can take this weight: CUDA, and rows of whole words."""
+    return (
+        weight.packed.is_cuda
+        and weight.shape[1] % _UNIT == 0
+        and unit_of(weight.packed, weight.shape[0] * weight.shape[1]) == _UNIT
+    )
+
+
+def stack_weight(
+    out: Tensor, weight: PackedWeight, up: Tensor | None, scale: float, first: int, columns: int
+) -> None:
+    """Fills out (N, K + columns), a view with any row stride: the weight (N, K), and up (N, rank) fp32 times scale in
+    the columns from K + first, zeros in the rest of `columns`."""
+    check_blocksize(weight.blocksize)
+    outputs, width = weight.shape
+    numel = outputs * width
+    double = weight.nested_absmax is not None
+    adapter_numel = outputs * columns
+    units = max(_UNITS, weight.blocksize // _UNIT)
+    programs = triton.cdiv(numel, units * _UNIT) + triton.cdiv(adapter_numel, _ADAPTER_VALUES)
+    early = launches_early(out.device)
+    with torch.cuda.device_of(out):
+        _stack_kernel[(programs,)](
+            as_units(weight.packed, _UNIT),
+            weight.absmax,
+            weight.nested_absmax if double else weight.absmax,
+            weight.offset if double else weight.absmax,
+            weight.code,
+            weight.nested_code if double else weight.absmax,
+            out if up is None else up,
+            out,
+            numel,
+            adapter_numel,
+            scale,
+            WIDTH=width,
+            STRIDE=out.stride(0),
+            RANK=0 if up is None else up.shape[1],
+            FIRST=first,
+            COLUMNS=max(columns, 1),
+            BLOCKSIZE=weight.blocksize,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
+            UNIT=_UNIT,
+            UNITS=units,
+            ADAPTER_VALUES=_ADAPTER_VALUES,
+            DOUBLE=double,
+            EVEN=numel % (units * _UNIT) == 0,
+            EARLY=early,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+            launch_pdl=early,
+        )

@@ -1,0 +1,215 @@
+"""Layers that share an input, with their adapters, as one product each way.
+
+For layers i with weights W_i (N_i, K), biases b_i and adapters s_i B_i A_i,
+
+    y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
+
+is the i-th part of [x, u] [W, B]^T + b, with u = x A^T of all A stacked, W stacked, and B the s_i B_i on a diagonal
+of blocks: the adapters lengthen the sum by their ranks, and nothing is read back to be added to. In the same way
+
+    dx = [g, p] [W; A]    with p = g B,    dA = p^T x,    dB_i = s_i g_i^T u_i.
+
+These are plain functions over matrices; the blocks that are autograd functions as a whole (`trainer.families`) call
+them in both passes. x and u lie side by side in one matrix, and so do g and p: `widened` makes room for them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.kernels.linear_ops import HAS_TRITON
+from halfbyte.kernels.packed_weight import PackedWeight
+
+if HAS_TRITON:
+    from halfbyte.kernels import stacked_triton
+
+# Rows of the stacked matrices start at multiples of this many values, as the matrix units of a GPU want them.
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayer:
+    """One frozen layer of a group; A (rank, K) and B (N, rank) are None where it has no adapter."""
+
+    weight: Tensor | PackedWeight  # (N, K)
+    bias: Tensor | None  # (N,)
+    down: Tensor | None
+    up: Tensor | None
+    scale: float  # of the update
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.down is None else self.down.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGroup:
+    """Layers of one width, in the order of their outputs."""
+
+    layers: Sequence[GroupLayer]
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return int(self.layers[0].weight.shape[1])
+
+    @property
+    def outputs(self) -> int:
+        """N, of all layers."""
+        return sum(layer.outputs for layer in self.layers)
+
+    @property
+    def extra(self) -> int:
+        """Columns that the adapters add to x and to the gradients: their ranks, rounded up."""
+        ranks = sum(layer.rank for layer in self.layers)
+        return -(-ranks // _ALIGNMENT) * _ALIGNMENT
+
+    def widened(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """(rows, columns + extra), uninitialized: room for x (columns = width) or for the gradients (= outputs)."""
+        return like.new_empty((rows, columns + self.extra))
+
+    def lift(self, x: Tensor) -> None:
+        """Fills the last columns of x (M, K + extra) with u: all of `forward` that `gradients` needs."""
+        if self.extra:
+            torch.mm(x[:, : self.width], self._down(x.dtype).t(), out=x[:, self.width :])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M, K + extra), whose last columns are filled here with u -> (M, N) in x's dtype."""
+        self.lift(x)
+        if self._stackable(x):
+            stacked = x.new_empty((self.outputs, self.width + self.extra))
+            row = first = 0
+            for layer in self.layers:
+                assert isinstance(layer.weight, PackedWeight)
+                rows = stacked[row : row + layer.outputs]
+                stacked_triton.stack_weight(rows, layer.weight, layer.up, layer.scale, first, self.extra)
+                row, first = row + layer.outputs, first + layer.rank
+            return nn.functional.linear(x, stacked, self._bias(x))
+        return self._one_by_one(x)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, *, wants_input: bool
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """dx (M, K), and the fp32 gradients of each A and B.
+
+        grad (M, N + extra) has the gradients in its first columns, the rest is filled here; x (M, K + extra) is as
+        `forward` left it.
+        """
+        upstream, u, width, outputs = grad[:, : self.outputs], x[:, self.width :], self.width, self.outputs
+        downs: list[Tensor | None] = [None] * len(self.layers)
+        ups: list[Tensor | None] = [None] * len(self.layers)
+        if self.extra:
+            torch.mm(upstream, self._up(upstream), out=grad[:, outputs:])
+            down_grad = _product(grad[:, outputs:].t(), x[:, :width])
+            up_grad = _product(upstream.t(), u)
+            row = first = 0
+            for index, layer in enumerate(self.layers):
+                if layer.rank:
+                    downs[index] = down_grad[first : first + layer.rank]
+                    part = up_grad[row : row + layer.outputs, first : first + layer.rank]
+                    ups[index] = part.contiguous() if layer.scale == 1 else part * layer.scale
+                row, first = row + layer.outputs, first + layer.rank
+        return self._input_gradient(grad) if wants_input else None, downs, ups
+
+    def _input_gradient(self, grad: Tensor) -> Tensor:
+        if not self._stackable(grad):
+            total = None
+            if self.extra:
+                total = grad[:, self.outputs :] @ self._down(grad.dtype)
+            row = 0
+            for layer in self.layers:
+                part, weight = grad[:, row : row + layer.outputs], self._weight(layer, grad.dtype)
+                total = part @ weight if total is None else total.addmm_(part, weight)
+                row += layer.outputs
+            assert total is not None
+            return total
+        stacked = grad.new_empty((self.outputs + self.extra, self.width))
+        row = 0
+        for layer in self.layers:
+            assert isinstance(layer.weight, PackedWeight)
+            stacked_triton.stack_weight(stacked[row : row + layer.outputs], layer.weight, None, 1.0, 0, 0)
+            row += layer.outputs
+        if self.extra:
+            stacked[row:] = self._down(grad.dtype)
+        return grad @ stacked
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        """Without Triton, or over weights that are not packed: copying those would cost what stacking saves."""
+        y = x.new_empty((x.shape[0], self.outputs))
+        row, first = 0, self.width
+        for layer in self.layers:
+            part = y[:, row : row + layer.outputs]
+            inner, weight = x[:, : self.width], self._weight(layer, x.dtype).t()
+            if layer.up is not None:
+                # The adapter's product first: the sum is formed in fp32 and rounded once, see `low_rank`.
+                _affine(x[:, first : first + layer.rank], _scaled(layer, x.dtype).t(), layer.bias, part)
+                part.addmm_(inner, weight)
+            else:
+                _affine(inner, weight, layer.bias, part)
+            row, first = row + layer.outputs, first + layer.rank
+        return y
+
+    def _stackable(self, x: Tensor) -> bool:
+        return (
+            x.is_cuda
+            and HAS_TRITON
+            and all(
+                isinstance(layer.weight, PackedWeight) and stacked_triton.supports(layer.weight)
+                for layer in self.layers
+            )
+        )
+
+    @staticmethod
+    def _weight(layer: GroupLayer, dtype: torch.dtype) -> Tensor:
+        weight = layer.weight
+        return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight.to(dtype)
+
+    def _down(self, dtype: torch.dtype) -> Tensor:
+        """All A, (extra, K); rows beyond the ranks are zero."""
+        downs = [layer.down for layer in self.layers if layer.down is not None]
+        missing = self.extra - sum(down.shape[0] for down in downs)
+        if missing:
+            downs.append(downs[0].new_zeros((missing, self.width)))
+        return (downs[0] if len(downs) == 1 else torch.cat(downs)).to(dtype)
+
+    def _up(self, like: Tensor) -> Tensor:
+        """All s B as a diagonal of blocks, (N, extra)."""
+        stacked = like.new_zeros((self.outputs, self.extra))
+        row = first = 0
+        for layer in self.layers:
+            if layer.up is not None:
+                scaled = layer.up if layer.scale == 1 else layer.up * layer.scale
+                stacked[row : row + layer.outputs, first : first + layer.rank] = scaled
+            row, first = row + layer.outputs, first + layer.rank
+        return stacked
+
+    def _bias(self, x: Tensor) -> Tensor | None:
+        if all(layer.bias is None for layer in self.layers):
+            return None
+        biases = [x.new_zeros(layer.outputs) if layer.bias is None else layer.bias for layer in self.layers]
+        return (biases[0] if len(biases) == 1 else torch.cat(biases)).to(x.dtype)
+
+
+def _affine(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(bias.to(left.dtype), left, right, out=out)
+
+
+def _scaled(layer: GroupLayer, dtype: torch.dtype) -> Tensor:
+    assert layer.up is not None
+    return (layer.up if layer.scale == 1 else layer.up.float() * layer.scale).to(dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, not rounded on the way: gradients of fp32 parameters."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

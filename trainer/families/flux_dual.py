@@ -1,0 +1,298 @@
+"""FLUX's dual block as one autograd function: forward, and a backward that makes anew what was not kept.
+
+The two streams, text and image, meet in attention alone. Of their products the ones into queries, keys and values
+and into the MLP are made anew where they were not kept; the projections out of both only where the modulation
+learns, whose gates' gradients depend on them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.modulation_ops import (
+    gated_residual,
+    gated_residual_backward,
+    gated_residual_grads,
+    layer_norm_modulate,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_grads,
+)
+from halfbyte.quant.autocast import without_autocast
+from halfbyte.quant.linear_group import LinearGroup
+from halfbyte.trainer.families.block_parts import (
+    AdapterGradients,
+    Keep,
+    gelu_input,
+    hidden_gradient,
+    upstream,
+    widened,
+)
+from halfbyte.trainer.families.joint_attention import JointAttention, fill_heads
+
+
+@dataclass(frozen=True, eq=False)
+class StreamPart:
+    """The layers of one stream."""
+
+    heads: LinearGroup  # queries, keys, values
+    out: LinearGroup  # of the attention
+    up: LinearGroup  # into the MLP
+    down: LinearGroup  # out of it
+    clip: bool  # hold an fp16 stream within its finite range behind the block, as diffusers does the text's
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.heads, self.out, self.up, self.down
+
+
+@dataclass(frozen=True, eq=False)
+class DualBlock:
+    """A dual block without its parameters' names; streams in the order of the joint attention, text first."""
+
+    attention: JointAttention
+    streams: tuple[StreamPart, StreamPart]
+    norm_eps: float
+    keep: Keep
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return tuple(group for stream in self.streams for group in stream.groups)
+
+    def normed(self, group: LinearGroup, stream: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The modulated stream (M, D + extra); the last columns are not filled."""
+        return widened(group, layer_norm_modulate(stream, scale, shift, eps=self.norm_eps))
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """One stream's (B, 6 D) in its six parts, (B, D) each, in diffusers' order."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+    @classmethod
+    def of(cls, whole: Tensor) -> "Modulation":
+        return cls(*whole.chunk(6, dim=-1))
+
+
+class DualBlockFunction(torch.autograd.Function):
+    """(text, image, the modulation of each (B, 6 D)) -> (text, image)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        text: Tensor,
+        image: Tensor,
+        text_modulation: Tensor,
+        image_modulation: Tensor,
+        block: DualBlock,
+        *_: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs, modulations = (text, image), (text_modulation, image_modulation)
+        with without_autocast(text.device.type):
+            projected = [
+                _project(block, part.heads, stream, Modulation.of(modulation))[1]
+                for part, stream, modulation in zip(block.streams, inputs, modulations, strict=True)
+            ]
+            out, statistics = block.attention.attend(block.attention.streams(projected, len(text)))
+            middles, hiddens, results = [], [], []
+            for part, stream, whole, attended in zip(
+                block.streams, inputs, modulations, _apart(out, inputs), strict=True
+            ):
+                modulation = Modulation.of(whole)
+                update = part.out.forward(widened(part.out, attended)).view(stream.shape)
+                middle = gated_residual(stream, modulation.gate, update)
+                hidden = part.up.forward(
+                    block.normed(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
+                )
+                update = part.down.forward(gelu_input(part.down, hidden)).view(stream.shape)
+                results.append(gated_residual(middle, modulation.mlp_gate, update, clip=part.clip))
+                middles.append(middle)
+                hiddens.append(hidden)
+        kept: tuple[Tensor, ...] = ()
+        if block.keep != "inputs":
+            kept = (out, statistics, *middles)
+        if block.keep == "everything":
+            kept = (*kept, *projected, *hiddens)
+        ctx.save_for_backward(text, image, text_modulation, image_modulation, *kept)
+        ctx.block = block
+        return results[0], results[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        text, image, text_modulation, image_modulation, *kept = ctx.saved_tensors
+        with without_autocast(text.device.type):
+            backward = _DualBackward(
+                ctx.block,
+                (text, image),
+                (Modulation.of(text_modulation), Modulation.of(image_modulation)),
+                wants_modulation=any(ctx.needs_input_grad[2:4]),
+                wants_inputs=any(ctx.needs_input_grad[:2]),
+            )
+            backward.restore(kept)
+            return backward.run(grads)
+
+
+def _project(
+    block: DualBlock, group: LinearGroup, stream: Tensor, modulation: Modulation
+) -> tuple[Tensor, Tensor]:
+    """The modulated stream (M, D + extra) and its queries, keys and values (M, 3 D)."""
+    normed = block.normed(group, stream, modulation.scale, modulation.shift)
+    return normed, group.forward(normed)
+
+
+def _apart(joint: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
+    """(B, T + S, H, D_h) -> (B, T, D) and (B, S, D), views."""
+    return list(joint.flatten(2).split([stream.shape[1] for stream in streams], dim=1))
+
+
+class _DualBackward:
+    """The backward of a dual block, from the outputs to the inputs."""
+
+    def __init__(
+        self,
+        block: DualBlock,
+        inputs: Sequence[Tensor],
+        modulations: Sequence[Modulation],
+        *,
+        wants_modulation: bool,
+        wants_inputs: bool,
+    ) -> None:
+        self.block = block
+        self.inputs = inputs
+        self.modulations = modulations
+        self.wants_modulation = wants_modulation
+        self.wants_inputs = wants_inputs
+        self.collected = AdapterGradients(block.groups)
+
+    def restore(self, kept: Sequence[Tensor]) -> None:
+        """Makes anew what was not kept: the projections, attention's output and the streams behind it."""
+        block = self.block
+        self.hiddens: list[Tensor | None] = [None, None]
+        self.normed, self.projected = [], list(kept[4:6])
+        for index, part in enumerate(block.streams):
+            stream, modulation = self.inputs[index], self.modulations[index]
+            if len(kept) > 4:
+                normed = block.normed(part.heads, stream, modulation.scale, modulation.shift)
+                part.heads.lift(normed)
+            else:
+                normed, projected = _project(block, part.heads, stream, modulation)
+                self.projected.append(projected)
+            self.normed.append(normed)
+        if len(kept) > 4:
+            self.hiddens = list(kept[6:8])
+        self.streams = block.attention.streams(self.projected, len(self.inputs[0]))
+        if kept:
+            self.out, self.statistics, *self.middles = kept[:4]
+            return
+        self.out, self.statistics = block.attention.attend(self.streams)
+        self.middles = [
+            gated_residual(
+                stream, modulation.gate, part.out.forward(widened(part.out, attended)).view(stream.shape)
+            )
+            for part, stream, modulation, attended in zip(
+                block.streams, self.inputs, self.modulations, _apart(self.out, self.inputs), strict=True
+            )
+        ]
+
+    def run(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of streams, modulations and adapters, as `DualBlockFunction.forward` takes them."""
+        attended = _apart(self.out, self.inputs)
+        middle_grads, attended_grads, gate_grads, mlp_grads = [], [], [], []
+        for index in range(2):
+            middle_grad, mlp_grad = self._mlp(index, grads[index])
+            attended_grad, gate_grad = self._out(index, middle_grad, attended[index])
+            middle_grads.append(middle_grad)
+            attended_grads.append(attended_grad)
+            gate_grads.append(gate_grad)
+            mlp_grads.append(mlp_grad)
+        heads_grads = self.block.attention.backward(
+            torch.cat(attended_grads, dim=1), self.streams, self.out, self.statistics
+        )
+        del attended_grads, self.streams, self.projected
+        results: list[Tensor | None] = []
+        modulation_grads: list[Tensor | None] = []
+        for index in range(2):
+            stream_grad, norm_grads = self._heads(index, heads_grads[index], middle_grads[index])
+            results.append(stream_grad)
+            gate_grad, mlp_grad = gate_grads[index], mlp_grads[index]
+            if norm_grads is None or gate_grad is None or mlp_grad is None:
+                modulation_grads.append(None)
+            else:
+                modulation_grads.append(torch.cat((*norm_grads, gate_grad, *mlp_grad), dim=-1))
+        return (*results, *modulation_grads, None, *self.collected.in_order())
+
+    def _mlp(self, index: int, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The gradient of the stream behind attention, and of the MLP's shift, scale and gate."""
+        part, modulation, middle = self.block.streams[index], self.modulations[index], self.middles[index]
+        normed = self.block.normed(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
+        hidden = self.hiddens[index]
+        if hidden is None:
+            hidden = part.up.forward(normed)
+        else:
+            part.up.lift(normed)
+        acted = gelu_input(part.down, hidden)
+        gate_grad = None
+        if self.wants_modulation:
+            update = part.down.forward(acted).view(grad.shape)
+            update_grad, gate_grad = gated_residual_grads(grad, modulation.mlp_gate, update)
+        else:
+            part.down.lift(acted)
+            update_grad = gated_residual_backward(grad, modulation.mlp_gate)
+        acted_grad = self.collected.through(part.down, upstream(part.down, update_grad), acted)
+        hidden_grad = part.up.widened(hidden.shape[0], part.up.outputs, hidden)
+        hidden_gradient(acted_grad, hidden, hidden_grad[:, : part.up.outputs])
+        del acted, acted_grad, update_grad
+        normed_grad = self.collected.through(part.up, hidden_grad, normed).view(grad.shape)
+        eps = self.block.norm_eps
+        if gate_grad is None:
+            return layer_norm_modulate_backward(
+                normed_grad, middle, modulation.mlp_scale, grad, eps=eps
+            ), None
+        middle_grad, scale_grad, shift_grad = layer_norm_modulate_grads(
+            normed_grad, middle, modulation.mlp_scale, grad, eps=eps
+        )
+        return middle_grad, (shift_grad, scale_grad, gate_grad)
+
+    def _out(self, index: int, middle_grad: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient of the attention's output (B, S, D) in this stream, and of its gate."""
+        part, modulation = self.block.streams[index], self.modulations[index]
+        wide = widened(part.out, attended)
+        gate_grad = None
+        if self.wants_modulation:
+            update = part.out.forward(wide).view(attended.shape)
+            update_grad, gate_grad = gated_residual_grads(middle_grad, modulation.gate, update)
+        else:
+            part.out.lift(wide)
+            update_grad = gated_residual_backward(middle_grad, modulation.gate)
+        grad = self.collected.through(part.out, upstream(part.out, update_grad), wide)
+        return grad.view(attended.shape), gate_grad
+
+    def _heads(
+        self, index: int, heads_grad: tuple[Tensor, Tensor, Tensor], middle_grad: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """The gradient of the block's input, and of the attention's shift and scale."""
+        part, modulation, stream = self.block.streams[index], self.modulations[index], self.inputs[index]
+        wide = part.heads.widened(stream.shape[0] * stream.shape[1], part.heads.outputs, stream)
+        fill_heads(wide, heads_grad)
+        wants = self.wants_inputs or self.wants_modulation
+        normed_grad = self.collected.through(part.heads, wide, self.normed[index], wants_input=wants)
+        if not wants:
+            return None, None
+        normed_grad, eps = normed_grad.view(stream.shape), self.block.norm_eps
+        if not self.wants_modulation:
+            return (
+                layer_norm_modulate_backward(normed_grad, stream, modulation.scale, middle_grad, eps=eps),
+                None,
+            )
+        stream_grad, scale_grad, shift_grad = layer_norm_modulate_grads(
+            normed_grad, stream, modulation.scale, middle_grad, eps=eps
+        )
+        return stream_grad, (shift_grad, scale_grad)

@@ -1,0 +1,144 @@
+"""FLUX's single block as one autograd function: forward, and a backward that makes anew what was not kept.
+
+What is made anew is only what gradients depend on: of the products the one into queries, keys, values and MLP (58 %
+of the block's work in them), and attention where its output was not kept. Adapters, modulation and both streams get
+their gradients; the frozen weights and the RMSNorm weights have none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.modulation_ops import (
+    gated_residual,
+    gated_residual_backward,
+    gated_residual_grads,
+    layer_norm_modulate,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_grads,
+)
+from halfbyte.quant.autocast import without_autocast
+from halfbyte.quant.linear_group import LinearGroup
+from halfbyte.trainer.families.block_parts import (
+    AdapterGradients,
+    Keep,
+    gelu_input,
+    hidden_gradient,
+    joined,
+    upstream,
+    widened,
+)
+from halfbyte.trainer.families.joint_attention import JointAttention, fill_heads
+
+
+@dataclass(frozen=True, eq=False)
+class SingleBlock:
+    """A single block without its parameters' names: text and image as one stream, MLP beside attention."""
+
+    attention: JointAttention
+    into: LinearGroup  # queries, keys, values, MLP
+    out: LinearGroup  # of [attention, gelu(MLP)]
+    norm_eps: float
+    keep: Keep
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        return self.into, self.out
+
+    def project(self, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """The modulated stream (M, D + extra) and the product of it (M, 3 D + H)."""
+        normed = self.normed(tokens, modulation)
+        return normed, self.into.forward(normed)
+
+    def normed(self, tokens: Tensor, modulation: Tensor) -> Tensor:
+        """The modulated stream (M, D + extra); the last columns are not filled."""
+        shift, scale, _ = modulation.chunk(3, dim=-1)
+        return widened(self.into, layer_norm_modulate(tokens, scale, shift, eps=self.norm_eps))
+
+    def mixed(self, out: Tensor, projected: Tensor) -> Tensor:
+        """[attention, gelu(MLP)] (M, D + H + extra); the last columns are not filled."""
+        mlp = self.out.width - out.shape[2] * out.shape[3]
+        wide = gelu_input(self.out, projected[:, -mlp:], first=self.out.width - mlp)
+        wide[:, : self.out.width - mlp] = out.flatten(0, 1).flatten(1)
+        return wide
+
+
+class SingleBlockFunction(torch.autograd.Function):
+    """(text, image, modulation (B, 3 D)) -> (text, image)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, text: Tensor, image: Tensor, modulation: Tensor, block: SingleBlock, *_: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with without_autocast(text.device.type):
+            tokens = joined(text, image)
+            _, projected = block.project(tokens, modulation)
+            out, statistics = block.attention.attend(block.attention.streams([projected], len(tokens)))
+            update = block.out.forward(block.mixed(out, projected)).view(tokens.shape)
+            result = gated_residual(tokens, modulation.chunk(3, dim=-1)[2], update, clip=True)
+        kept = {
+            "inputs": (),
+            "attention": (out, statistics),
+            "everything": (out, statistics, projected),
+        }[block.keep]
+        ctx.save_for_backward(tokens, modulation, *kept)
+        ctx.block = block
+        ctx.texts = text.shape[1]
+        return result[:, : ctx.texts], result[:, ctx.texts :]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, modulation, *kept = ctx.saved_tensors
+        with without_autocast(tokens.device.type):
+            return _single_backward(ctx, joined(*grads), tokens, modulation, kept)
+
+
+def _single_backward(
+    ctx: Any, grad: Tensor, tokens: Tensor, modulation: Tensor, kept: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    block: SingleBlock = ctx.block
+    batch, wants_modulation = len(tokens), ctx.needs_input_grad[2]
+    _, scale, gate = modulation.chunk(3, dim=-1)
+    if len(kept) == 3:
+        projected, normed = kept[2], block.normed(tokens, modulation)
+        block.into.lift(normed)
+    else:
+        normed, projected = block.project(tokens, modulation)
+    streams = block.attention.streams([projected], batch)
+    out, statistics = kept[:2] if kept else block.attention.attend(streams)
+    collected = AdapterGradients(block.groups)
+
+    mixed = block.mixed(out, projected)
+    gate_grad = None
+    if wants_modulation:
+        update = block.out.forward(mixed).view(tokens.shape)
+        update_grad, gate_grad = gated_residual_grads(grad, gate, update)
+    else:
+        block.out.lift(mixed)
+        update_grad = gated_residual_backward(grad, gate)
+    mixed_grad = collected.through(block.out, upstream(block.out, update_grad), mixed)
+    del mixed, update_grad
+
+    width = tokens.shape[-1]
+    attended = mixed_grad[:, :width].view(tokens.shape)
+    (heads_grad,) = block.attention.backward(attended, streams, out, statistics)
+    into_grad = block.into.widened(mixed_grad.shape[0], block.into.outputs, mixed_grad)
+    fill_heads(into_grad, heads_grad)
+    outputs = block.into.outputs
+    hidden_gradient(mixed_grad[:, width:], projected[:, 3 * width :], into_grad[:, 3 * width : outputs])
+    del mixed_grad, attended, heads_grad, projected, streams
+
+    normed_grad = collected.through(block.into, into_grad, normed).view(tokens.shape)
+    modulation_grad = None
+    if gate_grad is None:
+        result = layer_norm_modulate_backward(normed_grad, tokens, scale, grad, eps=block.norm_eps)
+    else:
+        result, scale_grad, shift_grad = layer_norm_modulate_grads(
+            normed_grad, tokens, scale, grad, eps=block.norm_eps
+        )
+        modulation_grad = torch.cat((shift_grad, scale_grad, gate_grad), dim=-1)
+    text_grad, image_grad = result[:, : ctx.texts], result[:, ctx.texts :]
+    return text_grad, image_grad, modulation_grad, None, *collected.in_order()

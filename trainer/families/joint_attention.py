@@ -1,0 +1,56 @@
+"""Attention over one or two streams as the blocks' own functions run it: projections in, gradients of them out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfbyte.kernels.attention import attention, attention_backward
+from halfbyte.kernels.qk_rope_ops import Stream, qk_norm_rope, qk_norm_rope_backward
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (S, head_dim) fp32
+
+
+@dataclass(frozen=True, eq=False)
+class JointAttention:
+    """What a block attends with."""
+
+    heads: int
+    norms: Sequence[tuple[Tensor, Tensor]]  # RMSNorm weights of queries and keys, a pair a stream
+    norm_eps: float
+    rotary: Rotary | None
+    backend: str
+
+    def streams(self, projected: Sequence[Tensor], batch: int) -> list[Stream]:
+        """Each stream's (B * S_i, >= 3 D) product as queries, keys and values (B, S_i, D)."""
+        width = self.heads * self.norms[0][0].shape[0]
+        parts = []
+        for product, (query_norm, key_norm) in zip(projected, self.norms, strict=True):
+            whole = product.view(batch, -1, product.shape[1])
+            query, key, value = whole[..., : 3 * width].chunk(3, dim=-1)
+            parts.append(Stream(query, key, value, query_norm, key_norm))
+        return parts
+
+    def joint(self, streams: Sequence[Stream]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all tokens, (B, S, H, D_h) each."""
+        return qk_norm_rope(streams, self.rotary, heads=self.heads, eps=self.norm_eps)
+
+    def attend(self, streams: Sequence[Stream]) -> tuple[Tensor, Tensor]:
+        """The output (B, S, H, D_h) and the softmax's statistics."""
+        return attention(*self.joint(streams), self.backend)
+
+    def backward(
+        self, grad: Tensor, streams: Sequence[Stream], out: Tensor, statistics: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The gradients of each stream's queries, keys and values from that of the output (B, S, H * D_h)."""
+        grads = attention_backward(
+            grad.unflatten(-1, (self.heads, -1)), *self.joint(streams), out, statistics, self.backend
+        )
+        return qk_norm_rope_backward(*grads, streams, self.rotary, eps=self.norm_eps)
+
+
+def fill_heads(wide: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Gradients of queries, keys and values side by side in the first columns of (M, >= 3 D)."""
+    for place, grad in enumerate(grads):
+        width = grad.shape[-1]
+        wide[:, place * width : (place + 1) * width].view(grad.shape).copy_(grad)
