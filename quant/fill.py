@@ -31,15 +31,15 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     in_fp32: Collection[str] = (),
-    expected: Collection[str] | None = None,
+    leave_out: Collection[str] = (),
     progress: Progress | None = None,
     on_file: FileRead | None = None,
 ) -> None:
     """Give every parameter and buffer of `model` its value on `device`, in `dtype` where it is not packed.
 
     packed: the weights of quantized layers are packed in the files; else they are quantized here.
-    in_fp32: names of modules that stay in fp32. expected: the names that the files must have, no more and no
-    fewer; the model's own without it.
+    in_fp32: names of modules that stay in fp32. leave_out: what of the files or the model's own names is passed
+    over; all others must be in both.
 
     Raises ValueError, naming the file or the tensor. What can be told from the files' headers is told before
     anything is read.
@@ -47,12 +47,8 @@ def fill(
     own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
     beside = {name for suffixes in statistics.values() for name in suffixes.values()}
-    names = [name for name in weights.names if name not in beside]
-    if expected is None:
-        expected = own.keys()
-    else:
-        names = [name for name in names if name in expected]
-    _check_names(weights, set(expected), set(names))
+    names = [name for name in weights.names if name not in beside and name not in leave_out]
+    _check_names(weights, own.keys() - set(leave_out), set(names))
     packed_layers = {name for name in names if packed and _is_quantized(model, name)}
     for name in names:
         if name not in packed_layers:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.source import resolve
 
 from loopback_hub import COMMIT, hub
@@ -105,7 +106,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path, mini_flux, damage, sa
 
 
 def test_a_fingerprint_changes_with_the_files_and_nothing_else(tmp_path, mini_flux):
-    folder, memo = tmp_path / "model", tmp_path / "memo"
+    folder, memo = tmp_path / "model", FileDigests(tmp_path / "memo")
     shutil.copytree(mini_flux, folder)
     first = open_flux(folder).fingerprint(["vae"], memo)
     (folder / "transformer" / "config.json").touch()

@@ -3,12 +3,21 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 from halfbyte.trainer.metrics import StepMetrics
 
 _LOG_SECONDS = 10.0
+BYTES = "B"
+"""The unit whose numbers are shown as GB."""
 
 
 class Progress:
@@ -31,7 +40,7 @@ class Progress:
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                DownloadColumn() if unit == BYTES else MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=console,
@@ -43,7 +52,7 @@ class Progress:
         """`done` units of the total are finished."""
         now = time.perf_counter()
         pace = (done - self._first) / max(now - self._began, 1e-9)
-        note = f"{pace:.2f} {self.unit}/s"
+        note = f"{pace / 1e9:.2f} GB/s" if self.unit == BYTES else f"{pace:.2f} {self.unit}/s"
         if metrics is not None:
             note = f"loss {metrics.loss:.4f}  {self._validation}{note}"
         if self._bar is not None and self._task is not None:
@@ -54,13 +63,16 @@ class Progress:
         elif done == self.total or now - self._spoke >= _LOG_SECONDS:
             self._spoke = now
             left = (self.total - done) / pace if pace > 0 else float("inf")
-            self.console.print(
-                f"{self.title} {done}/{self.total}  {note}  {_clock(left)} left", highlight=False
-            )
+            self.console.print(f"{self.title} {self._share(done)}  {note}  {_clock(left)} left", highlight=False)
 
     def validated(self, loss: float) -> None:
         """The loss on held-out pictures, shown until there is a newer one."""
         self._validation = f"validation {loss:.4f}  "
+
+    def _share(self, done: int) -> str:
+        if self.unit == BYTES:
+            return f"{done / 1e9:.1f}/{self.total / 1e9:.1f} GB"
+        return f"{done}/{self.total}"
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

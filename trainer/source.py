@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from halfbyte.trainer.errors import HubError, RecipeError
+from halfbyte.trainer.file_digests import FileDigests
 
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
 
@@ -58,11 +58,11 @@ class ModelSource:
                 f" {', '.join(components)}"
             )
 
-    def fingerprint(self, components: Sequence[str], memo: Path) -> str:
+    def fingerprint(self, components: Sequence[str], memo: FileDigests) -> str:
         """A digest of the components' files: what of the model a cache entry depends on.
 
-        A Hub snapshot is named by its commit. A folder's files are hashed whole; `memo` is a folder that keeps
-        each file's digest by path, size and time of change, so that 10 GB of encoders are read once.
+        A Hub snapshot is named by its commit. A folder's files are read whole, those that `memo` does not know,
+        so that 10 GB of encoders are read for it once.
         """
         digest = hashlib.sha256()
         if self.revision is not None:
@@ -71,7 +71,7 @@ class ModelSource:
         for component in components:
             for file in sorted(path for path in (self.folder / component).rglob("*") if path.is_file()):
                 relative = file.relative_to(self.folder).as_posix()
-                digest.update(f"{relative}:{_file_digest(file, memo)}\n".encode())
+                digest.update(f"{relative}:{memo.of(file)}\n".encode())
         return digest.hexdigest()
 
     def _holds(self, component: str, listed: dict[str, Any]) -> bool:
@@ -165,19 +165,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"model.path: {path}: expected a JSON object")
     return content
-
-
-def _file_digest(file: Path, memo: Path) -> str:
-    status = file.stat()
-    identity = f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    kept = memo / hashlib.sha256(identity.encode()).hexdigest()
-    if kept.is_file():
-        return kept.read_text()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    memo.mkdir(parents=True, exist_ok=True)
-    # Several processes may come here at once, each with a name of its own.
-    temporary = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.partial")
-    temporary.write_text(digest)
-    temporary.replace(kept)
-    return digest
