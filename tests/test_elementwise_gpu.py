@@ -1,0 +1,177 @@
+"""The CUDA kernels of the blocks' elementwise work against their reference, on random inputs and poisoned memory."""
+
+import pytest
+import torch
+
+from halfbyte.kernels import elementwise_reference as reference
+from halfbyte.kernels import gelu_ops, modulation_ops, qk_rope_ops
+from halfbyte.kernels.qk_rope_ops import Stream
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+# The share of a result's norm by which it may be off: sums in another order now and then round to a neighbour.
+LARGEST_ERROR = {torch.bfloat16: 2e-4, torch.float16: 3e-5, torch.float32: 1e-6}
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Freed memory is handed out again as it was left: an unwritten output shows as NaN."""
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24):
+        torch.full((size,), float("nan"), device="cuda")
+
+
+def assert_close(actual, expected):
+    actual, expected = (list(x) if isinstance(x, tuple | list) else [x] for x in (actual, expected))
+    for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        error = ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)).item()
+        assert error <= LARGEST_ERROR[theirs.dtype], f"result {number} is off by {error:.1e}"
+
+
+def slices(count, shape, dtype):
+    """Random streams that lie inside wider buffers with rows in front of them."""
+    batch, rows, width = shape
+    return [
+        torch.randn(batch, rows + 3, width + 24, device="cuda", dtype=dtype)[:, 3:, 16 : width + 16]
+        for _ in range(count)
+    ]
+
+
+# FLUX at 1024 px; FLUX, SD3.5 large, SD3 medium, a miniature; rows of no whole 16 bytes; a single row.
+@pytest.mark.parametrize(
+    ("width", "dtype", "batch", "rows"),
+    [
+        (3072, torch.bfloat16, 1, 4608),
+        (3072, torch.bfloat16, 2, 37),
+        (2432, torch.bfloat16, 2, 37),
+        (1536, torch.float16, 2, 37),
+        (192, torch.float32, 2, 37),
+        (52, torch.bfloat16, 2, 37),
+        (192, torch.bfloat16, 3, 1),
+    ],
+)
+def test_modulation_equals_the_reference(width, dtype, batch, rows):
+    x, update, dy, residual = slices(4, (batch, rows, width), dtype)
+    x = x + 3  # a mean that the variance must not contain
+    scale, shift, gate = torch.randn(batch, 3 * width, device="cuda", dtype=dtype).chunk(3, dim=1)
+    for name, arguments in {
+        "layer_norm_modulate": (x, scale, shift, EPS),
+        "layer_norm_modulate_backward": (dy, x, scale, residual, EPS),
+        "layer_norm_modulate_grads": (dy, x, scale, residual, EPS),
+        "gated_residual": (x, gate, update, True),
+        "gated_residual_backward": (dy, gate),
+        "gated_residual_grads": (dy, gate, update),
+        "gated_norm": (x, gate, update, scale, shift, EPS, False),
+        "gated_norm_backward": (dy, x, gate, scale, residual, EPS),
+    }.items():
+        actual = getattr(torch.ops.halfbyte, name).default(*arguments)
+        assert_close(actual, getattr(reference, name)(*arguments))
+    assert_close(
+        modulation_ops.layer_norm_modulate_backward(dy, x, scale),
+        reference.layer_norm_modulate_backward(dy, x, scale, None, EPS),
+    )
+    assert_close(
+        modulation_ops.gated_norm_backward(dy, x, gate, scale),
+        reference.gated_norm_backward(dy, x, gate, scale, None, EPS),
+    )
+
+
+def test_dtypes_may_differ():
+    x, residual = slices(2, (2, 5, 192), torch.float32)
+    update, dy = slices(2, (2, 5, 192), torch.bfloat16)
+    scale, shift, gate = torch.randn(2, 3 * 192, device="cuda").chunk(3, dim=1)
+    arguments = (x, gate.bfloat16(), update, scale, shift, EPS, False)
+    assert_close(torch.ops.halfbyte.gated_norm.default(*arguments), reference.gated_norm(*arguments))
+    arguments = (dy, x, scale.half(), residual, EPS)
+    actual = torch.ops.halfbyte.layer_norm_modulate_grads.default(*arguments)
+    assert_close(actual, reference.layer_norm_modulate_grads(*arguments))
+
+
+def test_sums_are_the_same_every_time():
+    x, update, dy = slices(3, (1, 4608, 3072), torch.bfloat16)
+    scale = torch.randn(1, 3072, device="cuda", dtype=torch.bfloat16)
+    first = modulation_ops.layer_norm_modulate_grads(dy, x, scale)
+    first += modulation_ops.gated_residual_grads(dy, scale, update)
+    for _ in range(3):
+        again = modulation_ops.layer_norm_modulate_grads(dy, x, scale)
+        again += modulation_ops.gated_residual_grads(dy, scale, update)
+        assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_fp16_is_clipped_where_asked():
+    x = torch.tensor([[[6e4, -6e4, 1.0, float("nan")]]], device="cuda", dtype=torch.float16)
+    gate = torch.ones(1, 4, device="cuda", dtype=torch.float16)
+    clipped = modulation_ops.gated_residual(x, gate, x, clip=True)
+    assert clipped.view(-1)[:3].tolist() == [65504.0, -65504.0, 2.0]
+    assert clipped.view(-1)[3].isnan()
+    plain = modulation_ops.gated_residual(x, gate, x)
+    assert plain.view(-1)[:3].tolist() == [float("inf"), float("-inf"), 2.0]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(12288, torch.bfloat16), (9728, torch.float16), (100, torch.float32)]
+)
+def test_gelu_equals_the_reference(width, dtype):
+    x, dy = slices(2, (2, 37, width), dtype)
+    x = x * 4
+    buffer = torch.full((2, 37, width + 48), float("nan"), device="cuda", dtype=dtype)
+    gelu_ops.gelu_tanh(x, buffer[..., 48:])
+    assert_close(buffer[..., 48:], reference.gelu_tanh(x))
+    assert buffer[..., :48].isnan().all()
+    expected = reference.gelu_tanh_backward(dy, x)
+    assert_close(gelu_ops.gelu_tanh_backward(dy, x), expected)
+    gelu_ops.gelu_tanh_backward(dy, x, dy)
+    assert_close(dy, expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "lengths", "dtype", "normed", "turned"),
+    [
+        (24, 128, (512, 4096), torch.bfloat16, True, True),
+        (24, 128, (37,), torch.float16, True, True),
+        (38, 64, (33, 4), torch.float32, True, False),
+        (24, 64, (7, 1), torch.bfloat16, False, False),
+        (24, 64, (7, 1), torch.bfloat16, False, True),
+        (2, 32, (3, 5), torch.float32, True, True),
+        (3, 24, (3, 5), torch.bfloat16, True, True),
+    ],
+)
+def test_joint_buffers_equal_the_reference(heads, head_dim, lengths, dtype, normed, turned):
+    batch, width, length = 2, heads * head_dim, sum(lengths)
+    weights = (torch.rand(2, head_dim, device="cuda", dtype=dtype) + 0.5) if normed else (None, None)
+    wide = [torch.randn(batch, rows, 3 * width + 8, device="cuda", dtype=dtype) for rows in lengths]
+    # A slice, and beside it a projection of its own.
+    streams = [
+        Stream(*part[..., : 2 * width].chunk(2, -1), part[..., -width:].clone(), *weights) for part in wide
+    ]
+    rope = tuple(torch.randn(2, length, head_dim, device="cuda")) if turned else None
+    cos, sin = rope or (None, None)
+    norms = [[w] * len(lengths) if normed else [] for w in weights]
+    query, key, value = qk_rope_ops.qk_norm_rope(streams, rope, heads=heads)
+    queries, keys = [s.query for s in streams], [s.key for s in streams]
+    assert_close(query, reference.norm_rope(queries, norms[0], cos, sin, heads, EPS))
+    assert_close(key, reference.norm_rope(keys, norms[1], cos, sin, heads, EPS))
+    assert torch.equal(value, torch.cat([s.value for s in streams], dim=1).unflatten(-1, (heads, -1)))
+    # The strides that flash's and cuDNN's backward give.
+    dq = torch.randn(batch, heads, length, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+    dk, dv = torch.randn(2, batch, length, heads, head_dim, device="cuda", dtype=dtype)
+    grads = qk_rope_ops.qk_norm_rope_backward(dq, dk, dv, streams, rope)
+    expected = zip(
+        reference.norm_rope_backward(dq, queries, norms[0], cos, sin, EPS),
+        reference.norm_rope_backward(dk, keys, norms[1], cos, sin, EPS),
+        [part.flatten(2) for part in dv.split(list(lengths), dim=1)],
+        strict=True,
+    )
+    for actual, of_stream in zip(grads, expected, strict=True):
+        assert_close(actual, of_stream)
+
+
+def test_rows_that_no_program_holds_are_an_error():
+    x = torch.zeros(1, 1, 40000, device="cuda")
+    with pytest.raises(ValueError, match="x: got rows of 40000"):
+        modulation_ops.layer_norm_modulate(x, x[0], x[0])
