@@ -27,7 +27,7 @@ from halfbyte.trainer.samples import TrainingSet, collate
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """One picture at one noise level."""
 
     number: int  # in the order of pictures, then of levels
@@ -60,7 +60,7 @@ class Validation:
         self.compute_dtype = compute_dtype
         self.world = world
         grid = [(view, sigma) for view in views for sigma in self.sigmas]
-        points = [_Point(number, view, sigma) for number, (view, sigma) in enumerate(grid)]
+        points = [Point(number, view, sigma) for number, (view, sigma) in enumerate(grid)]
         # Cut before they are shared out: what stands in a batch, and so each rounding, is the same for any number
         # of processes.
         self._batches = list(_batches(points, batch_size))
@@ -72,18 +72,26 @@ class Validation:
         return self._count // len(self.sigmas)
 
     @torch.no_grad()
-    def measure(self, step: int) -> Measurement:
-        """The loss now; every process must call it, and all get the same number.
+    def predictions(self) -> Iterator[tuple[list[Point], Tensor, Tensor]]:
+        """This process's points in batches, each with the model's velocity and the true one, (B, C, h, w) fp32.
 
-        Draws nothing from torch's own generators, and leaves the denoiser in the mode it was in. Raises HalfbyteError
-        where the loss is no number.
+        Draws nothing from torch's own generators, and leaves the denoiser in the mode it was in.
         """
-        losses = torch.zeros(self._count, dtype=torch.float64)
         training = self.denoiser.training
         self.denoiser.eval()  # no dropout
         for points in self._batches[self.world.rank :: self.world.size]:
-            losses[[point.number for point in points]] = self._losses(points).double().cpu()
+            yield points, *self._predict(points)
         self.denoiser.train(training)
+
+    def measure(self, step: int) -> Measurement:
+        """The loss now; every process must call it, and all get the same number.
+
+        Raises HalfbyteError where the loss is no number.
+        """
+        losses = torch.zeros(self._count, dtype=torch.float64)
+        for points, velocity, target in self.predictions():
+            per_point = F.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)
+            losses[[point.number for point in points]] = per_point.double().cpu()
         if self.world.size > 1:
             # Each is computed by one process and zero in the others, so the sum is exact.
             torch.distributed.all_reduce(losses)
@@ -96,8 +104,7 @@ class Validation:
             )
         return measured
 
-    def _losses(self, points: Sequence[_Point]) -> Tensor:
-        """(B,) fp32, one a point."""
+    def _predict(self, points: Sequence[Point]) -> tuple[Tensor, Tensor]:
         device, dtype = self.world.device, self.compute_dtype
         batch = collate([self.pictures[Entry(point.number, point.view)] for point in points]).to(device)
         latents = self.family.scale_latents(batch.latent_mean)  # (B, C, h, w) fp32
@@ -110,19 +117,19 @@ class Validation:
         # As a training step computes: the adapters are fp32, and products run in the compute dtype.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             velocity = self.family.predict(self.denoiser, noisy.to(dtype), sigma, text, self.guidance_scale)
-        return F.mse_loss(velocity.float(), noise - latents, reduction="none").flatten(1).mean(1)
+        return velocity.float(), noise - latents
 
     @staticmethod
-    def _noise(point: _Point, shape: torch.Size) -> Tensor:
+    def _noise(point: Point, shape: torch.Size) -> Tensor:
         """(C, h, w) fp32."""
         source = generator(0, f"validation/{point.view.sample.sha256}/{point.sigma:g}")
         return torch.randn(shape, generator=source)
 
 
-def _batches(points: Sequence[_Point], batch_size: int) -> Iterator[list[_Point]]:
+def _batches(points: Sequence[Point], batch_size: int) -> Iterator[list[Point]]:
     """Points in batches of one size of picture."""
 
-    def size(point: _Point) -> tuple[int, int]:
+    def size(point: Point) -> tuple[int, int]:
         return point.view.width, point.view.height
 
     for _, alike in groupby(sorted(points, key=size), key=size):
