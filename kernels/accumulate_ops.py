@@ -5,60 +5,29 @@ lines: a dequantize in the forward and the same one in the backward count as one
 the two at its full size; and addmm_ becomes a product into fresh memory, with the addend copied there first.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import linear_ops
-from halfbyte.kernels.packed_weight import PackedWeight
+from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
+from halfbyte.kernels.tracing import is_eager
 
 if linear_ops.HAS_TRITON:
     from halfbyte.kernels import linear_triton
 
-_WEIGHT_SCHEMA = (
-    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor code, Tensor? nested_code,"
-    " SymInt[] shape, int blocksize, int nested_blocksize"
-)
-
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("add_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()")
-_library.define(f"add_linear_4bit_(Tensor(a!) out, Tensor x, {_WEIGHT_SCHEMA}) -> ()")
-_library.define(f"add_linear_4bit_input_grad_(Tensor(a!) out, Tensor grad, {_WEIGHT_SCHEMA}) -> ()")
-
-
-def _weight(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor,
-    nested_code: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    nested_blocksize: int,
-) -> PackedWeight:
-    outputs, width = shape
-    return PackedWeight(
-        packed,
-        absmax,
-        nested_absmax,
-        offset,
-        code,
-        nested_code,
-        (outputs, width),
-        blocksize,
-        nested_blocksize,
-    )
+_library.define(f"add_linear_4bit_(Tensor(a!) out, Tensor x, {SCHEMA}) -> ()")
+_library.define(f"add_linear_4bit_input_grad_(Tensor(a!) out, Tensor grad, {SCHEMA}) -> ()")
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     out.addmm_(left, right)
 
 
-def _add_linear(out: Tensor, x: Tensor, *fields: Any) -> None:
-    weight = _weight(*fields)
+def _add_linear(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
     if not (out.is_cuda and linear_ops.HAS_TRITON and x.shape[0] <= linear_triton.MAX_ROWS):
         out.addmm_(x, weight.dequantize(x.dtype).t())
     elif x.shape[0] == 1:
@@ -68,13 +37,21 @@ def _add_linear(out: Tensor, x: Tensor, *fields: Any) -> None:
         out.add_(linear_ops.linear_4bit(x, weight))
 
 
-def _add_input_grad(out: Tensor, grad: Tensor, *fields: Any) -> None:
-    out.addmm_(grad, _weight(*fields).dequantize(grad.dtype))
+def _add_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) -> None:
+    out.addmm_(grad, weight.dequantize(grad.dtype))
+
+
+def _add_linear_op(out: Tensor, x: Tensor, *fields: Any) -> None:
+    _add_linear(out, x, PackedWeight.of(fields))
+
+
+def _add_input_grad_op(out: Tensor, grad: Tensor, *fields: Any) -> None:
+    _add_input_grad(out, grad, PackedWeight.of(fields))
 
 
 _library.impl("add_product_", _add_product, "CompositeExplicitAutograd")
-_library.impl("add_linear_4bit_", _add_linear, "CompositeExplicitAutograd")
-_library.impl("add_linear_4bit_input_grad_", _add_input_grad, "CompositeExplicitAutograd")
+_library.impl("add_linear_4bit_", _add_linear_op, "CompositeExplicitAutograd")
+_library.impl("add_linear_4bit_input_grad_", _add_input_grad_op, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("halfbyte::add_product_", lib=_library)
@@ -94,14 +71,23 @@ def _fake_add_input_grad(out: Tensor, grad: Tensor, *fields: Any) -> None:
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out (M, N) += left (M, K) times right (K, N); one dtype, not differentiable."""
-    torch.ops.halfbyte.add_product_.default(out, left, right)
+    if is_eager(out):
+        _add_product(out, left, right)
+    else:
+        torch.ops.halfbyte.add_product_.default(out, left, right)
 
 
 def add_linear_4bit(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
     """out (M, N) += x (M, K) times the weight (N, K) transposed; one dtype, not differentiable."""
-    torch.ops.halfbyte.add_linear_4bit_.default(out, x, *weight)
+    if is_eager(out):
+        _add_linear(out, x, weight)
+    else:
+        torch.ops.halfbyte.add_linear_4bit_.default(out, x, *weight)
 
 
 def add_linear_4bit_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) -> None:
     """out (M, K) += grad (M, N) times the weight (N, K); one dtype, not differentiable."""
-    torch.ops.halfbyte.add_linear_4bit_input_grad_.default(out, grad, *weight)
+    if is_eager(out):
+        _add_input_grad(out, grad, weight)
+    else:
+        torch.ops.halfbyte.add_linear_4bit_input_grad_.default(out, grad, *weight)

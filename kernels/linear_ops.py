@@ -5,105 +5,63 @@ layers see one row a sample); above, on CPU and for dX, it is dequantized for th
 """
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.packed_weight import PackedWeight
+from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
+from halfbyte.kernels.tracing import is_eager, is_eager_without_grad
 
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from halfbyte.kernels import linear_triton
 
-_WEIGHT_SCHEMA = (
-    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor code, Tensor? nested_code,"
-    " SymInt[] shape, int blocksize, int nested_blocksize"
-)
-
 _library = torch.library.Library("halfbyte", "FRAGMENT")
-_library.define(f"linear_4bit(Tensor x, {_WEIGHT_SCHEMA}, Tensor? bias) -> Tensor")
-_library.define(f"linear_4bit_input_grad(Tensor grad, {_WEIGHT_SCHEMA}) -> Tensor")
+_library.define(f"linear_4bit(Tensor x, Tensor? bias, {SCHEMA}) -> Tensor")
+_library.define(f"linear_4bit_input_grad(Tensor grad, {SCHEMA}) -> Tensor")
 
 
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor,
-    nested_code: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    nested_blocksize: int,
-    bias: Tensor | None,
-) -> Tensor:
-    outputs, width = shape
-    weight = PackedWeight(
-        packed,
-        absmax,
-        nested_absmax,
-        offset,
-        code,
-        nested_code,
-        (outputs, width),
-        blocksize,
-        nested_blocksize,
-    )
+def _linear(x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
+    outputs, width = weight.shape
     rows = x.reshape(-1, width)
-    if rows.is_cuda and HAS_TRITON and linear_triton.supports(weight, rows):
-        y = linear_triton.linear_rows(rows, weight, bias)
-    else:
-        y = nn.functional.linear(rows, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], outputs)
+    if x.is_cuda and HAS_TRITON and linear_triton.supports(weight, rows):
+        return linear_triton.linear_rows(rows, weight, bias).view(*x.shape[:-1], outputs)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return nn.functional.linear(rows, weight.dequantize(x.dtype), bias).view(*x.shape[:-1], outputs)
 
 
-def _input_grad(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor,
-    nested_code: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    nested_blocksize: int,
-) -> Tensor:
-    outputs, width = shape
-    weight = PackedWeight(
-        packed,
-        absmax,
-        nested_absmax,
-        offset,
-        code,
-        nested_code,
-        (outputs, width),
-        blocksize,
-        nested_blocksize,
-    )
+def _input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
+    outputs, width = weight.shape
     return (grad.reshape(-1, outputs) @ weight.dequantize(grad.dtype)).view(*grad.shape[:-1], width)
 
 
-_library.impl("linear_4bit", _linear, "CompositeExplicitAutograd")
-_library.impl("linear_4bit_input_grad", _input_grad, "CompositeExplicitAutograd")
+def _linear_op(x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
+    return _linear(x, bias, PackedWeight.of(fields))
+
+
+def _input_grad_op(grad: Tensor, *fields: Any) -> Tensor:
+    return _input_grad(grad, PackedWeight.of(fields))
+
+
+_library.impl("linear_4bit", _linear_op, "CompositeExplicitAutograd")
+_library.impl("linear_4bit_input_grad", _input_grad_op, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("halfbyte::linear_4bit", lib=_library)
-def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], arguments[6][0]))
+def _fake_linear(x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], PackedWeight.of(fields).shape[0]))
 
 
 @torch.library.register_fake("halfbyte::linear_4bit_input_grad", lib=_library)
-def _fake_input_grad(grad: Tensor, *arguments: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], arguments[6][1]))
+def _fake_input_grad(grad: Tensor, *fields: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], PackedWeight.of(fields).shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, shape, blocksize, nested_blocksize, bias = inputs
+    _, bias, *tensors, shape, blocksize, nested_blocksize = inputs
     ctx.save_for_backward(*tensors)
     ctx.numbers = (shape, blocksize, nested_blocksize)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -113,9 +71,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = bias_grad = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.halfbyte.linear_4bit_input_grad.default(grad, *ctx.saved_tensors, *ctx.numbers)
-    if ctx.needs_input_grad[10]:
+    if ctx.needs_input_grad[1]:
         bias_grad = grad.flatten(end_dim=-2).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-    return (dx, *(None,) * 9, bias_grad)
+    return (dx, bias_grad, *(None,) * len(PackedWeight._fields))
 
 
 torch.library.register_autograd("halfbyte::linear_4bit", _backward, setup_context=_save, lib=_library)
@@ -126,9 +84,13 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 
     Differentiable in x and bias; the weight is frozen. Backward keeps the packed weight and nothing of x.
     """
-    return torch.ops.halfbyte.linear_4bit.default(x, *weight, bias)
+    if is_eager_without_grad(x, bias):
+        return _linear(x, bias, weight)
+    return torch.ops.halfbyte.linear_4bit.default(x, bias, *weight)
 
 
 def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     """grad (..., N) times the 4-bit weight (N, K): (..., K) in grad's dtype."""
+    if is_eager(grad):
+        return _input_grad(grad, weight)
     return torch.ops.halfbyte.linear_4bit_input_grad.default(grad, *weight)

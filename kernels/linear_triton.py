@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.packed_triton import block_scale, check_blocksize, in_range
+from halfbyte.kernels.launch import Launcher
+from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range
 from halfbyte.kernels.packed_weight import PackedWeight
 
 MAX_ROWS = 4
@@ -56,6 +57,7 @@ def _linear_kernel(
     EVEN: tl.constexpr,
 ):
     """out[m, n] for OUTPUTS neighbouring n and one m; grid (n tiles, M)."""
+    packed = as_units(packed, _UNIT)
     BLOCK_WORDS: tl.constexpr = BLOCKSIZE // _UNIT
     BLOCKS: tl.constexpr = WORDS // BLOCK_WORDS
     row_words = width // _UNIT
@@ -108,6 +110,10 @@ def _linear_kernel(
     tl.store(place, y.to(out.dtype.element_ty), mask=inside)
 
 
+# In one warp the table is looked up by exchanging registers, without shared memory's barriers.
+_launch = Launcher(_linear_kernel, num_warps=1)
+
+
 def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x (M, K) times the weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype; see `supports`."""
     check_blocksize(weight.blocksize)
@@ -125,10 +131,13 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     while per_program > 2 and outputs * rows < _WANTED_PROGRAMS * per_program * 2:
         per_program //= 2
     y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _linear_kernel[(triton.cdiv(outputs, per_program), rows)](
+    even = outputs % per_program == 0 and width % (_WORDS * _UNIT.value) == 0
+    double, has_bias = weight.nested_absmax is not None, bias is not None
+    _launch(
+        (triton.cdiv(outputs, per_program), rows, 1),
+        (
             x,
-            weight.packed.reshape(-1).view(torch.int32),
+            weight.packed,
             absmax,
             nested[0],
             nested[1],
@@ -138,14 +147,7 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
             y,
             outputs,
             width,
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            DOUBLE=weight.nested_absmax is not None,
-            BIAS=bias is not None,
-            OUTPUTS=per_program,
-            WORDS=_WORDS,
-            EVEN=outputs % per_program == 0 and width % (_WORDS * _UNIT.value) == 0,
-            # In one warp the table is looked up by exchanging registers, without shared memory's barriers.
-            num_warps=1,
-        )
+        ),
+        (weight.blocksize, weight.nested_blocksize, double, has_bias, per_program, _WORDS, even),
+    )
     return y

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels import reference
+from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range, lookup, unit_of
 
 # Measured best on an H200 (scripts/bench_kernels.md).
@@ -78,6 +79,7 @@ def _dequantize_kernel(
     if EARLY:
         # Launched while the kernel before still runs: nothing it wrote may be read before this.
         tl.extra.cuda.gdc_wait()
+    packed = as_units(packed, UNIT)
     first = tl.program_id(0).to(tl.int64) * UNITS
     local = tl.arange(0, UNITS)
     within = tl.arange(0, UNIT)
@@ -107,6 +109,9 @@ def _dequantize_kernel(
     )
 
 
+_launch_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
+
+
 def _dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -125,36 +130,23 @@ def _dequantize(
     units = max(per_program, blocksize // unit)
     nested_absmax, offset, nested_code = nested or (absmax, absmax, absmax)
     early = launches_early(packed.device)
-    with torch.cuda.device_of(packed):
-        _dequantize_kernel[(triton.cdiv(numel, units * unit),)](
-            as_units(packed, unit),
-            absmax,
-            nested_absmax,
-            offset,
-            code,
-            nested_code,
-            out,
-            numel,
-            BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=nested_blocksize,
-            UNIT=unit,
-            UNITS=units,
-            DOUBLE=nested is not None,
-            EVEN=numel % (units * unit) == 0,
-            EARLY=early,
-            # A weight that the L2 cannot hold until it is read should not push out what it can.
-            STREAM=out.nbytes > _cache_bytes(out.device),
-            num_warps=_DEQUANTIZE_WARPS,
-            enable_fp_fusion=False,
-            launch_pdl=early,
-        )
+    even = numel % (units * unit) == 0
+    # A weight that the L2 cannot hold until it is read should not push out what it can.
+    stream = out.nbytes > _cache_bytes(out.device)
+    _launch_dequantize(
+        (triton.cdiv(numel, units * unit), 1, 1),
+        (packed, absmax, nested_absmax, offset, code, nested_code, out, numel),
+        (blocksize, nested_blocksize, unit, units, nested is not None, even, early, stream),
+        num_warps=_DEQUANTIZE_WARPS,
+        launch_pdl=early,
+    )
 
 
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int
 ) -> Tensor:
     """`reference.dequantize_4bit` in one launch."""
-    out = torch.empty(list(shape), dtype=dtype, device=packed.device)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
     _dequantize(packed, absmax, None, code, out, blocksize, blocksize)
     return out
 
@@ -172,7 +164,7 @@ def dequantize_4bit_double(
     nested_blocksize: int,
 ) -> Tensor:
     """The weight of a double-quantized layer in one launch: the scales are never written out."""
-    out = torch.empty(list(shape), dtype=dtype, device=packed.device)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
     _dequantize(packed, codes, (nested_absmax, offset, nested_code), code, out, blocksize, nested_blocksize)
     return out
 
@@ -207,6 +199,7 @@ def _quantize_kernel(
     FP4: tl.constexpr,
     EVEN: tl.constexpr,
 ):
+    packed = as_units(packed, UNIT)
     first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
     left = numel - first
     # A thread holds whole units, neighbouring threads neighbouring units: loads and stores are contiguous, a
@@ -298,7 +291,7 @@ def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, 
         _quantize_kernel[(programs,)](
             weight,
             cell_table(quant_type, device),
-            as_units(packed, unit),
+            packed,
             absmax,
             sums,
             numel,

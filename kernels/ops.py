@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import nf4_cpu, reference
+from halfbyte.kernels.tracing import is_eager
 
 QUANT_TYPES = tuple(reference.CODES)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -122,6 +123,12 @@ def _fake_dequantize_double(
     return packed.new_empty(shape, dtype=dtype)
 
 
+def _eager(name: str, tensor: Tensor) -> Callable[..., Any]:
+    """What the dispatcher would find for the op on this tensor's device."""
+    backend = BACKENDS.get(tensor.device.type)
+    return REFERENCE[name] if backend is None else getattr(backend, name)
+
+
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """Blocks of a weight with n elements -> (packed uint8 ((n + 1) // 2, 1), absmax fp32 (ceil(n / blocksize),))."""
     return torch.ops.halfbyte.quantize_4bit.default(weight, quant_type, blocksize)
@@ -141,6 +148,8 @@ def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int
 ) -> Tensor:
     """The weight of `shape` in `dtype`; `code` is the table (16,) fp32 that the packed codes number."""
+    if is_eager(packed):
+        return _eager("dequantize_4bit", packed)(packed, absmax, code, shape, dtype, blocksize)
     return torch.ops.halfbyte.dequantize_4bit.default(packed, absmax, code, shape, dtype, blocksize)
 
 
@@ -157,6 +166,10 @@ def dequantize_4bit_double(
     nested_blocksize: int,
 ) -> Tensor:
     """The weight of `shape` in `dtype` from 8-bit scales; `nested_code` is their table (256,) fp32."""
+    if is_eager(packed):
+        return _eager("dequantize_4bit_double", packed)(
+            packed, codes, nested_absmax, offset, code, nested_code, shape, dtype, blocksize, nested_blocksize
+        )
     return torch.ops.halfbyte.dequantize_4bit_double.default(
         packed, codes, nested_absmax, offset, code, nested_code, shape, dtype, blocksize, nested_blocksize
     )

@@ -1,6 +1,6 @@
 """A 4-bit weight as the kernels pass it among themselves."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ class PackedWeight(NamedTuple):
     blocksize: int
     nested_blocksize: int
 
+    @classmethod
+    def of(cls, fields: tuple[Any, ...]) -> "PackedWeight":
+        """The weight that an op got field by field, as `SCHEMA` has them."""
+        *tensors, shape, blocksize, nested_blocksize = fields
+        outputs, width = shape
+        return cls(*tensors, (outputs, width), blocksize, nested_blocksize)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The (N, K) weight in `dtype`."""
         if self.nested_absmax is None:
@@ -39,3 +46,8 @@ class PackedWeight(NamedTuple):
             self.blocksize,
             self.nested_blocksize,
         )
+
+
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "int"}
+# A weight among the arguments of an op.
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in PackedWeight.__annotations__.items())

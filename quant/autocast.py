@@ -8,6 +8,7 @@ import torch
 # The meta device, on which shapes are worked out, has no autocast, and raises when asked. Asked here once, for torch
 # 2.11's compiler cannot trace the question.
 _DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+_NOTHING = nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -19,4 +20,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """What is computed within keeps its dtypes, whatever region surrounds it."""
-    return torch.autocast(device_type, enabled=False) if device_type in _DEVICES else nullcontext()
+    # A region costs some microseconds to enter, even where it changes nothing.
+    if device_type in _DEVICES and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from halfbyte.kernels import linear_ops
 from halfbyte.kernels.packed_weight import PackedWeight
+from halfbyte.kernels.tracing import is_eager_without_grad
 from halfbyte.quant.autocast import autocast_dtype, without_autocast
 from halfbyte.quant.nf4 import QuantSpec, QuantState, dequantize, quantize
 from halfbyte.quant.packing import STATISTICS, pack_state, unpack_state
@@ -176,7 +177,11 @@ class Linear4bit(nn.Linear):
         autocast = autocast_dtype(input.device.type)
         compute_dtype = self.compute_dtype if autocast is None else autocast
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        output = _FrozenLinear.apply(input.to(compute_dtype), self.weight, bias, self._state())
+        x = input.to(compute_dtype)
+        if is_eager_without_grad(x, bias):
+            output = linear_ops.linear_4bit(x, self.packed_weight(), bias)
+        else:
+            output = _FrozenLinear.apply(x, self.weight, bias, self._state())
         return output.to(input.dtype if autocast is None else autocast)
 
     def extra_repr(self) -> str:

@@ -125,7 +125,7 @@ def test_linear_4bit_opcheck_and_fullgraph(double):
     quantized = packed_weight(random_weight((16, 64), torch.float32, 3), double)
     x = torch.randn(2, 3, 64, requires_grad=True)
     bias = torch.randn(16, requires_grad=True)
-    torch.library.opcheck(torch.ops.halfbyte.linear_4bit.default, (x, *quantized, bias))
+    torch.library.opcheck(torch.ops.halfbyte.linear_4bit.default, (x, bias, *quantized))
     grad = torch.randn(2, 3, 16)
     torch.library.opcheck(torch.ops.halfbyte.linear_4bit_input_grad.default, (grad, *quantized))
 
