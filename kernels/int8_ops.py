@@ -1,12 +1,21 @@
 """LLM.int8() as torch sees it: schema, fake, autograd and dispatch."""
 
+import importlib
 import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import int8_reference
+from halfbyte.kernels.tracing import is_eager, is_eager_without_grad
+
+# Device type -> what implements the rows' quantization and the product there; elsewhere the reference does.
+BACKENDS: dict[str, ModuleType] = {}
+# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
+if importlib.util.find_spec("triton") is not None:
+    BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.int8_triton")
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("quantize_int8(Tensor weight) -> (Tensor quantized, Tensor absmax)")
@@ -17,32 +26,29 @@ _library.define(
 _library.define("linear_int8_input_grad(Tensor grad, Tensor quantized, Tensor absmax) -> Tensor")
 
 
+def _backend(tensor: Tensor) -> ModuleType:
+    return BACKENDS.get(tensor.device.type, int8_reference)
+
+
 def _linear(x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    return int8_reference.linear_int8(rows, quantized, absmax, bias, threshold).view(
-        *x.shape[:-1], quantized.shape[0]
-    )
+    y: Tensor = _backend(x).linear_int8(rows, quantized, absmax, bias, threshold)
+    return y.view(*x.shape[:-1], quantized.shape[0])
 
 
-_library.impl("quantize_int8", int8_reference.quantize_rows, "CompositeExplicitAutograd")
+def _input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
+    return int8_reference.linear_int8_input_grad(grad, quantized, absmax)
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _backend(weight).quantize_rows(weight)
+    return result
+
+
+_library.impl("quantize_int8", _quantize, "CompositeExplicitAutograd")
 _library.impl("dequantize_int8", int8_reference.dequantize_rows, "CompositeExplicitAutograd")
 _library.impl("linear_int8", _linear, "CompositeExplicitAutograd")
-_library.impl("linear_int8_input_grad", int8_reference.linear_int8_input_grad, "CompositeExplicitAutograd")
-
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-if importlib.util.find_spec("triton") is not None:
-    from halfbyte.kernels import int8_triton
-
-    def _linear_cuda(
-        x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        return int8_triton.linear_int8(rows, quantized, absmax, bias, threshold).view(
-            *x.shape[:-1], quantized.shape[0]
-        )
-
-    _library.impl("quantize_int8", int8_triton.quantize_rows, "CUDA")
-    _library.impl("linear_int8", _linear_cuda, "CUDA")
+_library.impl("linear_int8_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("halfbyte::quantize_int8", lib=_library)
@@ -94,6 +100,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 (N, K) and fp32 (N,) -> (N, K) in `dtype`."""
+    if is_eager(quantized):
+        return int8_reference.dequantize_rows(quantized, absmax, dtype)
     return torch.ops.halfbyte.dequantize_int8.default(quantized, absmax, dtype)
 
 
@@ -105,9 +113,13 @@ def linear_int8(
     Columns of x where a magnitude reaches `threshold` are multiplied in x's dtype; 0 quantizes them all.
     Differentiable in x and bias.
     """
+    if is_eager_without_grad(x, bias):
+        return _linear(x, quantized, absmax, bias, threshold)
     return torch.ops.halfbyte.linear_int8.default(x, quantized, absmax, bias, threshold)
 
 
 def linear_int8_input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
     """grad (..., N) times the dequantized weight (N, K): (..., K) in grad's dtype."""
+    if is_eager(grad):
+        return _input_grad(grad, quantized, absmax)
     return torch.ops.halfbyte.linear_int8_input_grad.default(grad, quantized, absmax)

@@ -26,7 +26,7 @@ class PackedWeight(NamedTuple):
         """The weight that an op got field by field, as `SCHEMA` has them."""
         *tensors, shape, blocksize, nested_blocksize = fields
         outputs, width = shape
-        return cls(*tensors, (outputs, width), blocksize, nested_blocksize)
+        return cls._make((*tensors, (outputs, width), blocksize, nested_blocksize))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The (N, K) weight in `dtype`."""
