@@ -5,6 +5,7 @@ and common words are one token each, so that a caption fits into CLIP's 77.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 
@@ -31,12 +32,15 @@ dragonfly petals bloom pavilion palace harbor fog mist rain drops waves path gar
 """
 
 
-def clip_tokenizer(*, pad_token: str = _END) -> CLIPTokenizer:
-    """Byte-pair encoding over all 256 bytes, 254 merges, 768 tokens; the end token has the highest id."""
+def clip_tokenizer(*, pad_token: str = _END, words: Iterable[str] | None = None) -> CLIPTokenizer:
+    """Byte-pair encoding over all 256 bytes, 254 merges, 768 tokens; the end token has the highest id.
+
+    The merges are learned from `words`, most frequent first; without them from those of photographs.
+    """
     alphabet = sorted(ByteLevel.alphabet())
     # "!" is the first of the sorted alphabet, hence token 0, as in CLIP's own vocabulary.
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    merges = list(_learned_merges(count=254))
+    merges = list(_learned_merges(tuple(_WORDS.split() if words is None else words), count=254))
     tokens += ["".join(pair) for pair in merges]
     vocabulary = {token: index for index, token in enumerate([*tokens, _START, _END])}
     assert len(vocabulary) == 768, "two merges made one token"
@@ -44,28 +48,34 @@ def clip_tokenizer(*, pad_token: str = _END) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A unigram model: specials, printable Latin-1 characters, then words by rank: 640 pieces."""
+def t5_tokenizer(words: Iterable[str] | None = None) -> T5Tokenizer:
+    """A unigram model: specials, printable Latin-1 characters, then whole words, most frequent first.
+
+    Without `words` those of captions of photographs, lower case and capitalised, to 640 pieces in all.
+    """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x100)) if code != 0xAD]
     pieces += [(letter, -10.0) for letter in letters]
-    words = list(dict.fromkeys(_WORDS.split()))
-    spellings = [f"▁{word}" for word in words] + [f"▁{word.capitalize()}" for word in words]
     endings = ["s", "es", "ed", "ing", "er", "ly", "th", "an", "on"]
-    room = 640 - len(pieces)
-    pieces += [(piece, -5.0 - 0.005 * rank) for rank, piece in enumerate([*endings, *spellings][:room])]
+    if words is None:
+        photographs = list(dict.fromkeys(_WORDS.split()))
+        spellings = [f"▁{word}" for word in photographs] + [f"▁{word.capitalize()}" for word in photographs]
+        known = [*endings, *spellings][: 640 - len(pieces)]
+    else:
+        known = [*endings, *(f"▁{word}" for word in words)]
+    # A known word beats its spelling at any rank: each letter costs 10.
+    step = min(0.005, 6.0 / len(known))
+    pieces += [(piece, -5.0 - step * rank) for rank, piece in enumerate(known)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 @cache
-def _learned_merges(*, count: int) -> tuple[tuple[str, str], ...]:
-    """The first pairs that byte-pair training joins over the word list, frequent words weighing more.
+def _learned_merges(known: tuple[str, ...], *, count: int) -> tuple[tuple[str, str], ...]:
+    """The first pairs that byte-pair training joins over `known`, frequent words weighing more.
 
     Our own loop, since the trainer of `tokenizers` breaks ties in another order at every call.
     """
-    words = {
-        (*word[:-1], word[-1] + "</w>"): 1 + 40 // (rank + 1) for rank, word in enumerate(_WORDS.split())
-    }
+    words = {(*word[:-1], word[-1] + "</w>"): 1 + 40 // (rank + 1) for rank, word in enumerate(known)}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
         weights: Counter[tuple[str, str]] = Counter()

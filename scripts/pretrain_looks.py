@@ -1,0 +1,115 @@
+"""Every concept in every look: pictures drawn on the accelerator, captions and latents prepared once."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from pretrain_captions import CAPTION_TOKENS, LOOKS, caption
+from pretrain_corpus import Corpus
+from pretrain_styles import BACKGROUNDS, STYLES, over
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+CLIP_TOKENS = 77
+
+_FLAG_SHARE = 0.3  # of another concept's: a seventh of the corpus is flags
+_PLAIN_SHARE, _BACKGROUND_SHARE = 0.3, 0.25  # of the pictures; the rest is the other styles
+
+
+def draw(sprites: Tensor, looks: Tensor) -> Tensor:
+    """sprites (B, 4, 64, 64) fp32 in [0, 1], looks (B,) indices of LOOKS -> (B, 3, 64, 64) in [0, 1]."""
+    pictures = torch.empty_like(sprites[:, :3])
+    for index, look in enumerate(LOOKS):
+        rows = (looks == index).nonzero()[:, 0]
+        if look.background is None:
+            pictures[rows] = STYLES[look.style].draw(sprites[rows])
+        else:
+            color = torch.tensor(BACKGROUNDS[look.background], device=sprites.device)
+            pictures[rows] = over(sprites[rows], color[None])
+    return pictures
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Token ids of several captions of each picture, and of the empty caption."""
+
+    t5: Tensor  # (N * L, C, 32) int32
+    clip: Tensor  # (N * L, C, 77) int32
+    empty_t5: Tensor  # (32,)
+    empty_clip: Tensor  # (77,)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One draw of pictures with captions."""
+
+    mean: Tensor  # (B, 16, 16, 16) fp32: the VAE's posterior
+    std: Tensor
+    t5: Tensor  # (B, 32) int64
+    clip: Tensor  # (B, 77) int64
+
+
+class PictureTable:
+    """Latents and captions of all N concepts in all L looks, on the accelerator; rows are concept-major."""
+
+    def __init__(self, corpus: Corpus, vae: AutoencoderKL, captions: Captions, device: torch.device) -> None:
+        self.device = device
+        self.captions = captions
+        self.mean, self.std = _encode(corpus, vae, device)
+        concept = [_FLAG_SHARE if emoji.group == "country-flag" else 1.0 for emoji in corpus.emoji]
+        backgrounds = len(BACKGROUNDS)
+        styles = len(LOOKS) - backgrounds - 1
+        look = [_PLAIN_SHARE] + [(1 - _PLAIN_SHARE - _BACKGROUND_SHARE) / styles] * styles
+        look += [_BACKGROUND_SHARE / backgrounds] * backgrounds
+        assert [look.background is None for look in LOOKS] == [True] * (styles + 1) + [False] * backgrounds
+        self._shares = (torch.tensor(concept)[:, None] * torch.tensor(look)).flatten().to(device)
+
+    def draw(self, size: int, *, dropout: float) -> Batch:
+        """A random batch; `dropout` is the share of empty captions."""
+        rows = torch.multinomial(self._shares, size, replacement=True)
+        which = torch.randint(self.captions.t5.shape[1], (size,), device=self.device)
+        empty = (torch.rand(size, device=self.device) < dropout)[:, None]
+        t5 = torch.where(empty, self.captions.empty_t5, self.captions.t5[rows, which])
+        clip = torch.where(empty, self.captions.empty_clip, self.captions.clip[rows, which])
+        return Batch(self.mean[rows].float(), self.std[rows].float(), t5.long(), clip.long())
+
+
+def read_captions(
+    corpus: Corpus,
+    clip: PreTrainedTokenizerBase,
+    t5: PreTrainedTokenizerBase,
+    *,
+    each: int,
+    seed: int,
+    device: torch.device,
+) -> Captions:
+    """Draws `each` captions of every picture and reads them into tokens, padded as the pipeline pads them."""
+    draws = random.Random(seed)
+    texts = [caption(emoji, look, draws) for emoji in corpus.emoji for look in LOOKS for _ in range(each)]
+
+    def read(tokenizer: PreTrainedTokenizerBase, lines: list[str], length: int) -> Tensor:
+        ids = tokenizer(lines, padding="max_length", max_length=length, truncation=True).input_ids
+        return torch.tensor(ids, dtype=torch.int32).to(device)
+
+    shape = (len(corpus.emoji) * len(LOOKS), each, -1)
+    return Captions(
+        t5=read(t5, texts, CAPTION_TOKENS).reshape(shape),
+        clip=read(clip, texts, CLIP_TOKENS).reshape(shape),
+        empty_t5=read(t5, [""], CAPTION_TOKENS)[0],
+        empty_clip=read(clip, [""], CLIP_TOKENS)[0],
+    )
+
+
+@torch.no_grad()
+def _encode(corpus: Corpus, vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means and deviations of all pictures' latents, bf16, in the order of the captions."""
+    looks = torch.arange(len(LOOKS), device=device)
+    found: list[tuple[Tensor, Tensor]] = []
+    for sprite in corpus.sprites.to(device).split(24):
+        sprites = sprite.float().div(255).repeat_interleave(len(LOOKS), dim=0)
+        pictures = draw(sprites, looks.repeat(len(sprite))) * 2 - 1
+        posterior = vae.encode(pictures.to(vae.dtype)).latent_dist
+        found.append((posterior.mean.bfloat16(), posterior.std.bfloat16()))
+    mean, std = zip(*found, strict=True)
+    return torch.cat(mean), torch.cat(std)
