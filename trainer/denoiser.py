@@ -1,5 +1,6 @@
 """The transformer of a run: streamed and quantized, with its adapters, ready to train."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,19 @@ from rich.console import Console
 from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
-from halfbyte.trainer.adapters import LoraVariant, TrainedLayers, add_lora
+from halfbyte.quant.loftq import start_from_error
+from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
+from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
-from halfbyte.trainer.progress import Shown
+from halfbyte.trainer.progress import BYTES, Shown
+from halfbyte.trainer.randomness import generator
 from halfbyte.trainer.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,13 +53,38 @@ def _block_settings(recipe: Recipe) -> BlockSettings:
     return BlockSettings(keep[recipe.train.gradient_checkpointing], whole=recipe.train.fused_blocks)
 
 
+def _start_from_error(recipe: Recipe, family: Family, denoiser: nn.Module) -> None:
+    try:
+        repair = start_from_error(
+            denoiser,
+            family.source.folder / "transformer",
+            ADAPTER,
+            lambda path: generator(recipe.train.seed, f"loftq/{path}"),
+        )
+    except ValueError as error:
+        raise RecipeError(f"lora.init: loftq: {error}; use gaussian") from error
+    log.info(
+        "the adapters start with %.1f %% of the squared error of %d quantized layers",
+        100 * repair.share,
+        repair.layers,
+    )
+
+
+def _base_cache(recipe: Recipe) -> BaseCache | None:
+    if not recipe.model.cache_base:
+        return None
+    folder = recipe.data.cache_folder
+    return BaseCache(folder / "bases", FileDigests(folder / "digests"))
+
+
 def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console) -> Loaded:
-    loading = Shown(console, "loading the transformer", "tensor")
+    loading = Shown(console, "loading the transformer", BYTES)
     denoiser = family.load_denoiser(
         quant_recipe(recipe),
         device=world.device,
         dtype=DTYPES[recipe.quant.compute_dtype],
         progress=loading,
+        cache=_base_cache(recipe),
     )
     loading.close()
     model: Any = denoiser
@@ -73,6 +106,8 @@ def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console
             alpha_pattern=recipe.lora.alpha_pattern,
         ),
     )
+    if recipe.lora.init == "loftq":
+        _start_from_error(recipe, family, denoiser)
     if recipe.train.fused_adapters:
         family.fuse_blocks(denoiser, _block_settings(recipe))
     elif recipe.train.gradient_checkpointing != "none":

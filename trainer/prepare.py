@@ -1,6 +1,5 @@
 """What happens before the transformer is loaded: pictures read, latents and embeddings cached, encoders gone."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 from halfbyte.trainer.buckets import Cropping, Size, View, views_of
 from halfbyte.trainer.cache import LatentCache, fill
 from halfbyte.trainer.data import Sample, read_samples
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
 from halfbyte.trainer.held_out import refuse_trained, set_aside
 from halfbyte.trainer.launch import World, barrier
 from halfbyte.trainer.plan import Plan
@@ -78,7 +77,10 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     held_out_views = [group[0] for group in views_of(held_out, whole, recipe.train.seed)]
     encoding = Shown(console, "encoding", "entry")
     encoders = family.load_encoders(
-        device=world.device, dtype=torch.bfloat16, memo=data.cache_folder / "digests"
+        device=world.device,
+        dtype=torch.bfloat16,
+        memo=data.cache_folder / "digests",
+        t5_quant=recipe.model.text_encoder_quant,
     )
     latents, texts = fill(
         data.cache_folder,
@@ -91,9 +93,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     )
     encoding.close()
     del encoders
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_unused(world.device)
     barrier(world)
     train = recipe.train
     return Prepared(

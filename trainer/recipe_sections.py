@@ -98,6 +98,11 @@ class ModelSection(Section):
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
     """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
     FLUX 512)."""
+    text_encoder_quant: Literal["auto", "none", "int8", "nf4"] = "auto"
+    """How T5, the large text encoder, is held while captions are encoded: none in bf16 (T5-XXL 9.5 GB), int8
+    (4.9 GB) or nf4 (4.1 GB, at ten times int8's error); auto: int8 above a billion parameters, else none."""
+    cache_base: bool = True
+    """Keep the quantized base beside data.cache_dir's latents, so that the next start need not quantize again."""
 
     @field_validator("path")
     @classmethod
@@ -164,8 +169,16 @@ class LoraSection(Section):
     targets: Targets = "all-linear"
     """The layers with an adapter: all-linear, attention, a list of module names, or a regular expression over
     whole module names."""
-    init: Literal["gaussian", "kaiming"] = "gaussian"
-    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
+    init: Literal["gaussian", "kaiming", "loftq"] = "gaussian"
+    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero. loftq: both start
+    at what 4 bits lost of the weight, as far as the rank holds it; the adapter then belongs to the quantized base,
+    and on another one it brings that loss back with the other sign."""
+
+    @model_validator(mode="after")
+    def _dora_starts_at_the_base(self) -> Self:
+        if self.init == "loftq" and self.dora:
+            raise conflict("init", "got loftq, expected gaussian or kaiming where lora.dora is true")
+        return self
 
 
 class DataSection(Section):
@@ -284,6 +297,27 @@ class ValidationSection(Section):
             raise conflict(
                 "every", f"got {self.every}, expected 0 where neither validation.path nor held_out is given"
             )
+        return self
+
+
+class EmaSection(Section):
+    """A moving average of the adapter, for validation, samples and what is exported. The weights that train stay
+    in the checkpoints, as a LoRA file of their own: trained_lora_weights.safetensors."""
+
+    decay: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the average that each step keeps: 0.99 averages over about 100 steps; null: no average. It takes as
+    much device memory as the adapter, once more while samples are drawn."""
+    every: int = Field(default=1, ge=1)
+    """Optimizer steps between updates, each with the decay of as many steps."""
+    warmup: bool = True
+    """Lower the decay in the beginning, to (1 + n) / (10 + n) at update n, so that the average leaves the start."""
+
+    @model_validator(mode="after")
+    def _something_to_average(self) -> Self:
+        if self.decay is None and self.every != 1:
+            raise conflict("every", f"got {self.every}, expected 1 where ema.decay is null")
+        if self.decay is None and not self.warmup:
+            raise conflict("warmup", "got false, expected true where ema.decay is null")
         return self
 
 

@@ -8,7 +8,15 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe import Recipe, differences, load_recipe
 
 # Settings that change how a run is watched and kept, not what it computes.
-_FREE = ("output.", "sample.", "checkpoint.", "validation.every", "data.cache_dir", "train.steps")
+_FREE = (
+    "output.",
+    "sample.",
+    "checkpoint.",
+    "validation.every",
+    "data.cache_dir",
+    "model.cache_base",
+    "train.steps",
+)
 
 
 @dataclass(frozen=True)

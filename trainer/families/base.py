@@ -1,5 +1,6 @@
 """What a model family is: everything that differs between models, behind one interface."""
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import Progress, load_quantized
+from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.source import ModelSource, resolve
 
@@ -57,6 +60,7 @@ class Family(ABC):
     pipeline_class: ClassVar[type[Any]]
     denoiser_class: ClassVar[type[Any]]
     text_components: ClassVar[tuple[str, ...]]
+    t5_component: ClassVar[str]
     # Patterns (full match on a module's name) behind the recipe's target presets.
     target_presets: ClassVar[dict[str, str]]
 
@@ -97,9 +101,14 @@ class Family(ABC):
         """Tokens the denoiser sees of a latent of this size (latent pixels)."""
         return (height // 2) * (width // 2)
 
-    def load_encoders(self, *, device: torch.device, dtype: torch.dtype, memo: Path) -> Encoders:
-        """The VAE and text encoders as the stock pipeline holds them."""
-        return PipelineEncoders(self, device=device, dtype=dtype, memo=memo)
+    def load_encoders(
+        self, *, device: torch.device, dtype: torch.dtype, memo: Path, t5_quant: T5Setting = "auto"
+    ) -> Encoders:
+        """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
+
+        memo: a folder that remembers digests of the encoders' files.
+        """
+        return PipelineEncoders(self, device=device, dtype=dtype, memo=memo, t5_quant=t5_quant)
 
     def load_denoiser(
         self,
@@ -108,19 +117,30 @@ class Family(ABC):
         device: torch.device,
         dtype: torch.dtype,
         progress: Progress | None = None,
+        cache: BaseCache | None = None,
     ) -> nn.Module:
-        """The transformer, quantized while it streams from disk; frozen. Raises RecipeError for damaged files."""
+        """The transformer, quantized while it streams from disk, or as `cache` kept it; frozen.
+
+        Raises RecipeError for damaged files.
+        """
+        denoiser: nn.Module
         try:
-            denoiser = load_quantized(
-                self.denoiser_class,
-                self.source.folder / "transformer",
-                recipe,
-                dtype=dtype,
-                device=device,
-                progress=progress,
-            )
+            if cache is None or recipe is None:
+                denoiser = load_quantized(
+                    self.denoiser_class,
+                    self.source.folder / "transformer",
+                    recipe,
+                    dtype=dtype,
+                    device=device,
+                    progress=progress,
+                )
+            else:
+                denoiser = cache.load(
+                    self.denoiser_class, self.source, recipe, dtype=dtype, device=device, progress=progress
+                )
         except ValueError as error:
             raise RecipeError(f"model.path: {error}") from error
+        free_unused(device)
         return denoiser.requires_grad_(False)
 
     @abstractmethod
@@ -170,22 +190,29 @@ class PipelineEncoders(Encoders):
     Weights are read when first needed: a run whose cache is full reads none.
     """
 
-    def __init__(self, family: Family, *, device: torch.device, dtype: torch.dtype, memo: Path) -> None:
+    def __init__(
+        self, family: Family, *, device: torch.device, dtype: torch.dtype, memo: Path, t5_quant: T5Setting
+    ) -> None:
         source, digests = family.source, FileDigests(memo)
         self._family = family
         self._device = device
         self._dtype = dtype
+        self._t5_folder = source.folder / family.t5_component
+        self._t5_quant = settle(t5_quant, self._t5_folder)
         self._vae: Any = None
         self._pipeline: Any = None
         # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
         self.latent_fingerprint = source.fingerprint(["vae"], digests) + ":float32"
-        settings = f"{family.max_sequence_length}:{dtype}"
+        settings = f"{family.max_sequence_length}:{dtype}:{self._t5_quant}"
         self.text_fingerprint = source.fingerprint(family.text_components, digests) + ":" + settings
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> LatentMoments:
         """The posterior's moments, by the stock VAE."""
         if self._vae is None:
+            # On a small card there is no room for both.
+            self._pipeline = None
+            free_unused(self._device)
             folder = self._family.source.folder / "vae"
             self._vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).to(self._device)
         posterior = self._vae.encode(pixels.to(self._device, torch.float32)).latent_dist
@@ -195,11 +222,25 @@ class PipelineEncoders(Encoders):
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
         """The caption as the stock pipeline embeds it, padded as the recipe says."""
         if self._pipeline is None:
+            self._vae = None
+            free_unused(self._device)
+            t5 = load_t5(self._t5_folder, self._t5_quant, dtype=self._dtype, device=self._device)
             self._pipeline = self._family.pipeline_class.from_pretrained(
-                self._family.source.folder, transformer=None, vae=None, dtype=self._dtype
+                self._family.source.folder,
+                transformer=None,
+                vae=None,
+                dtype=self._dtype,
+                **{self._family.t5_component: t5},
             ).to(self._device)
         embedding = self._family.embed(self._pipeline, list(captions), self._device)
         return TextEmbedding(
             embedding.prompt_embeds.to("cpu", torch.bfloat16),
             embedding.pooled_prompt_embeds.to("cpu", torch.bfloat16),
         )
+
+
+def free_unused(device: torch.device) -> None:
+    """Gives memory back to the device that no tensor holds any longer."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

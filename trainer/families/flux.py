@@ -21,6 +21,7 @@ class Flux(Family):
     pipeline_class = FluxPipeline
     denoiser_class = FluxTransformer2DModel
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    t5_component = "text_encoder_2"
     target_presets = {  # noqa: RUF012 - a class constant
         "attention": _BLOCKS + r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         # Every linear of the blocks that sees all tokens. diffusers' script leaves out proj_mlp and proj_out of

@@ -28,6 +28,7 @@ class SD3(Family):
         "tokenizer_2",
         "tokenizer_3",
     )
+    t5_component = "text_encoder_3"
     target_presets = {  # noqa: RUF012 - a class constant
         "attention": _BLOCKS + _ATTENTION,
         "all-linear": _BLOCKS + rf"({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
