@@ -1,6 +1,7 @@
 """Tiny pipelines on disk, made once for the whole test run."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
+
+from small_recipe import Write
 
 # At these sizes a second thread gains nothing, and sums in another order would unpin the pinned losses.
 torch.set_num_threads(1)
@@ -26,3 +29,18 @@ def mini_sd3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini") / "sd3"
     build_sd3_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes recipe.yaml beside a folder of pictures; the current folder is another one."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def written(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return written
