@@ -145,6 +145,12 @@ def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
 
 def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts saved weights back; raises ValueError unless names and shapes are exactly the model's."""
+    _check_fit(denoiser, state)
+    for name, parameter in trained_parameters(denoiser).items():
+        parameter.data.copy_(state[_saved_name(name)])
+
+
+def _check_fit(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
     parameters = {_saved_name(name): p for name, p in trained_parameters(denoiser).items()}
     odd = sorted(parameters.keys() ^ state.keys())
     odd += [n for n in parameters.keys() & state.keys() if parameters[n].shape != state[n].shape]
@@ -152,17 +158,23 @@ def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None
         raise ValueError(
             f"the saved adapter does not fit this model: {len(odd)} names differ, first {odd[0]}"
         )
-    for name, parameter in parameters.items():
-        parameter.data.copy_(state[name])
 
 
-def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str) -> None:
-    """Writes `pytorch_lora_weights.safetensors` as diffusers does: rank and alpha ride in its metadata."""
+def by_parameter(denoiser: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A saved adapter under its parameters' names in the model; ValueError as for `load_adapter_state`."""
+    names = {_saved_name(name): name for name in trained_parameters(denoiser)}
+    _check_fit(denoiser, state)
+    return {names[saved]: tensor for saved, tensor in state.items()}
+
+
+def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: str | None = None) -> None:
+    """Writes `pytorch_lora_weights.safetensors`, or `file`, as diffusers does: rank and alpha ride in its metadata."""
     model: Any = denoiser
     pipeline_class.save_lora_weights(
         folder,
         transformer_lora_layers=adapter_state(denoiser),
         transformer_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),
+        weight_name=file,
     )
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from halfbyte.trainer import checkpoint
-from halfbyte.trainer.adapters import save_adapter, trained_parameters
+from halfbyte.trainer.adapters import by_parameter, save_adapter, trained_parameters
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.launch import World, any_process, barrier
 from halfbyte.trainer.metrics import MetricsWriter, StepMetrics
@@ -32,6 +32,14 @@ class StepCallback(Callback):
         """Lightning's hook."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, pl_module)
+
+
+class Averager(StepCallback):
+    """Keeps the average of the weights; stands before everything that looks at it."""
+
+    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """See `StepCallback`."""
+        module.weights.update(module.step)
 
 
 class Validator(StepCallback):
@@ -67,7 +75,8 @@ class Validator(StepCallback):
 
     def measure(self, module: DiffusionModule) -> float:
         """Measures now; every process must call it."""
-        measured = self.validation.measure(module.step)
+        with module.weights.in_place():
+            measured = self.validation.measure(module.step)
         if self.writer is not None:
             self.writer.write_validation(measured)
         if self.progress is not None:
@@ -84,6 +93,7 @@ class Recorder(StepCallback):
         writer: MetricsWriter | None,
         progress: Progress | None,
         *,
+        rate: Callable[[torch.optim.Optimizer], float],
         samples_per_step: int,
         every: int,
         last_step: int,
@@ -91,6 +101,7 @@ class Recorder(StepCallback):
         self.world = world
         self.writer = writer
         self.progress = progress
+        self.rate = rate
         self.samples_per_step = samples_per_step
         self.every = every
         self.last_step = last_step
@@ -120,7 +131,7 @@ class Recorder(StepCallback):
         assert module.grad_norm is not None
         grad_norm = float(module.grad_norm.item())
         now = time.perf_counter()
-        rate = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
+        pace = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
         self._since, self._started = step, now
         if not (torch.isfinite(loss) and torch.isfinite(module.grad_norm)):
             raise HalfbyteError(
@@ -130,8 +141,8 @@ class Recorder(StepCallback):
             )
         device = self.world.device
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.last = StepMetrics(step, value, float(lr), grad_norm, rate, memory, validation_loss)
+        lr = self.rate(trainer.optimizers[0])
+        self.last = StepMetrics(step, value, lr, grad_norm, pace, memory, validation_loss)
         if self.writer is not None:
             self.writer.write(self.last)
         if self.progress is not None:
@@ -166,6 +177,8 @@ class Checkpointer(StepCallback):
             return
         names = list(trained_parameters(pl_module.denoiser))
         checkpoint.restore_optimizer(trainer.optimizers[0], names, self.resume.optimizer)
+        if self.resume.average is not None:
+            pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))
         if self.resume.scaler:
             trainer.precision_plugin.load_state_dict(self.resume.scaler)
 
@@ -184,14 +197,21 @@ class Checkpointer(StepCallback):
             checkpoint.save(
                 self.root,
                 position,
-                write_adapter=lambda folder: save_adapter(
-                    module.denoiser, module.family.pipeline_class, folder
-                ),
+                write_adapter=lambda folder: _write_adapters(module, folder),
                 optimizer=checkpoint.named_optimizer_state(trainer.optimizers[0], names),
                 scaler=trainer.precision_plugin.state_dict(),
             )
             checkpoint.prune(self.root, self.keep)
         barrier(self.world)
+
+
+def _write_adapters(module: DiffusionModule, folder: str) -> None:
+    """What a user is to see under the usual name; beside it, where it is an average, the weights that train."""
+    pipeline_class = module.family.pipeline_class
+    with module.weights.in_place():
+        save_adapter(module.denoiser, pipeline_class, folder)
+    if module.weights.averaged:
+        save_adapter(module.denoiser, pipeline_class, folder, checkpoint.TRAINED_FILE)
 
 
 class Sampler(StepCallback):
@@ -208,7 +228,8 @@ class Sampler(StepCallback):
         if self.every and module.step % self.every == 0 and module.step != self.last_step:
             if self.world.leads:
                 module.denoiser.eval()
-                self.draw(module.step)
+                with module.weights.in_place():
+                    self.draw(module.step)
                 module.denoiser.train()
             barrier(self.world)
 

@@ -27,6 +27,7 @@ _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+TRAINED_FILE = "trained_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Checkpoint:
 
     folder: Path
     position: Position
-    adapter: dict[str, Tensor]
+    adapter: dict[str, Tensor]  # the weights that train
     optimizer: dict[str, Any]  # as torch's Optimizer.state_dict(), keyed by parameter names
     scaler: dict[str, Any]  # the gradient scaler's, empty but for float16
+    average: dict[str, Tensor] | None = None  # of the weights, where a user is to see one in their place
 
 
 def save(
@@ -59,7 +61,8 @@ def save(
 ) -> Path:
     """Writes `root/step-NNNNNN`; after a crash at any point either all of it is there or none.
 
-    write_adapter: writes the adapter file into the folder it is given. optimizer: see `Checkpoint`.
+    write_adapter: writes ADAPTER_FILE into the folder it is given, and TRAINED_FILE where that is an average and
+    other weights train. optimizer: see `Checkpoint`.
     """
     target = root / f"step-{position.step:06d}"
     work = root / f".{target.name}.tmp"
@@ -148,11 +151,15 @@ def _read(folder: Path) -> Checkpoint:
     for path, tensor in load_file(folder / _OPTIMIZER).items():
         name, field = path.rsplit("/", 1)
         entries.setdefault(name, {})[field] = tensor
-    adapter = {
-        name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / ADAPTER_FILE).items()
-    }
+    adapter, average = _lora(folder / ADAPTER_FILE), None
+    if (folder / TRAINED_FILE).is_file():
+        adapter, average = _lora(folder / TRAINED_FILE), adapter
     optimizer = {"state": entries, "param_groups": state["param_groups"]}
-    return Checkpoint(folder, Position(**state["position"]), adapter, optimizer, state["scaler"])
+    return Checkpoint(folder, Position(**state["position"]), adapter, optimizer, state["scaler"], average)
+
+
+def _lora(file: Path) -> dict[str, Tensor]:
+    return {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
 
 
 def _fault(folder: Path) -> str | None:

@@ -1,7 +1,9 @@
 """The training of a run: the Lightning loop with everything that watches it."""
 
+import logging
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +13,11 @@ from rich.console import Console
 from torch import nn
 
 from halfbyte.trainer import checkpoint
-from halfbyte.trainer.callbacks import Checkpointer, Interruption, Recorder, Sampler, Validator
+from halfbyte.trainer.adapters import load_adapter_state
+from halfbyte.trainer.averages import Weights
+from halfbyte.trainer.callbacks import Averager, Checkpointer, Interruption, Recorder, Sampler, Validator
 from halfbyte.trainer.denoiser import DTYPES
+from halfbyte.trainer.ema import Ema
 from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
@@ -24,6 +29,8 @@ from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.sampling import PictureSampler
 from halfbyte.trainer.validation import Validation
+
+log = logging.getLogger(__name__)
 
 _PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
@@ -59,12 +66,16 @@ def fit(
             recipe.objective.guidance_scale,
         ),
         build_optimizer=recipe.optimizer.build,
+        build_weights=_weights(recipe),
         lr_factor=lambda step: recipe.lr_schedule.factor(step, train.steps),
         compute_dtype=DTYPES[recipe.quant.compute_dtype],
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         first_step=first_step,
     )
+    if world.leads:
+        for line in recipe.optimizer.advice():
+            log.warning(line)
     writer = MetricsWriter(folder.root, first_step) if world.leads else None
     shown = Progress(console, "training", total=train.steps, done=first_step) if world.leads else None
     interruption = Interruption(world)
@@ -85,11 +96,13 @@ def fit(
         every = recipe.validation.every
         validator = [Validator(validation, writer, shown, every=every, last_step=train.steps)]
     callbacks = [
+        Averager(),
         *validator,
         Recorder(
             world,
             writer,
             shown,
+            rate=recipe.optimizer.rate,
             samples_per_step=global_batch * train.grad_accumulation,
             every=recipe.output.log_every,
             last_step=train.steps,
@@ -140,10 +153,23 @@ def fit(
             shown.close()
         if writer is not None:
             writer.close()
+    if first_step < train.steps:
+        module.weights.settle()
+    elif saved is not None and saved.average is not None:
+        load_adapter_state(denoiser, saved.average)
     done = first_step >= train.steps or not interruption.stopped or module.step >= train.steps
     return Finished(
         done, module.step if first_step < train.steps else first_step, time.perf_counter() - began
     )
+
+
+def _weights(recipe: Recipe) -> Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights]:
+    """What makes the average that the recipe asks for, of the weights that train."""
+    ema = recipe.ema
+    if ema.decay is None:
+        return recipe.optimizer.weights
+    decay = ema.decay
+    return lambda parameters, _: Ema(parameters, decay=decay, every=ema.every, warmup=ema.warmup)
 
 
 def _strategy(world: World) -> Strategy:

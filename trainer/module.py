@@ -1,6 +1,6 @@
 """One training step, the same for every model, loss and optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from halfbyte.trainer.adapters import trained_parameters
+from halfbyte.trainer.averages import Weights
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.losses import Loss
 from halfbyte.trainer.randomness import generator, key, uniform
@@ -53,12 +54,16 @@ class DiffusionModule(LightningModule):
         max_grad_norm: float | None,
         seed: int,
         first_step: int = 0,
+        build_weights: Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights] | None = None,
     ) -> None:
+        """`build_weights` makes the average that is looked at in place of the weights that train."""
         super().__init__()
         self.family = family
         self.denoiser = denoiser.train()  # adapters' dropout; Lightning leaves the mode as it is
         self.objective = objective
         self.build_optimizer = build_optimizer
+        self.build_weights = build_weights
+        self.weights = Weights()
         self.lr_factor = lr_factor
         self.compute_dtype = compute_dtype
         self.max_grad_norm = max_grad_norm
@@ -122,7 +127,11 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Lightning's hook."""
-        return self.build_optimizer(list(trained_parameters(self.denoiser).items()))
+        parameters = trained_parameters(self.denoiser)
+        optimizer = self.build_optimizer(list(parameters.items()))
+        if self.build_weights is not None:
+            self.weights = self.build_weights(parameters, optimizer)
+        return optimizer
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Lightning's hook: clips by the norm over all adapters, and keeps the norm for the metrics."""
@@ -133,5 +142,5 @@ class DiffusionModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Lightning's hook: the learning rate is a function of the step alone, so it has no state to save."""
         for group in optimizer.param_groups:
-            base = group.setdefault("base_lr", group["lr"])
+            base = group.setdefault("base_lr", float(group["lr"]))
             group["lr"] = base * self.lr_factor(self.step)

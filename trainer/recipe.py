@@ -18,6 +18,7 @@ from halfbyte.trainer.recipe_schema import SchemaTree, shown
 from halfbyte.trainer.recipe_sections import (
     CheckpointSection,
     DataSection,
+    EmaSection,
     LoraSection,
     ModelSection,
     ObjectiveSection,
@@ -44,11 +45,20 @@ class Recipe(Section):
     """How the adapters are moved."""
     lr_schedule: Annotated[Schedule, SCHEDULES] = Constant(name="constant")
     """How the learning rate goes over the run."""
+    ema: EmaSection = Field(default_factory=EmaSection)
     train: TrainSection = Field(default_factory=TrainSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     sample: SampleSection = Field(default_factory=SampleSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _loftq_has_a_loss_to_start_from(self) -> Self:
+        if self.lora.init == "loftq" and self.quant.type not in ("nf4", "fp4"):
+            raise conflict(
+                "lora.init", f"got loftq, expected gaussian or kaiming where quant.type is {self.quant.type}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -57,6 +67,18 @@ class Recipe(Section):
                 "lr_schedule.warmup_steps",
                 f"got {self.lr_schedule.warmup_steps}, expected at most train.steps ({self.train.steps})",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_settle(self) -> Self:
+        """An optimizer that averages the weights itself takes neither a falling rate nor another average."""
+        if not self.optimizer.averages:
+            return self
+        reason = f"where optimizer.name is {self.optimizer.name}, which averages the weights instead"
+        if self.lr_schedule.falls:
+            raise conflict("lr_schedule.name", f"got {self.lr_schedule.name}, expected constant {reason}")
+        if self.ema.decay is not None:
+            raise conflict("ema.decay", f"got {self.ema.decay}, expected null {reason}")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from halfbyte.trainer.registry import Registry, StatelessChoice
 
 class Schedule(StatelessChoice):
     """A linear warm-up, then a shape of its own."""
+
+    falls: ClassVar[bool] = True  # whether the rate is lower at the end than after the warm-up
 
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps in which the learning rate rises to its full value."""
@@ -29,12 +31,28 @@ class Schedule(StatelessChoice):
         return self.after_warmup((step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
 
 
+class FallingSchedule(Schedule):
+    """From the full rate at 0 down to a share of it at 1."""
+
+    end: float = Field(default=0.0, ge=0, le=1)
+    """The share of the rate that is left at the end."""
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """progress: 0 to 1 -> 1 to 0."""
+
+    def after_warmup(self, progress: float) -> float:
+        return self.end + (1.0 - self.end) * self.shape(progress)
+
+
 SCHEDULES: Registry[Schedule] = Registry("learning-rate schedule")
 
 
 @SCHEDULES.register
 class Constant(Schedule):
     """The full rate until the end."""
+
+    falls = False
 
     name: Literal["constant"]
 
@@ -43,20 +61,56 @@ class Constant(Schedule):
 
 
 @SCHEDULES.register
-class Linear(Schedule):
-    """A straight line to zero at the end."""
+class Linear(FallingSchedule):
+    """A straight line down."""
 
     name: Literal["linear"]
 
-    def after_warmup(self, progress: float) -> float:
+    def shape(self, progress: float) -> float:
         return 1.0 - progress
 
 
 @SCHEDULES.register
-class Cosine(Schedule):
-    """Half a cosine wave to zero at the end."""
+class Cosine(FallingSchedule):
+    """Half a cosine wave down."""
 
     name: Literal["cosine"]
 
-    def after_warmup(self, progress: float) -> float:
+    def shape(self, progress: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@SCHEDULES.register
+class CosineRestarts(Cosine):
+    """Half cosine waves of equal length, each from the full rate."""
+
+    name: Literal["cosine_restarts"]  # type: ignore[assignment]
+    cycles: int = Field(default=2, ge=1)
+    """How many waves the run has."""
+
+    def shape(self, progress: float) -> float:
+        return super().shape(progress * self.cycles % 1.0)
+
+
+@SCHEDULES.register
+class Polynomial(FallingSchedule):
+    """A power of what is left of the run."""
+
+    name: Literal["polynomial"]
+    power: float = Field(default=2.0, gt=0)
+    """1 is the straight line; higher powers fall earlier."""
+
+    def shape(self, progress: float) -> float:
+        return float((1.0 - progress) ** self.power)
+
+
+@SCHEDULES.register
+class Cooldown(FallingSchedule):
+    """The full rate, then a straight line down at the end: a run can be made longer until it begins to cool."""
+
+    name: Literal["cooldown"]
+    share: float = Field(default=0.2, gt=0, le=1)
+    """The share of the steps after the warm-up in which the rate falls."""
+
+    def shape(self, progress: float) -> float:
+        return min(1.0, (1.0 - progress) / self.share)

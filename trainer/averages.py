@@ -1,0 +1,73 @@
+"""Which weights samples, validation, checkpoints and exports see: those that train, or an average of them."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Weights:
+    """The adapter's weights as they train, without an average."""
+
+    averaged = False
+
+    def update(self, step: int) -> None:
+        """Called after each optimizer step, counted from 1."""
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model holds what a user is to see; afterwards what trains, to the bit."""
+        yield
+
+    def settle(self) -> None:
+        """Leaves in the model what a user is to see, for good."""
+
+    def restore(self, average: Mapping[str, Tensor]) -> None:
+        """Takes over the average of a checkpoint, by the names of the parameters."""
+
+
+class AveragedWeights(Weights):
+    """An average of the weights, put in their place where somebody looks."""
+
+    averaged = True
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """See `Weights`. The weights that train are copied and copied back: no arithmetic would give every bit."""
+        trained = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self.settle()
+        try:
+            yield
+        finally:
+            self._resume()
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters.values(), trained, strict=True):
+                    parameter.copy_(value)
+
+    @abstractmethod
+    def settle(self) -> None:
+        """See `Weights`."""
+
+    def _resume(self) -> None:
+        """Called before the weights that train are put back."""
+
+
+class OptimizerAverage(AveragedWeights):
+    """The average that an optimizer keeps in its own state and gives in its evaluation mode."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+        super().__init__(parameters)
+        self.optimizer = optimizer
+
+    def settle(self) -> None:
+        """See `Weights`."""
+        self.optimizer.eval()
+
+    def _resume(self) -> None:
+        self.optimizer.train()
