@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.launch import Launcher
-from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range
+from halfbyte.kernels.packed_triton import block_scale, check_blocksize, in_range, unit_pointer
 from halfbyte.kernels.packed_weight import PackedWeight
 
 MAX_ROWS = 4
@@ -57,7 +57,7 @@ def _linear_kernel(
     EVEN: tl.constexpr,
 ):
     """out[m, n] for OUTPUTS neighbouring n and one m; grid (n tiles, M)."""
-    packed = as_units(packed, _UNIT)
+    packed = unit_pointer(packed, _UNIT)
     BLOCK_WORDS: tl.constexpr = BLOCKSIZE // _UNIT
     BLOCKS: tl.constexpr = WORDS // BLOCK_WORDS
     row_words = width // _UNIT

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.launch import Launcher
-from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range, lookup, unit_of
+from halfbyte.kernels.packed_triton import (
+    block_scale,
+    check_blocksize,
+    in_range,
+    lookup,
+    unit_of,
+    unit_pointer,
+)
 
 # Measured best on an H200 (scripts/bench_kernels.md).
 _UNITS_PER_PROGRAM = 256  # dequantize
@@ -79,7 +86,7 @@ def _dequantize_kernel(
     if EARLY:
         # Launched while the kernel before still runs: nothing it wrote may be read before this.
         tl.extra.cuda.gdc_wait()
-    packed = as_units(packed, UNIT)
+    packed = unit_pointer(packed, UNIT)
     first = tl.program_id(0).to(tl.int64) * UNITS
     local = tl.arange(0, UNITS)
     within = tl.arange(0, UNIT)
@@ -199,7 +206,7 @@ def _quantize_kernel(
     FP4: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    packed = as_units(packed, UNIT)
+    packed = unit_pointer(packed, UNIT)
     first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
     left = numel - first
     # A thread holds whole units, neighbouring threads neighbouring units: loads and stores are contiguous, a
