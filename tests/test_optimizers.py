@@ -1,0 +1,197 @@
+"""Each optimizer: it learns, goes on after a checkpoint to the bit, and holds the state it says."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.trainer import checkpoint
+from halfbyte.trainer.averages import OptimizerAverage
+from halfbyte.trainer.optimizers import OPTIMIZERS, Adafactor, AdamW, Prodigy, ScheduleFreeAdamW
+
+# With the numbers of state a parameter that each says it holds, of matrices large enough for rows not to count.
+CHOICES = {
+    "adamw": (AdamW(name="adamw", lr=1e-2), 2.0),
+    "adafactor": (Adafactor(name="adafactor", lr=1e-2), 0.2),
+    "prodigy": (Prodigy(name="prodigy", d0=1e-4), 3.5),
+    "prodigy sliced": (Prodigy(name="prodigy", d0=1e-4, slice_p=11), 2.2),
+    "schedule_free_adamw": (ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2), 2.0),
+}
+each_choice = pytest.mark.parametrize("choice", [choice for choice, _ in CHOICES.values()], ids=list(CHOICES))
+
+RANK, INPUTS, OUTPUTS = 4, 48, 40
+
+
+class Toy:
+    """y = B A x, B at zero: a layer's update, fitted to another one of the same rank."""
+
+    def __init__(self, choice, device="cpu"):
+        draws = torch.Generator().manual_seed(3)
+        self.x = torch.randn(64, INPUTS, generator=draws).to(device)
+        self.y = self.x @ torch.randn(INPUTS, OUTPUTS, generator=draws).to(device) / INPUTS**0.5
+        down = torch.randn(RANK, INPUTS, generator=draws) / RANK
+        self.parameters = {
+            "layer.lora_A": torch.nn.Parameter(down.to(device)),
+            "layer.lora_B": torch.nn.Parameter(torch.zeros(OUTPUTS, RANK, device=device)),
+        }
+        self.optimizer = choice.build(list(self.parameters.items()))
+        self.names = list(self.parameters)
+
+    def loss(self):
+        a, b = self.parameters.values()
+        return ((self.x @ a.t() @ b.t() - self.y) ** 2).mean()
+
+    def steps(self, count, first=0):
+        for step in range(first, first + count):
+            loss = self.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            for group in self.optimizer.param_groups:
+                base = group.setdefault("base_lr", group["lr"])
+                group["lr"] = base * (step + 1) / 8  # a schedule of the rate
+            self.optimizer.step()
+        return self
+
+    def save(self, root):
+        trained = {f"transformer.{name}": value.detach().cpu() for name, value in self.parameters.items()}
+        return checkpoint.save(
+            root,
+            checkpoint.Position(3, 3, 1),
+            write_adapter=lambda folder: save_file(trained, f"{folder}/{checkpoint.ADAPTER_FILE}"),
+            optimizer=checkpoint.named_optimizer_state(self.optimizer, self.names),
+            scaler={},
+        )
+
+    def restore(self, saved):
+        for name, value in saved.adapter.items():
+            self.parameters[name].data.copy_(value)
+        checkpoint.restore_optimizer(self.optimizer, self.names, saved.optimizer)
+        return self
+
+
+def test_every_optimizer_is_among_them():
+    assert {choice.name for choice, _ in CHOICES.values()} == set(OPTIMIZERS.classes)
+
+
+@each_choice
+def test_it_learns(choice):
+    toy = Toy(choice)
+    first = toy.loss().item()
+    for step in range(60):
+        toy.steps(1, first=min(step, 7))
+    assert toy.loss().item() < 0.95 * first
+
+
+@each_choice
+def test_it_goes_on_after_a_checkpoint_to_the_bit(choice, tmp_path):
+    whole = Toy(choice).steps(6)
+    Toy(choice).steps(3).save(tmp_path)
+    resumed = Toy(choice).restore(checkpoint.newest(tmp_path)).steps(3, first=3)
+    for name, parameter in whole.parameters.items():
+        assert parameter.equal(resumed.parameters[name]), name
+    assert choice.rate(whole.optimizer) == choice.rate(resumed.optimizer)
+
+
+@each_choice
+def test_what_it_saves_is_that_very_state(choice, tmp_path):
+    """So that it could be written again, a bit further on, by a run that was resumed."""
+    toy = Toy(choice).steps(3)
+    first = toy.save(tmp_path / "first")
+    again = Toy(choice).restore(checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
+    for name in (checkpoint.ADAPTER_FILE, "optimizer.safetensors", "state.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("choice", "numbers"), CHOICES.values(), ids=list(CHOICES))
+def test_its_state_is_what_it_says(choice, numbers):
+    parameters = [
+        ("a", torch.nn.Parameter(torch.randn(8, 256))),
+        ("b", torch.nn.Parameter(torch.zeros(256, 8))),
+    ]
+    optimizer = choice.build(parameters)
+    for _, parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    held = sum(
+        value.numel()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    assert 0.5 * numbers < held / (2 * 8 * 256) < 1.01 * numbers
+
+
+def test_adafactors_rate_is_a_plain_one():
+    """Its own is relative to the weights, and B starts at zero."""
+    toy = Toy(Adafactor(name="adafactor", lr=1e-2, weight_decay=0.0))
+    toy.steps(1, first=7)
+    moved = toy.parameters["layer.lora_B"].square().mean().sqrt()
+    assert 0.5e-2 < float(moved) <= 1.01e-2
+
+
+def test_prodigy_finds_its_rate_and_says_so():
+    choice = Prodigy(name="prodigy")
+    toy = Toy(choice)
+    toy.steps(1, first=7)
+    assert choice.rate(toy.optimizer) == pytest.approx(1e-6, rel=1e-3)
+    for _ in range(60):
+        toy.steps(1, first=7)
+    assert choice.rate(toy.optimizer) > 1e-4
+
+
+def test_prodigy_is_warned_about_another_optimizers_rate(capsys):
+    assert Prodigy(name="prodigy").advice() == []
+    (line,) = Prodigy(name="prodigy", lr=1e-4).advice()
+    assert "0.0001" in line
+    assert "d_coef" in line
+    assert AdamW(name="adamw").advice() == []
+    Toy(Prodigy(name="prodigy", weight_decay=0.1))
+    assert capsys.readouterr().out == ""
+
+
+def test_schedule_free_shows_its_average_and_trains_on():
+    choice = ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)
+    toy, undisturbed = Toy(choice).steps(4), Toy(choice).steps(4)
+    weights = choice.weights(toy.parameters, toy.optimizer)
+    assert isinstance(weights, OptimizerAverage)
+    trained = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
+    with weights.in_place():
+        for name, parameter in toy.parameters.items():
+            # y = (1 - beta) z + beta x, x the average and y the weights that train (Defazio et al. 2024, eq. 3)
+            z = toy.optimizer.state[parameter]["z"]
+            expected = (trained[name] - (1 - 0.9) * z) / 0.9
+            assert torch.allclose(parameter, expected, atol=1e-6)
+        assert not torch.allclose(toy.parameters["layer.lora_B"], trained["layer.lora_B"], atol=1e-4)
+    toy.steps(2, first=4)
+    undisturbed.steps(2, first=4)
+    for name, parameter in toy.parameters.items():
+        assert parameter.equal(undisturbed.parameters[name]), "a look changed what trains"
+
+
+def test_schedule_free_averages_with_the_warmups_rates():
+    """The library's own warm-up and the schedule's are one: both weigh the average by the rate."""
+    ours = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)).steps(8)
+    theirs = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2))
+    theirs.optimizer.param_groups[0]["warmup_steps"] = 8
+    for _ in range(8):
+        loss = theirs.loss()
+        theirs.optimizer.zero_grad()
+        loss.backward()
+        theirs.optimizer.step()
+    for one, other in zip(ours.parameters.values(), theirs.parameters.values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_choice
+def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
+    whole, cpu = Toy(choice, "cuda").steps(6), Toy(choice).steps(6)
+    for one, other in zip(whole.parameters.values(), cpu.parameters.values(), strict=True):
+        assert torch.allclose(one.cpu(), other, atol=5e-3)
+    Toy(choice, "cuda").steps(3).save(tmp_path)
+    resumed = Toy(choice, "cuda").restore(checkpoint.newest(tmp_path)).steps(3, first=3)
+    for name, parameter in whole.parameters.items():
+        assert parameter.equal(resumed.parameters[name]), name
+        assert math.isfinite(float(parameter.sum()))
