@@ -191,7 +191,13 @@ def _read_index(path: Path) -> dict[str, str]:
     return shard_of
 
 
-def write_weights(groups: Iterable[Mapping[str, Tensor]], folder: Path, *, max_shard_bytes: int) -> None:
+def write_weights(
+    groups: Iterable[Mapping[str, Tensor]],
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    weights_file: str = WEIGHTS_FILE,
+) -> None:
     """Write tensors into `folder`, a group never parted between files; an index where there are several files.
 
     A group bigger than `max_shard_bytes` gets a file of its own.
@@ -207,16 +213,16 @@ def write_weights(groups: Iterable[Mapping[str, Tensor]], folder: Path, *, max_s
         size += group_size
         total += group_size
     if len(shards) == 1:
-        _write_shard(shards[0], folder / WEIGHTS_FILE)
+        _write_shard(shards[0], folder / weights_file)
         return
-    stem = WEIGHTS_FILE.removesuffix(".safetensors")
+    stem = weights_file.removesuffix(".safetensors")
     shard_of = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(shard, folder / file)
         shard_of.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-    write_text(json.dumps(index, indent=2) + "\n", folder / INDEX_FILE)
+    write_text(json.dumps(index, indent=2) + "\n", folder / f"{weights_file}.index.json")
 
 
 def _write_shard(shard: Mapping[str, Tensor], path: Path) -> None:

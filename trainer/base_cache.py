@@ -22,7 +22,8 @@ from torch import nn
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.file_digest import file_digest
-from halfbyte.quant.load import Progress, load_quantized, read_config
+from halfbyte.quant.fill import Progress
+from halfbyte.quant.load import load_quantized, read_config
 from halfbyte.quant.serialize import CONFIG_FILE, save_quantized
 from halfbyte.quant.shards import ShardedWeights, flush, write_text
 from halfbyte.trainer.file_digests import FileDigests

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.load import Progress, load_quantized
+from halfbyte.quant.fill import Progress
+from halfbyte.quant.load import load_quantized
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_parts import BlockSettings

@@ -1,0 +1,153 @@
+"""One start of a training run, watched: seconds, host memory and device memory of each phase up to the first step."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+_STATUS = Path("/proc/self/status")
+_SAMPLE_SECONDS = 0.01
+
+
+@dataclass
+class Phase:
+    """Peaks in GB (10^9 bytes)."""
+
+    name: str
+    seconds: float = 0.0
+    host_anon: float = 0.0  # memory of the process's own, pinned buffers included
+    host_file: float = 0.0  # mapped pages, which the system may drop
+    device_allocated: float = 0.0
+    device_reserved: float = 0.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start from a fresh process."""
+
+    phases: list[Phase]
+    to_first_step: float  # seconds from the start of the interpreter, imports included
+    first_loss_finite: bool
+    packed_base_bytes: int
+
+
+class PhaseWatch:
+    """Samples this process's memory, and notes the largest of each phase."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.phases: list[Phase] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Everything within counts as one phase."""
+        now = Phase(name)
+        self.phases.append(now)
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if on_gpu:
+                torch.cuda.synchronize()
+                now.device_allocated = torch.cuda.max_memory_allocated() / 1e9
+                now.device_reserved = torch.cuda.max_memory_reserved() / 1e9
+            now.seconds = time.perf_counter() - began
+
+    def stop(self) -> None:
+        """Ends the sampling."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_SAMPLE_SECONDS):
+            if not self.phases:
+                continue
+            anon, file = resident()
+            now = self.phases[-1]
+            now.host_anon = max(now.host_anon, anon)
+            now.host_file = max(now.host_file, file)
+
+
+def resident() -> tuple[float, float]:
+    """GB of this process's own memory and of mapped files; all of it as its own where the system does not say."""
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+
+    def gigabytes(name: str) -> float:
+        return int(fields[name].split()[0]) * 1024 / 1e9 if name in fields else 0.0
+
+    if "RssAnon" not in fields:
+        return gigabytes("VmRSS"), 0.0
+    return gigabytes("RssAnon") + gigabytes("RssShmem"), gigabytes("RssFile")
+
+
+class _FirstStep(Exception):
+    """Ends the run where it has been measured."""
+
+
+def start(recipe_file: Path, overrides: list[str], began: float) -> Start:
+    """Runs a recipe to the end of its first optimizer step. began: time.perf_counter() at the start."""
+    watch = PhaseWatch(began)
+    with watch.phase("import"):
+        # What starting costs includes importing it.
+        from halfbyte.trainer import run
+        from halfbyte.trainer.callbacks import Recorder
+        from halfbyte.trainer.cli import _quieten_libraries
+        from halfbyte.trainer.launch import read_world
+        from halfbyte.trainer.recipe import load_recipe
+
+        _quieten_libraries()
+        recipe = load_recipe(recipe_file, overrides)
+        world = read_world()
+        if world.device.type == "cuda":
+            torch.cuda.init()
+    measured: dict[str, Any] = {}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with watch.phase(name):
+                return function(*arguments, **options)
+
+        return call
+
+    def first_step(recorder: Recorder, trainer: Any, module: Any) -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        measured["seconds"] = time.perf_counter() - began
+        measured["finite"] = all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
+        raise _FirstStep
+
+    load = run.load_denoiser
+
+    def load_denoiser(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        measured["bytes"] = loaded.footprint
+        return loaded
+
+    run.prepare = watched("encode", run.prepare)
+    run.load_denoiser = watched("transformer", load_denoiser)
+    run.fit = watched("first step", run.fit)
+    Recorder.on_step_end = first_step  # type: ignore[method-assign]
+    try:
+        run.run(recipe, world, console=Console(soft_wrap=True), resume=False)
+    except _FirstStep:
+        pass
+    finally:
+        watch.stop()
+    return Start(watch.phases, measured["seconds"], measured["finite"], measured["bytes"])
+
+
+def as_json(result: Start) -> dict[str, Any]:
+    """For a file or another process."""
+    return asdict(result)
