@@ -1,13 +1,14 @@
 """A frozen linear layer of LLM.int8(): int8 weights and activations, outlier columns in the compute dtype."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels import int8_ops
-from halfbyte.quant.autocast import autocast_dtype, without_autocast
+from halfbyte.kernels.tracing import is_eager_without_grad
+from halfbyte.quant.autocast import without_autocast
 from halfbyte.quant.int8 import (
     DEFAULT_THRESHOLD,
     STATISTICS,
@@ -16,49 +17,22 @@ from halfbyte.quant.int8 import (
     quantize,
     unpack_scales,
 )
+from halfbyte.quant.quantized_linear import QuantizedLinear, QuantizedParameter
 
 
-class Int8Params(nn.Parameter):
-    """int8 (out, in) with the scales of its rows in `SCB`; before quantization, on meta, floating-point.
+class Int8Params(QuantizedParameter):
+    """int8 (out, in) with the scales of its rows in `SCB`.
 
-    diffusers and PEFT know an int8 weight by this class name, and read `SCB` to dequantize it; accelerate moves
-    one by `type(p)(data, requires_grad=..., **p.__dict__).to(device)`.
+    diffusers and PEFT know an int8 weight by this class name, and read `SCB` to dequantize it.
     """
 
+    statistics_name = "SCB"
     SCB: Tensor | None  # (out,) fp32, whatever the module around it is cast to
 
     def __new__(
         cls, data: Tensor | None = None, requires_grad: bool = False, SCB: Tensor | None = None
     ) -> "Int8Params":
-        self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
-        self.SCB = SCB
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Params":
-        if id(self) not in memo:
-            # The scales are never written to, so copies of a layer may share them.
-            memo[id(self)] = Int8Params(self.data.clone(), self.requires_grad, self.SCB)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # nn.Parameter's own would come back as a plain parameter.
-        return Int8Params, (self.data, self.requires_grad, self.SCB)
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Tensor.to, with the scales moved along; a plain tensor where the dtype changes."""
-        data = super().to(*args, **kwargs)
-        if data.dtype != self.dtype:
-            return data
-        scales = None if self.SCB is None else self.SCB.to(data.device)
-        return Int8Params(data, self.requires_grad, scales)
-
-    def nelement(self) -> int:
-        """The bytes of weight and scales.
-
-        `get_memory_footprint` of diffusers and transformers sums `nelement() * element_size()`, which would
-        otherwise miss the scales; the number of elements proper is `numel()`.
-        """
-        return super().nelement() + (0 if self.SCB is None else self.SCB.nbytes)
+        return cls.make(data, requires_grad, SCB)
 
 
 class _FrozenLinear8bit(torch.autograd.Function):
@@ -84,14 +58,13 @@ class _FrozenLinear8bit(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None
 
 
-class Linear8bit(nn.Linear):
-    """An nn.Linear with an int8 weight; adapters of PEFT and diffusers take it for the linear layer it is.
-
-    It starts on meta with no values. `quantize` fills it from a floating-point weight, `load_packed` from an
-    int8 one, and `load_state_dict` from whichever of the two the state dict holds.
-    """
+class Linear8bit(QuantizedLinear):
+    """The layer with an int8 weight."""
 
     weight: Int8Params
+    parameter_class = Int8Params
+    code_dtype = torch.int8
+    statistic_keys: ClassVar = {name: name for name in STATISTICS}
 
     def __init__(
         self,
@@ -107,11 +80,8 @@ class Linear8bit(nn.Linear):
 
         `dtype` is that of the bias (and of the weight to come).
         """
-        super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
-        self.weight = Int8Params(self.weight.data)
+        super().__init__(in_features, out_features, bias, compute_dtype=compute_dtype, dtype=dtype)
         self.threshold = threshold
-        self.compute_dtype = compute_dtype
-        self.requires_grad_(False)
 
     @classmethod
     def from_linear(
@@ -131,11 +101,7 @@ class Linear8bit(nn.Linear):
             compute_dtype=compute_dtype,
             dtype=linear.weight.dtype,
         )
-        if not linear.weight.is_meta:
-            layer.quantize(linear.weight, name)
-            if linear.bias is not None:
-                layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        return layer.train(linear.training)
+        return layer._take_over(linear, name)
 
     @property
     def state(self) -> Int8Params:
@@ -144,9 +110,7 @@ class Linear8bit(nn.Linear):
 
     def quantize(self, weight: Tensor, name: str = "weight") -> None:
         """Take over a weight (out, in) in fp32, fp16 or bf16 on its device; ValueError names it by `name`."""
-        expected = (self.out_features, self.in_features)
-        if tuple(weight.shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
+        self._check_shape(name, weight.shape)
         quantized, scales = quantize(weight, name)
         self.weight = Int8Params(quantized, SCB=scales)
 
@@ -162,76 +126,21 @@ class Linear8bit(nn.Linear):
         """The weight (out, in), in `dtype` or else in the compute dtype: the format forgets what it was."""
         return dequantize(self.weight.data, self._scales(), dtype or self.compute_dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input (..., in) -> (..., out), in the input's dtype; under autocast in autocast's, as nn.Linear."""
-        autocast = autocast_dtype(input.device.type)
-        compute_dtype = self.compute_dtype if autocast is None else autocast
-        output_dtype = input.dtype if autocast is None else autocast
-        bias = None if self.bias is None else self.bias.to(compute_dtype)
-        output = _FrozenLinear8bit.apply(
-            input.to(compute_dtype), self.weight, self._scales(), bias, self.threshold
-        )
-        return output.to(output_dtype)
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if is_eager_without_grad(x, bias):
+            with without_autocast(x.device.type):
+                return int8_ops.linear_int8(x, self.weight, self._scales(), bias, self.threshold)
+        output: Tensor = _FrozenLinear8bit.apply(x, self.weight, self._scales(), bias, self.threshold)
+        return output
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:g}, compute_dtype={self.compute_dtype}"
 
     def _scales(self) -> Tensor:
-        if self.weight.SCB is None:
-            raise RuntimeError(
-                f"Linear8bit({self.in_features}, {self.out_features}) has no weight yet; load one with"
-                " load_quantized, load_state_dict or quantize"
-            )
-        return self.weight.SCB
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear8bit":
-        def keep_codes(tensor: Tensor) -> Tensor:
-            # Detached it is a plain tensor, the only kind that nn.Module can wrap again.
-            moved = fn(tensor).detach()
-            # Module.type() would cast the codes as well.
-            return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
-
         scales = self.weight.SCB
-        super()._apply(keep_codes, recurse)
-        # nn.Module either swaps the data below the parameter, where the scales stay behind, or makes a plain
-        # nn.Parameter.
-        if not isinstance(self.weight, Int8Params):
-            self.weight = Int8Params(self.weight.data)
-        self.weight.SCB = None if scales is None else scales.to(self.weight.device)
-        return self
+        if scales is None:
+            raise self._no_weight()
+        return scales
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.SCB is not None:
-            for leaf, tensor in pack_scales(self.weight.SCB).items():
-                destination[prefix + leaf] = tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
-        rest = dict(state_dict)
-        statistics = {leaf: rest.pop(prefix + leaf) for leaf in STATISTICS if prefix + leaf in rest}
-        if key in rest:
-            weight = rest[key].detach()
-            if not self.weight.is_meta:
-                weight = weight.to(self.weight.device)
-            try:
-                if statistics or weight.dtype == torch.int8:
-                    self.load_packed(weight, statistics, key)
-                else:
-                    self.quantize(weight, key)
-            except ValueError as error:
-                error_msgs.append(str(error))
-            # In place already: nn.Module sees the layer's own parameter and goes on to the bias.
-            rest[key] = self.weight
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _packed_statistics(self) -> dict[str, Tensor]:
+        return pack_scales(self._scales())
