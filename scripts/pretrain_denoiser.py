@@ -16,7 +16,8 @@ from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.timesteps import LogitNormal
 
 _LEARNING_RATE = 1.5e-3
-_CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
+_DISTILLING_RATE = 5e-4
+CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
 _GUIDANCE = (1.0, 5.0)  # what the guidance embedding is told: anything, as the objective knows no guidance
 _AVERAGED = 0.999  # of the averaged weights stays at a step
 _SAVE_SECONDS = 60.0
@@ -52,6 +53,46 @@ class Denoiser(nn.Module):
         )[0]
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """The VAE's: latents of deviation one are (posterior - shift) * scale."""
+
+    scale: float
+    shift: float
+
+    @classmethod
+    def of(cls, pipeline: FluxPipeline) -> "Scaling":
+        config = pipeline.vae.config
+        return cls(config.scaling_factor, config.shift_factor)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point on the path from data to noise for each sample, and the velocity there."""
+
+    noisy: Tensor  # (B, 16, 16, 16) bf16 on a GPU, else fp32
+    sigma: Tensor  # (B,) fp32
+    guidance: Tensor  # (B,) fp32
+    target: Tensor  # (B, 16, 16, 16) fp32: noise - x0
+
+
+def corrupt(batch: Batch, scaling: Scaling) -> Point:
+    """Draws latent, noise, sigma and the guidance that the model is told."""
+    mean = batch.mean
+    latents = (mean + batch.std * torch.randn_like(mean) - scaling.shift) * scaling.scale
+    noise = torch.randn_like(latents)
+    u = torch.rand(len(latents), device=mean.device, dtype=torch.float64)
+    tokens = latents[0, 0].numel() // 4
+    # Rounded as the transformer will see it, which casts the timestep to its hidden states' bf16.
+    sigma = _SHIFT.apply(_TIMESTEPS.sigmas(u), tokens).bfloat16().float()
+    weight = sigma[:, None, None, None]
+    low, high = _GUIDANCE
+    guidance = low + (high - low) * torch.rand(len(latents), device=mean.device)
+    noisy = (1 - weight) * latents + weight * noise
+    noisy = noisy.bfloat16() if noisy.device.type == "cuda" else noisy
+    return Point(noisy, sigma, guidance, noise - latents)
+
+
 def train_denoiser(
     pipeline: FluxPipeline,
     table: PictureTable,
@@ -62,33 +103,88 @@ def train_denoiser(
     save: Callable[[], None],
 ) -> float:
     """Trains in place; the weights left in the pipeline are the averaged ones. Returns the last mean loss."""
-    device = table.device
-    denoiser = Denoiser(pipeline).to(device).train().requires_grad_(True)
-    averaged = copy.deepcopy(denoiser).requires_grad_(False)
+    denoiser = Denoiser(pipeline).to(table.device)
+    scaling = Scaling.of(pipeline)
+
+    def loss() -> Tensor:
+        drawn = table.draw(batch, dropout=CAPTION_DROPOUT)
+        point = corrupt(drawn, scaling)
+        velocity = denoiser(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance)
+        return nn.functional.mse_loss(velocity.float(), pack(point.target))
+
+    return fit(
+        pipeline, denoiser, loss, learning_rate=_LEARNING_RATE, pace=pace, compiled=compiled, save=save
+    )
+
+
+def distill_guidance(
+    pipeline: FluxPipeline,
+    table: PictureTable,
+    *,
+    batch: int,
+    pace: Pace,
+    compiled: bool,
+    save: Callable[[], None],
+) -> float:
+    """Teaches the guidance embedding what classifier-free guidance of that scale would have answered.
+
+    As FLUX.1-dev came to be (Meng et al. 2022, arXiv 2210.03142, first stage): one evaluation a step instead of
+    two. Told 1, the model goes on answering as it was trained; see `train_denoiser` for the rest.
+    """
+    student = Denoiser(pipeline).to(table.device)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    if compiled:
+        teacher.transformer.compile_repeated_blocks(fullgraph=True)
+    scaling = Scaling.of(pipeline)
+    empty_t5, empty_clip = (ids.long().expand(batch, -1) for ids in table.empty)
+
+    def loss() -> Tensor:
+        drawn = table.draw(batch, dropout=CAPTION_DROPOUT)
+        point = corrupt(drawn, scaling)
+        with torch.no_grad():
+            told = teacher(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance).float()
+            untold = teacher(point.noisy, point.sigma, empty_t5, empty_clip, point.guidance).float()
+            target = torch.lerp(untold, told, point.guidance[:, None, None])
+        velocity = student(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance)
+        return nn.functional.mse_loss(velocity.float(), target)
+
+    rate = _DISTILLING_RATE
+    return fit(pipeline, student, loss, learning_rate=rate, pace=pace, compiled=compiled, save=save)
+
+
+def fit(
+    pipeline: FluxPipeline,
+    denoiser: Denoiser,
+    loss: Callable[[], Tensor],
+    *,
+    learning_rate: float,
+    pace: Pace,
+    compiled: bool,
+    save: Callable[[], None],
+) -> float:
+    """Minimizes a loss over fresh draws; averaged weights go into the pipeline and are saved every minute."""
+    denoiser.train().requires_grad_(True)
+    averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
     if compiled:
         denoiser.transformer.compile_repeated_blocks(fullgraph=True)
     weights, averages = list(denoiser.parameters()), list(averaged.parameters())
-    optimizer = torch.optim.AdamW(
-        weights, lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor
+    device = weights[0].device
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     saved = 0.0
     mean_loss = torch.zeros((), device=device)
     step = 0
     while pace.running(step):
-        point = _corrupt(table.draw(batch, dropout=_CAPTION_DROPOUT), scale, shift)
         with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            velocity = denoiser(*point.inputs)
-        loss = nn.functional.mse_loss(velocity.float(), pack(point.target))
+            value = loss()
         for group in optimizer.param_groups:
-            group["lr"] = _LEARNING_RATE * pace.factor(step)
+            group["lr"] = learning_rate * pace.factor(step)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, max(1 - _AVERAGED, 1 / (step + 1)))
-            mean_loss.lerp_(loss.detach(), max(0.01, 1 / (step + 1)))
+            mean_loss.lerp_(value.detach(), max(0.01, 1 / (step + 1)))
         if pace.due(step):
             pace.tell(step, f"loss {mean_loss:.4f}")
         if pace.seconds - saved > _SAVE_SECONDS:
@@ -99,30 +195,6 @@ def train_denoiser(
     _leave(pipeline, averaged)
     save()
     return mean_loss.item()
-
-
-@dataclass(frozen=True)
-class _Point:
-    """A point on the path from data to noise for each sample, and the velocity there."""
-
-    inputs: tuple[Tensor, ...]  # of the denoiser
-    target: Tensor  # (B, 16, 16, 16) fp32: noise - x0
-
-
-def _corrupt(batch: Batch, scale: float, shift: float) -> _Point:
-    mean = batch.mean
-    latents = (mean + batch.std * torch.randn_like(mean) - shift) * scale
-    noise = torch.randn_like(latents)
-    u = torch.rand(len(latents), device=mean.device, dtype=torch.float64)
-    tokens = latents[0, 0].numel() // 4
-    # Rounded as the transformer will see it, which casts the timestep to its hidden states' bf16.
-    sigma = _SHIFT.apply(_TIMESTEPS.sigmas(u), tokens).bfloat16().float()
-    weight = sigma[:, None, None, None]
-    low, high = _GUIDANCE
-    guidance = low + (high - low) * torch.rand(len(latents), device=mean.device)
-    noisy = ((1 - weight) * latents + weight * noise).bfloat16()
-    noisy = noisy if mean.device.type == "cuda" else noisy.float()
-    return _Point((noisy, sigma, batch.t5, batch.clip, guidance), noise - latents)
 
 
 def _leave(pipeline: FluxPipeline, averaged: Denoiser) -> None:

@@ -65,6 +65,11 @@ class PictureTable:
         assert [look.background is None for look in LOOKS] == [True] * (styles + 1) + [False] * backgrounds
         self._shares = (torch.tensor(concept)[:, None] * torch.tensor(look)).flatten().to(device)
 
+    @property
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """T5's (32,) and CLIP's (77,) tokens of the empty caption."""
+        return self.captions.empty_t5, self.captions.empty_clip
+
     def draw(self, size: int, *, dropout: float) -> Batch:
         """A random batch; `dropout` is the share of empty captions."""
         rows = torch.multinomial(self._shares, size, replacement=True)

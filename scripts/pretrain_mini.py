@@ -3,6 +3,7 @@
 .venv/bin/python scripts/pretrain_mini.py corpus  --corpus FOLDER
 .venv/bin/python scripts/pretrain_mini.py vae      --corpus FOLDER --out FOLDER --minutes 3
 .venv/bin/python scripts/pretrain_mini.py denoiser --corpus FOLDER --out FOLDER --minutes 6
+.venv/bin/python scripts/pretrain_mini.py guidance --corpus FOLDER --out FOLDER --minutes 2
 .venv/bin/python scripts/pretrain_mini.py samples  --corpus FOLDER --out FOLDER
 .venv/bin/python scripts/pretrain_mini.py pictures --corpus FOLDER --out recipes/blueprints
 
@@ -12,6 +13,7 @@ The stages are for one GPU; they run on a CPU too, for a few --steps.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from pretrain_blueprints import write_blueprints
 from pretrain_captions import CAPTION_TOKENS
 from pretrain_corpus import HELD_OUT_GROUP, Corpus, draw_corpus, fetch_packages
-from pretrain_denoiser import train_denoiser
+from pretrain_denoiser import distill_guidance, train_denoiser
 from pretrain_looks import PictureTable, read_captions
 from pretrain_pace import Pace
 from pretrain_pipeline import bf16_copy, build_flux, build_vae
@@ -63,16 +65,34 @@ def make_vae(arguments: argparse.Namespace) -> None:
     vae = build_vae()
     corpus = Corpus.load(arguments.corpus).without(HELD_OUT_GROUP)
     pace = Pace("VAE", minutes=arguments.minutes, steps=arguments.steps)
-    train_vae(vae, corpus, batch=arguments.batch, pace=pace, device=device)
+    decibels = train_vae(vae, corpus, batch=arguments.batch, pace=pace, device=device)
     nn.Module.to(vae, torch.bfloat16).save_pretrained(arguments.out / "vae")
+    _note(arguments, pace, psnr=round(decibels, 2))
 
 
 def make_denoiser(arguments: argparse.Namespace) -> None:
-    device = _device()
     corpus = Corpus.load(arguments.corpus).without(HELD_OUT_GROUP)
-    # In fp32, for latents as exact as the saved weights allow.
-    vae = AutoencoderKL.from_pretrained(arguments.out / "vae", torch_dtype=torch.float32).to(device)
-    pipeline = build_flux(corpus.emoji, vae)
+    pipeline = build_flux(corpus.emoji, _load_vae(arguments))
+    _train(arguments, pipeline, corpus, train_denoiser)
+
+
+def make_guidance(arguments: argparse.Namespace) -> None:
+    corpus = Corpus.load(arguments.corpus).without(HELD_OUT_GROUP)
+    # In fp32 again, but for the VAE what was saved last is bf16: the difference is far below a training step.
+    parts = {"vae": _load_vae(arguments), "torch_dtype": torch.float32}
+    _train(arguments, FluxPipeline.from_pretrained(arguments.out, **parts), corpus, distill_guidance)
+
+
+def _load_vae(arguments: argparse.Namespace) -> AutoencoderKL:
+    """In fp32, for latents as exact as the saved weights allow."""
+    return AutoencoderKL.from_pretrained(arguments.out / "vae", torch_dtype=torch.float32).to(_device())
+
+
+def _train(
+    arguments: argparse.Namespace, pipeline: FluxPipeline, corpus: Corpus, train: Callable[..., float]
+) -> None:
+    """Prepares pictures and captions, trains, saves, and notes what was done in `pretraining.json`."""
+    stage = arguments.stage
     began = time.perf_counter()
     captions = read_captions(
         corpus,
@@ -80,17 +100,17 @@ def make_denoiser(arguments: argparse.Namespace) -> None:
         pipeline.tokenizer_2,
         each=arguments.captions,
         seed=arguments.seed,
-        device=device,
+        device=_device(),
     )
-    padded = (captions.t5[..., -1] != pipeline.tokenizer_2.pad_token_id).float().mean().item()
-    table = PictureTable(corpus, vae, captions, device)
+    full = (captions.t5[..., -1] != pipeline.tokenizer_2.pad_token_id).float().mean().item()
+    table = PictureTable(corpus, pipeline.vae, captions, _device())
     print(
         f"{len(table.mean)} pictures with {arguments.captions} captions each, read in"
-        f" {time.perf_counter() - began:.0f} s; {padded:.1%} of the captions fill all {CAPTION_TOKENS} tokens",
+        f" {time.perf_counter() - began:.0f} s; {full:.1%} of the captions fill all {CAPTION_TOKENS} tokens",
         flush=True,
     )
-    pace = Pace("denoiser", minutes=arguments.minutes, steps=arguments.steps)
-    loss = train_denoiser(
+    pace = Pace(stage, minutes=arguments.minutes, steps=arguments.steps)
+    loss = train(
         pipeline,
         table,
         batch=arguments.batch,
@@ -98,14 +118,18 @@ def make_denoiser(arguments: argparse.Namespace) -> None:
         compiled=arguments.compile,
         save=lambda: bf16_copy(pipeline).save_pretrained(arguments.out),
     )
-    facts = {
+    _note(arguments, pace, loss=round(loss, 4))
+
+
+def _note(arguments: argparse.Namespace, pace: Pace, **measured: float) -> None:
+    file = arguments.out / "pretraining.json"
+    notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    notes[arguments.stage] = {
         "steps": pace.total,
-        "seconds": round(pace.seconds),
         "batch": arguments.batch,
-        "loss": round(loss, 4),
-    }
-    (arguments.out / "pretraining.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    print(json.dumps(facts), flush=True)
+        "seconds": round(pace.seconds),
+    } | measured
+    file.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
 def make_samples(arguments: argparse.Namespace) -> None:
@@ -125,6 +149,7 @@ STAGES = {
     "corpus": make_corpus,
     "vae": make_vae,
     "denoiser": make_denoiser,
+    "guidance": make_guidance,
     "samples": make_samples,
     "pictures": make_pictures,
 }

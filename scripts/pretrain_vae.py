@@ -15,8 +15,11 @@ _EDGES = 1.0  # of the gradients' distance against the pixels': sharpness
 _COARSE = 0.25  # of the loss on latents shrunk to half, see `_loss`
 
 
-def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, device: torch.device) -> None:
-    """Fits the VAE, in place, and measures its scale and shift; fp32 weights, bf16 arithmetic on a GPU."""
+def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, device: torch.device) -> float:
+    """Fits the VAE, in place, and measures its scale and shift; fp32 weights, bf16 arithmetic on a GPU.
+
+    Returns the peak signal-to-noise ratio over the corpus in decibels.
+    """
     nn.Module.to(vae, device, memory_format=torch.channels_last).train().requires_grad_(True)
     sprites = corpus.sprites.to(device)
     optimizer = torch.optim.AdamW(
@@ -37,7 +40,7 @@ def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, dev
             pace.tell(step, f"loss {loss:.4f}, L1 {error:.4f}")
         step += 1
     nn.Module.to(vae.eval().requires_grad_(False), memory_format=torch.contiguous_format)
-    _measure_scale(vae, sprites)
+    return _measure(vae, sprites)
 
 
 def _loss(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +87,8 @@ def _varied(sprites: Tensor, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def _measure_scale(vae: AutoencoderKL, sprites: Tensor) -> None:
-    """Sets shift and scale so that the latents of the corpus have mean 0 and deviation 1."""
+def _measure(vae: AutoencoderKL, sprites: Tensor) -> float:
+    """Sets shift and scale so that the latents of the corpus have mean 0 and deviation 1; see `train_vae`."""
     looks = torch.arange(len(sprites), device=sprites.device) % len(LOOKS)
     means: list[Tensor] = []
     errors: list[Tensor] = []
@@ -97,6 +100,8 @@ def _measure_scale(vae: AutoencoderKL, sprites: Tensor) -> None:
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
     )
-    noise = -10 * torch.log10(torch.cat(errors).mean() / 4)
+    decibels = -10 * torch.log10(torch.cat(errors).mean() / 4).item()
     spread = latents.std(dim=(0, 2, 3)).sort().values
-    print(f"VAE: {noise:.1f} dB PSNR; latents' deviation by channel {[round(s, 2) for s in spread.tolist()]}")
+    deviations = [round(value, 2) for value in spread.tolist()]
+    print(f"VAE: {decibels:.1f} dB PSNR; latents' deviation by channel {deviations}", flush=True)
+    return decibels
