@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ BACKENDS: dict[str, ModuleType] = {}
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.int8_triton")
+
+
+class Int8Weight(NamedTuple):
+    """A frozen weight of LLM.int8() as the kernels pass it among themselves."""
+
+    quantized: Tensor  # int8 (N, K)
+    absmax: Tensor  # fp32 (N,), of the rows
+    threshold: float  # from which on a column of the input is multiplied apart
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)"""
+        return self.quantized.shape
+
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("quantize_int8(Tensor weight) -> (Tensor quantized, Tensor absmax)")

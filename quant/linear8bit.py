@@ -126,6 +126,10 @@ class Linear8bit(QuantizedLinear):
         """The weight (out, in), in `dtype` or else in the compute dtype: the format forgets what it was."""
         return dequantize(self.weight.data, self._scales(), dtype or self.compute_dtype)
 
+    def int8_weight(self) -> int8_ops.Int8Weight:
+        """The weight as the kernels take it."""
+        return int8_ops.Int8Weight(self.weight, self._scales(), self.threshold)
+
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if is_eager_without_grad(x, bias):
             with without_autocast(x.device.type):

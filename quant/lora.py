@@ -7,19 +7,22 @@ adapters, adapters chosen by sample, LoRA biases, bases of other kinds) the laye
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
+from halfbyte.kernels.int8_ops import Int8Weight
 from halfbyte.kernels.packed_weight import PackedWeight
 from halfbyte.quant.autocast import autocast_dtype
 from halfbyte.quant.dora import Dora, rescale
 from halfbyte.quant.linear import Linear4bit
+from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.linear_group import GroupLayer
-from halfbyte.quant.low_rank import AdaptedWeight, low_rank_linears
+from halfbyte.quant.low_rank import AdaptedWeight, FrozenWeight, low_rank_linears
+from halfbyte.quant.quantized_linear import QuantizedLinear
 
 
 class LoraLinear(peft_layer.Linear):
@@ -39,41 +42,43 @@ class LoraLinear(peft_layer.Linear):
         return _apply(x, [fused])[0]
 
 
-class LoraLinear4bit(LoraLinear):
-    """The same over a 4-bit base, which no adapter can be merged into."""
+class LoraQuantizedLinear(LoraLinear):
+    """The same over a quantized base, which no adapter can be merged into."""
+
+    base_kind: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: the sum would be rounded to 4 bits, and most of the adapter lost."""
+        """Raises ValueError: the sum would be rounded to the base's few bits, and most of the adapter lost."""
         raise ValueError(
-            "cannot merge an adapter into a 4-bit base, where rounding would undo it; keep the adapter separate, or"
-            " load the base unquantized and merge there"
+            f"cannot merge an adapter into {self.base_kind} base, where rounding would undo it; keep the adapter"
+            " separate, or load the base unquantized and merge there"
         )
 
 
-# By the class of the base; the first that fits is taken, so the special one comes first.
-LORA_LAYERS: dict[type[nn.Module], type[nn.Module]] = {Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear}
+class LoraLinear4bit(LoraQuantizedLinear):
+    """Over `Linear4bit`."""
+
+    base_kind = "a 4-bit"
+
+
+class LoraLinear8bit(LoraQuantizedLinear):
+    """Over `Linear8bit`."""
+
+    base_kind = "an int8"
+
+
+# By the class of the base; the first that fits is taken, so the special ones come first.
+LORA_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    Linear4bit: LoraLinear4bit,
+    Linear8bit: LoraLinear8bit,
+    nn.Linear: LoraLinear,
+}
 
 
 def fused_config(config: LoraConfig) -> LoraConfig:
     """The same configuration, which makes our layers; nothing of that is written to files."""
     config._register_custom_module(LORA_LAYERS)
     return config
-
-
-def fuse_adapters(model: nn.Module) -> int:
-    """Give the adapters that a model has our arithmetic; returns how many layers changed.
-
-    For adapters whose configuration somebody else made, as `load_lora_weights` of diffusers does. The layers stay
-    the same objects with the same parameters; adapters added to them later are fused as well.
-    """
-    changed = 0
-    module: Any
-    for module in model.modules():
-        # Ours add no state to PEFT's class, so the object can go over as it is.
-        if type(module) is peft_layer.Linear and type(module.get_base_layer()) in LORA_LAYERS:
-            module.__class__ = LORA_LAYERS[type(module.get_base_layer())]
-            changed += 1
-    return changed
 
 
 def lora_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -108,7 +113,7 @@ class _Fused:
 def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
     """What the fused path needs of a layer; None where its state asks for PEFT's own."""
     adapter = _sole_adapter(layer)
-    base = layer.base_layer
+    base: Any = layer.base_layer
     # A class that was derived from nn.Linear may compute anything.
     if adapter is None or type(base) not in LORA_LAYERS or base.weight.requires_grad:
         return None
@@ -116,9 +121,9 @@ def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
     if not (_is_bare(base) and _is_bare(down) and _is_bare(up)):
         return None
     autocast = autocast_dtype(x.device.type)
-    weight: Tensor | PackedWeight = base.weight
-    if isinstance(base, Linear4bit):
-        weight = base.packed_weight()
+    weight: FrozenWeight = base.weight
+    if isinstance(base, QuantizedLinear):
+        weight = base.packed_weight() if isinstance(base, Linear4bit) else base.int8_weight()
         compute_dtype = base.compute_dtype if autocast is None else autocast
         output_dtype = x.dtype if autocast is None else autocast
     elif autocast is not None and torch.float64 not in (x.dtype, base.weight.dtype):
@@ -179,7 +184,7 @@ def group_layer(layer: nn.Module, x: Tensor) -> GroupLayer | None:
             if fused is None or fused.dropout is not None or fused.excess is not None:
                 return None
             adapted = fused.adapted
-            if fused.compute_dtype != x.dtype:
+            if fused.compute_dtype != x.dtype or isinstance(adapted.weight, Int8Weight):
                 return None
             return GroupLayer(adapted.weight, adapted.bias, adapted.down, adapted.up, adapted.scale)
         base = layer.base_layer

@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import accumulate_ops, linear_ops
+from halfbyte.kernels import accumulate_ops, int8_ops, linear_ops
+from halfbyte.kernels.int8_ops import Int8Weight
 from halfbyte.kernels.packed_weight import PackedWeight
 from halfbyte.quant.autocast import without_autocast
+
+FrozenWeight = Tensor | PackedWeight | Int8Weight  # (N, K)
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedWeight:
     """A frozen weight and the adapter on it."""
 
-    weight: Tensor | PackedWeight  # (N, K)
+    weight: FrozenWeight
     bias: Tensor | None  # (N,)
     down: Tensor  # A (rank, K)
     up: Tensor  # B (N, rank)
@@ -55,7 +58,7 @@ class _LowRankLinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        bases: tuple[tuple[Tensor | PackedWeight, float], ...],
+        bases: tuple[tuple[FrozenWeight, float], ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         seen = x if dropped is None else dropped
@@ -69,10 +72,7 @@ class _LowRankLinears(torch.autograd.Function):
             assert up is not None
             up = (up if scale == 1 else up.float() * scale).to(x.dtype)
             y = part @ up.t() if bias is None else torch.addmm(bias.to(x.dtype), part, up.t())
-            if isinstance(weight, PackedWeight):
-                accumulate_ops.add_linear_4bit(y, x, weight)
-            else:
-                accumulate_ops.add_product(y, x, weight.to(x.dtype).t())
+            _add_output(y, x, weight)
             ups.append(up)
             outputs.append(y)
         ctx.save_for_backward(seen, u, down, *ups)
@@ -124,13 +124,28 @@ def _gradients(
     return grad_x, grad_dropped, None, *results
 
 
-def _add_input_grad(total: Tensor | None, grad: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+def _add_output(total: Tensor, x: Tensor, weight: FrozenWeight) -> None:
+    """total += x W^T"""
+    if isinstance(weight, PackedWeight):
+        accumulate_ops.add_linear_4bit(total, x, weight)
+    elif isinstance(weight, Int8Weight):
+        # Its sum is one of int32 and is scaled afterwards, so there is none to add into.
+        with without_autocast(x.device.type):
+            total.add_(int8_ops.linear_int8(x, weight.quantized, weight.absmax, None, weight.threshold))
+    else:
+        accumulate_ops.add_product(total, x, weight.to(x.dtype).t())
+
+
+def _add_input_grad(total: Tensor | None, grad: Tensor, weight: FrozenWeight) -> Tensor:
     """total + grad W, in total's memory where there is one."""
     if isinstance(weight, PackedWeight):
         if total is None:
             return linear_ops.linear_4bit_input_grad(grad, weight)
         accumulate_ops.add_linear_4bit_input_grad(total, grad, weight)
         return total
+    if isinstance(weight, Int8Weight):
+        part = int8_ops.linear_int8_input_grad(grad, weight.quantized, weight.absmax)
+        return part if total is None else total.add_(part)
     weight = weight.to(grad.dtype)
     if total is None:
         return grad @ weight
