@@ -4,13 +4,20 @@ Values are bit for bit those of `nf4_triton`; what differs is where they go: row
 matrix whose rows are further apart.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.nf4_triton import launches_early
-from halfbyte.kernels.packed_triton import as_units, block_scale, check_blocksize, in_range, lookup, unit_of
+from halfbyte.kernels.packed_triton import (
+    block_scale,
+    check_blocksize,
+    in_range,
+    lookup,
+    unit_of,
+    unit_pointer,
+)
 from halfbyte.kernels.packed_weight import PackedWeight
 
 _UNIT = 8  # values a thread takes at a time: one 32-bit word
@@ -48,6 +55,7 @@ def _stack_kernel(
 ):
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    packed = unit_pointer(packed, UNIT)
     weight_programs = tl.cdiv(numel, UNITS * UNIT)
     if tl.program_id(0) < weight_programs:
         first = tl.program_id(0).to(tl.int64) * UNITS
@@ -88,6 +96,9 @@ def _stack_kernel(
         )
 
 
+_launch_stack = Launcher(_stack_kernel, enable_fp_fusion=False)
+
+
 def supports(weight: PackedWeight) -> bool:
     """Whether the kernel can take this weight: CUDA, and rows of whole words."""
     return (
@@ -105,38 +116,41 @@ def stack_weight(
     check_blocksize(weight.blocksize)
     outputs, width = weight.shape
     numel = outputs * width
-    double = weight.nested_absmax is not None
     adapter_numel = outputs * columns
     units = max(_UNITS, weight.blocksize // _UNIT)
     programs = triton.cdiv(numel, units * _UNIT) + triton.cdiv(adapter_numel, _ADAPTER_VALUES)
     early = launches_early(out.device)
-    with torch.cuda.device_of(out):
-        _stack_kernel[(programs,)](
-            as_units(weight.packed, _UNIT),
+    absent = weight.absmax
+    _launch_stack(
+        (programs, 1, 1),
+        (
+            weight.packed,
             weight.absmax,
-            weight.nested_absmax if double else weight.absmax,
-            weight.offset if double else weight.absmax,
+            weight.nested_absmax if weight.nested_absmax is not None else absent,
+            weight.offset if weight.offset is not None else absent,
             weight.code,
-            weight.nested_code if double else weight.absmax,
-            out if up is None else up,
+            weight.nested_code if weight.nested_code is not None else absent,
+            absent if up is None else up,
             out,
             numel,
             adapter_numel,
-            scale,
-            WIDTH=width,
-            STRIDE=out.stride(0),
-            RANK=0 if up is None else up.shape[1],
-            FIRST=first,
-            COLUMNS=max(columns, 1),
-            BLOCKSIZE=weight.blocksize,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            UNIT=_UNIT,
-            UNITS=units,
-            ADAPTER_VALUES=_ADAPTER_VALUES,
-            DOUBLE=double,
-            EVEN=numel % (units * _UNIT) == 0,
-            EARLY=early,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,
-            launch_pdl=early,
-        )
+            float(scale),
+        ),
+        (
+            width,
+            out.stride(0),
+            0 if up is None else up.shape[1],
+            first,
+            max(columns, 1),
+            weight.blocksize,
+            weight.nested_blocksize,
+            _UNIT,
+            units,
+            _ADAPTER_VALUES,
+            weight.nested_absmax is not None,
+            numel % (units * _UNIT) == 0,
+            early,
+        ),
+        num_warps=_WARPS,
+        launch_pdl=early,
+    )
