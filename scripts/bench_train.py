@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.kernels.attention import BACKENDS
 from halfbyte.quant.convert import QuantRecipe, convert
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.losses import MSE
@@ -68,6 +70,7 @@ _SD35_LARGE = {
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
 }
+_KEEP: dict[str, Keep] = {"none": "everything", "selective": "attention", "full": "inputs"}
 # Family, transformer, skip list, text tokens.
 _MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
     "flux": (Flux, _FLUX, (), 512),
@@ -166,8 +169,14 @@ def measure(arguments: argparse.Namespace, row: str, device: torch.device) -> di
     )
     denoiser.to(device)
     if row != "peer":
-        family.share_inputs(denoiser)
-    if arguments.checkpoint:
+        # torch compiles what runs layer by layer; a block that runs whole is compiled already.
+        settings = BlockSettings(
+            "everything" if arguments.compile else _KEEP[arguments.checkpoint],
+            whole=arguments.whole and not arguments.compile,
+            backend=arguments.attention,
+        )
+        family.fuse_blocks(denoiser, settings)
+    if arguments.checkpoint != "none" and (row == "peer" or arguments.compile):
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
     if arguments.compile:
@@ -227,6 +236,8 @@ def measure(arguments: argparse.Namespace, row: str, device: torch.device) -> di
         "row": row,
         "px": arguments.px,
         "checkpoint": arguments.checkpoint,
+        "whole": arguments.whole and not arguments.compile,
+        "attention": arguments.attention,
         "compile": arguments.compile,
         "median_s": statistics.median(times),
         "min_s": min(times),
@@ -256,7 +267,9 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--checkpoint", choices=_KEEP, default="full", help="train.gradient_checkpointing")
+    parser.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="fused blocks")
+    parser.add_argument("--attention", choices=BACKENDS, help="without: what needs no probe")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--json", type=Path, help="append each row to this file, one JSON object a line")
     arguments = parser.parse_args()
@@ -266,7 +279,8 @@ def main() -> None:
     for row in arguments.rows.split(","):
         result = measure(arguments, row, device)
         print(
-            f"{result['row']:5} {result['px']} px checkpoint={result['checkpoint']} compile={result['compile']}:"
+            f"{result['row']:5} {result['px']} px checkpoint={result['checkpoint']} compile={result['compile']}"
+            f" whole={result['whole']} attention={result['attention']}:"
             f" {result['median_s']:.3f} s (min {result['min_s']:.3f}, first {result['first_s']:.1f}),"
             f" base {result['base_gib']:.2f} peak {result['peak_gib']:.2f} GiB",
             flush=True,

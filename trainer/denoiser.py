@@ -48,9 +48,12 @@ class Loaded:
     footprint: int
 
 
-def _block_settings(recipe: Recipe) -> BlockSettings:
+def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
+    """How the blocks run, with `attention` as the backend."""
     keep: dict[str, Keep] = {"none": "everything", "selective": "attention", "full": "inputs"}
-    return BlockSettings(keep[recipe.train.gradient_checkpointing], whole=recipe.train.fused_blocks)
+    return BlockSettings(
+        keep[recipe.train.gradient_checkpointing], whole=recipe.train.fused_blocks, backend=attention
+    )
 
 
 def _start_from_error(recipe: Recipe, family: Family, denoiser: nn.Module) -> None:
@@ -77,7 +80,10 @@ def _base_cache(recipe: Recipe) -> BaseCache | None:
     return BaseCache(folder / "bases", FileDigests(folder / "digests"))
 
 
-def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console) -> Loaded:
+def load_denoiser(
+    recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
+) -> Loaded:
+    """The transformer with its adapters; `attention` names the backend, None takes what needs no probe."""
     loading = Shown(console, "loading the transformer", BYTES)
     denoiser = family.load_denoiser(
         quant_recipe(recipe),
@@ -108,9 +114,6 @@ def load_denoiser(recipe: Recipe, family: Family, world: World, console: Console
     )
     if recipe.lora.init == "loftq":
         _start_from_error(recipe, family, denoiser)
-    if recipe.train.fused_adapters:
-        family.fuse_blocks(denoiser, _block_settings(recipe))
-    elif recipe.train.gradient_checkpointing != "none":
-        model.enable_gradient_checkpointing()
+    family.fuse_blocks(denoiser, block_settings(recipe, attention))
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return Loaded(denoiser.eval(), trained, quantized, footprint)

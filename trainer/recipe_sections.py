@@ -246,6 +246,9 @@ class TrainSection(Section):
     """What the blocks keep for the backward: nothing but their inputs (full), also what attention gave, so that
     it runs once (selective: twice the memory of full, which is little), or everything that costs a product (none).
     What is not kept is computed again. Layer by layer (train.fused_blocks: false) selective is full."""
+    attention: Literal["auto", "cudnn", "flash", "efficient"] = "auto"
+    """The kernel that attention runs on CUDA. auto: the fastest of those whose output and gradients prove right at
+    the run's shapes, each tried in a process of its own, once for a device. On the CPU auto alone."""
     fused_adapters: bool = True
     """Compute each layer and its adapter as one function, which keeps less for the backward; false: PEFT's own
     layers, which give the same up to rounding."""

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from halfbyte.trainer.adapters import TrainedLayers
+from halfbyte.trainer.attention_choice import AttentionChoice
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import Measurement
@@ -29,6 +30,7 @@ class Opening:
     pictures: int
     views: int  # cached crops and mirrors of them
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
+    attention: AttentionChoice
     held_out: int  # pictures that validation measures
 
 
@@ -61,6 +63,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {', '.join(f'{w}x{h}' for w, h in opening.sizes)}",
         ),
         ("validation", _validation_plan(recipe, opening.held_out)),
+        ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
         ("timesteps", objective.timesteps.describe()),
         ("shift", f"{objective.shift.describe()}; {_shift_note(opening, tokens)}"),
         ("weighting", f"{objective.weighting.describe()}; loss {objective.loss.describe()}"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import load_adapter_state
+from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import export_adapter, export_base, is_quantized
@@ -49,10 +50,11 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     saved = _saved_state(folder, recipe, world) if resume else None
     first_step = saved.position.step if saved else 0
 
-    loaded = load_denoiser(recipe, family, world, console)
+    attention = _attention(recipe, family, world, prepared)
+    loaded = load_denoiser(recipe, family, world, console, attention=attention.backend)
     denoiser = loaded.denoiser
     barrier(world)  # no process may find the folder of another one's start
-    write_lines(console, opening_lines(_opening(recipe, family, world, loaded, prepared)))
+    write_lines(console, opening_lines(_opening(recipe, family, world, loaded, prepared, attention)))
     sampler = PictureSampler(
         family,
         denoiser,
@@ -87,6 +89,23 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     return True
 
 
+def _attention(recipe: Recipe, family: Family, world: World, prepared: Prepared) -> AttentionChoice:
+    """Chosen at the largest size of the run; one process of each machine probes, the others find its result."""
+    tokens = max(
+        family.image_tokens(height // family.vae_scale, width // family.vae_scale)
+        for width, height in prepared.sizes
+    )
+    shape = AttentionShape(
+        tokens + family.text_tokens, *family.attention_heads, DTYPES[recipe.quant.compute_dtype]
+    )
+    if world.local_rank != 0:
+        barrier(world)
+    choice = choose_attention(recipe.train.attention, shape, world.device, recipe.data.cache_folder)
+    if world.local_rank == 0:
+        barrier(world)
+    return choice
+
+
 def _check_precision(recipe: Recipe, world: World) -> None:
     if recipe.quant.compute_dtype == "float16" and world.device.type == "cpu":
         raise RecipeError(
@@ -112,7 +131,14 @@ def _saved_state(folder: RunFolder, recipe: Recipe, world: World) -> checkpoint.
     return saved
 
 
-def _opening(recipe: Recipe, family: Family, world: World, loaded: Loaded, prepared: Prepared) -> Opening:
+def _opening(
+    recipe: Recipe,
+    family: Family,
+    world: World,
+    loaded: Loaded,
+    prepared: Prepared,
+    attention: AttentionChoice,
+) -> Opening:
     return Opening(
         recipe,
         family,
@@ -123,6 +149,7 @@ def _opening(recipe: Recipe, family: Family, world: World, loaded: Loaded, prepa
         pictures=len(prepared.samples),
         views=prepared.views,
         sizes=prepared.sizes,
+        attention=attention,
         held_out=len(prepared.held_out),
     )
 

@@ -98,6 +98,16 @@ class Family(ABC):
         """Picture sides are multiples of this: the VAE's scale times the denoiser's patch of two."""
         return self.vae_scale * 2
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a caption that the denoiser sees."""
+        return self.max_sequence_length
+
+    @property
+    def attention_heads(self) -> tuple[int, int]:
+        """Heads of the joint attention, and the dimension of each."""
+        return self.denoiser_config["num_attention_heads"], self.denoiser_config["attention_head_dim"]
+
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens the denoiser sees of a latent of this size (latent pixels)."""
         return (height // 2) * (width // 2)

@@ -38,6 +38,11 @@ class SD3(Family):
         """256, as the stock pipeline pads T5; CLIP's 77 tokens come before them."""
         return 256
 
+    @property
+    def text_tokens(self) -> int:
+        """T5's, behind the 77 of the CLIPs."""
+        return 77 + self.max_sequence_length
+
     def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
         """CLIP-L and CLIP-G beside T5 on the sequence, their pooled outputs side by side."""
         prompt_embeds, _, pooled, _ = pipeline.encode_prompt(
