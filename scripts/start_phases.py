@@ -1,5 +1,6 @@
 """One start of a training run, watched: seconds, host memory and device memory of each phase up to the first step."""
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -35,6 +37,7 @@ class Start:
     to_first_step: float  # seconds from the start of the interpreter, imports included
     first_loss_finite: bool
     packed_base_bytes: int
+    host_peak: float  # GB, by the system's own count of everything resident
 
 
 class PhaseWatch:
@@ -130,22 +133,30 @@ def start(recipe_file: Path, overrides: list[str], began: float) -> Start:
 
     load = run.load_denoiser
 
-    def load_denoiser(*arguments: Any) -> Any:
-        loaded = load(*arguments)
+    def load_denoiser(*arguments: Any, **options: Any) -> Any:
+        loaded = load(*arguments, **options)
         measured["bytes"] = loaded.footprint
         return loaded
 
-    run.prepare = watched("encode", run.prepare)
-    run.load_denoiser = watched("transformer", load_denoiser)
-    run.fit = watched("first step", run.fit)
-    Recorder.on_step_end = first_step  # type: ignore[method-assign]
     try:
-        run.run(recipe, world, console=Console(soft_wrap=True), resume=False)
+        with (
+            patch.object(run, "prepare", watched("encode", run.prepare)),
+            patch.object(run, "load_denoiser", watched("transformer", load_denoiser)),
+            patch.object(run, "fit", watched("first step", run.fit)),
+            patch.object(Recorder, "on_step_end", first_step),
+        ):
+            run.run(recipe, world, console=Console(soft_wrap=True), resume=False)
     except _FirstStep:
         pass
     finally:
         watch.stop()
-    return Start(watch.phases, measured["seconds"], measured["finite"], measured["bytes"])
+    return Start(
+        watch.phases,
+        measured["seconds"],
+        measured["finite"],
+        measured["bytes"],
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    )
 
 
 def as_json(result: Start) -> dict[str, Any]:
