@@ -1,11 +1,15 @@
 """What a family sends to its denoiser is what the stock pipeline sends at inference."""
 
+import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import TextEmbedding
 from halfbyte.trainer.families.flux import Flux, image_ids, pack, unpack
 from halfbyte.trainer.families.sd3 import SD3
@@ -133,3 +137,22 @@ def test_targets_are_presets_or_regular_expressions(mini_flux):
         "the model's last layer is no block"
     )
     assert family.lora_targets(r".*\.to_q") == r".*\.to_q"
+
+
+@pytest.mark.parametrize(
+    ("component", "file"),
+    [("transformer", "diffusion_pytorch_model.safetensors"), ("text_encoder_2", "model.safetensors")],
+)
+@pytest.mark.parametrize("damage", ["missing", "cut short", "a pickle"])
+def test_a_large_file_that_is_not_whole_is_told_at_once(mini_flux, tmp_path, component, file, damage):
+    folder = shutil.copytree(mini_flux, tmp_path / "model")
+    weights = folder / component / file
+    if damage == "missing":
+        index = {"weight_map": {"a": "part-1.safetensors"}}
+        (folder / component / f"{file}.index.json").write_text(json.dumps(index))
+    elif damage == "cut short":
+        os.truncate(weights, weights.stat().st_size - 1)
+    else:
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(RecipeError, match=rf"model\.path: .*{component}.*(missing|not a whole|pickled)"):
+        Flux.open(str(folder), None, None)

@@ -20,6 +20,9 @@ from huggingface_hub.errors import (
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.file_digests import FileDigests
 
+# The same weights again, 9.5 GB of T5 among them.
+_OTHER_PRECISIONS = ["*.fp16*"]
+
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
 
 
@@ -131,7 +134,11 @@ def _download(name: str, revision: str | None, components: Sequence[str]) -> Mod
         wanted += [f"{part}/*{suffix}" for suffix in (".json", ".safetensors", ".txt", ".model")]
     page = f"https://huggingface.co/{name}"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_PRECISIONS
+            )
+        )
     except GatedRepoError as error:
         raise HubError(
             f"model.path: {name} is gated: accept its licence at {page}, then log in with `hf auth login` or set"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.fill import Progress
 from halfbyte.quant.load import load_quantized
+from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_parts import BlockSettings
@@ -72,10 +73,19 @@ class Family(ABC):
 
     @classmethod
     def open(cls, path: str, revision: str | None, max_sequence_length: int | None) -> Self:
-        """The family at a folder or Hub repository. Raises RecipeError or HubError, see `source.resolve`."""
-        return cls(
-            resolve(path, revision, cls.components(), cls.denoiser_class.__name__), max_sequence_length
-        )
+        """The family at a folder or Hub repository.
+
+        Raises RecipeError or HubError, see `source.resolve`; a large file that is missing or cut short is told
+        here, and not when an hour of encoding is over.
+        """
+        source = resolve(path, revision, cls.components(), cls.denoiser_class.__name__)
+        try:
+            for component, file in (("transformer", WEIGHTS_FILE), (cls.t5_component, TEXT_WEIGHTS_FILE)):
+                with ShardedWeights(source.folder / component, file):
+                    pass
+        except ValueError as error:
+            raise RecipeError(f"model.path: {error}") from error
+        return cls(source, max_sequence_length)
 
     def __init__(self, source: ModelSource, max_sequence_length: int | None) -> None:
         self.source = source
