@@ -119,6 +119,29 @@ def _dequantize_kernel(
 _launch_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
 
 
+@functools.cache
+def _dequantize_plan(
+    numel: int,
+    size: int,  # bytes of a dequantized value
+    unit: int,
+    blocksize: int,
+    nested_blocksize: int | None,
+    device: torch.device,
+) -> tuple[tuple[int, int, int], tuple[int | bool, ...], bool]:
+    """The grid, the constants of the kernel, and whether it may be launched early."""
+    check_blocksize(blocksize)
+    per_program = _UNITS_PER_PROGRAM_SMALL if numel <= _SMALL_NUMEL else _UNITS_PER_PROGRAM
+    units = max(per_program, blocksize // unit)
+    early = launches_early(device)
+    even = numel % (units * unit) == 0
+    # A weight that the L2 cannot hold until it is read should not push out what it can.
+    stream = numel * size > _cache_bytes(device)
+    double = nested_blocksize is not None
+    nested = nested_blocksize or blocksize
+    constants = (blocksize, nested, unit, units, double, even, early, stream)
+    return (triton.cdiv(numel, units * unit), 1, 1), constants, early
+
+
 def _dequantize(
     packed: Tensor,
     absmax: Tensor,
@@ -126,24 +149,19 @@ def _dequantize(
     code: Tensor,
     out: Tensor,
     blocksize: int,
-    nested_blocksize: int,
+    nested_blocksize: int | None,
 ) -> None:
-    check_blocksize(blocksize)
     numel = out.numel()
     if numel == 0:
         return
-    unit = unit_of(packed, numel)
-    per_program = _UNITS_PER_PROGRAM_SMALL if numel <= _SMALL_NUMEL else _UNITS_PER_PROGRAM
-    units = max(per_program, blocksize // unit)
+    grid, constants, early = _dequantize_plan(
+        numel, out.itemsize, unit_of(packed, numel), blocksize, nested_blocksize, packed.device
+    )
     nested_absmax, offset, nested_code = nested or (absmax, absmax, absmax)
-    early = launches_early(packed.device)
-    even = numel % (units * unit) == 0
-    # A weight that the L2 cannot hold until it is read should not push out what it can.
-    stream = out.nbytes > _cache_bytes(out.device)
     _launch_dequantize(
-        (triton.cdiv(numel, units * unit), 1, 1),
+        grid,
         (packed, absmax, nested_absmax, offset, code, nested_code, out, numel),
-        (blocksize, nested_blocksize, unit, units, nested is not None, even, early, stream),
+        constants,
         num_warps=_DEQUANTIZE_WARPS,
         launch_pdl=early,
     )
@@ -154,7 +172,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """`reference.dequantize_4bit` in one launch."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    _dequantize(packed, absmax, None, code, out, blocksize, blocksize)
+    _dequantize(packed, absmax, None, code, out, blocksize, None)
     return out
 
 

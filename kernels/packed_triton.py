@@ -1,6 +1,5 @@
 """What the CUDA kernels of the 4-bit format share: units of packed values, block scales, table lookups."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,15 +24,9 @@ def unit_of(packed: Tensor, numel: int) -> int:
     return _WORD_UNIT if numel % _WORD_UNIT == 0 and packed.data_ptr() % 4 == 0 else _BYTE_UNIT
 
 
-def as_units(packed: Tensor, unit: int) -> Tensor:
-    """The packed bytes as one element a unit: int32 words or the bytes themselves."""
-    flat = packed.reshape(-1)
-    return flat.view(torch.int32) if unit == _WORD_UNIT else flat
-
-
 @triton.jit
 def unit_pointer(packed, UNIT: tl.constexpr):
-    """The address of packed bytes as one of units: what `as_units` does, at no cost to the processor."""
+    """The address of packed bytes as one of units: int32 words or the bytes themselves."""
     if UNIT == 8:
         units = packed.to(tl.pointer_type(tl.int32))
     else:
