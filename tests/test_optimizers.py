@@ -8,11 +8,13 @@ from safetensors.torch import save_file
 
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.averages import OptimizerAverage
-from halfbyte.trainer.optimizers import OPTIMIZERS, Adafactor, AdamW, Prodigy, ScheduleFreeAdamW
+from halfbyte.trainer.optimizers import OPTIMIZERS, Adafactor, AdamW, AdamW8Bit, Prodigy, ScheduleFreeAdamW
 
 # With the numbers of state a parameter that each says it holds, of matrices large enough for rows not to count.
 CHOICES = {
     "adamw": (AdamW(name="adamw", lr=1e-2), 2.0),
+    # In bytes, of which a parameter's value has four.
+    "adamw_8bit": (AdamW8Bit(name="adamw_8bit", lr=1e-2), 0.508),
     "adafactor": (Adafactor(name="adafactor", lr=1e-2), 0.2),
     "prodigy": (Prodigy(name="prodigy", d0=1e-4), 3.5),
     "prodigy sliced": (Prodigy(name="prodigy", d0=1e-4, slice_p=11), 2.2),
@@ -114,7 +116,7 @@ def test_its_state_is_what_it_says(choice, numbers):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     held = sum(
-        value.numel()
+        value.nbytes / 4
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

@@ -12,6 +12,7 @@ from pydantic import Field
 from schedulefree import AdamWScheduleFree
 from torch.nn import Parameter
 
+from halfbyte.trainer.adamw_8bit import AdamW8bit
 from halfbyte.trainer.averages import OptimizerAverage, Weights
 from halfbyte.trainer.registry import Choice, Registry
 
@@ -70,6 +71,23 @@ class AdamW(OptimizerChoice):
             weight_decay=self.weight_decay,
             # One kernel for all adapters; on the CPU the plain loop is as fast at these sizes.
             fused=_on_cuda(named),
+        )
+
+
+@OPTIMIZERS.register
+class AdamW8Bit(AdamW):
+    """AdamW with its state in 8 bits, in blocks of 256 with a scale each; state: two bytes a parameter, a quarter of
+    AdamW's, and the same learning rate."""
+
+    name: Literal["adamw_8bit"]  # type: ignore[assignment]
+
+    def build(self, named_parameters: Named) -> torch.optim.Optimizer:
+        return AdamW8bit(
+            _trainable(named_parameters),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
         )
 
 

@@ -1,0 +1,112 @@
+"""AdamW with 8-bit moments as an optimizer of torch: a quarter of the state, one kernel for all parameters."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from halfbyte.kernels import adamw_8bit_reference
+from halfbyte.kernels.adamw_8bit_reference import BLOCK, AdamStep, Moments
+
+_FIELDS = ("mean", "mean_scale", "square", "square_scale")
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """Moments as bytes with a scale for each 256, see `halfbyte.kernels.adamw_8bit_reference`.
+
+    Takes one group of contiguous fp32 parameters on one device.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(list(named_parameters), defaults)
+        for parameter in self._parameters:
+            assert parameter.dtype == torch.float32, f"expected fp32 parameters, got {parameter.dtype}"
+            assert parameter.is_contiguous(), "expected contiguous parameters"
+        self._moments: Moments | None = None  # of all parameters in a row, each's padded to whole blocks
+        self._table: Any = None
+
+    @property
+    def _parameters(self) -> list[Parameter]:
+        (group,) = self.param_groups
+        return cast(list[Parameter], group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Moves every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,) = self.param_groups
+        group["step"] += 1
+        beta1, beta2 = group["betas"]
+        step = AdamStep(group["step"], group["lr"], (beta1, beta2), group["eps"], group["weight_decay"])
+        moments = self._in_a_row()
+        parameters = self._parameters
+        gradients = [None if p.grad is None else p.grad.contiguous() for p in parameters]
+        if parameters[0].is_cuda:
+            # Triton is there where CUDA is, and need not be elsewhere.
+            from halfbyte.kernels import adamw_8bit_triton
+
+            if self._table is None:
+                self._table = adamw_8bit_triton.ParameterTable(parameters)
+            adamw_8bit_triton.update(self._table, parameters, gradients, moments, step)
+            return loss
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                own = Moments(**{name: self.state[parameter][name] for name in _FIELDS})
+                adamw_8bit_reference.update(parameter, gradient, own, step)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Optimizer's, which would turn the bytes into floats as the parameters are."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        if not state_dict["state"]:
+            return
+        self._moments = None
+        self._in_a_row()
+        for number, parameter in enumerate(self._parameters):
+            for name in _FIELDS:
+                self.state[parameter][name].copy_(state_dict["state"][number][name])
+
+    def _in_a_row(self) -> Moments:
+        """All moments, made at the first step; each parameter's state is a part of them."""
+        if self._moments is not None:
+            return self._moments
+        parameters = self._parameters
+        device = parameters[0].device
+        blocks = [-(-parameter.numel() // BLOCK) for parameter in parameters]
+        total = sum(blocks)
+
+        def zeros(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        self._moments = Moments(
+            zeros(total * BLOCK, torch.uint8),
+            zeros(total, torch.float32),
+            zeros(total * BLOCK, torch.uint8),
+            zeros(total, torch.float32),
+        )
+        first = 0
+        for parameter, count in zip(parameters, blocks, strict=True):
+            values = slice(first * BLOCK, first * BLOCK + parameter.numel())
+            scales = slice(first, first + count)
+            self.state[parameter] = {
+                "mean": self._moments.mean[values],
+                "mean_scale": self._moments.mean_scale[scales],
+                "square": self._moments.square[values],
+                "square_scale": self._moments.square_scale[scales],
+            }
+            first += count
+        return self._moments
