@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from halfbyte.trainer.cache_folder import DEFAULT_FOLDER, bases, clear, holdings
 from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
 from halfbyte.trainer.launch import World, leave, read_world
 from halfbyte.trainer.recipe import json_schema_text, load_recipe
@@ -73,6 +74,31 @@ def schema_command(
         typer.echo(text, nl=False)
     else:
         output.write_text(text, encoding="utf-8")
+
+
+@app.command("cache")
+def cache_command(
+    folder: Annotated[
+        Path, typer.Option(help="The recipe's data.cache_dir; without it the default one.")
+    ] = DEFAULT_FOLDER,
+    clear_kinds: Annotated[
+        list[str] | None,
+        typer.Option("--clear", help="Delete all of a kind: latents, texts, bases or digests."),
+    ] = None,
+) -> None:
+    """List what is kept between runs and what it takes; delete kinds of it, which the next run makes again."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    root = folder.expanduser()
+    try:
+        for kind in clear_kinds or []:
+            typer.echo(f"deleted {kind}: {clear(root, kind).nbytes / 1e9:.1f} GB")
+    except HalfbyteError as error:
+        _fail(errors, None, str(error), error.exit_code)
+    typer.echo(str(root))
+    for holding in holdings(root):
+        typer.echo(f"  {holding.kind:8} {holding.files:7} files {holding.nbytes / 1e9:8.1f} GB")
+    for line in bases(root):
+        typer.echo(f"  {line}")
 
 
 @app.command("quant-report")

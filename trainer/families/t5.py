@@ -1,5 +1,6 @@
 """The large text encoder, T5: how it is held while captions are encoded."""
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import read_config
 from halfbyte.quant.load_text_encoder import count_parameters, load_text_encoder
 from halfbyte.trainer.errors import RecipeError
+
+log = logging.getLogger(__name__)
 
 T5Quant = Literal["none", "int8", "nf4"]
 T5Setting = Literal["auto", "none", "int8", "nf4"]
@@ -40,6 +43,7 @@ def settle(setting: T5Setting, folder: Path) -> T5Quant:
 def load_t5(folder: Path, quant: T5Quant, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The T5 in `folder`, streamed to the device. Raises RecipeError for damaged files."""
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=dtype)
+    log.info("loading T5 from %s, held %s", folder, "as it is stored" if recipe is None else f"in {quant}")
     try:
         return load_text_encoder(T5EncoderModel, folder, recipe, dtype=dtype, device=device)
     except ValueError as error:
