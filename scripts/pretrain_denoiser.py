@@ -15,7 +15,7 @@ from halfbyte.trainer.families.flux import image_ids, pack
 from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.timesteps import LogitNormal
 
-_LEARNING_RATE = 1.5e-3
+_LEARNING_RATE = 1.2e-3
 _DISTILLING_RATE = 5e-4
 CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
 _GUIDANCE = (1.0, 5.0)  # what the guidance embedding is told: anything, as the objective knows no guidance

@@ -156,6 +156,9 @@ STAGES = {
 
 
 def _device() -> torch.device:
+    # cuDNN's attention gives wrong gradients on FLUX's blocks, or faults (torch 2.11, cuDNN 9.19).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -12,7 +12,7 @@ from pretrain_styles import STYLES
 from torch import Tensor
 
 _STEPS = 16
-_GUIDANCE = 3.5  # as the recipes sample
+GUIDANCE = 3.5  # as the recipes sample
 _SHOWN = (
     "tiger face", "cat", "owl", "octopus", "red apple", "hamburger", "bicycle", "rocket", "castle", "cactus",
     "umbrella", "wrapped gift", "camera", "mushroom", "sailboat", "robot",
@@ -36,7 +36,9 @@ def prompts_of(corpus: Corpus, names: Sequence[str], style: str) -> Prompts:
 
 
 @torch.no_grad()
-def sample(pipeline: FluxPipeline, texts: list[str], *, seed: int, true_cfg: float = 1.0) -> Tensor:
+def sample(
+    pipeline: FluxPipeline, texts: list[str], *, seed: int, guidance: float = GUIDANCE, true_cfg: float = 1.0
+) -> Tensor:
     """(B, 3, 64, 64) fp32 in [0, 1] on the CPU; above 1, `true_cfg` is guidance against the empty prompt."""
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
@@ -46,7 +48,7 @@ def sample(pipeline: FluxPipeline, texts: list[str], *, seed: int, true_cfg: flo
         height=SIDE,
         width=SIDE,
         num_inference_steps=_STEPS,
-        guidance_scale=_GUIDANCE,
+        guidance_scale=guidance,
         max_sequence_length=CAPTION_TOKENS,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",

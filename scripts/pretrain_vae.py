@@ -2,17 +2,17 @@
 
 import torch
 from diffusers import AutoencoderKL
-from pretrain_captions import LOOKS
 from pretrain_corpus import Corpus
-from pretrain_looks import draw
+from pretrain_looks import as_input, draw_all
 from pretrain_pace import Pace
 from torch import Tensor, nn
 from torch.nn import functional
 
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE = 1.5e-3
 _KL = 1e-5  # per latent number: keeps them near unit size and costs no sharpness
 _EDGES = 1.0  # of the gradients' distance against the pixels': sharpness
-_COARSE = 0.25  # of the loss on latents shrunk to half, see `_loss`
+_COARSE = 1.0  # of the loss on latents shrunk to half, see `_loss`
+_COARSE_EVERY = 4  # steps
 
 
 def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, device: torch.device) -> float:
@@ -21,15 +21,15 @@ def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, dev
     Returns the peak signal-to-noise ratio over the corpus in decibels.
     """
     nn.Module.to(vae, device, memory_format=torch.channels_last).train().requires_grad_(True)
-    sprites = corpus.sprites.to(device)
+    table = draw_all(corpus.sprites.to(device))
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
     step = 0
     while pace.running(step):
-        pictures = _varied(sprites, batch).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+        pictures = _varied(table, batch).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, error = _loss(vae, pictures)
+            loss, error = _loss(vae, pictures, with_coarse=step % _COARSE_EVERY == 0)
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * pace.factor(step)
         optimizer.zero_grad()
@@ -40,10 +40,10 @@ def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, dev
             pace.tell(step, f"loss {loss:.4f}, L1 {error:.4f}")
         step += 1
     nn.Module.to(vae.eval().requires_grad_(False), memory_format=torch.contiguous_format)
-    return _measure(vae, sprites)
+    return _measure(vae, table)
 
 
-def _loss(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(vae: AutoencoderKL, pictures: Tensor, *, with_coarse: bool) -> tuple[Tensor, Tensor]:
     """(loss, mean L1 distance) of (B, 3, 64, 64) in [-1, 1].
 
     Part of it is that latents shrunk to half decode to the picture shrunk to half: latents whose coarse part
@@ -55,10 +55,12 @@ def _loss(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
     decoded = vae.decode(latents).sample.float()
     error = (decoded - pictures).abs().mean()
     edges = sum((_difference(decoded, axis) - _difference(pictures, axis)).abs().mean() for axis in (-1, -2))
-    half = vae.decode(functional.avg_pool2d(latents[: len(latents) // 2], 2)).sample.float()
-    coarse = (half - functional.avg_pool2d(pictures[: len(latents) // 2], 2)).abs().mean()
     kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-    return error + _EDGES * edges + _COARSE * coarse + _KL * kl, error.detach()
+    loss = error + _EDGES * edges + _KL * kl
+    if with_coarse:
+        half = vae.decode(functional.avg_pool2d(latents, 2)).sample.float()
+        loss = loss + _COARSE * (half - functional.avg_pool2d(pictures, 2)).abs().mean()
+    return loss, error.detach()
 
 
 def _difference(pictures: Tensor, axis: int) -> Tensor:
@@ -66,19 +68,18 @@ def _difference(pictures: Tensor, axis: int) -> Tensor:
     return pictures.narrow(axis, 1, length - 1) - pictures.narrow(axis, 0, length - 1)
 
 
-def _varied(sprites: Tensor, batch: int) -> Tensor:
-    """(B, 3, 64, 64) in [0, 1]: pictures of the corpus, half of them with other colours, mirrored or moved.
+def _varied(table: Tensor, batch: int) -> Tensor:
+    """(B, 3, 64, 64) in [-1, 1]: pictures of the corpus, half of them with other colours, mirrored or moved.
 
     An autoencoder must keep whatever it is given later, so it sees more than the corpus's own colours; the
     held-out style is not drawn for it.
     """
-    device = sprites.device
-    chosen = torch.randint(len(sprites), (batch,), device=device)
-    looks = torch.randint(len(LOOKS), (batch,), device=device)
-    pictures = draw(sprites[chosen].float() / 255, looks)
+    device = table.device
+    pictures = as_input(table[torch.randint(len(table), (batch,), device=device)])
     order = torch.rand(batch, 3, device=device).argsort(dim=1)
     shuffled = pictures.gather(1, order[:, :, None, None].expand_as(pictures))
     scale, base = torch.rand(2, batch, 3, 1, 1, device=device)
+    base = 2 * base - 1
     recolored = base + (shuffled - base) * (0.3 + 0.7 * scale)
     recolored = recolored.roll(tuple(torch.randint(0, 64, (2,)).tolist()), dims=(-2, -1))
     keep = torch.rand(batch, 1, 1, 1, device=device) < 0.5
@@ -87,13 +88,12 @@ def _varied(sprites: Tensor, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(vae: AutoencoderKL, sprites: Tensor) -> float:
+def _measure(vae: AutoencoderKL, table: Tensor) -> float:
     """Sets shift and scale so that the latents of the corpus have mean 0 and deviation 1; see `train_vae`."""
-    looks = torch.arange(len(sprites), device=sprites.device) % len(LOOKS)
     means: list[Tensor] = []
     errors: list[Tensor] = []
-    for start in range(0, len(sprites), 256):
-        pictures = draw(sprites[start : start + 256].float() / 255, looks[start : start + 256]) * 2 - 1
+    for part in table.split(512):
+        pictures = as_input(part)
         means.append(vae.encode(pictures).latent_dist.mean)
         errors.append((vae.decode(means[-1]).sample - pictures).square().mean(dim=(1, 2, 3)))
     latents = torch.cat(means)
