@@ -5,73 +5,26 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from halfbyte.trainer.buckets import Cropping, View, views_of
+from halfbyte.trainer.buckets import View
 from halfbyte.trainer.cache import LatentCache, TextCache, fill
-from halfbyte.trainer.data import read_samples
 from halfbyte.trainer.errors import DataError
-from halfbyte.trainer.families.base import Encoders, LatentMoments, TextEmbedding
-from halfbyte.trainer.plan import Plan
-from halfbyte.trainer.samples import Batch, PlannedBatches, TrainingSet, collate
+from halfbyte.trainer.families.base import LatentMoments
 
-
-class CountingEncoders(Encoders):
-    """Latents that are the picture's mean colour, embeddings that are the caption's bytes; notes its calls."""
-
-    def __init__(self, latent_fingerprint: str = "vae1", text_fingerprint: str = "text1") -> None:
-        self.latent_fingerprint = latent_fingerprint
-        self.text_fingerprint = text_fingerprint
-        self.pictures: list[tuple[int, ...]] = []
-        self.captions: list[str] = []
-
-    def encode_images(self, pixels: Tensor) -> LatentMoments:
-        self.pictures += [tuple(one.shape) for one in pixels]
-        mean = torch.nn.functional.avg_pool2d(pixels, 8)
-        return LatentMoments(mean, mean.abs() + 0.1)
-
-    def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
-        self.captions += captions
-        return embedding_of(captions)
-
-
-def embedding_of(captions: Sequence[str]) -> TextEmbedding:
-    codes = torch.zeros(len(captions), 8, 4)
-    for row, caption in enumerate(captions):
-        for place, code in enumerate(caption.encode()[:8]):
-            codes[row, place] = code
-    return TextEmbedding(codes.bfloat16(), codes.sum(1).bfloat16())
+from counting_encoders import CountingEncoders, captions_of, embedding_of, views_in, write_pictures
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    shapes = {"a": (64, 48), "b": (64, 48), "c": (48, 64), "d": (64, 64)}
-    for number, (name, shape) in enumerate(shapes.items()):
-        Image.new("RGB", shape, (60 * number, 255 - 60 * number, 30)).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"cap {name}", encoding="utf-8")
-    return folder
-
-
-def views_in(folder: Path, prefix: str = "", **cropping: object) -> list[View]:
-    groups = views_of(read_samples(folder, prefix), Cropping(32, 16, **cropping), seed=0)
-    return [view for group in groups for view in group]
-
-
-def captions_of(views: Sequence[View]) -> list[str]:
-    return [view.sample.caption for view in views]
+    return write_pictures(tmp_path / "pictures")
 
 
 def entries(cache: Path) -> list[Path]:
@@ -356,86 +309,3 @@ class TestDamage:
             "mean": torch.float32,
             "std": torch.float32,
         }
-
-
-class TestBatches:
-    @pytest.fixture
-    def groups(self, pictures: Path) -> list[tuple[View, ...]]:
-        return views_of(read_samples(pictures), Cropping(32, 16), seed=0)
-
-    def loaded(self, groups: list[tuple[View, ...]], cache: Path, **options: object) -> DataLoader[Batch]:
-        views = [view for group in groups for view in group]
-        latents, texts = fill(cache, CountingEncoders(), views, captions_of(views))
-        batches = PlannedBatches(Plan(groups, seed=0, global_batch=2), batch_size=2, rank=0, start=0, stop=24)
-        data = TrainingSet(latents, texts, **options)
-        return DataLoader(data, batch_sampler=batches, collate_fn=collate)
-
-    def test_latents_come_with_their_own_captions(
-        self, groups: list[tuple[View, ...]], tmp_path: Path
-    ) -> None:
-        rows = 0
-        for batch in self.loaded(groups, tmp_path / "cache"):
-            for mean, prompt in zip(batch.latent_mean, batch.prompt_embeds, strict=True):
-                letter = chr(int(prompt[4, 0].item()))
-                assert round((mean[0, 0, 0].item() + 1) * 127.5) == 60 * "abcd".index(letter)
-                rows += 1
-        assert rows == 48
-
-    def test_shapes_positions_and_order(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
-        plan = Plan(groups, seed=0, global_batch=2)
-        loader = self.loaded(groups, tmp_path / "cache")
-        assert len(loader) == 24
-        for batch, planned in zip(loader, islice(plan.micro_batches(), 24), strict=True):
-            assert batch.positions == tuple(entry.position for entry in planned)
-            view = planned[0].view
-            assert batch.latent_mean.shape == (2, 3, view.height // 8, view.width // 8)
-            assert batch.latent_std.shape == batch.latent_mean.shape
-            assert batch.prompt_embeds.shape == (2, 8, 4)
-            assert batch.pooled_prompt_embeds.shape == (2, 4)
-
-    def test_caption_dropout_is_keyed_by_position(
-        self, groups: list[tuple[View, ...]], tmp_path: Path
-    ) -> None:
-        def dropped(**options: object) -> list[bool]:
-            batches = self.loaded(groups, tmp_path / "cache", **options)
-            return [not row.any() for batch in batches for row in batch.prompt_embeds]
-
-        half = dropped(caption_dropout=0.5, seed=0)
-        assert 12 < sum(half) < 36
-        assert dropped(caption_dropout=0.5, seed=0) == half
-        assert dropped(caption_dropout=0.5, seed=1) != half
-        assert not any(dropped(caption_dropout=0.0))
-        assert all(dropped(caption_dropout=1.0))
-
-    def test_lightning_moves_a_batch(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
-        batch = next(iter(self.loaded(groups, tmp_path / "cache")))
-        moved = move_data_to_device(batch, torch.device("meta"))
-        assert isinstance(moved, Batch)
-        assert moved.positions == batch.positions
-        tensors = (moved.latent_mean, moved.latent_std, moved.prompt_embeds, moved.pooled_prompt_embeds)
-        assert all(tensor.is_meta for tensor in tensors)
-
-    @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    def test_a_pinned_batch_arrives_whole(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
-        plain = self.loaded(groups, tmp_path / "cache")
-        pinned = DataLoader(
-            plain.dataset, batch_sampler=plain.batch_sampler, collate_fn=collate, pin_memory=True
-        )
-        for one, other in zip(plain, pinned, strict=True):
-            assert other.latent_mean.is_pinned()
-            moved = other.to("cuda")
-            assert moved.prompt_embeds.is_cuda
-            assert torch.equal(one.latent_mean, moved.latent_mean.cpu())
-
-    def test_worker_processes_give_the_same_batches(
-        self, groups: list[tuple[View, ...]], tmp_path: Path
-    ) -> None:
-        alone = self.loaded(groups, tmp_path / "cache")
-        workers = DataLoader(
-            alone.dataset, batch_sampler=alone.batch_sampler, collate_fn=collate, num_workers=2
-        )
-        for one, other in zip(alone, workers, strict=True):
-            assert one.positions == other.positions
-            assert torch.equal(one.latent_mean, other.latent_mean)
-            assert torch.equal(one.prompt_embeds, other.prompt_embeds)
