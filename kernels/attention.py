@@ -110,7 +110,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: tuple[Te
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*attention_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+    query, key, value, out, logsumexp = ctx.saved_tensors
+    return (*attention_backward(grad, query, key, value, out, logsumexp, ctx.backend), None)
 
 
 torch.library.register_autograd("halfbyte::attention", _gradients, setup_context=_save, lib=_library)

@@ -72,7 +72,7 @@ def probe(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, hea
             found = error(backend, query, key, value, grad)
             took = seconds(backend, query, key, value, grad)
         except RuntimeError as refused:
-            result = {"backend": backend, "refused": str(refused).splitlines()[0]}
+            result: dict[str, str | float] = {"backend": backend, "refused": str(refused).splitlines()[0]}
         else:
             result = {"backend": backend, "error": found, "seconds": took}
         print(json.dumps(result), flush=True)

@@ -11,54 +11,34 @@ from typing import Any
 import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from halfbyte.kernels.attention import default_backend
-from halfbyte.quant.autocast import autocast_dtype
 from halfbyte.quant.lora import lora_linears
 from halfbyte.trainer.families.block_parts import BlockSettings, adapters, linear_group, plain
+from halfbyte.trainer.families.dual_block import DualBlock, DualBlockFunction, StreamPart
 from halfbyte.trainer.families.flux_attention import Rotary, SharedInputAttention
-from halfbyte.trainer.families.flux_dual import DualBlock, DualBlockFunction, StreamPart
 from halfbyte.trainer.families.flux_single import SingleBlock, SingleBlockFunction
 from halfbyte.trainer.families.joint_attention import JointAttention
+from halfbyte.trainer.families.whole_block import WholeBlock
 
 
-class _Block(nn.Module):
-    """What both kinds of block share; mixed into diffusers' classes."""
-
-    settings: BlockSettings
-
-    def _computed_in(self, x: Tensor) -> torch.dtype:
-        dtype = autocast_dtype(x.device.type)
-        return x.dtype if dtype is None else dtype
-
-    def _runs_whole(self, processor: Any, joint_attention_kwargs: dict[str, Any] | None) -> bool:
-        return (
-            self.settings.whole
-            and not joint_attention_kwargs
-            and type(processor) is SharedInputAttention
-            and not torch.compiler.is_compiling()
-        )
-
-    def _by_layer(self, forward: Callable[..., Any], *inputs: Any) -> Any:
-        if self.settings.keep == "everything" or not torch.is_grad_enabled():
-            return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False)
+class _FluxBlock(WholeBlock):
+    """What both kinds of block share."""
 
     def _attention(self, module: Any, rotary: Rotary | None, x: Tensor, *, joint: bool) -> JointAttention:
         own = (module.norm_q.weight, module.norm_k.weight)
         added = (module.norm_added_q.weight, module.norm_added_k.weight) if joint else own
         return JointAttention(
             heads=module.heads,
+            head_dim=module.head_dim,
             norms=[added, own] if joint else [own],
             norm_eps=module.norm_q.eps,
             rotary=None if rotary is None else (rotary[0].float(), rotary[1].float()),
-            backend=self.settings.backend or default_backend(x.device, x.dtype),
+            backend=self.attention_backend(x),
         )
 
 
 # Named as diffusers names it: compile_repeated_blocks and device maps look for blocks by the name of their class.
-class FluxTransformerBlock(_Block, transformer_flux.FluxTransformerBlock):
+class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
     """The dual block."""
 
     def forward(
@@ -70,8 +50,8 @@ class FluxTransformerBlock(_Block, transformer_flux.FluxTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
-        if self._runs_whole(self.attn.processor, joint_attention_kwargs):
-            dtype = self._computed_in(hidden_states)
+        if self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
+            dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
             with torch.autocast(text.device.type, enabled=False):
                 block = self._whole(image, image_rotary_emb)
@@ -80,7 +60,7 @@ class FluxTransformerBlock(_Block, transformer_flux.FluxTransformerBlock):
                     norm.linear(norm.silu(temb)).to(dtype) for norm in (self.norm1_context, self.norm1)
                 ]
                 return DualBlockFunction.apply(text, image, *modulations, block, *adapters(block.groups))
-        return self._by_layer(
+        return self.by_layer(
             super().forward,
             hidden_states,
             encoder_hidden_states,
@@ -111,13 +91,13 @@ class FluxTransformerBlock(_Block, transformer_flux.FluxTransformerBlock):
             return None
         return DualBlock(
             self._attention(attention, rotary, x, joint=True),
-            (StreamPart(*groups[:4], clip=True), StreamPart(*groups[4:], clip=False)),
+            (StreamPart.of(groups[:4], clip=True), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
             keep=self.settings.keep,
         )
 
 
-class FluxSingleTransformerBlock(_Block, transformer_flux.FluxSingleTransformerBlock):
+class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransformerBlock):
     """The single block, whose MLP reads the same tokens as its attention."""
 
     def forward(
@@ -129,8 +109,8 @@ class FluxSingleTransformerBlock(_Block, transformer_flux.FluxSingleTransformerB
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
-        if self._runs_whole(self.attn.processor, joint_attention_kwargs):
-            dtype = self._computed_in(hidden_states)
+        if self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
+            dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
             with torch.autocast(text.device.type, enabled=False):
                 block = self._whole(image, image_rotary_emb)
@@ -142,7 +122,7 @@ class FluxSingleTransformerBlock(_Block, transformer_flux.FluxSingleTransformerB
             forward: Callable[..., Any] = super().forward
         else:
             forward = self._shared
-        return self._by_layer(
+        return self.by_layer(
             forward, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
 

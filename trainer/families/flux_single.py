@@ -75,15 +75,15 @@ class SingleBlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with without_autocast(text.device.type):
             tokens = joined(text, image)
-            _, projected = block.project(tokens, modulation)
+            projected = block.project(tokens, modulation)[1]
             out, statistics = block.attention.attend(block.attention.streams([projected], len(tokens)))
             update = block.out.forward(block.mixed(out, projected)).view(tokens.shape)
             result = gated_residual(tokens, modulation.chunk(3, dim=-1)[2], update, clip=True)
-        kept = {
-            "inputs": (),
-            "attention": (out, statistics),
-            "everything": (out, statistics, projected),
-        }[block.keep]
+        kept: tuple[Tensor, ...] = ()
+        if block.keep != "inputs":
+            kept = (out, statistics)
+        if block.keep == "everything":
+            kept = (*kept, projected)
         ctx.save_for_backward(tokens, modulation, *kept)
         ctx.block = block
         ctx.texts = text.shape[1]

@@ -16,14 +16,17 @@ class JointAttention:
     """What a block attends with."""
 
     heads: int
-    norms: Sequence[tuple[Tensor, Tensor]]  # RMSNorm weights of queries and keys, a pair a stream
+    head_dim: int
+    norms: Sequence[
+        tuple[Tensor | None, Tensor | None]
+    ]  # RMSNorm weights of queries and keys, a pair a stream
     norm_eps: float
     rotary: Rotary | None
     backend: str
 
     def streams(self, projected: Sequence[Tensor], batch: int) -> list[Stream]:
         """Each stream's (B * S_i, >= 3 D) product as queries, keys and values (B, S_i, D)."""
-        width = self.heads * self.norms[0][0].shape[0]
+        width = self.heads * self.head_dim
         parts = []
         for product, (query_norm, key_norm) in zip(projected, self.norms, strict=True):
             whole = product.view(batch, -1, product.shape[1])

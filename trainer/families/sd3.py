@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
-from halfbyte.trainer.families.sd3_attention import fuse_attention
+from halfbyte.trainer.families.sd3_blocks import fuse_blocks
 
 _BLOCKS = r"transformer_blocks\.\d+\."
 # attn2 is the second, image-only attention of SD3.5 medium's first blocks.
@@ -56,8 +56,8 @@ class SD3(Family):
         return TextEmbedding(prompt_embeds, pooled)
 
     def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
-        """Queries, keys and values of each stream from one product; the blocks run layer by layer."""
-        fuse_attention(denoiser, settings)
+        """Each block as one function where it can be; else queries, keys and values from one product."""
+        fuse_blocks(denoiser, settings)
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float

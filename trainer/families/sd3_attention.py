@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from halfbyte.kernels.attention import attention
 from halfbyte.quant.lora import lora_linears
-from halfbyte.trainer.families.block_parts import BlockSettings
 
 
 class SharedInputAttention(JointAttnProcessor2_0):
@@ -53,7 +52,9 @@ class SharedInputAttention(JointAttnProcessor2_0):
         if self.backend is None:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         else:
-            mixed, _ = attention(*(part.transpose(1, 2) for part in (query, key, value)), self.backend)
+            mixed, _ = attention(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.backend
+            )
         mixed = mixed.flatten(2).to(query.dtype)
         projected, dropout = module.to_out
         if encoder_hidden_states is None:
@@ -75,11 +76,3 @@ class SharedInputAttention(JointAttnProcessor2_0):
         if norm_key is not None:
             key = norm_key(key)
         return query, key, value
-
-
-def fuse_attention(denoiser: nn.Module, settings: BlockSettings) -> None:
-    """Puts it in place of diffusers' in an SD3Transformer2DModel."""
-    model: Any = denoiser
-    model.set_attn_processor(SharedInputAttention(settings.backend))
-    if settings.keep != "everything":
-        model.enable_gradient_checkpointing()

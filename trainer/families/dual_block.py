@@ -1,4 +1,5 @@
-"""FLUX's dual block as one autograd function: forward, and a backward that makes anew what was not kept.
+"""A block of two streams as one autograd function, for FLUX and SD3: forward, and a backward that makes anew what
+was not kept.
 
 The two streams, text and image, meet in attention alone. Of their products the ones into queries, keys and values
 and into the MLP are made anew where they were not kept; the projections out of both only where the modulation
@@ -41,7 +42,13 @@ class StreamPart:
     out: LinearGroup  # of the attention
     up: LinearGroup  # into the MLP
     down: LinearGroup  # out of it
-    clip: bool  # hold an fp16 stream within its finite range behind the block, as diffusers does the text's
+    clip: bool  # hold an fp16 stream within its finite range behind the block, as diffusers does FLUX's text
+
+    @classmethod
+    def of(cls, groups: Sequence[LinearGroup], *, clip: bool) -> "StreamPart":
+        """From the four groups in the order of the fields."""
+        heads, out, up, down = groups
+        return cls(heads, out, up, down, clip)
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -50,7 +57,7 @@ class StreamPart:
 
 @dataclass(frozen=True, eq=False)
 class DualBlock:
-    """A dual block without its parameters' names; streams in the order of the joint attention, text first."""
+    """A dual block without its parameters' names; streams in the order of the joint attention (FLUX: text first)."""
 
     attention: JointAttention
     streams: tuple[StreamPart, StreamPart]
@@ -83,25 +90,25 @@ class Modulation:
 
 
 class DualBlockFunction(torch.autograd.Function):
-    """(text, image, the modulation of each (B, 6 D)) -> (text, image)."""
+    """(two streams, the modulation of each (B, 6 D)) -> the streams, (B, S_i, D) each."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        text: Tensor,
-        image: Tensor,
-        text_modulation: Tensor,
-        image_modulation: Tensor,
+        first: Tensor,
+        second: Tensor,
+        first_modulation: Tensor,
+        second_modulation: Tensor,
         block: DualBlock,
         *_: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        inputs, modulations = (text, image), (text_modulation, image_modulation)
-        with without_autocast(text.device.type):
+        inputs, modulations = (first, second), (first_modulation, second_modulation)
+        with without_autocast(first.device.type):
             projected = [
                 _project(block, part.heads, stream, Modulation.of(modulation))[1]
                 for part, stream, modulation in zip(block.streams, inputs, modulations, strict=True)
             ]
-            out, statistics = block.attention.attend(block.attention.streams(projected, len(text)))
+            out, statistics = block.attention.attend(block.attention.streams(projected, len(first)))
             middles, hiddens, results = [], [], []
             for part, stream, whole, attended in zip(
                 block.streams, inputs, modulations, _apart(out, inputs), strict=True
@@ -121,18 +128,18 @@ class DualBlockFunction(torch.autograd.Function):
             kept = (out, statistics, *middles)
         if block.keep == "everything":
             kept = (*kept, *projected, *hiddens)
-        ctx.save_for_backward(text, image, text_modulation, image_modulation, *kept)
+        ctx.save_for_backward(first, second, first_modulation, second_modulation, *kept)
         ctx.block = block
         return results[0], results[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        text, image, text_modulation, image_modulation, *kept = ctx.saved_tensors
-        with without_autocast(text.device.type):
+        first, second, first_modulation, second_modulation, *kept = ctx.saved_tensors
+        with without_autocast(first.device.type):
             backward = _DualBackward(
                 ctx.block,
-                (text, image),
-                (Modulation.of(text_modulation), Modulation.of(image_modulation)),
+                (first, second),
+                (Modulation.of(first_modulation), Modulation.of(second_modulation)),
                 wants_modulation=any(ctx.needs_input_grad[2:4]),
                 wants_inputs=any(ctx.needs_input_grad[:2]),
             )

@@ -1,0 +1,44 @@
+"""A transformer block that runs as one function where it can, and layer by layer with checkpointing where not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from halfbyte.kernels.attention import default_backend
+from halfbyte.quant.autocast import autocast_dtype
+from halfbyte.trainer.families.block_parts import BlockSettings
+
+
+class WholeBlock:
+    """What the blocks of every family share; mixed into diffusers' classes."""
+
+    settings: BlockSettings
+
+    def computed_in(self, x: Tensor) -> torch.dtype:
+        """What the block computes in: autocast's dtype, or the input's."""
+        dtype = autocast_dtype(x.device.type)
+        return x.dtype if dtype is None else dtype
+
+    def attention_backend(self, x: Tensor) -> str:
+        """The settings', or the one that needs no probe."""
+        return self.settings.backend or default_backend(x.device, x.dtype)
+
+    def runs_whole(
+        self, processor: Any, ours: type[Any], joint_attention_kwargs: dict[str, Any] | None
+    ) -> bool:
+        """Whether the settings ask for it and attention is what `ours` computes."""
+        return (
+            self.settings.whole
+            and not joint_attention_kwargs
+            and type(processor) is ours
+            and not torch.compiler.is_compiling()
+        )
+
+    def by_layer(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        """`forward(*inputs)`, run again in the backward unless everything is kept."""
+        if self.settings.keep == "everything" or not torch.is_grad_enabled():
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False)
