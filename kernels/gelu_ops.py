@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import elementwise_reference as reference
+from halfbyte.kernels.tracing import is_eager
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,7 +27,8 @@ _library.impl("gelu_tanh_", _gelu, "CompositeExplicitAutograd")
 _library.impl("gelu_tanh_backward_", _gelu_backward, "CompositeExplicitAutograd")
 
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-if importlib.util.find_spec("triton") is not None:
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
     from halfbyte.kernels import gelu_triton
 
     _library.impl("gelu_tanh_", gelu_triton.gelu_tanh, "CUDA")
@@ -67,7 +69,10 @@ def gelu_tanh(x: Tensor, out: Tensor | None = None) -> Tensor:
     """
     _check("x", x, x)
     out = _target(out, x)
-    torch.ops.halfbyte.gelu_tanh_.default(out, x)
+    if HAS_TRITON and x.is_cuda and is_eager(x):
+        gelu_triton.gelu_tanh(out, x)
+    else:
+        torch.ops.halfbyte.gelu_tanh_.default(out, x)
     return out
 
 
@@ -79,5 +84,8 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tens
     _check("x", x, x)
     _check("dy", dy, x)
     out = _target(out, x)
-    torch.ops.halfbyte.gelu_tanh_backward_.default(out, dy, x)
+    if HAS_TRITON and x.is_cuda and is_eager(x):
+        gelu_triton.gelu_tanh_backward(out, dy, x)
+    else:
+        torch.ops.halfbyte.gelu_tanh_backward_.default(out, dy, x)
     return out

@@ -6,11 +6,14 @@ likes. Streams may be slices; what comes out is contiguous. fp32 inside, one rou
 """
 
 import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import elementwise_reference as reference
+from halfbyte.kernels.tracing import is_eager
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,25 +37,37 @@ _library.define(
     " -> (Tensor dx, Tensor dupdate)"
 )
 
-NAMES = (
-    "layer_norm_modulate",
-    "layer_norm_modulate_backward",
-    "layer_norm_modulate_grads",
-    "gated_residual",
-    "gated_residual_backward",
-    "gated_residual_grads",
-    "gated_norm",
-    "gated_norm_backward",
-)
-for _name in NAMES:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
+REFERENCE: Mapping[str, Callable[..., Any]] = {
+    "layer_norm_modulate": reference.layer_norm_modulate,
+    "layer_norm_modulate_backward": reference.layer_norm_modulate_backward,
+    "layer_norm_modulate_grads": reference.layer_norm_modulate_grads,
+    "gated_residual": reference.gated_residual,
+    "gated_residual_backward": reference.gated_residual_backward,
+    "gated_residual_grads": reference.gated_residual_grads,
+    "gated_norm": reference.gated_norm,
+    "gated_norm_backward": reference.gated_norm_backward,
+}
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-if importlib.util.find_spec("triton") is not None:
-    from halfbyte.kernels import modulation_triton
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CUDA: dict[str, Callable[..., Any]] = {}
+if HAS_TRITON:
+    from halfbyte.kernels import gated_residual_triton, modulation_triton
 
-    for _name in NAMES:
-        _library.impl(_name, getattr(modulation_triton, _name), "CUDA")
+    for _name in REFERENCE:
+        _of_gate = _name in ("gated_residual_backward", "gated_residual_grads")
+        CUDA[_name] = getattr(gated_residual_triton if _of_gate else modulation_triton, _name)
+
+for _name, _function in REFERENCE.items():
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    if HAS_TRITON:
+        _library.impl(_name, CUDA[_name], "CUDA")
+
+
+def _run(name: str, stream: Tensor, *arguments: Any) -> Any:
+    """The op of that name, by way of the dispatcher only where somebody watches or torch computes it."""
+    if HAS_TRITON and stream.is_cuda and is_eager(stream):
+        return CUDA[name](stream, *arguments)
+    return getattr(torch.ops.halfbyte, name).default(stream, *arguments)
 
 
 @torch.library.register_fake("halfbyte::layer_norm_modulate", lib=_library)
@@ -130,7 +145,7 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float =
     _check_stream("x", x)
     _check_modulation("scale", scale, x)
     _check_modulation("shift", shift, x)
-    return torch.ops.halfbyte.layer_norm_modulate.default(x, scale, shift, eps)
+    return _run("layer_norm_modulate", x, scale, shift, eps)
 
 
 def _check_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, residual_grad: Tensor | None) -> None:
@@ -149,7 +164,7 @@ def layer_norm_modulate_backward(
     `residual_grad` (B, S, D) is what reaches x by the block's residual branch: it is added in the same pass.
     """
     _check_norm_backward(dy, x, scale, residual_grad)
-    return torch.ops.halfbyte.layer_norm_modulate_backward.default(dy, x, scale, residual_grad, eps)
+    return _run("layer_norm_modulate_backward", dy, x, scale, residual_grad, eps)
 
 
 def layer_norm_modulate_grads(
@@ -160,7 +175,7 @@ def layer_norm_modulate_grads(
     dscale and dshift are (B, D) in scale's dtype, summed in fp32 and in the same order every time.
     """
     _check_norm_backward(dy, x, scale, residual_grad)
-    return torch.ops.halfbyte.layer_norm_modulate_grads.default(dy, x, scale, residual_grad, eps)
+    return _run("layer_norm_modulate_grads", dy, x, scale, residual_grad, eps)
 
 
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor, *, clip: bool = False) -> Tensor:
@@ -172,14 +187,14 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, *, clip: bool = Fals
     _check_stream("x", x)
     _check_stream("update", update, x.shape)
     _check_modulation("gate", gate, x)
-    return torch.ops.halfbyte.gated_residual.default(x, gate, update, clip)
+    return _run("gated_residual", x, gate, update, clip)
 
 
 def gated_residual_backward(dy: Tensor, gate: Tensor) -> Tensor:
     """The gradient of `gated_residual`'s update, gate * dy, in dy's dtype."""
     _check_stream("dy", dy)
     _check_modulation("gate", gate, dy)
-    return torch.ops.halfbyte.gated_residual_backward.default(dy, gate)
+    return _run("gated_residual_backward", dy, gate)
 
 
 def gated_residual_grads(dy: Tensor, gate: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +202,7 @@ def gated_residual_grads(dy: Tensor, gate: Tensor, update: Tensor) -> tuple[Tens
     _check_stream("dy", dy)
     _check_stream("update", update, dy.shape)
     _check_modulation("gate", gate, dy)
-    return torch.ops.halfbyte.gated_residual_grads.default(dy, gate, update)
+    return _run("gated_residual_grads", dy, gate, update)
 
 
 def gated_norm(
@@ -208,7 +223,7 @@ def gated_norm(
     _check_stream("update", update, x.shape)
     for name, modulation in (("gate", gate), ("scale", scale), ("shift", shift)):
         _check_modulation(name, modulation, x)
-    return torch.ops.halfbyte.gated_norm.default(x, gate, update, scale, shift, eps, clip)
+    return _run("gated_norm", x, gate, update, scale, shift, eps, clip)
 
 
 def gated_norm_backward(
@@ -226,4 +241,4 @@ def gated_norm_backward(
     """
     _check_norm_backward(dnormed, y, scale, residual_grad)
     _check_modulation("gate", gate, y)
-    return torch.ops.halfbyte.gated_norm_backward.default(dnormed, y, gate, scale, residual_grad, eps)
+    return _run("gated_norm_backward", dnormed, y, gate, scale, residual_grad, eps)

@@ -5,13 +5,14 @@ is read once and written once, at its place in the joint buffer.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels import elementwise_reference as reference
+from halfbyte.kernels.tracing import is_eager
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -82,7 +83,8 @@ _library.impl("qk_norm_rope", _qk_norm_rope, "CompositeExplicitAutograd")
 _library.impl("qk_norm_rope_backward", _qk_norm_rope_backward, "CompositeExplicitAutograd")
 
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-if importlib.util.find_spec("triton") is not None:
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
     from halfbyte.kernels import qk_rope_triton
 
     _library.impl("qk_norm_rope", qk_rope_triton.qk_norm_rope, "CUDA")
@@ -194,7 +196,10 @@ def qk_norm_rope(
     if len(values) != len(streams):
         raise ValueError("streams: got one without a value, expected a value in each")
     cos, sin = rope or (None, None)
-    joint = torch.ops.halfbyte.qk_norm_rope.default(
+    run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope.default
+    if HAS_TRITON and streams[0].query.is_cuda and is_eager(streams[0].query):
+        run = qk_rope_triton.qk_norm_rope
+    joint = run(
         [stream.query for stream in streams],
         [stream.key for stream in streams],
         values if len(values) > 1 else [],
@@ -235,7 +240,10 @@ def qk_norm_rope_backward(
                 f"{name}: got shape {tuple(grad.shape)}, expected (B, sum S, H, D_h) = {expected}"
             )
     cos, sin = rope or (None, None)
-    grads = torch.ops.halfbyte.qk_norm_rope_backward.default(
+    run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope_backward.default
+    if HAS_TRITON and dq.is_cuda and is_eager(dq):
+        run = qk_rope_triton.qk_norm_rope_backward
+    grads = run(
         dq,
         dk,
         [stream.query for stream in streams],

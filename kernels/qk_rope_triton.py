@@ -5,14 +5,27 @@ with as many groups as the heads fill, so that no lane idles at 24 heads or 38.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.launch import Launcher
+from halfbyte.kernels.row_chunks_triton import readable
+
 _GROUPS = (8, 16, 32)  # heads in a tile
 _LANE_VALUES = 8  # 16 bytes of a 16-bit type: what a lane loads at once
+
+
+class HeadTile(NamedTuple):
+    """A token as a program holds it: `groups` of `group` heads, one after the other, of `dim` padded values."""
+
+    group: int
+    groups: int
+    dim: int
+    warps: int
 
 
 @triton.jit
@@ -46,21 +59,21 @@ def _forward_kernel(
     value,
     first_length,
     length,
-    heads,
-    head_dim,
-    eps,
     query0_batch,
-    query0_row,
     query1_batch,
-    query1_row,
     key0_batch,
-    key0_row,
     key1_batch,
-    key1_row,
     value0_batch,
-    value0_row,
     value1_batch,
-    value1_row,
+    eps,
+    QUERY0_ROW: tl.constexpr,
+    QUERY1_ROW: tl.constexpr,
+    KEY0_ROW: tl.constexpr,
+    KEY1_ROW: tl.constexpr,
+    VALUE0_ROW: tl.constexpr,
+    VALUE1_ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -75,47 +88,47 @@ def _forward_kernel(
     if part == 0:
         out = query
         if second_stream:
-            source = query1 + batch * query1_batch + row * query1_row
+            source = query1 + batch * query1_batch + row * QUERY1_ROW
             norm = query_norm1
         else:
-            source = query0 + batch * query0_batch + row * query0_row
+            source = query0 + batch * query0_batch + row * QUERY0_ROW
             norm = query_norm0
     elif part == 1:
         out = key
         if second_stream:
-            source = key1 + batch * key1_batch + row * key1_row
+            source = key1 + batch * key1_batch + row * KEY1_ROW
             norm = key_norm1
         else:
-            source = key0 + batch * key0_batch + row * key0_row
+            source = key0 + batch * key0_batch + row * KEY0_ROW
             norm = key_norm0
     else:
         out = value
         norm = key_norm0
         if second_stream:
-            source = value1 + batch * value1_batch + row * value1_row
+            source = value1 + batch * value1_batch + row * VALUE1_ROW
         else:
-            source = value0 + batch * value0_batch + row * value0_row
-    out += (batch * length + token) * heads * head_dim
+            source = value0 + batch * value0_batch + row * VALUE0_ROW
+    out += (batch * length + token) * HEADS * HEAD_DIM
     column = tl.arange(0, DIM)[None, :]
-    # Spread over a tile's shape, what heads share is loaded by each lane where it is needed.
+    # Spread over a tile's shape, what HEADS share is loaded by each lane where it is needed.
     spread = tl.zeros((GROUP, 1), tl.int32) + column
     if NORM:
-        weight = tl.load(norm + spread, mask=(spread < head_dim) & (part < 2), other=0.0).to(tl.float32)
+        weight = tl.load(norm + spread, mask=(spread < HEAD_DIM) & (part < 2), other=0.0).to(tl.float32)
     if ROPE:
-        angle = token.to(tl.int64) * head_dim + spread
-        cosine = tl.load(cos + angle, mask=(spread < head_dim) & (part < 2), other=0.0)
-        sine = tl.load(sin + angle, mask=(spread < head_dim) & (part < 2), other=0.0)
+        angle = token.to(tl.int64) * HEAD_DIM + spread
+        cosine = tl.load(cos + angle, mask=(spread < HEAD_DIM) & (part < 2), other=0.0)
+        sine = tl.load(sin + angle, mask=(spread < HEAD_DIM) & (part < 2), other=0.0)
     for group in tl.static_range(GROUPS):
         head = group * GROUP + tl.arange(0, GROUP)[:, None]
-        inside = (head < heads) & (column < head_dim)
-        x = tl.load(source + head * head_dim + column, mask=inside, other=0.0).to(tl.float32)
+        inside = (head < HEADS) & (column < HEAD_DIM)
+        x = tl.load(source + head * HEAD_DIM + column, mask=inside, other=0.0).to(tl.float32)
         if part < 2:
             if NORM:
-                factor = tl.rsqrt(tl.sum(x * x, axis=1) / head_dim + eps)
+                factor = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
                 x = x * factor[:, None] * weight
             if ROPE:
                 x = _turn(x, cosine, sine, GROUP, DIM, False)
-        tl.store(out + head * head_dim + column, x.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + head * HEAD_DIM + column, x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -138,9 +151,6 @@ def _backward_kernel(
     dkey1,
     first_length,
     length,
-    heads,
-    head_dim,
-    eps,
     query_grad_batch,
     query_grad_row,
     query_grad_head,
@@ -148,13 +158,16 @@ def _backward_kernel(
     key_grad_row,
     key_grad_head,
     query0_batch,
-    query0_row,
     query1_batch,
-    query1_row,
     key0_batch,
-    key0_row,
     key1_batch,
-    key1_row,
+    eps,
+    QUERY0_ROW: tl.constexpr,
+    QUERY1_ROW: tl.constexpr,
+    KEY0_ROW: tl.constexpr,
+    KEY1_ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -171,73 +184,64 @@ def _backward_kernel(
         grads = query_grad + batch * query_grad_batch + joint * query_grad_row
         grad_head = query_grad_head
         if second_stream:
-            source = query1 + batch * query1_batch + row * query1_row
+            source = query1 + batch * query1_batch + row * QUERY1_ROW
             norm = query_norm1
             out = dquery1
         else:
-            source = query0 + batch * query0_batch + row * query0_row
+            source = query0 + batch * query0_batch + row * QUERY0_ROW
             norm = query_norm0
             out = dquery0
     else:
         grads = key_grad + batch * key_grad_batch + joint * key_grad_row
         grad_head = key_grad_head
         if second_stream:
-            source = key1 + batch * key1_batch + row * key1_row
+            source = key1 + batch * key1_batch + row * KEY1_ROW
             norm = key_norm1
             out = dkey1
         else:
-            source = key0 + batch * key0_batch + row * key0_row
+            source = key0 + batch * key0_batch + row * KEY0_ROW
             norm = key_norm0
             out = dkey0
-    out += (batch * rows + row) * heads * head_dim
+    out += (batch * rows + row) * HEADS * HEAD_DIM
     column = tl.arange(0, DIM)[None, :]
     spread = tl.zeros((GROUP, 1), tl.int32) + column
     if NORM:
-        weight = tl.load(norm + spread, mask=spread < head_dim, other=0.0).to(tl.float32)
+        weight = tl.load(norm + spread, mask=spread < HEAD_DIM, other=0.0).to(tl.float32)
     if ROPE:
-        cosine = tl.load(cos + joint * head_dim + spread, mask=spread < head_dim, other=0.0)
-        sine = tl.load(sin + joint * head_dim + spread, mask=spread < head_dim, other=0.0)
+        cosine = tl.load(cos + joint * HEAD_DIM + spread, mask=spread < HEAD_DIM, other=0.0)
+        sine = tl.load(sin + joint * HEAD_DIM + spread, mask=spread < HEAD_DIM, other=0.0)
     for group in tl.static_range(GROUPS):
         head = group * GROUP + tl.arange(0, GROUP)[:, None]
-        inside = (head < heads) & (column < head_dim)
+        inside = (head < HEADS) & (column < HEAD_DIM)
         place = grads + head.to(tl.int64) * grad_head + column
         grad = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         if ROPE:
             grad = _turn(grad, cosine, sine, GROUP, DIM, True)
         if NORM:
-            x = tl.load(source + head * head_dim + column, mask=inside, other=0.0).to(tl.float32)
-            factor = tl.rsqrt(tl.sum(x * x, axis=1) / head_dim + eps)[:, None]
+            x = tl.load(source + head * HEAD_DIM + column, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
             grad *= weight
-            along = tl.sum(grad * x, axis=1)[:, None] / head_dim
+            along = tl.sum(grad * x, axis=1)[:, None] / HEAD_DIM
             grad = factor * (grad - x * (factor * factor * along))
-        tl.store(out + head * head_dim + column, grad.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + head * HEAD_DIM + column, grad.to(out.dtype.element_ty), mask=inside)
 
 
-def _tile(heads: int, head_dim: int) -> dict[str, int]:
+_launch_forward = Launcher(_forward_kernel)
+_launch_backward = Launcher(_backward_kernel)
+
+
+def _tile(heads: int, head_dim: int) -> HeadTile:
     """The group of heads with the least padding, then the fewest of them."""
     group = min(_GROUPS, key=lambda size: (triton.cdiv(heads, size) * size, -size))
     dim = triton.next_power_of_2(head_dim)
-    return {
-        "GROUP": group,
-        "GROUPS": triton.cdiv(heads, group),
-        "DIM": dim,
-        "num_warps": max(1, min(8, group * dim // (32 * _LANE_VALUES))),
-    }
+    warps = max(1, min(8, group * dim // (32 * _LANE_VALUES)))
+    return HeadTile(group, triton.cdiv(heads, group), dim, warps)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor, its last dimension contiguous: a slice as it lies, anything else copied."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _pair(streams: Sequence[Tensor]) -> list[Tensor]:
+def _pair(streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Two readable tensors: of one stream alone, the second is never reached."""
-    first, last = streams[0], streams[-1]
-    return [_readable(first), _readable(last)]
-
-
-def _strides(tensors: Sequence[Tensor]) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+    first = readable(streams[0])
+    return first, readable(streams[1]) if len(streams) > 1 else first
 
 
 def qk_norm_rope(
@@ -255,19 +259,18 @@ def qk_norm_rope(
     batch, first_length, width = queries[0].shape
     length = sum(query.shape[1] for query in queries)
     head_dim = width // heads
-    sources = [*_pair(queries), *_pair(keys), *_pair(values or keys)]
     like = queries[0]
-    joint = [
-        torch.empty((batch, length, heads, head_dim), dtype=like.dtype, device=like.device)
-        for _ in range(3 if values else 2)
-    ]
+    shape = (batch, length, heads, head_dim)
+    joint = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(3 if values else 2)]
     if joint[0].numel() == 0:
         return joint
-    norms = [*_pair(query_norms), *_pair(key_norms)] if query_norms else [like] * 4
-    with torch.cuda.device_of(like):
-        _forward_kernel[(length, batch, len(joint))](
+    sources = (*_pair(queries), *_pair(keys), *_pair(values or keys))
+    tile = _tile(heads, head_dim)
+    _launch_forward(
+        (length, batch, len(joint)),
+        (
             *sources,
-            *norms,
+            *((*_pair(query_norms), *_pair(key_norms)) if query_norms else sources[:4]),
             like if cos is None else cos,
             like if sin is None else sin,
             joint[0],
@@ -275,14 +278,21 @@ def qk_norm_rope(
             joint[-1],
             first_length,
             length,
+            *(source.stride(0) for source in sources),
+            eps,
+        ),
+        (
+            *(source.stride(1) for source in sources),
             heads,
             head_dim,
-            eps,
-            *_strides(sources),
-            NORM=bool(query_norms),
-            ROPE=cos is not None,
-            **_tile(heads, head_dim),
-        )
+            bool(query_norms),
+            cos is not None,
+            tile.group,
+            tile.groups,
+            tile.dim,
+        ),
+        num_warps=tile.warps,
+    )
     return joint
 
 
@@ -299,18 +309,20 @@ def qk_norm_rope_backward(
 ) -> list[Tensor]:
     """The gradients of the streams' queries, then of their keys, contiguous (B, S_i, H*D_h)."""
     batch, length, heads, head_dim = dq.shape
-    grads = [_readable(dq), _readable(dk)]
-    sources = [*_pair(queries), *_pair(keys)]
     out = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (*queries, *keys)]
     if dq.numel() == 0:
         return out
-    norms = [*_pair(query_norms), *_pair(key_norms)] if query_norms else [dq] * 4
+    dq, dk = readable(dq), readable(dk)
+    sources = (*_pair(queries), *_pair(keys))
     count = len(queries)
-    with torch.cuda.device_of(dq):
-        _backward_kernel[(length, batch, 2)](
-            *grads,
+    tile = _tile(heads, head_dim)
+    _launch_backward(
+        (length, batch, 2),
+        (
+            dq,
+            dk,
             *sources,
-            *norms,
+            *((*_pair(query_norms), *_pair(key_norms)) if query_norms else sources),
             dq if cos is None else cos,
             dq if sin is None else sin,
             out[0],
@@ -319,13 +331,21 @@ def qk_norm_rope_backward(
             out[-1],
             queries[0].shape[1],
             length,
+            *dq.stride()[:3],
+            *dk.stride()[:3],
+            *(source.stride(0) for source in sources),
+            eps,
+        ),
+        (
+            *(source.stride(1) for source in sources),
             heads,
             head_dim,
-            eps,
-            *_strides(grads),
-            *_strides(sources),
-            NORM=bool(query_norms),
-            ROPE=cos is not None,
-            **_tile(heads, head_dim),
-        )
+            bool(query_norms),
+            cos is not None,
+            tile.group,
+            tile.groups,
+            tile.dim,
+        ),
+        num_warps=tile.warps,
+    )
     return out

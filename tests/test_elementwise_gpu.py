@@ -42,7 +42,7 @@ def slices(count, shape, dtype):
     ]
 
 
-# FLUX at 1024 px; FLUX, SD3.5 large, SD3 medium, a miniature; rows of no whole 16 bytes; a single row.
+# FLUX at 1024 px; FLUX, SD3.5 large, SD3 medium, a miniature; an odd width; a single row.
 @pytest.mark.parametrize(
     ("width", "dtype", "batch", "rows"),
     [
@@ -51,7 +51,7 @@ def slices(count, shape, dtype):
         (2432, torch.bfloat16, 2, 37),
         (1536, torch.float16, 2, 37),
         (192, torch.float32, 2, 37),
-        (52, torch.bfloat16, 2, 37),
+        (51, torch.bfloat16, 2, 37),
         (192, torch.bfloat16, 3, 1),
     ],
 )

@@ -1,0 +1,122 @@
+"""The gated residual's backward on CUDA: the gradient of the update, and of the gate where modulation learns."""
+
+# Triton joins tuples by + and knows no unpacking; to a type checker a tuple's length is its type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.kernels.launch import Launcher
+from halfbyte.kernels.row_chunks_triton import (
+    Schedule,
+    add_up,
+    load_chunk,
+    partial_sums,
+    readable,
+    row_tile,
+    store_chunk,
+)
+
+_BACKWARD = Schedule(programs=660, stages=3)
+_SUMMING = Schedule(programs=264, stages=3)
+
+
+@triton.jit
+def _kernel(
+    dy,
+    gate,
+    update,
+    dupdate,
+    gate_sums,
+    rows,
+    dy_batch,
+    update_batch,
+    gate_batch,
+    DY_ROW: tl.constexpr,
+    UPDATE_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SUMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    gates = ()
+    dgates = ()
+    for chunk in tl.static_range(CHUNKS):
+        gates = gates + (load_chunk(gate + batch * gate_batch, chunk, WIDTH, CHUNK),)
+        if SUMS:
+            dgates = dgates + (tl.zeros((CHUNK,), tl.float32),)
+    for row in tl.range(first, rows, tl.num_programs(0), num_stages=STAGES):
+        new_dgates = ()
+        for chunk in tl.static_range(CHUNKS):
+            grad = load_chunk(dy + batch * dy_batch + row * DY_ROW, chunk, WIDTH, CHUNK)
+            store_chunk(dupdate + (batch * rows + row) * WIDTH, gates[chunk] * grad, chunk, WIDTH, CHUNK)
+            if SUMS:
+                source = update + batch * update_batch + row * UPDATE_ROW
+                dgate = dgates[chunk] + grad * load_chunk(source, chunk, WIDTH, CHUNK)
+                new_dgates = new_dgates + (dgate,)
+        if SUMS:
+            dgates = new_dgates
+    if SUMS:
+        place = (batch * tl.num_programs(0) + first) * WIDTH
+        for chunk in tl.static_range(CHUNKS):
+            store_chunk(gate_sums + place, dgates[chunk], chunk, WIDTH, CHUNK)
+
+
+_launch = Launcher(_kernel)
+
+
+def _backward(
+    dy: Tensor, gate: Tensor, update: Tensor | None, sums: Tensor | None, schedule: Schedule
+) -> Tensor:
+    """gate * dy, and each program's sum of update * dy where asked for."""
+    dy, gate = readable(dy), readable(gate)
+    other = dy if update is None else readable(update)
+    dupdate = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    batch, rows, width = dy.shape
+    if dy.numel() == 0:
+        return dupdate
+    tile = row_tile(width)
+    _launch(
+        (min(rows, schedule.programs), batch, 1),
+        (
+            dy,
+            gate,
+            other,
+            dupdate,
+            dupdate if sums is None else sums,
+            rows,
+            dy.stride(0),
+            other.stride(0),
+            gate.stride(0),
+        ),
+        (
+            dy.stride(1),
+            other.stride(1),
+            width,
+            sums is not None,
+            tile.chunk,
+            tile.chunks,
+            schedule.stages,
+        ),
+        num_warps=tile.warps,
+    )
+    return dupdate
+
+
+def gated_residual_backward(dy: Tensor, gate: Tensor) -> Tensor:
+    """`elementwise_reference.gated_residual_backward` in one launch."""
+    return _backward(dy, gate, None, None, _BACKWARD)
+
+
+def gated_residual_grads(dy: Tensor, gate: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """`elementwise_reference.gated_residual_grads` in one launch and one for the sum."""
+    sums = partial_sums(dy, min(dy.shape[1], _SUMMING.programs))
+    dupdate = _backward(dy, gate, update, sums, _SUMMING)
+    (dgate,) = add_up((sums,), gate.dtype)
+    return dupdate, dgate
