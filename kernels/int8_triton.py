@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.int8_reference import RANGE
+from halfbyte.kernels.launch import Launcher
 
 _MAX_ROW_TILE = 16384  # a row up to this length is read once, a longer one twice
 # cuBLAS takes int8 products only of more than 16 rows, with both other sides multiples of 8.
 _LEAST_ROWS = 17
 _ALIGNMENT = 8
+_SCALE_TILE = 1024
 
 _ROUND = tl.constexpr(1.5 * 2**23)  # added and subtracted, it rounds a float32 below 2**22 half to even
 
@@ -83,6 +85,10 @@ def _scale_kernel(
     tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+_launch_quantize = Launcher(_quantize_rows_kernel, enable_fp_fusion=False)
+_launch_scale = Launcher(_scale_kernel, num_warps=4, enable_fp_fusion=False)
+
+
 def _quantize(values: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """(int8 rows, row absmax, outlier mark of each column)."""
     values = values.contiguous()
@@ -92,19 +98,13 @@ def _quantize(values: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
     outlier = torch.zeros(columns if threshold > 0 else 1, dtype=torch.uint8, device=values.device)
     if values.numel():
         tile = min(triton.next_power_of_2(columns), _MAX_ROW_TILE)
-        with torch.cuda.device_of(values):
-            _quantize_rows_kernel[(rows,)](
-                values,
-                quantized,
-                absmax,
-                outlier,
-                columns,
-                threshold,
-                TILE=tile,
-                OUTLIERS=threshold > 0,
-                num_warps=4 if tile <= 4096 else 8,
-                enable_fp_fusion=False,
-            )
+        outliers = threshold > 0
+        _launch_quantize(
+            (rows, 1, 1),
+            (values, quantized, absmax, outlier, columns, float(threshold)),
+            (tile, outliers),
+            num_warps=4 if tile <= 4096 else 8,
+        )
     return quantized, absmax, outlier
 
 
@@ -153,19 +153,10 @@ def linear_int8(
         weight = quantized[:, columns].float() * (absmax * (1.0 / RANGE))[:, None]
         # The weight is rounded as the reference rounds it; the few products are summed in fp32.
         outlier_part = x[:, columns].float() @ weight.to(x.dtype).float().t()
-    with torch.cuda.device_of(x):
-        _scale_kernel[(triton.cdiv(outputs, 1024), x.shape[0])](
-            product,
-            row_absmax,
-            absmax,
-            outlier_part,
-            row_absmax if bias is None else bias,
-            out,
-            outputs,
-            TILE=1024,
-            OUTLIERS=columns.numel() > 0,
-            BIAS=bias is not None,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    addend = row_absmax if bias is None else bias
+    _launch_scale(
+        (triton.cdiv(outputs, _SCALE_TILE), x.shape[0], 1),
+        (product, row_absmax, absmax, outlier_part, addend, out, outputs),
+        (_SCALE_TILE, columns.numel() > 0, bias is not None),
+    )
     return out

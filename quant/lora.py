@@ -22,7 +22,6 @@ from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.linear_group import GroupLayer
 from halfbyte.quant.low_rank import AdaptedWeight, FrozenWeight, low_rank_linears
-from halfbyte.quant.quantized_linear import QuantizedLinear
 
 
 class LoraLinear(peft_layer.Linear):
@@ -122,7 +121,7 @@ def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
         return None
     autocast = autocast_dtype(x.device.type)
     weight: FrozenWeight = base.weight
-    if isinstance(base, QuantizedLinear):
+    if isinstance(base, Linear4bit | Linear8bit):
         weight = base.packed_weight() if isinstance(base, Linear4bit) else base.int8_weight()
         compute_dtype = base.compute_dtype if autocast is None else autocast
         output_dtype = x.dtype if autocast is None else autocast
