@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import int8_ops, int8_reference, int8_triton, linear_ops, nf4_triton, reference
+from halfbyte.kernels import (
+    int8_ops,
+    int8_reference,
+    int8_triton,
+    linear_ops,
+    nf4_triton,
+    reference,
+    scale_search,
+)
 from halfbyte.kernels.packed_weight import PackedWeight
 
 try:
@@ -190,7 +198,7 @@ def check(shapes: list[tuple[int, int]]) -> None:
         out = nf4_triton.dequantize_4bit(*single, code, shape, dtype, BLOCKSIZE)
         expected = reference.dequantize_4bit(packed, absmax, code, shape, dtype, BLOCKSIZE)
         require(torch.equal(out, expected), f"dequantize single {quant_type} {shape} {dtype}")
-    for shape, rows in itertools.product([(3072, 3072), (264, 1032)], (1, 4, 40)):
+    for shape, rows in itertools.product([(3072, 3072), (264, 1032)], (1, 2, 4, 9, 16, 40)):
         weight = random_weight(shape)
         quantized = quantize(weight)
         x = torch.randn(rows, shape[1], device="cuda", dtype=BF16)
@@ -260,6 +268,16 @@ def bench_quantize_all(copy_rate: float) -> list[Row]:
     return rows
 
 
+def bench_scale_search(shape: tuple[int, int], copy_rate: float) -> Row:
+    """`scale_search: mse` of one weight; its limit is that of quantizing without."""
+    weight = random_weight(shape)
+    size = 2 * shape[0] * shape[1] + packed_bytes(shape)
+    calls = [lambda: scale_search.quantize_4bit_double(weight, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE)] * 2
+    calls[0]()
+    took = plain_us(calls, repeats=3)
+    return Row("scale search", shape, size / copy_rate * 1e6, took, took)
+
+
 def bench_linear(shape: tuple[int, int], m: int, copy_rate: float, product_rate: float) -> Row:
     n, k = shape
     size = packed_bytes(shape) + 2 * m * (n + k)
@@ -321,7 +339,8 @@ def main(path: str) -> None:
     print(f"copy {copy_rate / 1e12:.2f} TB/s, bf16 product {product_rate / 1e12:.0f} TFLOP/s", flush=True)
     rows = [bench_dequantize(shape, copy_rate) for shape in DEQUANTIZE]
     rows += bench_quantize_all(copy_rate)
-    for shape, m in itertools.product(FEW_ROWS, (1, 2, 4, 16)):
+    rows.append(bench_scale_search((12288, 3072), copy_rate))
+    for shape, m in itertools.product(FEW_ROWS, (1, 2, 4, 8, 16)):
         rows.append(bench_linear(shape, m, copy_rate, product_rate))
     rows += [bench_input_grad((18432, 3072), m, copy_rate) for m in (1, 16)]
     for shape, m in itertools.product(LINEAR, LINEAR_ROWS):
