@@ -28,6 +28,7 @@ from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.families.flux import Flux
+from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.losses import MSE
 from halfbyte.trainer.mini import build_flux_pipeline
@@ -70,7 +71,12 @@ _SD35_LARGE = {
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
 }
-_KEEP: dict[str, Keep] = {"none": "everything", "selective": "attention", "full": "inputs"}
+_KEEP: dict[str, Keep] = {
+    "none": "everything",
+    "selective": "attention",
+    "full": "inputs",
+    "offload": "inputs",
+}
 # Family, transformer, skip list, text tokens.
 _MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
     "flux": (Flux, _FLUX, (), 512),
@@ -172,6 +178,7 @@ def measure(arguments: argparse.Namespace, row: str, device: torch.device) -> di
         # torch compiles what runs layer by layer; a block that runs whole is compiled already.
         settings = BlockSettings(
             "everything" if arguments.compile else _KEEP[arguments.checkpoint],
+            store=HostStore() if arguments.checkpoint == "offload" else None,
             whole=arguments.whole and not arguments.compile,
             backend=arguments.attention,
         )

@@ -9,6 +9,7 @@ from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
+from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.launch import join, read_world
 from halfbyte.trainer.losses import MSE
@@ -22,6 +23,7 @@ SETTINGS = [
     BlockSettings("inputs", whole=False),
     BlockSettings("everything", whole=False),
     BlockSettings("inputs"),
+    BlockSettings("inputs", store=HostStore()),
     BlockSettings("attention"),
     BlockSettings("everything"),
 ]

@@ -15,6 +15,7 @@ from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.progress import BYTES, Shown
@@ -50,9 +51,18 @@ class Loaded:
 
 def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
     """How the blocks run, with `attention` as the backend."""
-    keep: dict[str, Keep] = {"none": "everything", "selective": "attention", "full": "inputs"}
+    kept: dict[str, Keep] = {
+        "none": "everything",
+        "selective": "attention",
+        "full": "inputs",
+        "offload": "inputs",
+    }
+    checkpointing = recipe.train.gradient_checkpointing
     return BlockSettings(
-        keep[recipe.train.gradient_checkpointing], whole=recipe.train.fused_blocks, backend=attention
+        kept[checkpointing],
+        store=HostStore() if checkpointing == "offload" else None,
+        whole=recipe.train.fused_blocks,
+        backend=attention,
     )
 
 

@@ -242,10 +242,11 @@ class TrainSection(Section):
     """Micro-batches an optimizer step."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm; null: no clipping."""
-    gradient_checkpointing: Literal["none", "selective", "full"] = "full"
-    """What the blocks keep for the backward: nothing but their inputs (full), also what attention gave, so that
-    it runs once (selective: twice the memory of full, which is little), or everything that costs a product (none).
-    What is not kept is computed again. Layer by layer (train.fused_blocks: false) selective is full."""
+    gradient_checkpointing: Literal["none", "selective", "full", "offload"] = "full"
+    """What the blocks keep for the backward: their inputs alone (full), the same in page-locked host memory
+    (offload), also what attention gave, so that it runs once (selective), or everything that costs a product
+    (none). What is not kept is computed again. Layer by layer (train.fused_blocks: false) selective and offload are
+    full."""
     attention: Literal["auto", "cudnn", "flash", "efficient"] = "auto"
     """The kernel that attention runs on CUDA. auto: the fastest of those whose output and gradients prove right at
     the run's shapes, each tried in a process of its own, once for a device. On the CPU auto alone."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from halfbyte.kernels.gelu_ops import gelu_tanh, gelu_tanh_backward
 from halfbyte.quant.linear_group import LinearGroup
 from halfbyte.quant.lora import group_layer
+from halfbyte.trainer.families.host_store import HostStore
 
 # inputs: a block's inputs alone (full checkpointing). attention: also what attention gave and the stream behind it
 # (selective). everything: also the outputs of the products; what elementwise work makes is made again even so.
@@ -26,6 +27,8 @@ class BlockSettings:
 
     keep: Keep = "everything"
     """What a block keeps between forward and backward."""
+    store: HostStore | None = None
+    """Where whole blocks leave their inputs between forward and backward; None: on the device."""
     whole: bool = True
     """Run each block as one function where it can be."""
     backend: str | None = None

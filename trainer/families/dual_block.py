@@ -31,6 +31,7 @@ from halfbyte.trainer.families.block_parts import (
     upstream,
     widened,
 )
+from halfbyte.trainer.families.host_store import HostStore, save, saved
 from halfbyte.trainer.families.joint_attention import JointAttention, fill_heads
 
 
@@ -63,6 +64,7 @@ class DualBlock:
     streams: tuple[StreamPart, StreamPart]
     norm_eps: float
     keep: Keep
+    store: HostStore | None  # where the inputs wait; None: on the device
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -128,13 +130,13 @@ class DualBlockFunction(torch.autograd.Function):
             kept = (out, statistics, *middles)
         if block.keep == "everything":
             kept = (*kept, *projected, *hiddens)
-        ctx.save_for_backward(first, second, first_modulation, second_modulation, *kept)
+        save(ctx, inputs, (*modulations, *kept), block.store)
         ctx.block = block
         return results[0], results[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        first, second, first_modulation, second_modulation, *kept = ctx.saved_tensors
+        (first, second), (first_modulation, second_modulation, *kept) = saved(ctx)
         with without_autocast(first.device.type):
             backward = _DualBackward(
                 ctx.block,

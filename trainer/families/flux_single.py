@@ -31,6 +31,7 @@ from halfbyte.trainer.families.block_parts import (
     upstream,
     widened,
 )
+from halfbyte.trainer.families.host_store import HostStore, save, saved
 from halfbyte.trainer.families.joint_attention import JointAttention, fill_heads
 
 
@@ -43,6 +44,7 @@ class SingleBlock:
     out: LinearGroup  # of [attention, gelu(MLP)]
     norm_eps: float
     keep: Keep
+    store: HostStore | None  # where the input waits; None: on the device
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -84,14 +86,14 @@ class SingleBlockFunction(torch.autograd.Function):
             kept = (out, statistics)
         if block.keep == "everything":
             kept = (*kept, projected)
-        ctx.save_for_backward(tokens, modulation, *kept)
+        save(ctx, (tokens,), (modulation, *kept), block.store)
         ctx.block = block
         ctx.texts = text.shape[1]
         return result[:, : ctx.texts], result[:, ctx.texts :]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, modulation, *kept = ctx.saved_tensors
+        (tokens,), (modulation, *kept) = saved(ctx)
         with without_autocast(tokens.device.type):
             return _single_backward(ctx, joined(*grads), tokens, modulation, kept)
 

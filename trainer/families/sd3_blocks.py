@@ -70,6 +70,7 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
             (StreamPart.of(groups[:4], clip=False), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
             keep=self.settings.keep,
+            store=self.settings.store,
         )
 
     def _attention(self, module: Any, x: Tensor) -> JointAttention:
