@@ -16,7 +16,7 @@ CHOICES = {
     # In bytes, of which a parameter's value has four.
     "adamw_8bit": (AdamW8Bit(name="adamw_8bit", lr=1e-2), 0.508),
     "adafactor": (Adafactor(name="adafactor", lr=1e-2), 0.2),
-    "prodigy": (Prodigy(name="prodigy", d0=1e-4), 3.5),
+    "prodigy": (Prodigy(name="prodigy", d0=1e-4), 4.0),
     "prodigy sliced": (Prodigy(name="prodigy", d0=1e-4, slice_p=11), 2.2),
     "schedule_free_adamw": (ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2), 2.0),
 }
@@ -28,7 +28,8 @@ RANK, INPUTS, OUTPUTS = 4, 48, 40
 class Toy:
     """y = B A x, B at zero: a layer's update, fitted to another one of the same rank."""
 
-    def __init__(self, choice, device="cpu"):
+    def __init__(self, choice, device="cpu", saved=None):
+        """`saved` is a checkpoint: as in a run, its weights are there before the optimizer is."""
         draws = torch.Generator().manual_seed(3)
         self.x = torch.randn(64, INPUTS, generator=draws).to(device)
         self.y = self.x @ torch.randn(INPUTS, OUTPUTS, generator=draws).to(device) / INPUTS**0.5
@@ -37,8 +38,12 @@ class Toy:
             "layer.lora_A": torch.nn.Parameter(down.to(device)),
             "layer.lora_B": torch.nn.Parameter(torch.zeros(OUTPUTS, RANK, device=device)),
         }
-        self.optimizer = choice.build(list(self.parameters.items()))
         self.names = list(self.parameters)
+        for name, value in saved.adapter.items() if saved else ():
+            self.parameters[name].data.copy_(value)
+        self.optimizer = choice.build(list(self.parameters.items()))
+        if saved:
+            checkpoint.restore_optimizer(self.optimizer, self.names, saved.optimizer)
 
     def loss(self):
         a, b = self.parameters.values()
@@ -65,12 +70,6 @@ class Toy:
             scaler={},
         )
 
-    def restore(self, saved):
-        for name, value in saved.adapter.items():
-            self.parameters[name].data.copy_(value)
-        checkpoint.restore_optimizer(self.optimizer, self.names, saved.optimizer)
-        return self
-
 
 def test_every_optimizer_is_among_them():
     assert {choice.name for choice, _ in CHOICES.values()} == set(OPTIMIZERS.classes)
@@ -89,7 +88,7 @@ def test_it_learns(choice):
 def test_it_goes_on_after_a_checkpoint_to_the_bit(choice, tmp_path):
     whole = Toy(choice).steps(6)
     Toy(choice).steps(3).save(tmp_path)
-    resumed = Toy(choice).restore(checkpoint.newest(tmp_path)).steps(3, first=3)
+    resumed = Toy(choice, saved=checkpoint.newest(tmp_path)).steps(3, first=3)
     for name, parameter in whole.parameters.items():
         assert parameter.equal(resumed.parameters[name]), name
     assert choice.rate(whole.optimizer) == choice.rate(resumed.optimizer)
@@ -100,7 +99,7 @@ def test_what_it_saves_is_that_very_state(choice, tmp_path):
     """So that it could be written again, a bit further on, by a run that was resumed."""
     toy = Toy(choice).steps(3)
     first = toy.save(tmp_path / "first")
-    again = Toy(choice).restore(checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
+    again = Toy(choice, saved=checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
     for name in (checkpoint.ADAPTER_FILE, "optimizer.safetensors", "state.json"):
         assert (first / name).read_bytes() == (again / name).read_bytes(), name
 
@@ -128,7 +127,7 @@ def test_adafactors_rate_is_a_plain_one():
     """Its own is relative to the weights, and B starts at zero."""
     toy = Toy(Adafactor(name="adafactor", lr=1e-2, weight_decay=0.0))
     toy.steps(1, first=7)
-    moved = toy.parameters["layer.lora_B"].square().mean().sqrt()
+    moved = toy.parameters["layer.lora_B"].detach().square().mean().sqrt()
     assert 0.5e-2 < float(moved) <= 1.01e-2
 
 
@@ -193,7 +192,7 @@ def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
     for one, other in zip(whole.parameters.values(), cpu.parameters.values(), strict=True):
         assert torch.allclose(one.cpu(), other, atol=5e-3)
     Toy(choice, "cuda").steps(3).save(tmp_path)
-    resumed = Toy(choice, "cuda").restore(checkpoint.newest(tmp_path)).steps(3, first=3)
+    resumed = Toy(choice, "cuda", checkpoint.newest(tmp_path)).steps(3, first=3)
     for name, parameter in whole.parameters.items():
         assert parameter.equal(resumed.parameters[name]), name
         assert math.isfinite(float(parameter.sum()))

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from halfbyte.trainer.adamw_8bit import AdamW8bit
 from halfbyte.trainer.averages import OptimizerAverage, Weights
+from halfbyte.trainer.joined_optimizer import JoinedOptimizer, all_in_one, by_shape
 from halfbyte.trainer.registry import Choice, Registry
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -102,26 +103,29 @@ class Adafactor(OptimizerChoice):
     beta2_decay: float = Field(default=-0.8, lt=0)
     """At step t the running means keep 1 - t to this power."""
     clip: float = Field(default=1.0, ge=1)
-    """An update whose root mean square is larger is scaled down to it."""
+    """Where the updates of all matrices of one shape have a larger root mean square, they are scaled down to it."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
-        named = _trainable(named_parameters)
-        return torch.optim.Adafactor(
-            named,
-            lr=self.lr,
-            beta2_decay=self.beta2_decay,
-            # The step is lr times the weights' root mean square, or times the second number where that is smaller.
-            # By the paper's 1e-3 an adapter's B, which starts at zero, would move a thousand times too slowly.
-            eps=(None, 1.0),
-            d=self.clip,
-            weight_decay=self.weight_decay,
-            foreach=_on_cuda(named),
+        return JoinedOptimizer(
+            _trainable(named_parameters),
+            by_shape,
+            lambda joined: torch.optim.Adafactor(
+                joined,
+                lr=self.lr,
+                beta2_decay=self.beta2_decay,
+                # The step is lr times the weights' root mean square, or times the second number where that is
+                # smaller. By the paper's 1e-3 an adapter's B, which starts at zero, would move a thousand times
+                # too slowly.
+                eps=(None, 1.0),
+                d=self.clip,
+                weight_decay=self.weight_decay,
+            ),
         )
 
 
 @OPTIMIZERS.register
 class Prodigy(OptimizerChoice):
-    """AdamW that estimates its own rate while it trains, by prodigyopt (MIT licence); state: up to four numbers a
+    """AdamW that estimates its own rate while it trains, by prodigyopt (MIT licence); state: four numbers a
     parameter, two and a little with slice_p 11. A constant or cosine schedule fits; the metrics show the estimate
     times lr."""
 
@@ -145,13 +149,16 @@ class Prodigy(OptimizerChoice):
     safeguard_warmup: bool = True
     """Keep a warm-up of the rate out of the estimate, which would come out too high."""
     slice_p: int = Field(default=1, ge=1)
-    """Estimate from every so many-th number of each matrix: 11 halves the state for little."""
+    """Estimate from every so many-th number alone: 11 halves the state for little."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
+        return JoinedOptimizer(_trainable(named_parameters), all_in_one, self._build)
+
+    def _build(self, joined: Named) -> torch.optim.Optimizer:
         # It prints that its weight decay is decoupled.
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer: torch.optim.Optimizer = ProdigyOptimizer(
-                _trainable(named_parameters),
+                joined,
                 lr=self.lr,
                 betas=self.betas,
                 eps=self.eps,
