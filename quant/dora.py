@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
@@ -57,6 +58,19 @@ class RowMagnitudes(DoraLinearLayer):
             own = ((up @ (down @ down.t())) * up).sum(1)
             squares = self.base_squares + 2 * scale * inner + scale**2 * own
         return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+@torch.no_grad()
+def keep_lengths(model: nn.Module, adapter: str) -> None:
+    """Sets the magnitudes to the lengths that the adapted rows have: for adapters that do not start at zero."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
+            layer: Any = module
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            magnitudes = layer.lora_magnitude_vector[adapter]
+            scale = layer.scaling[adapter]
+            # m / length - 1 is the excess, and so the length m / (1 + excess).
+            magnitudes.weight.div_(1 + magnitudes.excess(layer.get_base_layer(), down, up, scale))
 
 
 class Dora(DoraLinearVariant):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
-from halfbyte.quant.dora import RowMagnitudes
+from halfbyte.quant.dora import RowMagnitudes, keep_lengths
 from halfbyte.trainer.adapters import (
     LoraVariant,
     adapter_state,
@@ -197,6 +197,11 @@ def test_dora_starts_as_the_base_and_refuses_rows_of_zeros(family):
     assert torch.allclose(before, after, rtol=1e-5)
     lengths = [module for module in denoiser.modules() if isinstance(module, RowMagnitudes)]
     assert all(torch.allclose(one.weight**2, one.base_squares) for one in lengths)
+    layer = denoiser.transformer_blocks[0].attn.to_q
+    nn.init.normal_(layer.lora_B["default"].weight)  # an adapter that starts elsewhere
+    keep_lengths(denoiser, "default")
+    adapted = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
+    assert torch.allclose(layer.lora_magnitude_vector["default"].weight, adapted.norm(dim=1), rtol=1e-4)
     broken = base(family)
     layer = broken.transformer_blocks[0].attn.to_q
     weight = layer.dequantize(torch.float32)

@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
+from halfbyte.quant.dora import keep_lengths
 from halfbyte.quant.loftq import start_from_error
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
@@ -124,6 +125,8 @@ def load_denoiser(
     )
     if recipe.lora.init == "loftq":
         _start_from_error(recipe, family, denoiser)
+    if recipe.lora.dora:
+        keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return Loaded(denoiser.eval(), trained, quantized, footprint)
