@@ -1,0 +1,176 @@
+"""What 4 bits cost in quality: LoRA over each kind of base, by the loss on held-out pictures at fixed noise.
+
+    python scripts/bench_quality.py --seeds 8 --processes 12 --json quality.json
+
+Every run is one of the trainer, on the recipe's model and pictures (`recipes/flux_mini.yaml`, unless another is
+named; settings can be overridden as on train's command line). A seed sets the adapter's start, the order of the
+pictures and all noise, so runs of one seed differ in their base alone: differences are taken within a seed, and the
+intervals are Student's 95 % over the seeds. bf16 is the base as it comes; `bitsandbytes + PEFT` is what a user would
+run instead, and needs bitsandbytes.
+
+Besides: how far each base's velocity is from bf16's before any training, by noise level; the same with one kind of
+layer after the other kept in bf16; and whole runs that keep the layers which quant-report finds worst.
+
+A step of a small model waits for its launches, so a GPU takes several processes beside each other.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from quality_bases import BF16, NF4, STARTED, STORED, Base, keeping
+from quality_jobs import Bench, Trained, Velocities, opened, start_process, train, velocities
+from quality_table import page, trained_rows, velocity_row, verdicts
+from rich.console import Console
+
+from halfbyte.quant.load import empty_model
+from halfbyte.quant.skip_list import skip_list_for
+from halfbyte.trainer.prepare import prepare
+from halfbyte.trainer.quant_report import kind_of, quant_report
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "flux_mini.yaml"
+
+
+@dataclass(frozen=True)
+class Skips:
+    """NF4 bases that keep layers in bf16."""
+
+    kinds: list[Base]  # one a kind of layer, a kind being a path without its block numbers
+    worst: Base  # the layers that quant-report ranks first
+
+
+def skips_of(bench: Bench, worst: float) -> Skips:
+    """What can be kept of the recipe's model; `worst` is the share of all layers that the last one keeps."""
+    recipe = bench.settings(NF4)
+    _, family = opened(recipe)
+    report = quant_report(family.source.folder, "transformer", device=torch.device("cpu"))
+    model = empty_model(family.denoiser_class, family.denoiser_config, family.source.folder / "transformer")
+    size = {layer.name: layer.parameters / report.total.parameters for layer in report.layers}
+
+    def kept(name: str, wanted: list[str]) -> Base:
+        found = skip_list_for(model, wanted)
+        return keeping(name, found.entries, sum(size[layer] for layer in found.layers))
+
+    kinds = [kept(kind.name, [name for name in size if kind_of(name) == kind.name]) for kind in report.kinds]
+    ranked = [layer.name for layer in report.layers[: max(1, round(worst * len(report.layers)))]]
+    # A kind may be out of the reach of skip lists, as FLUX's last layer is.
+    return Skips([kind for kind in kinds if kind.kept], kept(f"the {len(ranked)} worst layers", ranked))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was found; both in the order in which bases are shown."""
+
+    trained: list[Trained]
+    predicted: list[Velocities]
+
+
+def measure(bench: Bench, bases: Sequence[Base], skips: Skips, arguments: argparse.Namespace) -> Measured:
+    """Runs every job, and prints a line for each run as it ends."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=context, initializer=start_process) as pool:
+        # Alone, so that what a first run finds out about the device is known to the others.
+        first = pool.submit(train, bench, bases[0], 0).result()
+        untrained = [base for base in bases if "kaiming" not in base.name]
+        untrained += skips.kinds if arguments.kinds else []
+        predicting = [pool.submit(velocities, bench, base) for base in untrained]
+        jobs = [(base, seed) for seed in range(arguments.seeds) for base in bases][1:]
+        training = [pool.submit(train, bench, *job) for job in jobs]
+        predicted = [future.result() for future in predicting]
+        shown = [*bases, *best(skips.kinds, predicted, arguments.kinds)]
+        training += [
+            pool.submit(train, bench, base, seed)
+            for seed in range(arguments.seeds)
+            for base in shown[len(bases) :]
+        ]
+        trained = [first]
+        for done in as_completed(training):
+            trained.append(done.result())
+            one = trained[-1]
+            print(
+                f"{len(trained)}/{len(training) + 1} {one.base}, seed {one.seed}: {one.before:.5f} ->"
+                f" {one.after:.5f} in {one.seconds:.0f} s",
+                flush=True,
+            )
+    place = {base.name: number for number, base in enumerate(shown)}
+    return Measured(sorted(trained, key=lambda one: (place[one.base], one.seed)), predicted)
+
+
+def best(kinds: Sequence[Base], predicted: Sequence[Velocities], count: int) -> list[Base]:
+    """The kinds of layer whose bf16 brings the untrained velocity nearest to the bf16 model's."""
+    bf16 = predicted[0]
+    errors = {one.base: velocity_row(one, bf16, {}).relative.mean for one in predicted[1:]}
+    return sorted(kinds, key=lambda kind: errors[kind.name])[:count] if count else []
+
+
+def main() -> None:
+    """Measures, prints the tables, and writes them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe by dotted name")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--only", help="bases to train on, by name, separated by semicolons")
+    parser.add_argument(
+        "--kinds", type=int, default=2, help="kinds of layer that runs keep in bf16; 0: none are tried"
+    )
+    parser.add_argument(
+        "--worst", type=float, default=0.1, help="share of the layers that a run keeps in bf16"
+    )
+    parser.add_argument("--json", type=Path, help="every measurement and every row")
+    parser.add_argument("--markdown", type=Path, help="the tables")
+    arguments = parser.parse_args()
+    start_process()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(arguments.recipe, arguments.overrides, Path(scratch))
+        recipe = bench.settings(BF16)
+        if not recipe.validation.wanted:
+            parser.error(
+                "the recipe holds no pictures out; add validation.held_out=N or validation.path=FOLDER"
+            )
+        world, family = opened(recipe)
+        prepare(recipe, family, world, Console(quiet=True))  # so that the processes find a full cache
+        skips = skips_of(bench, arguments.worst)
+        bases = [*STORED, *STARTED, skips.worst]
+        if arguments.only:
+            names = {BF16.name, NF4.name, *arguments.only.split(";")}
+            if unknown := names - {base.name for base in bases}:
+                parser.error(f"--only: no {sorted(unknown)}; there are {[base.name for base in bases]}")
+            bases = [base for base in bases if base.name in names]
+        measured = measure(bench, bases, skips, arguments)
+    rows = trained_rows(measured.trained)
+    kept = {base.name: base.kept for base in [*skips.kinds, skips.worst]}
+    untrained = [velocity_row(one, measured.predicted[0], kept) for one in measured.predicted[1:]]
+    bars = verdicts(rows)
+    text = page(rows, untrained, bars)
+    seconds = time.perf_counter() - began
+    print(f"\n{text}\n{len(measured.trained)} runs in {seconds:.0f} s")
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+    if arguments.json:
+        content = {
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor(),
+            "torch": torch.__version__,
+            "seconds": seconds,
+            "recipe": recipe.dump(),
+            "bars": [asdict(bar) for bar in bars],
+            "trained": [asdict(row) for row in rows],
+            "untrained": [asdict(row) for row in untrained],
+            "runs": [asdict(result) for result in measured.trained],
+        }
+        arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

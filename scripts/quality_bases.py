@@ -1,0 +1,109 @@
+"""The bases that bench_quality.py compares: each is a recipe's settings, but for bitsandbytes' own layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.quant.convert import is_skipped, kept_in_fp32, linear_layers
+from halfbyte.trainer.families.base import Family
+
+
+@dataclass(frozen=True)
+class Base:
+    """A way to hold the frozen transformer, and how its adapters start."""
+
+    name: str
+    settings: Sequence[str]  # over the recipe's
+    bitsandbytes: bool = False  # bitsandbytes' layers under stock PEFT instead of ours
+    kept: float = 0.0  # share of the linear weights that stay in bf16, by a skip list
+
+
+def _ours(name: str, quant_type: str, *settings: str, init: str = "gaussian") -> Base:
+    return Base(name, (f"quant.type={quant_type}", *settings, f"lora.init={init}"))
+
+
+_MSE = "quant.scale_search=mse"
+BF16 = _ours("bf16", "none")
+NF4 = _ours("nf4", "nf4")
+PEER = Base(
+    "nf4, bitsandbytes + PEFT",
+    ("quant.type=none", "lora.init=gaussian", "train.fused_adapters=false", "train.fused_blocks=false"),
+    bitsandbytes=True,
+)
+STORED = (
+    BF16,
+    NF4,
+    PEER,
+    _ours("nf4, scales by mse", "nf4", _MSE),
+    _ours("fp4", "fp4"),
+    _ours("int8", "int8"),
+)
+STARTED = (
+    _ours("bf16, kaiming", "none", init="kaiming"),
+    _ours("nf4, kaiming", "nf4", init="kaiming"),
+    _ours("nf4, loftq", "nf4", init="loftq"),
+    _ours("nf4, scales by mse, loftq", "nf4", _MSE, init="loftq"),
+)
+
+
+def keeping(name: str, skip: Sequence[str], share: float) -> Base:
+    """NF4 but for some layers, which stay in bf16 and hold `share` of the linear weights."""
+    base = _ours(f"nf4, {name} in bf16", "nf4", f"quant.skip=[{', '.join(skip)}]")
+    return replace(base, kept=share)
+
+
+@contextmanager
+def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[None]:
+    """Within it, the family loads the transformer as `base` says; `skip` is what bitsandbytes leaves alone."""
+    if not base.bitsandbytes:
+        yield
+        return
+    load: Callable[..., Any] = family.load_denoiser
+
+    def load_with_bitsandbytes(self: Family, *arguments: Any, **settings: Any) -> nn.Module:
+        denoiser: nn.Module = load(self, *arguments, **settings)
+        for path, linear in list(linear_layers(denoiser)):
+            if not is_skipped(path, (*skip, *kept_in_fp32(denoiser))):
+                denoiser.set_submodule(path, _bitsandbytes_layer(linear))
+        return denoiser
+
+    family.load_denoiser = load_with_bitsandbytes  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        family.load_denoiser = load  # type: ignore[method-assign]
+
+
+def _bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
+    # A dependency of the tests alone.
+    import bitsandbytes
+
+    class Linear4bit(bitsandbytes.nn.Linear4bit):
+        """Always in training mode: on a CPU with AVX-512 the layer repacks its weight in place in eval mode."""
+
+        def train(self, mode: bool = True) -> nn.Module:
+            return super().train(True)
+
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach().cpu(),
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=layer,
+    )
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return layer.to(linear.weight.device).requires_grad_(False).train()

@@ -1,0 +1,126 @@
+"""What bench_quality.py measures, each job in a process of its own: a training run, or a base's velocities."""
+
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from diffusers.utils import logging as diffusers_logging
+from quality_bases import Base, loading
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from halfbyte.trainer.denoiser import DTYPES, load_denoiser
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.launch import World, join, read_world
+from halfbyte.trainer.metrics import VALIDATION, read_validation
+from halfbyte.trainer.prepare import prepare
+from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.run import run
+from halfbyte.trainer.validation import Validation
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all jobs have in common."""
+
+    recipe: Path
+    overrides: Sequence[str]
+    folder: Path  # for runs, which are deleted when they have been read
+
+    def settings(self, base: Base, *more: str) -> Recipe:
+        """The recipe with a base's settings, and without what costs time and changes no number."""
+        quiet = ("sample.prompts=[]", "sample.every=0", "output.export_base=false")
+        return load_recipe(self.recipe, [*quiet, *self.overrides, *base.settings, *more])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training run's validation loss."""
+
+    base: str
+    seed: int
+    before: float
+    after: float
+    after_by_sigma: dict[float, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """What a base predicts before any training."""
+
+    base: str
+    sigmas: list[float]  # of each point, which is a picture at a noise level
+    predicted: list[
+        numpy.ndarray
+    ]  # of each point, (C * h * w,) fp32; not tensors, which cost a file each to send
+    loss: float  # the validation loss
+
+
+def start_process() -> None:
+    """Readies a process: at these sizes further threads gain nothing, and bars would stand between the lines."""
+    torch.set_num_threads(1)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def train(bench: Bench, base: Base, seed: int) -> Trained:
+    """A whole run of the trainer."""
+    began = time.perf_counter()
+    folder = bench.folder / f"{base.name} {seed}"
+    recipe = bench.settings(base, f"train.seed={seed}", f"output.dir={folder}")
+    world = read_world()
+    with loading(base, FAMILIES[recipe.model.family], recipe.quant.skip):
+        run(recipe, world, console=Console(quiet=True), resume=False)
+    first, *_, last = read_validation(folder / VALIDATION)
+    shutil.rmtree(folder)
+    return Trained(base.name, seed, first.loss, last.loss, dict(last.by_sigma), time.perf_counter() - began)
+
+
+def velocities(bench: Bench, base: Base) -> Velocities:
+    """The predictions on the held-out pictures."""
+    recipe = bench.settings(base, "train.seed=0")
+    world, family = opened(recipe)
+    validation = validation_of(bench, base, recipe, family, world)
+    sigmas: list[float] = []
+    predicted: list[numpy.ndarray] = []
+    for points, velocity, _ in validation.predictions():
+        sigmas += [point.sigma for point in points]
+        predicted += list(velocity.flatten(1).cpu().numpy())
+    return Velocities(base.name, sigmas, predicted, validation.measure(0).loss)
+
+
+def opened(recipe: Recipe) -> tuple[World, Family]:
+    """The world of this process, and the recipe's model."""
+    world = read_world()
+    join(world)
+    model = recipe.model
+    return world, FAMILIES[model.family].open(model.path, model.revision, model.max_sequence_length)
+
+
+def validation_of(bench: Bench, base: Base, recipe: Recipe, family: Family, world: World) -> Validation:
+    """The recipe's validation on an untrained base."""
+    console = Console(quiet=True)
+    prepared = prepare(recipe, family, world, console)
+    with loading(base, type(family), recipe.quant.skip):
+        denoiser = load_denoiser(recipe, family, world, console).denoiser
+    return Validation(
+        family,
+        denoiser,
+        prepared.held_out,
+        prepared.held_out_set,
+        sigmas=recipe.validation.sigmas,
+        guidance_scale=recipe.objective.guidance_scale,
+        compute_dtype=DTYPES[recipe.quant.compute_dtype],
+        batch_size=recipe.train.batch_size,
+        world=world,
+    )
