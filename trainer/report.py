@@ -54,7 +54,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ("base", f"{base}; {_bytes(opening.footprint)}"),
         (
             "trains",
-            f"LoRA rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"
+            f"{_adapter_kind(recipe)} rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"
             f" {trained.total_layers} linear layers: {trained.parameters:,} parameters in fp32",
         ),
         (
@@ -69,6 +69,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ("weighting", f"{objective.weighting.describe()}; loss {objective.loss.describe()}"),
         ("guidance", family.describe_guidance(objective.guidance_scale)),
         ("optimizer", f"{recipe.optimizer.describe()}; schedule {recipe.lr_schedule.describe()}"),
+        ("seen", _seen_weights(recipe)),
         (
             "run",
             f"{train.steps} steps of {step} samples ({train.batch_size} x {train.grad_accumulation} micro-batches"
@@ -76,6 +77,20 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
         ),
     ]
+
+
+def _adapter_kind(recipe: Recipe) -> str:
+    lora = recipe.lora
+    kind = ("rs" if lora.rslora else "") + ("DoRA" if lora.dora else "LoRA")
+    patterns = {**lora.rank_pattern, **lora.alpha_pattern}
+    return f"{kind} (otherwise at {', '.join(patterns)})" if patterns else kind
+
+
+def _seen_weights(recipe: Recipe) -> str:
+    """What validation, samples and exports are made with."""
+    if recipe.ema.decay is not None:
+        return f"the moving average of the adapter, decay {recipe.ema.decay:g} a step"
+    return "the average that the optimizer keeps" if recipe.optimizer.averages else "the weights that train"
 
 
 def _validation_plan(recipe: Recipe, held_out: int) -> str:
