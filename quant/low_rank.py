@@ -67,7 +67,7 @@ class _LowRankLinears(torch.autograd.Function):
         u = seen @ down.t()
         ups, outputs = [], []
         for (weight, scale), bias, up, part in zip(
-            bases, tensors[0::3], tensors[2::3], _split(u, downs), strict=True
+            bases, tensors[0::3], tensors[2::3], _split(u, [down.shape[0] for down in downs], 1), strict=True
         ):
             assert up is not None
             up = (up if scale == 1 else up.float() * scale).to(x.dtype)
@@ -90,9 +90,9 @@ class _LowRankLinears(torch.autograd.Function):
             return _gradients(ctx, grads, seen, u, down, ups)
 
 
-def _split(stacked: Tensor, downs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of (M, sum of ranks) that belong to each layer."""
-    return stacked.split([down.shape[0] for down in downs], dim=1)
+def _split(stacked: Tensor, ranks: list[int], dim: int) -> tuple[Tensor, ...]:
+    """What belongs to each layer of a dimension that has the sum of ranks."""
+    return (stacked,) if len(ranks) == 1 else stacked.split(ranks, dim)
 
 
 def _gradients(
@@ -106,10 +106,10 @@ def _gradients(
     if wanted[0]:
         for grad, (weight, _) in zip(grads, ctx.bases, strict=True):
             grad_x = _add_input_grad(grad_x, grad, weight)
-    grad_downs = (part.t() @ seen).split(ranks) if any(wanted[4::3]) else [None] * len(ranks)
+    grad_downs = _split(part.t() @ seen, ranks, 0) if any(wanted[4::3]) else [None] * len(ranks)
     results: list[Tensor | None] = []
     for index, (grad, (_, scale), u_part, grad_down) in enumerate(
-        zip(grads, ctx.bases, u.split(ranks, dim=1), grad_downs, strict=True)
+        zip(grads, ctx.bases, _split(u, ranks, 1), grad_downs, strict=True)
     ):
         first = 3 + 3 * index
         grad_bias = grad_up = None
