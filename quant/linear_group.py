@@ -19,11 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.linear_ops import HAS_TRITON
 from halfbyte.kernels.packed_weight import PackedWeight
-
-if HAS_TRITON:
-    from halfbyte.kernels import stacked_triton
+from halfbyte.kernels.stack_ops import stack_weight, stackable
 
 # Rows of the stacked matrices start at multiples of this many values, as the matrix units of a GPU want them.
 _ALIGNMENT = 8
@@ -82,13 +79,13 @@ class LinearGroup:
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K + extra), whose last columns are filled here with u -> (M, N) in x's dtype."""
         self.lift(x)
-        if self._stackable(x):
+        if self._stackable:
             stacked = x.new_empty((self.outputs, self.width + self.extra))
             row = first = 0
             for layer in self.layers:
                 assert isinstance(layer.weight, PackedWeight)
                 rows = stacked[row : row + layer.outputs]
-                stacked_triton.stack_weight(rows, layer.weight, layer.up, layer.scale, first, self.extra)
+                stack_weight(rows, layer.weight, layer.up, layer.scale, first, self.extra)
                 row, first = row + layer.outputs, first + layer.rank
             return nn.functional.linear(x, stacked, self._bias(x))
         return self._one_by_one(x)
@@ -118,7 +115,7 @@ class LinearGroup:
         return self._input_gradient(grad) if wants_input else None, downs, ups
 
     def _input_gradient(self, grad: Tensor) -> Tensor:
-        if not self._stackable(grad):
+        if not self._stackable:
             total = None
             if self.extra:
                 total = grad[:, self.outputs :] @ self._down(grad.dtype)
@@ -133,7 +130,7 @@ class LinearGroup:
         row = 0
         for layer in self.layers:
             assert isinstance(layer.weight, PackedWeight)
-            stacked_triton.stack_weight(stacked[row : row + layer.outputs], layer.weight, None, 1.0, 0, 0)
+            stack_weight(stacked[row : row + layer.outputs], layer.weight, None, 1.0, 0, 0)
             row += layer.outputs
         if self.extra:
             stacked[row:] = self._down(grad.dtype)
@@ -155,14 +152,10 @@ class LinearGroup:
             row, first = row + layer.outputs, first + layer.rank
         return y
 
-    def _stackable(self, x: Tensor) -> bool:
-        return (
-            x.is_cuda
-            and HAS_TRITON
-            and all(
-                isinstance(layer.weight, PackedWeight) and stacked_triton.supports(layer.weight)
-                for layer in self.layers
-            )
+    @property
+    def _stackable(self) -> bool:
+        return all(
+            isinstance(layer.weight, PackedWeight) and stackable(layer.weight) for layer in self.layers
         )
 
     @staticmethod
@@ -210,6 +203,7 @@ def _scaled(layer: GroupLayer, dtype: torch.dtype) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32, not rounded on the way: gradients of fp32 parameters."""
-    if left.is_cuda and left.dtype != torch.float32:
+    # On meta as on CUDA, whose memory is planned there.
+    if (left.is_cuda or left.is_meta) and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
+from halfbyte.quant.autocast import without_autocast
 from halfbyte.quant.lora import lora_linears
 from halfbyte.trainer.families.block_parts import BlockSettings, adapters, linear_group, plain
 from halfbyte.trainer.families.dual_block import DualBlock, DualBlockFunction, StreamPart
@@ -53,7 +54,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
         if self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
-            with torch.autocast(text.device.type, enabled=False):
+            with without_autocast(text.device.type):
                 block = self._whole(image, image_rotary_emb)
             if block is not None:
                 modulations = [
@@ -113,7 +114,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
         if self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
-            with torch.autocast(text.device.type, enabled=False):
+            with without_autocast(text.device.type):
                 block = self._whole(image, image_rotary_emb)
             if block is not None:
                 modulation = self.norm.linear(self.norm.silu(temb)).to(dtype)

@@ -6,10 +6,10 @@ run layer by layer; so does any block that `LinearGroup` cannot take, see `flux_
 
 from typing import Any
 
-import torch
 from diffusers.models import attention as diffusers_attention
 from torch import Tensor, nn
 
+from halfbyte.quant.autocast import without_autocast
 from halfbyte.trainer.families.block_parts import BlockSettings, adapters, linear_group, plain
 from halfbyte.trainer.families.dual_block import DualBlock, DualBlockFunction, StreamPart
 from halfbyte.trainer.families.joint_attention import JointAttention
@@ -33,7 +33,7 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
         if two_streams and self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             image, text = hidden_states.to(dtype), encoder_hidden_states.to(dtype)
-            with torch.autocast(image.device.type, enabled=False):
+            with without_autocast(image.device.type):
                 block = self._whole(image)
             if block is not None:
                 modulations = [
