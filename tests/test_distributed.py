@@ -82,8 +82,8 @@ def test_torchrun_every_sample_once_an_epoch_and_one_adapter(tmp_path, mini_flux
     (seen, adapter), (seen_too, adapter_too) = (
         json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
     )
-    # Positions 0 to 5 are the first epoch; that each is another picture is the plan's own test. What is left in the model
-    # is the average, which is one as well.
+    # Positions 0 to 5 are the first epoch; that each is another picture is the plan's own test. The model is left
+    # with its average, which is one as well.
     assert sorted(seen + seen_too) == list(range(PICTURES))
     assert len(seen) == len(seen_too)
     assert adapter == adapter_too
