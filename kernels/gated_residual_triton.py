@@ -4,7 +4,6 @@
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +17,7 @@ from halfbyte.kernels.row_chunks_triton import (
     readable,
     row_tile,
     store_chunk,
+    target,
 )
 
 _BACKWARD = Schedule(programs=660, stages=3)
@@ -35,8 +35,10 @@ def _kernel(
     dy_batch,
     update_batch,
     gate_batch,
+    dupdate_batch,
     DY_ROW: tl.constexpr,
     UPDATE_ROW: tl.constexpr,
+    DUPDATE_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -55,7 +57,8 @@ def _kernel(
         new_dgates = ()
         for chunk in tl.static_range(CHUNKS):
             grad = load_chunk(dy + batch * dy_batch + row * DY_ROW, chunk, WIDTH, CHUNK)
-            store_chunk(dupdate + (batch * rows + row) * WIDTH, gates[chunk] * grad, chunk, WIDTH, CHUNK)
+            place = dupdate + batch * dupdate_batch + row * DUPDATE_ROW
+            store_chunk(place, gates[chunk] * grad, chunk, WIDTH, CHUNK)
             if SUMS:
                 source = update + batch * update_batch + row * UPDATE_ROW
                 dgate = dgates[chunk] + grad * load_chunk(source, chunk, WIDTH, CHUNK)
@@ -72,15 +75,19 @@ _launch = Launcher(_kernel)
 
 
 def _backward(
-    dy: Tensor, gate: Tensor, update: Tensor | None, sums: Tensor | None, schedule: Schedule
-) -> Tensor:
-    """gate * dy, and each program's sum of update * dy where asked for."""
+    dy: Tensor,
+    gate: Tensor,
+    update: Tensor | None,
+    dupdate: Tensor,
+    sums: Tensor | None,
+    schedule: Schedule,
+) -> None:
+    """Fills dupdate with gate * dy, and each program's sum of update * dy where asked for."""
     dy, gate = readable(dy), readable(gate)
     other = dy if update is None else readable(update)
-    dupdate = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     batch, rows, width = dy.shape
     if dy.numel() == 0:
-        return dupdate
+        return
     tile = row_tile(width)
     _launch(
         (min(rows, schedule.programs), batch, 1),
@@ -94,10 +101,12 @@ def _backward(
             dy.stride(0),
             other.stride(0),
             gate.stride(0),
+            dupdate.stride(0),
         ),
         (
             dy.stride(1),
             other.stride(1),
+            dupdate.stride(1),
             width,
             sums is not None,
             tile.chunk,
@@ -106,17 +115,21 @@ def _backward(
         ),
         num_warps=tile.warps,
     )
+
+
+def gated_residual_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+    """`elementwise_reference.gated_residual_backward` in one launch."""
+    dupdate = target(out, dy)
+    _backward(dy, gate, None, dupdate, None, _BACKWARD)
     return dupdate
 
 
-def gated_residual_backward(dy: Tensor, gate: Tensor) -> Tensor:
-    """`elementwise_reference.gated_residual_backward` in one launch."""
-    return _backward(dy, gate, None, None, _BACKWARD)
-
-
-def gated_residual_grads(dy: Tensor, gate: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def gated_residual_grads(
+    dy: Tensor, gate: Tensor, update: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`elementwise_reference.gated_residual_grads` in one launch and one for the sum."""
+    dupdate = target(out, dy)
     sums = partial_sums(dy, min(dy.shape[1], _SUMMING.programs))
-    dupdate = _backward(dy, gate, update, sums, _SUMMING)
+    _backward(dy, gate, update, dupdate, sums, _SUMMING)
     (dgate,) = add_up((sums,), gate.dtype)
     return dupdate, dgate

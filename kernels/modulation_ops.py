@@ -70,6 +70,22 @@ def _run(name: str, stream: Tensor, *arguments: Any) -> Any:
     return getattr(torch.ops.halfbyte, name).default(stream, *arguments)
 
 
+def _run_into(out: Tensor | None, name: str, stream: Tensor, *arguments: Any, place: int = 0) -> Any:
+    """The same, with the result at `place` in `out` where that is given: by a copy unless Triton writes it there."""
+    if out is None:
+        return _run(name, stream, *arguments)
+    _check_stream("out", out, stream.shape)
+    if out.stride(-1) != 1:
+        raise ValueError(f"out: got strides {out.stride()}, expected rows that are contiguous")
+    if HAS_TRITON and stream.is_cuda and is_eager(stream):
+        return CUDA[name](stream, *arguments, out)
+    results = _run(name, stream, *arguments)
+    if isinstance(results, Tensor):
+        return out.copy_(results)
+    out.copy_(results[place])
+    return (*results[:place], out, *results[place + 1 :])
+
+
 @torch.library.register_fake("halfbyte::layer_norm_modulate", lib=_library)
 def _fake_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
@@ -137,15 +153,18 @@ def _check_modulation(name: str, modulation: Tensor, stream: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(modulation.shape)}, expected (B, D) = {expected}")
 
 
-def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, out: Tensor | None = None
+) -> Tensor:
     """LN(x) * (1 + scale) + shift, LN without weights of its own.
 
-    x (B, S, D), scale and shift (B, D) -> (B, S, D) in x's dtype. ValueError where a shape or dtype differs.
+    x (B, S, D), scale and shift (B, D) -> (B, S, D) in x's dtype, or in `out`, a slice of a wider
+    buffer's rows for one. ValueError where a shape or dtype differs.
     """
     _check_stream("x", x)
     _check_modulation("scale", scale, x)
     _check_modulation("shift", shift, x)
-    return _run("layer_norm_modulate", x, scale, shift, eps)
+    return _run_into(out, "layer_norm_modulate", x, scale, shift, eps)
 
 
 def _check_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, residual_grad: Tensor | None) -> None:
@@ -178,8 +197,10 @@ def layer_norm_modulate_grads(
     return _run("layer_norm_modulate_grads", dy, x, scale, residual_grad, eps)
 
 
-def gated_residual(x: Tensor, gate: Tensor, update: Tensor, *, clip: bool = False) -> Tensor:
-    """x + gate * update: x and update (B, S, D), gate (B, D) -> (B, S, D) in x's dtype.
+def gated_residual(
+    x: Tensor, gate: Tensor, update: Tensor, *, clip: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """x + gate * update: x and update (B, S, D), gate (B, D) -> (B, S, D) in x's dtype, or in `out`.
 
     `clip` holds an fp16 result within +-65504, as diffusers does behind FLUX's single blocks and text streams;
     the other dtypes reach further than that. The gradient passes by the clip: that of x is dy itself.
@@ -187,22 +208,24 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, *, clip: bool = Fals
     _check_stream("x", x)
     _check_stream("update", update, x.shape)
     _check_modulation("gate", gate, x)
-    return _run("gated_residual", x, gate, update, clip)
+    return _run_into(out, "gated_residual", x, gate, update, clip)
 
 
-def gated_residual_backward(dy: Tensor, gate: Tensor) -> Tensor:
-    """The gradient of `gated_residual`'s update, gate * dy, in dy's dtype."""
+def gated_residual_backward(dy: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The gradient of `gated_residual`'s update, gate * dy, in dy's dtype, or in `out`."""
     _check_stream("dy", dy)
     _check_modulation("gate", gate, dy)
-    return _run("gated_residual_backward", dy, gate)
+    return _run_into(out, "gated_residual_backward", dy, gate)
 
 
-def gated_residual_grads(dy: Tensor, gate: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    """(the gradient of the update, dgate (B, D) in gate's dtype), where modulation learns too."""
+def gated_residual_grads(
+    dy: Tensor, gate: Tensor, update: Tensor, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(the gradient of the update, in `out` where given; dgate (B, D) in gate's dtype), where modulation learns too."""
     _check_stream("dy", dy)
     _check_stream("update", update, dy.shape)
     _check_modulation("gate", gate, dy)
-    return _run("gated_residual_grads", dy, gate, update)
+    return _run_into(out, "gated_residual_grads", dy, gate, update)
 
 
 def gated_norm(
@@ -214,16 +237,18 @@ def gated_norm(
     *,
     eps: float = 1e-6,
     clip: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = gated_residual(x, gate, update) and layer_norm_modulate(y, scale, shift) in one pass: (y, normed).
 
-    The norm sees y as it is stored, so a backward that reads y again finds the same statistics.
+    The norm sees y as it is stored, so a backward that reads y again finds the same statistics. normed is written
+    into `out` where given.
     """
     _check_stream("x", x)
     _check_stream("update", update, x.shape)
     for name, modulation in (("gate", gate), ("scale", scale), ("shift", shift)):
         _check_modulation(name, modulation, x)
-    return _run("gated_norm", x, gate, update, scale, shift, eps, clip)
+    return _run_into(out, "gated_norm", x, gate, update, scale, shift, eps, clip, place=1)
 
 
 def gated_norm_backward(
@@ -234,11 +259,12 @@ def gated_norm_backward(
     residual_grad: Tensor | None = None,
     *,
     eps: float = 1e-6,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dupdate) of `gated_norm` from its y, in y's dtype; `residual_grad` is what reaches y from elsewhere.
 
-    dx is y's whole gradient, dupdate is gate * dx.
+    dx is y's whole gradient, dupdate is gate * dx, written into `out` where given.
     """
     _check_norm_backward(dnormed, y, scale, residual_grad)
     _check_modulation("gate", gate, y)
-    return _run("gated_norm_backward", dnormed, y, gate, scale, residual_grad, eps)
+    return _run_into(out, "gated_norm_backward", dnormed, y, gate, scale, residual_grad, eps, place=1)

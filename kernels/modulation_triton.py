@@ -25,6 +25,7 @@ from halfbyte.kernels.row_chunks_triton import (
     row_statistics,
     row_tile,
     store_chunk,
+    target,
 )
 
 _FORWARD = Schedule(programs=660, stages=3)
@@ -49,9 +50,13 @@ def _forward_kernel(
     gate_batch,
     scale_batch,
     shift_batch,
+    y_batch,
+    normed_batch,
     eps,
     X_ROW: tl.constexpr,
     UPDATE_ROW: tl.constexpr,
+    Y_ROW: tl.constexpr,
+    NORMED_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
@@ -73,7 +78,6 @@ def _forward_kernel(
             shifts = shifts + (load_chunk(shift + batch * shift_batch, chunk, WIDTH, CHUNK),)
     for row in tl.range(first, rows, tl.num_programs(0), num_stages=STAGES):
         values = ()
-        out = (batch * rows + row) * WIDTH
         for chunk in tl.static_range(CHUNKS):
             value = load_chunk(x + batch * x_batch + row * X_ROW, chunk, WIDTH, CHUNK)
             if GATED:
@@ -82,14 +86,14 @@ def _forward_kernel(
                 if CLIP:
                     value = tl.maximum(value, -_LARGEST, propagate_nan=tl.PropagateNan.ALL)
                     value = tl.minimum(value, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
-                store_chunk(y + out, value, chunk, WIDTH, CHUNK)
+                store_chunk(y + batch * y_batch + row * Y_ROW, value, chunk, WIDTH, CHUNK)
                 value = value.to(y.dtype.element_ty).to(tl.float32)
             values = values + (value,)
         if NORM:
             mean, factor = row_statistics(values, eps, WIDTH, CHUNK, CHUNKS)
             for chunk in tl.static_range(CHUNKS):
                 value = (values[chunk] - mean) * factor * scales[chunk] + shifts[chunk]
-                store_chunk(normed + out, value, chunk, WIDTH, CHUNK)
+                store_chunk(normed + batch * normed_batch + row * NORMED_ROW, value, chunk, WIDTH, CHUNK)
 
 
 @triton.jit
@@ -109,10 +113,12 @@ def _backward_kernel(
     residual_batch,
     scale_batch,
     gate_batch,
+    dupdate_batch,
     eps,
     DY_ROW: tl.constexpr,
     X_ROW: tl.constexpr,
     RESIDUAL_ROW: tl.constexpr,
+    DUPDATE_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
@@ -168,7 +174,8 @@ def _backward_kernel(
             store_chunk(dx + out, grad, chunk, WIDTH, CHUNK)
             if GATED:
                 rounded = grad.to(dx.dtype.element_ty).to(tl.float32)
-                store_chunk(dupdate + out, gates[chunk] * rounded, chunk, WIDTH, CHUNK)
+                place = dupdate + batch * dupdate_batch + row * DUPDATE_ROW
+                store_chunk(place, gates[chunk] * rounded, chunk, WIDTH, CHUNK)
     if SUMS:
         place = (batch * tl.num_programs(0) + first) * WIDTH
         for chunk in tl.static_range(CHUNKS):
@@ -186,16 +193,16 @@ def _forward(
     modulation: Sequence[Tensor] | None,
     eps: float,
     clip: bool,
-) -> tuple[Tensor, Tensor]:
-    """(x + gate * update or x, its modulated norm or x): what is not asked for comes back as x."""
+    y: Tensor,
+    normed: Tensor,
+) -> None:
+    """Fills y with x + gate * update and normed with its modulated norm, each where it is asked for."""
     source = readable(x)
     gate, update = (source, source) if gated is None else map(readable, gated)
     scale, shift = (source, source) if modulation is None else map(readable, modulation)
-    y = x if gated is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = x if modulation is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     batch, rows, width = x.shape
     if x.numel() == 0:
-        return y, normed
+        return
     tile = row_tile(width)
     _launch_forward(
         (min(rows, _FORWARD.programs), batch, 1),
@@ -213,11 +220,15 @@ def _forward(
             gate.stride(0),
             scale.stride(0),
             shift.stride(0),
+            y.stride(0),
+            normed.stride(0),
             eps,
         ),
         (
             source.stride(1),
             update.stride(1),
+            y.stride(1),
+            normed.stride(1),
             width,
             gated is not None,
             modulation is not None,
@@ -228,24 +239,38 @@ def _forward(
         ),
         num_warps=tile.warps,
     )
-    return y, normed
 
 
-def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
     """`elementwise_reference.layer_norm_modulate` in one launch."""
-    return _forward(x, None, (scale, shift), eps, False)[1]
+    normed = target(out, x)
+    _forward(x, None, (scale, shift), eps, False, x, normed)
+    return normed
 
 
-def gated_residual(x: Tensor, gate: Tensor, update: Tensor, clip: bool) -> Tensor:
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor, clip: bool, out: Tensor | None = None) -> Tensor:
     """`elementwise_reference.gated_residual` in one launch."""
-    return _forward(x, (gate, update), None, 0.0, clip)[0]
+    y = target(out, x)
+    _forward(x, (gate, update), None, 0.0, clip, y, x)
+    return y
 
 
 def gated_norm(
-    x: Tensor, gate: Tensor, update: Tensor, scale: Tensor, shift: Tensor, eps: float, clip: bool
+    x: Tensor,
+    gate: Tensor,
+    update: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    clip: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`elementwise_reference.gated_norm` in one launch."""
-    return _forward(x, (gate, update), (scale, shift), eps, clip)
+    y, normed = target(None, x), target(out, x)
+    _forward(x, (gate, update), (scale, shift), eps, clip, y, normed)
+    return y, normed
 
 
 def _backward(
@@ -255,18 +280,19 @@ def _backward(
     residual_grad: Tensor | None,
     gate: Tensor | None,
     eps: float,
+    dupdate: Tensor | None,
     sums: Sequence[Tensor],
     schedule: Schedule,
-) -> tuple[Tensor, Tensor]:
-    """(dx, gate * dx or dx where there is no gate), and each program's sums for dscale and dshift where given."""
+) -> Tensor:
+    """dx; fills dupdate with gate * dx where there is a gate, and each program's sums for dscale and dshift."""
     dy, x, scale = readable(dy), readable(x), readable(scale)
     residual = x if residual_grad is None else readable(residual_grad)
     gates = scale if gate is None else readable(gate)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dupdate = dx if gate is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gated = dx if dupdate is None else dupdate
     batch, rows, width = x.shape
     if x.numel() == 0:
-        return dx, dupdate
+        return dx
     tile = row_tile(width)
     _launch_backward(
         (min(rows, schedule.programs), batch, 1),
@@ -277,7 +303,7 @@ def _backward(
             residual,
             gates,
             dx,
-            dupdate,
+            gated,
             *(sums or (dx, dx)),
             rows,
             dy.stride(0),
@@ -285,12 +311,14 @@ def _backward(
             residual.stride(0),
             scale.stride(0),
             gates.stride(0),
+            gated.stride(0),
             eps,
         ),
         (
             dy.stride(1),
             x.stride(1),
             residual.stride(1),
+            gated.stride(1),
             width,
             residual_grad is not None,
             gate is not None,
@@ -301,14 +329,14 @@ def _backward(
         ),
         num_warps=tile.warps,
     )
-    return dx, dupdate
+    return dx
 
 
 def layer_norm_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, residual_grad: Tensor | None, eps: float
 ) -> Tensor:
     """`elementwise_reference.layer_norm_modulate_backward` in one launch."""
-    return _backward(dy, x, scale, residual_grad, None, eps, (), _BACKWARD)[0]
+    return _backward(dy, x, scale, residual_grad, None, eps, None, (), _BACKWARD)
 
 
 def layer_norm_modulate_grads(
@@ -316,13 +344,20 @@ def layer_norm_modulate_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`elementwise_reference.layer_norm_modulate_grads` in one launch and one for the sums."""
     sums = tuple(partial_sums(x, min(x.shape[1], _SUMMING.programs)) for _ in range(2))
-    dx, _ = _backward(dy, x, scale, residual_grad, None, eps, sums, _SUMMING)
+    dx = _backward(dy, x, scale, residual_grad, None, eps, None, sums, _SUMMING)
     dscale, dshift = add_up(sums, scale.dtype)
     return dx, dscale, dshift
 
 
 def gated_norm_backward(
-    dnormed: Tensor, y: Tensor, gate: Tensor, scale: Tensor, residual_grad: Tensor | None, eps: float
+    dnormed: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    residual_grad: Tensor | None,
+    eps: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`elementwise_reference.gated_norm_backward` in one launch."""
-    return _backward(dnormed, y, scale, residual_grad, gate, eps, (), _BACKWARD)
+    dupdate = target(out, y)
+    return _backward(dnormed, y, scale, residual_grad, gate, eps, dupdate, (), _BACKWARD), dupdate

@@ -221,11 +221,13 @@ def qk_norm_rope_backward(
     rope: tuple[Tensor, Tensor] | None,
     *,
     eps: float = 1e-6,
+    out: Sequence[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Each stream's (dquery, dkey, dvalue), (B, S_i, H*D_h), from the gradients of the joint q, k, v.
 
     dq, dk and dv are (B, sum S_i, H, D_h) in whatever strides the attention's backward gives. dquery and dkey are
-    contiguous in the projections' dtype; dvalue is a view of dv where its strides allow one. The RMSNorm weights are
+    contiguous in the projections' dtype; dvalue is a view of dv where its strides allow one. With `out`, all three
+    are written there: for each stream slices (B, S_i, H*D_h) of a wider buffer's rows, say. The RMSNorm weights are
     frozen: they have no gradient.
     """
     heads = dq.shape[2] if dq.dim() == 4 else 0
@@ -239,20 +241,44 @@ def qk_norm_rope_backward(
             raise ValueError(
                 f"{name}: got shape {tuple(grad.shape)}, expected (B, sum S, H, D_h) = {expected}"
             )
-    cos, sin = rope or (None, None)
-    run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope_backward.default
-    if HAS_TRITON and dq.is_cuda and is_eager(dq):
-        run = qk_rope_triton.qk_norm_rope_backward
-    grads = run(
-        dq,
-        dk,
+    arguments = (
         [stream.query for stream in streams],
         [stream.key for stream in streams],
         *_norms(streams),
-        cos,
-        sin,
+        *(rope or (None, None)),
         eps,
     )
+    eager = HAS_TRITON and dq.is_cuda and is_eager(dq)
+    if out is not None:
+        _check_out(out, streams)
+        if eager:
+            qk_rope_triton.qk_norm_rope_backward_into(list(zip(*out, strict=True)), dq, dk, dv, *arguments)
+            return list(out)
+    run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope_backward.default
+    if eager:
+        run = qk_rope_triton.qk_norm_rope_backward
+    grads = run(dq, dk, *arguments)
     count = len(streams)
     dvalues = [part.flatten(2) for part in dv.split(lengths, dim=1)]
-    return list(zip(grads[:count], grads[count:], dvalues, strict=True))
+    results = list(zip(grads[:count], grads[count:], dvalues, strict=True))
+    if out is None:
+        return results
+    for slices, of_stream in zip(out, results, strict=True):
+        for target, grad in zip(slices, of_stream, strict=True):
+            target.copy_(grad)
+    return list(out)
+
+
+def _check_out(out: Sequence[tuple[Tensor, Tensor, Tensor]], streams: Sequence[Stream]) -> None:
+    if len(out) != len(streams):
+        raise ValueError(f"out: got {len(out)}, expected three slices for each of {len(streams)} streams")
+    for number, (slices, stream) in enumerate(zip(out, streams, strict=True)):
+        for part in slices:
+            if part.shape != stream.query.shape or part.dtype not in DTYPES:
+                raise ValueError(
+                    f"out[{number}]: got {part.dtype} {tuple(part.shape)}, expected {tuple(stream.query.shape)}"
+                )
+            if part.stride(-1) != 1 or part.stride() != slices[0].stride():
+                raise ValueError(
+                    f"out[{number}]: got strides {part.stride()}, expected contiguous rows, all three alike"
+                )

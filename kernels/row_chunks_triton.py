@@ -120,6 +120,11 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def target(out: Tensor | None, like: Tensor) -> Tensor:
+    """`out`, whose rows are contiguous, or new memory for a stream (B, S, D)."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
+
+
 def partial_sums(stream: Tensor, programs: int) -> Tensor:
     """Room for a sum (D,) fp32 of each program and sample of a stream (B, S, D): (B, programs, D)."""
     batch, _, width = stream.shape

@@ -81,6 +81,27 @@ def test_modulation_equals_the_reference(width, dtype, batch, rows):
     )
 
 
+def test_results_go_where_they_are_wanted():
+    x, update, dy, residual = slices(4, (2, 37, 3072), torch.bfloat16)
+    scale, shift, gate = torch.randn(2, 3 * 3072, device="cuda", dtype=torch.bfloat16).chunk(3, dim=1)
+    for function, arguments in (
+        (modulation_ops.layer_norm_modulate, (x, scale, shift)),
+        (modulation_ops.gated_residual, (x, gate, update)),
+        (modulation_ops.gated_residual_backward, (dy, gate)),
+        (modulation_ops.gated_residual_grads, (dy, gate, update)),
+        (modulation_ops.gated_norm, (x, gate, update, scale, shift)),
+        (modulation_ops.gated_norm_backward, (dy, x, gate, scale, residual)),
+    ):
+        buffer = torch.full((2, 37, 3072 + 48), float("nan"), device="cuda", dtype=torch.bfloat16)
+        actual = function(*arguments, out=buffer[..., :3072])
+        torch.testing.assert_close(actual, function(*arguments), rtol=0, atol=0)
+        written = (
+            actual if isinstance(actual, torch.Tensor) else actual[function.__name__.startswith("gated_norm")]
+        )
+        assert written.data_ptr() == buffer.data_ptr()
+        assert buffer[..., 3072:].isnan().all()
+
+
 def test_dtypes_may_differ():
     x, residual = slices(2, (2, 5, 192), torch.float32)
     update, dy = slices(2, (2, 5, 192), torch.bfloat16)
@@ -169,6 +190,29 @@ def test_joint_buffers_equal_the_reference(heads, head_dim, lengths, dtype, norm
     )
     for actual, of_stream in zip(grads, expected, strict=True):
         assert_close(actual, of_stream)
+    buffers = [
+        torch.full((batch, n, 3 * width + 8), float("nan"), device="cuda", dtype=dtype) for n in lengths
+    ]
+    out = [buffer[..., 8:].chunk(3, dim=-1) for buffer in buffers]
+    qk_rope_ops.qk_norm_rope_backward(dq, dk, dv, streams, rope, out=out)
+    for actual, of_stream, buffer in zip(out, grads, buffers, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(actual, of_stream, strict=True))
+        assert buffer[..., :8].isnan().all()
+
+
+def test_the_ops_run_in_a_compiled_graph():
+    x, update = slices(2, (2, 5, 192), torch.bfloat16)
+    scale, shift, gate = torch.randn(2, 3 * 192, device="cuda", dtype=torch.bfloat16).chunk(3, dim=1)
+
+    def block(x, update):
+        wide = torch.empty(2, 5, 384, device="cuda", dtype=torch.bfloat16)
+        y, normed = modulation_ops.gated_norm(x, gate, update, scale, shift, out=wide[..., :192])
+        gelu_ops.gelu_tanh(normed, wide[..., 192:])
+        query, _, _ = qk_rope_ops.qk_norm_rope([Stream(normed, y, x)], None, heads=3)
+        return wide, query
+
+    actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x, update)
+    torch.testing.assert_close(actual, block(x, update), rtol=0, atol=0)
 
 
 def test_rows_that_no_program_holds_are_an_error():
