@@ -41,6 +41,11 @@ class Averager(StepCallback):
         """See `StepCallback`."""
         module.weights.update(module.step)
 
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning's hook: what is exported is the average to the bit that the last checkpoint has, which it might
+        not be once Lightning has moved the model to the CPU."""
+        pl_module.weights.settle()
+
 
 class Validator(StepCallback):
     """Measures the loss on held-out pictures: before the first step, every so often, and after the last.

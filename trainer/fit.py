@@ -153,9 +153,7 @@ def fit(
             shown.close()
         if writer is not None:
             writer.close()
-    if first_step < train.steps:
-        module.weights.settle()
-    elif saved is not None and saved.average is not None:
+    if first_step >= train.steps and saved is not None and saved.average is not None:
         load_adapter_state(denoiser, saved.average)
     done = first_step >= train.steps or not interruption.stopped or module.step >= train.steps
     return Finished(

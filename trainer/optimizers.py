@@ -64,7 +64,7 @@ class AdamW(OptimizerChoice):
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         named = _trainable(named_parameters)
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             named,
             lr=self.lr,
             betas=self.betas,
@@ -73,6 +73,9 @@ class AdamW(OptimizerChoice):
             # One kernel for all adapters; on the CPU the plain loop is as fast at these sizes.
             fused=_on_cuda(named),
         )
+        # The fused kernel could divide by float16's loss scale itself, but gradients are clipped before it runs.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
 
 
 @OPTIMIZERS.register
