@@ -6,13 +6,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from pretrain_corpus import Emoji
+from pretrain_flux import FluxDenoiser, build_flux
 from pretrain_looks import Batch, PictureTable
 from pretrain_pace import Pace
+from pretrain_sd3 import SD3Denoiser, build_sd3
 from torch import Tensor, nn
 
-from halfbyte.trainer.families.flux import image_ids, pack
-from halfbyte.trainer.shift import ResolutionShift
+from halfbyte.trainer.shift import ResolutionShift, Shift, StaticShift
 from halfbyte.trainer.timesteps import LogitNormal
 
 _LEARNING_RATE = 1.2e-3
@@ -23,34 +25,28 @@ _AVERAGED = 0.999  # of the averaged weights stays at a step
 _SAVE_SECONDS = 60.0
 
 _TIMESTEPS = LogitNormal(name="logit_normal")
-_SHIFT = ResolutionShift(name="resolution")
 
 
-class Denoiser(nn.Module):
-    """Text tokens and noisy latents to velocity: what the stage trains, as one module."""
+@dataclass(frozen=True)
+class Kind:
+    """All in which the miniatures' families differ."""
 
-    def __init__(self, pipeline: FluxPipeline) -> None:
-        super().__init__()
-        self.transformer = pipeline.transformer
-        self.text_encoder = pipeline.text_encoder
-        self.text_encoder_2 = pipeline.text_encoder_2
+    build: Callable[[tuple[Emoji, ...], AutoencoderKL], DiffusionPipeline]
+    pipeline: type[DiffusionPipeline]
+    denoiser: type[nn.Module]  # of a pipeline; (noisy, sigma, t5, clip, guidance) -> velocity
+    shift: Shift  # the scheduler's own
+    t5_tokenizer: str
+    told_guidance: bool  # whether the transformer has an embedding for it
 
-    def forward(self, noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor) -> Tensor:
-        """noisy (B, 16, 16, 16), sigma and guidance (B,) fp32 -> velocity, packed (B, 64, 64)."""
-        _, _, height, width = noisy.shape
-        device = noisy.device
-        prompt = self.text_encoder_2(t5).last_hidden_state
-        pooled = self.text_encoder(clip).pooler_output
-        return self.transformer(
-            hidden_states=pack(noisy),
-            encoder_hidden_states=prompt,
-            pooled_projections=pooled,
-            timestep=sigma,
-            img_ids=image_ids(height, width, device),
-            txt_ids=torch.zeros(prompt.shape[1], 3, device=device),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
+
+KINDS = {
+    "flux": Kind(
+        build_flux, FluxPipeline, FluxDenoiser, ResolutionShift(name="resolution"), "tokenizer_2", True
+    ),
+    "sd3": Kind(
+        build_sd3, StableDiffusion3Pipeline, SD3Denoiser, StaticShift(name="static"), "tokenizer_3", False
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Scaling:
     shift: float
 
     @classmethod
-    def of(cls, pipeline: FluxPipeline) -> "Scaling":
+    def of(cls, pipeline: DiffusionPipeline) -> "Scaling":
         config = pipeline.vae.config
         return cls(config.scaling_factor, config.shift_factor)
 
@@ -76,7 +72,7 @@ class Point:
     target: Tensor  # (B, 16, 16, 16) fp32: noise - x0
 
 
-def corrupt(batch: Batch, scaling: Scaling) -> Point:
+def corrupt(batch: Batch, scaling: Scaling, shift: Shift) -> Point:
     """Draws latent, noise, sigma and the guidance that the model is told."""
     mean = batch.mean
     latents = (mean + batch.std * torch.randn_like(mean) - scaling.shift) * scaling.scale
@@ -84,7 +80,7 @@ def corrupt(batch: Batch, scaling: Scaling) -> Point:
     u = torch.rand(len(latents), device=mean.device, dtype=torch.float64)
     tokens = latents[0, 0].numel() // 4
     # Rounded as the transformer will see it, which casts the timestep to its hidden states' bf16.
-    sigma = _SHIFT.apply(_TIMESTEPS.sigmas(u), tokens).bfloat16().float()
+    sigma = shift.apply(_TIMESTEPS.sigmas(u), tokens).bfloat16().float()
     weight = sigma[:, None, None, None]
     low, high = _GUIDANCE
     guidance = low + (high - low) * torch.rand(len(latents), device=mean.device)
@@ -94,7 +90,8 @@ def corrupt(batch: Batch, scaling: Scaling) -> Point:
 
 
 def train_denoiser(
-    pipeline: FluxPipeline,
+    kind: Kind,
+    pipeline: DiffusionPipeline,
     table: PictureTable,
     *,
     batch: int,
@@ -103,14 +100,14 @@ def train_denoiser(
     save: Callable[[], None],
 ) -> float:
     """Trains in place; the weights left in the pipeline are the averaged ones. Returns the last mean loss."""
-    denoiser = Denoiser(pipeline).to(table.device)
+    denoiser = kind.denoiser(pipeline).to(table.device)
     scaling = Scaling.of(pipeline)
 
     def loss() -> Tensor:
         drawn = table.draw(batch, dropout=CAPTION_DROPOUT)
-        point = corrupt(drawn, scaling)
+        point = corrupt(drawn, scaling, kind.shift)
         velocity = denoiser(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance)
-        return nn.functional.mse_loss(velocity.float(), pack(point.target))
+        return nn.functional.mse_loss(velocity.float(), point.target)
 
     return fit(
         pipeline, denoiser, loss, learning_rate=_LEARNING_RATE, pace=pace, compiled=compiled, save=save
@@ -118,7 +115,8 @@ def train_denoiser(
 
 
 def distill_guidance(
-    pipeline: FluxPipeline,
+    kind: Kind,
+    pipeline: DiffusionPipeline,
     table: PictureTable,
     *,
     batch: int,
@@ -131,7 +129,7 @@ def distill_guidance(
     As FLUX.1-dev came to be (Meng et al. 2022, arXiv 2210.03142, first stage): one evaluation a step instead of
     two. Told 1, the model goes on answering as it was trained; see `train_denoiser` for the rest.
     """
-    student = Denoiser(pipeline).to(table.device)
+    student = kind.denoiser(pipeline).to(table.device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     if compiled:
         teacher.transformer.compile_repeated_blocks(fullgraph=True)
@@ -140,11 +138,11 @@ def distill_guidance(
 
     def loss() -> Tensor:
         drawn = table.draw(batch, dropout=CAPTION_DROPOUT)
-        point = corrupt(drawn, scaling)
+        point = corrupt(drawn, scaling, kind.shift)
         with torch.no_grad():
             told = teacher(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance).float()
             untold = teacher(point.noisy, point.sigma, empty_t5, empty_clip, point.guidance).float()
-            target = torch.lerp(untold, told, point.guidance[:, None, None])
+            target = torch.lerp(untold, told, point.guidance[:, None, None, None])
         velocity = student(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance)
         return nn.functional.mse_loss(velocity.float(), target)
 
@@ -153,8 +151,8 @@ def distill_guidance(
 
 
 def fit(
-    pipeline: FluxPipeline,
-    denoiser: Denoiser,
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
     loss: Callable[[], Tensor],
     *,
     learning_rate: float,
@@ -197,10 +195,6 @@ def fit(
     return mean_loss.item()
 
 
-def _leave(pipeline: FluxPipeline, averaged: Denoiser) -> None:
+def _leave(pipeline: DiffusionPipeline, averaged: nn.Module) -> None:
     """Registers the averaged models as the pipeline's own."""
-    pipeline.register_modules(
-        transformer=averaged.transformer,
-        text_encoder=averaged.text_encoder,
-        text_encoder_2=averaged.text_encoder_2,
-    )
+    pipeline.register_modules(**dict(averaged.named_children()))

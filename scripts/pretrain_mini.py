@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from pretrain_blueprints import write_blueprints
 from pretrain_captions import CAPTION_TOKENS
 from pretrain_corpus import HELD_OUT_GROUP, Corpus, draw_corpus, fetch_packages
-from pretrain_denoiser import distill_guidance, train_denoiser
+from pretrain_denoiser import KINDS, distill_guidance, train_denoiser
 from pretrain_looks import PictureTable, read_captions
 from pretrain_pace import Pace
-from pretrain_pipeline import bf16_copy, build_flux, build_vae
+from pretrain_pipeline import bf16_copy, build_vae
 from pretrain_samples import draw_sheet
 from pretrain_vae import train_vae
 from torch import nn
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="emoji.jsonl and sprites.webp")
     parser.add_argument("--out", type=Path, help="the pipeline's folder")
     parser.add_argument("--packages", type=Path, help="unpacked Debian packages; left out: downloaded")
+    parser.add_argument("--family", choices=KINDS, default="flux")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=256)
@@ -72,7 +73,7 @@ def make_vae(arguments: argparse.Namespace) -> None:
 
 def make_denoiser(arguments: argparse.Namespace) -> None:
     corpus = Corpus.load(arguments.corpus).without(HELD_OUT_GROUP)
-    pipeline = build_flux(corpus.emoji, _load_vae(arguments))
+    pipeline = KINDS[arguments.family].build(corpus.emoji, _load_vae(arguments))
     _train(arguments, pipeline, corpus, train_denoiser)
 
 
@@ -80,7 +81,16 @@ def make_guidance(arguments: argparse.Namespace) -> None:
     corpus = Corpus.load(arguments.corpus).without(HELD_OUT_GROUP)
     # In fp32 again, but for the VAE what was saved last is bf16: the difference is far below a training step.
     parts = {"vae": _load_vae(arguments), "torch_dtype": torch.float32}
-    _train(arguments, FluxPipeline.from_pretrained(arguments.out, **parts), corpus, distill_guidance)
+    if not KINDS[arguments.family].told_guidance:
+        raise SystemExit(
+            f"guidance: {arguments.family} has no guidance embedding; it samples with two evaluations"
+        )
+    _train(
+        arguments,
+        KINDS[arguments.family].pipeline.from_pretrained(arguments.out, **parts),
+        corpus,
+        distill_guidance,
+    )
 
 
 def _load_vae(arguments: argparse.Namespace) -> AutoencoderKL:
@@ -89,20 +99,22 @@ def _load_vae(arguments: argparse.Namespace) -> AutoencoderKL:
 
 
 def _train(
-    arguments: argparse.Namespace, pipeline: FluxPipeline, corpus: Corpus, train: Callable[..., float]
+    arguments: argparse.Namespace, pipeline: DiffusionPipeline, corpus: Corpus, train: Callable[..., float]
 ) -> None:
     """Prepares pictures and captions, trains, saves, and notes what was done in `pretraining.json`."""
     stage = arguments.stage
+    kind = KINDS[arguments.family]
+    t5 = getattr(pipeline, kind.t5_tokenizer)
     began = time.perf_counter()
     captions = read_captions(
         corpus,
         pipeline.tokenizer,
-        pipeline.tokenizer_2,
+        t5,
         each=arguments.captions,
         seed=arguments.seed,
         device=_device(),
     )
-    full = (captions.t5[..., -1] != pipeline.tokenizer_2.pad_token_id).float().mean().item()
+    full = (captions.t5[..., -1] != t5.pad_token_id).float().mean().item()
     table = PictureTable(corpus, pipeline.vae, captions, _device())
     print(
         f"{len(table.mean)} pictures with {arguments.captions} captions each, read in"
@@ -111,6 +123,7 @@ def _train(
     )
     pace = Pace(stage, minutes=arguments.minutes, steps=arguments.steps)
     loss = train(
+        kind,
         pipeline,
         table,
         batch=arguments.batch,
@@ -133,7 +146,7 @@ def _note(arguments: argparse.Namespace, pace: Pace, **measured: float) -> None:
 
 
 def make_samples(arguments: argparse.Namespace) -> None:
-    pipeline = FluxPipeline.from_pretrained(arguments.out, torch_dtype=torch.bfloat16).to(_device())
+    pipeline = KINDS[arguments.family].pipeline.from_pretrained(arguments.out, torch_dtype=torch.bfloat16)
     corpus = Corpus.load(arguments.corpus)
     picture, distances = draw_sheet(pipeline, corpus, seed=arguments.seed)
     picture.save(arguments.out / "samples.png", optimize=True)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from pretrain_captions import CAPTION_TOKENS, styled
 from pretrain_corpus import SIDE, Corpus
@@ -36,22 +37,18 @@ def prompts_of(corpus: Corpus, names: Sequence[str], style: str) -> Prompts:
 
 
 @torch.no_grad()
-def sample(
-    pipeline: FluxPipeline, texts: list[str], *, seed: int, guidance: float = GUIDANCE, true_cfg: float = 1.0
-) -> Tensor:
-    """(B, 3, 64, 64) fp32 in [0, 1] on the CPU; above 1, `true_cfg` is guidance against the empty prompt."""
+def sample(pipeline: DiffusionPipeline, texts: list[str], *, seed: int, **settings: Any) -> Tensor:
+    """(B, 3, 64, 64) fp32 in [0, 1] on the CPU; the settings are the pipeline's own."""
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
         texts,
-        negative_prompt=[""] * len(texts) if true_cfg > 1 else None,
-        true_cfg_scale=true_cfg,
         height=SIDE,
         width=SIDE,
         num_inference_steps=_STEPS,
-        guidance_scale=guidance,
         max_sequence_length=CAPTION_TOKENS,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
+        **({"guidance_scale": GUIDANCE} | settings),
     ).images
     return pictures.float().cpu()
 
@@ -63,7 +60,9 @@ def sheet(rows: Sequence[Tensor]) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def draw_sheet(pipeline: FluxPipeline, corpus: Corpus, *, seed: int) -> tuple[Image.Image, dict[str, float]]:
+def draw_sheet(
+    pipeline: DiffusionPipeline, corpus: Corpus, *, seed: int
+) -> tuple[Image.Image, dict[str, float]]:
     """A row for each style, and for each style the mean absolute distance between sample and truth in [0, 1]."""
     rows: list[Tensor] = []
     distances: dict[str, float] = {}

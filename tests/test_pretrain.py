@@ -9,13 +9,17 @@ from diffusers import FluxPipeline
 from pretrain_blueprints import HELD_OUT, TRAINED
 from pretrain_captions import CAPTION_TOKENS, LOOKS, caption, styled, vocabulary
 from pretrain_corpus import HELD_OUT_GROUP, Corpus, Emoji, _read_names
-from pretrain_denoiser import Scaling, corrupt, distill_guidance, train_denoiser
+from pretrain_denoiser import KINDS, Scaling, corrupt, distill_guidance, train_denoiser
 from pretrain_looks import Batch, PictureTable, as_input, draw_all, read_captions
 from pretrain_pace import Pace
-from pretrain_pipeline import bf16_copy, build_flux, build_vae
+from pretrain_pipeline import bf16_copy, build_vae
 from pretrain_styles import BACKGROUNDS, HELD_OUT_STYLE, STYLES
 from pretrain_vae import train_vae
-from torch import Tensor
+from torch import Tensor, nn
+
+from halfbyte.trainer.families.base import TextEmbedding
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.shift import NoShift
 
 CPU = torch.device("cpu")
 NAMES = """# group: Animals
@@ -57,7 +61,7 @@ def corpus() -> Corpus:
 @pytest.fixture(scope="module")
 def pipeline(corpus: Corpus) -> FluxPipeline:
     torch.manual_seed(0)
-    return build_flux(corpus.emoji, build_vae().requires_grad_(False))
+    return KINDS["flux"].build(corpus.emoji, build_vae().requires_grad_(False))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +183,9 @@ class TestStages:
         torch.manual_seed(0)
         mean = torch.randn(4, 16, 16, 16)
         ids = torch.zeros(4, 1, dtype=torch.long)
-        point = corrupt(Batch(mean, torch.zeros_like(mean), ids, ids), Scaling(scale=2.0, shift=0.5))
+        point = corrupt(
+            Batch(mean, torch.zeros_like(mean), ids, ids), Scaling(scale=2.0, shift=0.5), NoShift(name="none")
+        )
         sigma = point.sigma[:, None, None, None]
         torch.testing.assert_close(point.noisy - sigma * point.target, (mean - 0.5) * 2)
         assert ((point.guidance >= 1) & (point.guidance <= 5)).all()
@@ -209,6 +215,7 @@ class TestStages:
         for stage in (train_denoiser, distill_guidance):
             losses.append(
                 stage(
+                    KINDS["flux"],
                     pipeline,
                     table,
                     **run,
@@ -223,6 +230,34 @@ class TestStages:
         want = pipeline.transformer.proj_out.weight
         assert want.abs().max() > 0
         assert torch.equal(loaded.transformer.proj_out.weight, want.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_what_the_trainer_calls(kind: str, corpus: Corpus, tmp_path: Path) -> None:
+    """The same velocity as from the stock pipeline's embeddings through the family's own `predict`."""
+    torch.manual_seed(0)
+    built = KINDS[kind].build(corpus.emoji, build_vae())
+    for module in built.transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.05)  # the zeroed gates as well
+    built.save_pretrained(tmp_path)
+    family = FAMILIES[kind].open(str(tmp_path), None, CAPTION_TOKENS)
+    texts = ["a cat", "a blueprint of a dolphin, dolphin thing"]
+    noisy, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.3, 0.8])
+    t5, clip = (
+        torch.tensor(tokenizer(texts, padding="max_length", max_length=length).input_ids)
+        for tokenizer, length in (
+            (getattr(built, KINDS[kind].t5_tokenizer), CAPTION_TOKENS),
+            (built.tokenizer, 77),
+        )
+    )
+    with torch.no_grad():
+        ours = KINDS[kind].denoiser(built).eval()(noisy, sigma, t5, clip, torch.full((2,), 2.0))
+        text = family.embed(built, texts, CPU)
+        text = TextEmbedding(text.prompt_embeds, text.pooled_prompt_embeds)
+        want = family.predict(built.transformer, noisy, sigma, text, 2.0)
+    assert want.std() > 0.01
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
 
 
 class TestPace:
