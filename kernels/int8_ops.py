@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import int8_reference
-from halfbyte.kernels.tracing import is_eager, is_eager_without_grad
+from halfbyte.kernels.tracing import is_differentiated, is_eager
 
 # Device type -> what implements the rows' quantization and the product there; elsewhere the reference does.
 BACKENDS: dict[str, ModuleType] = {}
@@ -127,7 +127,7 @@ def linear_int8(
     Columns of x where a magnitude reaches `threshold` are multiplied in x's dtype; 0 quantizes them all.
     Differentiable in x and bias.
     """
-    if is_eager_without_grad(x, bias):
+    if is_eager(x) and not is_differentiated(x, bias):
         return _linear(x, quantized, absmax, bias, threshold)
     return torch.ops.halfbyte.linear_int8.default(x, quantized, absmax, bias, threshold)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
-from halfbyte.kernels.tracing import is_eager, is_eager_without_grad
+from halfbyte.kernels.tracing import is_differentiated, is_eager
 
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -84,7 +84,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 
     Differentiable in x and bias; the weight is frozen. Backward keeps the packed weight and nothing of x.
     """
-    if is_eager_without_grad(x, bias):
+    if is_eager(x) and not is_differentiated(x, bias):
         return _linear(x, bias, weight)
     return torch.ops.halfbyte.linear_4bit.default(x, bias, *weight)
 

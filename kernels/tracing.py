@@ -21,10 +21,6 @@ def is_eager(tensor: Tensor) -> bool:
     )
 
 
-def is_eager_without_grad(*tensors: Tensor | None) -> bool:
-    """The same of all these, which are not differentiated either."""
-    differentiated = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and ((differentiated and tensor.requires_grad) or not is_eager(tensor)):
-            return False
-    return True
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with one of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

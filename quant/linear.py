@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from halfbyte.kernels import linear_ops
 from halfbyte.kernels.packed_weight import PackedWeight
-from halfbyte.kernels.tracing import is_eager_without_grad
+from halfbyte.kernels.tracing import is_differentiated
 from halfbyte.quant.autocast import without_autocast
 from halfbyte.quant.nf4 import QuantSpec, QuantState, dequantize, quantize
 from halfbyte.quant.packing import STATISTICS, pack_state, unpack_state
@@ -136,10 +136,10 @@ class Linear4bit(QuantizedLinear):
         return packed_weight(self.weight, self._state())
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if is_eager_without_grad(x, bias):
-            return linear_ops.linear_4bit(x, self.packed_weight(), bias)
-        output: Tensor = _FrozenLinear.apply(x, self.weight, bias, self._state())
-        return output
+        if is_differentiated(x, bias):
+            output: Tensor = _FrozenLinear.apply(x, self.weight, bias, self._state())
+            return output
+        return linear_ops.linear_4bit(x, self.packed_weight(), bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.spec}, compute_dtype={self.compute_dtype}"

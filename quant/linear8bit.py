@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels import int8_ops
-from halfbyte.kernels.tracing import is_eager_without_grad
+from halfbyte.kernels.tracing import is_differentiated
 from halfbyte.quant.autocast import without_autocast
 from halfbyte.quant.int8 import (
     DEFAULT_THRESHOLD,
@@ -131,11 +131,11 @@ class Linear8bit(QuantizedLinear):
         return int8_ops.Int8Weight(self.weight, self._scales(), self.threshold)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if is_eager_without_grad(x, bias):
-            with without_autocast(x.device.type):
-                return int8_ops.linear_int8(x, self.weight, self._scales(), bias, self.threshold)
-        output: Tensor = _FrozenLinear8bit.apply(x, self.weight, self._scales(), bias, self.threshold)
-        return output
+        if is_differentiated(x, bias):
+            output: Tensor = _FrozenLinear8bit.apply(x, self.weight, self._scales(), bias, self.threshold)
+            return output
+        with without_autocast(x.device.type):
+            return int8_ops.linear_int8(x, self.weight, self._scales(), bias, self.threshold)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold:g}, compute_dtype={self.compute_dtype}"

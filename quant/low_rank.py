@@ -23,6 +23,7 @@ from torch import Tensor
 from halfbyte.kernels import accumulate_ops, int8_ops, linear_ops
 from halfbyte.kernels.int8_ops import Int8Weight
 from halfbyte.kernels.packed_weight import PackedWeight
+from halfbyte.kernels.tracing import is_differentiated
 from halfbyte.quant.autocast import without_autocast
 
 FrozenWeight = Tensor | PackedWeight | Int8Weight  # (N, K)
@@ -49,7 +50,30 @@ def low_rank_linears(
     """
     bases = tuple((layer.weight, layer.scale) for layer in layers)
     tensors = [tensor for layer in layers for tensor in (layer.bias, layer.down, layer.up)]
-    return _LowRankLinears.apply(x, dropped, bases, *tensors)
+    if is_differentiated(x, dropped, *tensors):
+        outputs: tuple[Tensor, ...] = _LowRankLinears.apply(x, dropped, bases, *tensors)
+        return outputs
+    return _products(x, x if dropped is None else dropped, bases, tensors)[0]
+
+
+def _products(
+    x: Tensor, seen: Tensor, bases: tuple[tuple[FrozenWeight, float], ...], tensors: Sequence[Tensor | None]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, list[Tensor]]:
+    """(outputs, u, A stacked in the compute dtype, s B of each layer in it); tensors are each layer's bias, A and B."""
+    downs = [down for down in tensors[1::3] if down is not None]
+    down = (downs[0] if len(downs) == 1 else torch.cat(downs)).to(x.dtype)
+    u = seen @ down.t()
+    ups, outputs = [], []
+    for (weight, scale), bias, up, part in zip(
+        bases, tensors[0::3], tensors[2::3], _split(u, [down.shape[0] for down in downs], 1), strict=True
+    ):
+        assert up is not None
+        up = (up if scale == 1 else up.float() * scale).to(x.dtype)
+        y = part @ up.t() if bias is None else torch.addmm(bias.to(x.dtype), part, up.t())
+        _add_output(y, x, weight)
+        ups.append(up)
+        outputs.append(y)
+    return tuple(outputs), u, down, ups
 
 
 class _LowRankLinears(torch.autograd.Function):
@@ -62,26 +86,14 @@ class _LowRankLinears(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         seen = x if dropped is None else dropped
-        downs = [down for down in tensors[1::3] if down is not None]
-        down = (downs[0] if len(downs) == 1 else torch.cat(downs)).to(x.dtype)
-        u = seen @ down.t()
-        ups, outputs = [], []
-        for (weight, scale), bias, up, part in zip(
-            bases, tensors[0::3], tensors[2::3], _split(u, [down.shape[0] for down in downs], 1), strict=True
-        ):
-            assert up is not None
-            up = (up if scale == 1 else up.float() * scale).to(x.dtype)
-            y = part @ up.t() if bias is None else torch.addmm(bias.to(x.dtype), part, up.t())
-            _add_output(y, x, weight)
-            ups.append(up)
-            outputs.append(y)
+        outputs, u, down, ups = _products(x, seen, bases, tensors)
         ctx.save_for_backward(seen, u, down, *ups)
         # Frozen weights are kept by reference alone: hooks on saved tensors (offloading) have no need of them.
         ctx.bases = bases
         ctx.has_dropped = dropped is not None
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        ctx.ranks = [down.shape[0] for down in downs]
-        return tuple(outputs)
+        ctx.ranks = [down.shape[0] for down in tensors[1::3] if down is not None]
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from halfbyte.kernels import accumulate_ops, int8_ops, linear_ops
 from halfbyte.kernels.packed_weight import PackedWeight
-from halfbyte.kernels.tracing import is_eager, is_eager_without_grad
+from halfbyte.kernels.tracing import is_differentiated, is_eager
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.nf4 import QuantSpec
@@ -63,12 +63,12 @@ def test_whoever_watches_makes_it_not_eager():
     assert is_eager(x)
 
 
-def test_what_is_differentiated_takes_the_op():
+def test_what_is_differentiated():
     x, wanted = torch.zeros(2), torch.zeros(2, requires_grad=True)
-    assert is_eager_without_grad(x, None)
-    assert not is_eager_without_grad(x, wanted)
+    assert not is_differentiated(x, None)
+    assert is_differentiated(x, None, wanted)
     with torch.no_grad():
-        assert is_eager_without_grad(x, wanted)
+        assert not is_differentiated(x, wanted)
 
 
 def calls(layer, layer8):
