@@ -4,7 +4,6 @@ Triton's own launch binds the arguments, inspects each and looks the kernel up b
 20 us of processor time. Here a kernel is looked up by the few facts that its compilation depends on.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +22,7 @@ class Launcher:
         """`options` are those of every launch, such as `enable_fp_fusion`."""
         self._kernel = kernel
         self._options = options
-        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
         self,
@@ -42,7 +41,7 @@ class Launcher:
             if compiled is None:
                 self._compiled[key] = self._kernel[grid](*arguments, *constants, **self._options, **options)
             else:
-                compiled[grid](*arguments, *constants)  # type: ignore[index]
+                compiled[grid](*arguments, *constants)
 
 
 def _kind(argument: Tensor | int | float) -> tuple[Any, ...]:
