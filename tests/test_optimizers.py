@@ -196,3 +196,26 @@ def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
     for name, parameter in whole.parameters.items():
         assert parameter.equal(resumed.parameters[name]), name
         assert math.isfinite(float(parameter.sum()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_choice
+def test_scaled_gradients_are_unscaled_first(choice):
+    """As float16 trains: what is clipped has its true size, and a step with infinite gradients is left out."""
+    scaled, plain = Toy(choice, "cuda"), Toy(choice, "cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler.scale(scaled.loss()).backward()
+    scaler.unscale_(scaled.optimizer)
+    plain.loss().backward()
+    for one, other in zip(scaled.parameters.values(), plain.parameters.values(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+    scaler.step(scaled.optimizer)
+    plain.optimizer.step()
+    scaler.update()
+    for one, other in zip(scaled.parameters.values(), plain.parameters.values(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+        one.grad.fill_(float("inf"))
+    before = [parameter.detach().clone() for parameter in scaled.parameters.values()]
+    scaler.step(scaled.optimizer)
+    assert all(p.equal(value) for p, value in zip(scaled.parameters.values(), before, strict=True))
