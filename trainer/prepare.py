@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,6 +17,7 @@ from halfbyte.trainer.launch import World, barrier
 from halfbyte.trainer.plan import Plan
 from halfbyte.trainer.progress import Shown
 from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.references import references_for
 from halfbyte.trainer.samples import PlannedBatches, TrainingSample, TrainingSet, collate
 from halfbyte.trainer.sampling import Prompt
 
@@ -59,14 +61,10 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     """
     data = recipe.data
     reading = Shown(console, "reading pictures", "picture")
-    samples = read_samples(
-        data.path,
-        data.caption_prefix,
-        is_decoded=lambda sha256: LatentCache.has_decoded(data.cache_folder, sha256),
-        progress=reading,
-    )
+    samples = _read(recipe, data.path, reading)
     reading.close()
     samples, held_out = _split(recipe, samples)
+    references = _references(recipe)
     cropping = Cropping(
         data.resolution, family.size_multiple, data.aspect_buckets, data.crop, data.random_crops, data.flip
     )
@@ -100,7 +98,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         samples,
         len(views),
         sorted({(view.width, view.height) for view in views}),
-        [Prompt(text, texts.read(text)) for text in recipe.sample.prompts],
+        [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
         Plan(groups, seed=train.seed, global_batch=train.batch_size * world.size),
         TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
@@ -114,10 +112,25 @@ def _split(recipe: Recipe, samples: list[Sample]) -> tuple[list[Sample], list[Sa
     validation = recipe.validation
     if validation.path is None:
         return set_aside(samples, validation.held_out)
-    held_out = read_samples(
-        validation.path,
-        recipe.data.caption_prefix,
-        is_decoded=lambda sha256: LatentCache.has_decoded(recipe.data.cache_folder, sha256),
-    )
+    held_out = _read(recipe, validation.path)
     refuse_trained(held_out, samples)
     return samples, held_out
+
+
+def _references(recipe: Recipe) -> dict[str, Sample]:
+    """What sample prompts should show, by prompt. Raises DataError."""
+    folder = recipe.sample.references
+    if folder is None:
+        return {}
+    return references_for(recipe.sample.prompts, _read(recipe, folder), folder)
+
+
+def _read(recipe: Recipe, folder: Path, progress: Shown | None = None) -> list[Sample]:
+    """The pictures of a folder. Raises DataError."""
+    data = recipe.data
+    return read_samples(
+        folder,
+        data.caption_prefix,
+        is_decoded=lambda sha256: LatentCache.has_decoded(data.cache_folder, sha256),
+        progress=progress,
+    )

@@ -30,6 +30,7 @@ def resolve_folders(document: Document) -> None:
     _resolve_model(document)
     data = _resolve(document, ("data", "path"), must_exist=True)
     _resolve(document, ("validation", "path"), must_exist=True)
+    _resolve(document, ("sample", "references"), must_exist=True)
     _resolve(document, ("data", "cache_dir"))
     output = _resolve(document, ("output", "dir"), base=Path.cwd())
     if data is not None and output is not None and output.is_relative_to(data):

@@ -330,6 +330,9 @@ class SampleSection(Section):
 
     prompts: Texts = ()
     """One picture each; none: nothing is drawn."""
+    references: FilePath | None = None
+    """A folder of pictures, with captions as in data.path, that show what prompts should give: where a prompt is a
+    caption there, the summary tells how far the drawn pictures are from it before and after; null: none."""
     every: int = Field(default=0, ge=0)
     """Optimizer steps between pictures; 0: only before and after."""
     steps: int = Field(default=28, ge=1)
@@ -347,6 +350,10 @@ class SampleSection(Section):
     def _something_to_draw(self) -> Self:
         if self.every and not self.prompts:
             raise conflict("every", f"got {self.every}, expected 0 where sample.prompts is empty")
+        if self.references is not None and not self.prompts:
+            raise conflict(
+                "references", f"got {self.references}, expected null where sample.prompts is empty"
+            )
         return self
 
 

@@ -13,6 +13,7 @@ from halfbyte.trainer.attention_choice import AttentionChoice
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import Measurement
+from halfbyte.trainer.picture_distance import PictureChange
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.recipe_sections import QuantSection
 
@@ -183,6 +184,7 @@ class Closing:
     samples: Path | None
     metrics: Path
     validation: ValidationChange | None
+    pictures: PictureChange | None  # towards sample.references
 
 
 def closing_lines(closing: Closing) -> list[tuple[str, str]]:
@@ -196,25 +198,37 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
             )
         )
     if closing.validation is not None:
-        lines.append(("validation", _validation_result(closing.validation)))
+        levels = ", ".join(
+            f"{100 * (one.trained / one.base - 1):+.1f} % at {one.sigma:g}"
+            for one in closing.validation.by_sigma
+        )
+        lines.append(("validation", f"{validation_result(closing.validation)}; by sigma {levels}"))
     lines.append(("adapter", str(closing.adapter)))
     if closing.base is not None:
         lines.append(("base", str(closing.base)))
     if closing.samples is not None:
         lines.append(("samples", str(closing.samples)))
+    if closing.pictures is not None:
+        lines.append(("pictures", picture_result(closing.pictures)))
     lines.append(("metrics", f"{closing.metrics} (also: tensorboard --logdir {closing.metrics.parent})"))
     if closing.checkpoint is not None:
         lines.append(("checkpoint", str(closing.checkpoint)))
     return lines
 
 
-def _validation_result(change: ValidationChange) -> str:
-    levels = ", ".join(
-        f"{100 * (one.trained / one.base - 1):+.1f} % at {one.sigma:g}" for one in change.by_sigma
-    )
+def validation_result(change: ValidationChange) -> str:
+    """One line, without the levels."""
     return (
         f"loss {change.base:.4f} -> {change.trained:.4f} ({change.change_percent:+.1f} %) on {change.pictures}"
-        f" pictures that were not trained on; by sigma {levels}"
+        " pictures that were not trained on"
+    )
+
+
+def picture_result(change: PictureChange) -> str:
+    """One line."""
+    return (
+        f"distance from {change.pictures} reference pictures {change.base.rmse:.3f} -> {change.trained.rmse:.3f}"
+        f" (RMSE of colours in 0 to 1), structural similarity {change.base.ssim:.3f} -> {change.trained.ssim:.3f}"
     )
 
 

@@ -15,7 +15,8 @@ from halfbyte.trainer.export import export_adapter, export_base, is_quantized
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.fit import Finished, fit
 from halfbyte.trainer.launch import World, barrier, join
-from halfbyte.trainer.metrics import METRICS, VALIDATION, StepMetrics, read_metrics, read_validation
+from halfbyte.trainer.learned import what_was_learned
+from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.registry import FAMILIES
@@ -24,7 +25,6 @@ from halfbyte.trainer.report import (
     Opening,
     closing_lines,
     opening_lines,
-    validation_change,
     write_lines,
     write_summary,
 )
@@ -84,7 +84,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         )
         return False
     if world.leads:
-        _export(recipe, family, denoiser, folder, sampler, finished, len(prepared.held_out), console)
+        _export(recipe, family, denoiser, folder, sampler, finished, prepared, console)
     barrier(world)
     return True
 
@@ -166,12 +166,13 @@ def _export(
     folder: RunFolder,
     sampler: PictureSampler,
     finished: Finished,
-    held_out: int,
+    prepared: Prepared,
     console: Console,
 ) -> None:
     denoiser.eval()
     sampler.draw(recipe.train.steps)
-    pictures = sampler.compare(0, recipe.train.steps, folder.comparison)
+    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {_held(recipe)}"
+    learned = what_was_learned(name, recipe.train.steps, prepared, sampler, folder)
     adapter = export_adapter(family, denoiser, folder.adapter)
     base = None
     if recipe.output.export_base and is_quantized(denoiser):
@@ -188,12 +189,18 @@ def _export(
         adapter=adapter,
         base=base,
         checkpoint=saved[-1] if saved else None,
-        samples=pictures,
+        samples=learned.sheet,
         metrics=folder.root / METRICS,
-        validation=validation_change(read_validation(folder.root / VALIDATION), held_out),
+        validation=learned.validation,
+        pictures=learned.pictures,
     )
     write_summary(closing, folder.root / "summary.json")
     write_lines(console, closing_lines(closing))
+
+
+def _held(recipe: Recipe) -> str:
+    """How the base is held, in a word."""
+    return recipe.quant.compute_dtype if recipe.quant.type == "none" else recipe.quant.type
 
 
 def _ends(rows: list[StepMetrics]) -> tuple[float | None, float | None]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 from torch import nn
 
+from halfbyte.trainer.data import Sample, sample_bytes
 from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.pictures import decode
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,17 @@ class Prompt:
 
     text: str
     embedding: TextEmbedding  # batch of one
+    reference: Sample | None = None  # what it should show
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt at two steps of a run; all pictures RGB and of one size."""
+
+    prompt: str
+    base: Image.Image
+    trained: Image.Image
+    reference: Image.Image | None
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class SampleSettings:
 
 
 class PictureSampler:
-    """Draws the recipe's prompts at a step of the run, and sets the stages side by side."""
+    """Draws the recipe's prompts at a step of the run."""
 
     def __init__(
         self,
@@ -86,50 +99,25 @@ class PictureSampler:
             paths.append(self._path(step, place))
         return paths
 
-    def compare(self, before: int, after: int, path: Path) -> Path | None:
-        """A picture of two stages, prompts down and stages across; None where a stage was not drawn."""
+    def drawn(self, before: int, after: int) -> list[Drawn]:
+        """What two steps of the run drew, from their files; empty where one of them was not drawn.
+
+        Raises DataError where a reference changed since the run began.
+        """
         rows = []
         for place, prompt in enumerate(self.prompts):
             stages = [self._path(step, place) for step in (before, after)]
             if not all(stage.is_file() for stage in stages):
-                return None
-            rows.append((prompt.text, [Image.open(stage).convert("RGB") for stage in stages]))
-        if not rows:
-            return None
-        comparison(rows, ["base", f"base + LoRA, step {after}"]).save(path)
-        return path
+                return []
+            base, trained = (Image.open(stage).convert("RGB") for stage in stages)
+            reference = None if prompt.reference is None else _fitting(prompt.reference, trained.size)
+            rows.append(Drawn(prompt.text, base, trained, reference))
+        return rows
 
     def _path(self, step: int, place: int) -> Path:
         return self.folder / f"step-{step:06d}-{place:02d}.png"
 
 
-def comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str]) -> Image.Image:
-    """A labelled grid: a prompt a row, a stage of the run a column. Small pictures are enlarged to be seen."""
-    width, height = rows[0][1][0].size
-    scale = max(1, 192 // max(width, height))
-    width, height = width * scale, height * scale
-    font = ImageFont.load_default(14)
-    margin, line = 8, 22
-    sheet_size = (
-        margin + len(columns) * (width + margin),
-        margin + line + len(rows) * (line + height + margin),
-    )
-    sheet = Image.new("RGB", sheet_size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for place, title in enumerate(columns):
-        pen.text((margin + place * (width + margin), margin), title, fill="black", font=font)
-    for row, (text, pictures) in enumerate(rows):
-        top = margin + line + row * (line + height + margin)
-        pen.text((margin, top), _fitted(text, font, sheet_size[0] - 2 * margin), fill="black", font=font)
-        for place, picture in enumerate(pictures):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (margin + place * (width + margin), top + line))
-    return sheet
-
-
-def _fitted(text: str, font: Any, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+def _fitting(sample: Sample, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture, at a size (width, height)."""
+    return ImageOps.fit(decode(sample_bytes(sample)), size, Image.Resampling.LANCZOS)
