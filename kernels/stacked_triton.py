@@ -85,13 +85,13 @@ def _stack_kernel(
         )
     else:
         index = (tl.program_id(0) - weight_programs) * ADAPTER_VALUES + tl.arange(0, ADAPTER_VALUES)
-        row = index // COLUMNS
+        up_row = index // COLUMNS
         column = index % COLUMNS
         own = (column >= FIRST) & (column < FIRST + RANK) & (index < adapter_numel)
-        value = tl.load(up + row * RANK + column - FIRST, mask=own, other=0.0).to(tl.float32) * up_scale
+        factor = tl.load(up + up_row * RANK + column - FIRST, mask=own, other=0.0).to(tl.float32) * up_scale
         tl.store(
-            out + row.to(tl.int64) * STRIDE + WIDTH + column,
-            value.to(out.dtype.element_ty),
+            out + up_row.to(tl.int64) * STRIDE + WIDTH + column,
+            factor.to(out.dtype.element_ty),
             mask=index < adapter_numel,
         )
 
