@@ -21,9 +21,10 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from quality_bases import BF16, NF4, STARTED, STORED, Base, keeping
@@ -73,10 +74,27 @@ class Measured:
     predicted: list[Velocities]
 
 
+class Here(Executor):
+    """Runs what it is given at once, in this process."""
+
+    def submit(self, work: Any, /, *arguments: Any, **settings: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments, **settings))
+        return future
+
+
+def executor(processes: int) -> Executor:
+    """So many processes; 0: none but this one."""
+    if not processes:
+        return Here()
+    # Not forked: a process that has used CUDA cannot be.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=start_process)
+
+
 def measure(bench: Bench, bases: Sequence[Base], skips: Skips, arguments: argparse.Namespace) -> Measured:
     """Runs every job, and prints a line for each run as it ends."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, mp_context=context, initializer=start_process) as pool:
+    with executor(arguments.processes) as pool:
         # Alone, so that what a first run finds out about the device is known to the others.
         first = pool.submit(train, bench, bases[0], 0).result()
         untrained = [base for base in bases if "kaiming" not in base.name]
@@ -85,7 +103,8 @@ def measure(bench: Bench, bases: Sequence[Base], skips: Skips, arguments: argpar
         jobs = [(base, seed) for seed in range(arguments.seeds) for base in bases][1:]
         training = [pool.submit(train, bench, *job) for job in jobs]
         predicted = [future.result() for future in predicting]
-        shown = [*bases, *best(skips.kinds, predicted, arguments.kinds)]
+        small = [kind for kind in skips.kinds if kind.kept <= arguments.worst]
+        shown = [*bases, *best(small, predicted, arguments.kinds)]
         training += [
             pool.submit(train, bench, base, seed)
             for seed in range(arguments.seeds)
@@ -119,13 +138,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of the recipe by dotted name")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=0, help="beside each other; 0: all in this one")
     parser.add_argument("--only", help="bases to train on, by name, separated by semicolons")
     parser.add_argument(
         "--kinds", type=int, default=2, help="kinds of layer that runs keep in bf16; 0: none are tried"
     )
     parser.add_argument(
-        "--worst", type=float, default=0.1, help="share of the layers that a run keeps in bf16"
+        "--worst",
+        type=float,
+        default=0.1,
+        help="share of layers that a run keeps in bf16",
     )
     parser.add_argument("--json", type=Path, help="every measurement and every row")
     parser.add_argument("--markdown", type=Path, help="the tables")
