@@ -4,7 +4,7 @@ Triton's own launch binds the arguments, inspects each and looks the kernel up b
 20 us of processor time. Here a kernel is looked up by the few facts that its compilation depends on.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 # Triton compiles for an address or a number by whether this divides it.
 _ALIGNMENT = 16
-_SAME_DEVICE = nullcontext()
 
 
 class Launcher:
@@ -35,25 +34,18 @@ class Launcher:
         first = arguments[0]
         assert isinstance(first, Tensor)
         device = first.get_device()
-        key = (device, constants, *options.values(), *map(_kind, arguments))
+        facts = [device, constants, *options.values()]
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                facts += (argument.dtype, argument.data_ptr() % _ALIGNMENT == 0)
+            elif isinstance(argument, int):
+                facts += (argument == 1, argument % _ALIGNMENT == 0, argument.bit_length() < 32)
+        key = tuple(facts)
         compiled = self._compiled.get(key)
-        with _on(device):
-            if compiled is None:
-                self._compiled[key] = self._kernel[grid](*arguments, *constants, **self._options, **options)
-            else:
-                compiled[grid](*arguments, *constants)
-
-
-def _kind(argument: Tensor | int | float) -> tuple[Any, ...]:
-    """What Triton compiles for in one argument."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % _ALIGNMENT == 0, argument.bit_length() < 32
-    return ()
-
-
-def _on(device: int) -> AbstractContextManager[Any]:
-    """Within, `device` is the current one; asking which that is costs less than setting it."""
-    # Triton's interpreter takes tensors of the CPU, which have no number.
-    return _SAME_DEVICE if device < 0 or torch.cuda.current_device() == device else torch.cuda.device(device)
+        if compiled is not None and device == torch._C._cuda_getDevice():
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            compiled[grid](*arguments, *constants, stream=stream)
+            return
+        # Triton launches on the current device. Its interpreter takes tensors of the CPU, which have no number.
+        with nullcontext() if device < 0 else torch.cuda.device(device):
+            self._compiled[key] = self._kernel[grid](*arguments, *constants, **self._options, **options)
