@@ -68,22 +68,26 @@ class AdapterGradients:
             yield from self._found[id(group)]
 
 
-def rows(stream: Tensor) -> Tensor:
-    """(B, S, D) -> (B * S, D), a view."""
-    return stream.flatten(0, 1) if stream.is_contiguous() else stream.reshape(-1, stream.shape[-1])
+def input_room(group: LinearGroup, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(B * S, K + extra), uninitialized, and its first columns as (B, S, K), for a stream like (B, S, ...)."""
+    return _room(group, group.width, like)
+
+
+def gradient_room(group: LinearGroup, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(B * S, N + extra), uninitialized, and its first columns as (B, S, N), for a stream like (B, S, ...)."""
+    return _room(group, group.outputs, like)
+
+
+def _room(group: LinearGroup, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens = like.shape[:2]
+    wide = group.widened(batch * tokens, columns, like)
+    return wide, wide.view(batch, tokens, -1)[..., :columns]
 
 
 def widened(group: LinearGroup, stream: Tensor) -> Tensor:
     """(B * S, K + extra) with the stream (B, S, K) in its first columns."""
-    wide = group.widened(stream.shape[0] * stream.shape[1], group.width, stream)
-    wide[:, : group.width].view(stream.shape).copy_(stream)
-    return wide
-
-
-def upstream(group: LinearGroup, grad: Tensor) -> Tensor:
-    """(B * S, N + extra) with the gradient (B, S, N) in its first columns."""
-    wide = group.widened(grad.shape[0] * grad.shape[1], group.outputs, grad)
-    wide[:, : group.outputs].view(grad.shape).copy_(grad)
+    wide, room = input_room(group, stream)
+    room.copy_(stream)
     return wide
 
 

@@ -27,12 +27,13 @@ from halfbyte.trainer.families.block_parts import (
     AdapterGradients,
     Keep,
     gelu_input,
+    gradient_room,
     hidden_gradient,
-    upstream,
+    input_room,
     widened,
 )
 from halfbyte.trainer.families.host_store import HostStore, save, saved
-from halfbyte.trainer.families.joint_attention import JointAttention, fill_heads
+from halfbyte.trainer.families.joint_attention import JointAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,9 @@ class DualBlock:
 
     def normed(self, group: LinearGroup, stream: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The modulated stream (M, D + extra); the last columns are not filled."""
-        return widened(group, layer_norm_modulate(stream, scale, shift, eps=self.norm_eps))
+        wide, room = input_room(group, stream)
+        layer_norm_modulate(stream, scale, shift, eps=self.norm_eps, out=room)
+        return wide
 
 
 @dataclass(frozen=True)
@@ -222,14 +225,22 @@ class _DualBackward:
             attended_grads.append(attended_grad)
             gate_grads.append(gate_grad)
             mlp_grads.append(mlp_grad)
-        heads_grads = self.block.attention.backward(
-            torch.cat(attended_grads, dim=1), self.streams, self.out, self.statistics
+        rooms = [
+            gradient_room(part.heads, stream)
+            for part, stream in zip(self.block.streams, self.inputs, strict=True)
+        ]
+        self.block.attention.backward(
+            torch.cat(attended_grads, dim=1),
+            self.streams,
+            self.out,
+            self.statistics,
+            [room for _, room in rooms],
         )
         del attended_grads, self.streams, self.projected
         results: list[Tensor | None] = []
         modulation_grads: list[Tensor | None] = []
         for index in range(2):
-            stream_grad, norm_grads = self._heads(index, heads_grads[index], middle_grads[index])
+            stream_grad, norm_grads = self._heads(index, rooms[index][0], middle_grads[index])
             results.append(stream_grad)
             gate_grad, mlp_grad = gate_grads[index], mlp_grads[index]
             if norm_grads is None or gate_grad is None or mlp_grad is None:
@@ -249,16 +260,17 @@ class _DualBackward:
             part.up.lift(normed)
         acted = gelu_input(part.down, hidden)
         gate_grad = None
+        update_grad, room = gradient_room(part.down, grad)
         if self.wants_modulation:
             update = part.down.forward(acted).view(grad.shape)
-            update_grad, gate_grad = gated_residual_grads(grad, modulation.mlp_gate, update)
+            _, gate_grad = gated_residual_grads(grad, modulation.mlp_gate, update, out=room)
         else:
             part.down.lift(acted)
-            update_grad = gated_residual_backward(grad, modulation.mlp_gate)
-        acted_grad = self.collected.through(part.down, upstream(part.down, update_grad), acted)
-        hidden_grad = part.up.widened(hidden.shape[0], part.up.outputs, hidden)
+            gated_residual_backward(grad, modulation.mlp_gate, out=room)
+        acted_grad = self.collected.through(part.down, update_grad, acted)
+        hidden_grad, _ = gradient_room(part.up, grad)
         hidden_gradient(acted_grad, hidden, hidden_grad[:, : part.up.outputs])
-        del acted, acted_grad, update_grad
+        del acted, acted_grad, update_grad, room
         normed_grad = self.collected.through(part.up, hidden_grad, normed).view(grad.shape)
         eps = self.block.norm_eps
         if gate_grad is None:
@@ -275,24 +287,23 @@ class _DualBackward:
         part, modulation = self.block.streams[index], self.modulations[index]
         wide = widened(part.out, attended)
         gate_grad = None
+        update_grad, room = gradient_room(part.out, middle_grad)
         if self.wants_modulation:
             update = part.out.forward(wide).view(attended.shape)
-            update_grad, gate_grad = gated_residual_grads(middle_grad, modulation.gate, update)
+            _, gate_grad = gated_residual_grads(middle_grad, modulation.gate, update, out=room)
         else:
             part.out.lift(wide)
-            update_grad = gated_residual_backward(middle_grad, modulation.gate)
-        grad = self.collected.through(part.out, upstream(part.out, update_grad), wide)
+            gated_residual_backward(middle_grad, modulation.gate, out=room)
+        grad = self.collected.through(part.out, update_grad, wide)
         return grad.view(attended.shape), gate_grad
 
     def _heads(
-        self, index: int, heads_grad: tuple[Tensor, Tensor, Tensor], middle_grad: Tensor
+        self, index: int, heads_grad: Tensor, middle_grad: Tensor
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """The gradient of the block's input, and of the attention's shift and scale."""
+        """The gradients of the block's input and of the attention's shift and scale, from the product's (M, 3 D)."""
         part, modulation, stream = self.block.streams[index], self.modulations[index], self.inputs[index]
-        wide = part.heads.widened(stream.shape[0] * stream.shape[1], part.heads.outputs, stream)
-        fill_heads(wide, heads_grad)
         wants = self.wants_inputs or self.wants_modulation
-        normed_grad = self.collected.through(part.heads, wide, self.normed[index], wants_input=wants)
+        normed_grad = self.collected.through(part.heads, heads_grad, self.normed[index], wants_input=wants)
         if not wants:
             return None, None
         normed_grad, eps = normed_grad.view(stream.shape), self.block.norm_eps

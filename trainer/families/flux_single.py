@@ -26,13 +26,13 @@ from halfbyte.trainer.families.block_parts import (
     AdapterGradients,
     Keep,
     gelu_input,
+    gradient_room,
     hidden_gradient,
+    input_room,
     joined,
-    upstream,
-    widened,
 )
 from halfbyte.trainer.families.host_store import HostStore, save, saved
-from halfbyte.trainer.families.joint_attention import JointAttention, fill_heads
+from halfbyte.trainer.families.joint_attention import JointAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,9 @@ class SingleBlock:
     def normed(self, tokens: Tensor, modulation: Tensor) -> Tensor:
         """The modulated stream (M, D + extra); the last columns are not filled."""
         shift, scale, _ = modulation.chunk(3, dim=-1)
-        return widened(self.into, layer_norm_modulate(tokens, scale, shift, eps=self.norm_eps))
+        wide, room = input_room(self.into, tokens)
+        layer_norm_modulate(tokens, scale, shift, eps=self.norm_eps, out=room)
+        return wide
 
     def mixed(self, out: Tensor, projected: Tensor) -> Tensor:
         """[attention, gelu(MLP)] (M, D + H + extra); the last columns are not filled."""
@@ -115,23 +117,23 @@ def _single_backward(
 
     mixed = block.mixed(out, projected)
     gate_grad = None
+    update_grad, room = gradient_room(block.out, grad)
     if wants_modulation:
         update = block.out.forward(mixed).view(tokens.shape)
-        update_grad, gate_grad = gated_residual_grads(grad, gate, update)
+        _, gate_grad = gated_residual_grads(grad, gate, update, out=room)
     else:
         block.out.lift(mixed)
-        update_grad = gated_residual_backward(grad, gate)
-    mixed_grad = collected.through(block.out, upstream(block.out, update_grad), mixed)
-    del mixed, update_grad
+        gated_residual_backward(grad, gate, out=room)
+    mixed_grad = collected.through(block.out, update_grad, mixed)
+    del mixed, update_grad, room
 
     width = tokens.shape[-1]
     attended = mixed_grad[:, :width].view(tokens.shape)
-    (heads_grad,) = block.attention.backward(attended, streams, out, statistics)
-    into_grad = block.into.widened(mixed_grad.shape[0], block.into.outputs, mixed_grad)
-    fill_heads(into_grad, heads_grad)
+    into_grad, room = gradient_room(block.into, tokens)
+    block.attention.backward(attended, streams, out, statistics, [room])
     outputs = block.into.outputs
     hidden_gradient(mixed_grad[:, width:], projected[:, 3 * width :], into_grad[:, 3 * width : outputs])
-    del mixed_grad, attended, heads_grad, projected, streams
+    del mixed_grad, attended, projected, streams, room
 
     normed_grad = collected.through(block.into, into_grad, normed).view(tokens.shape)
     modulation_grad = None

@@ -43,17 +43,21 @@ class JointAttention:
         return attention(*self.joint(streams), self.backend)
 
     def backward(
-        self, grad: Tensor, streams: Sequence[Stream], out: Tensor, statistics: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The gradients of each stream's queries, keys and values from that of the output (B, S, H * D_h)."""
+        self,
+        grad: Tensor,
+        streams: Sequence[Stream],
+        out: Tensor,
+        statistics: Tensor,
+        rooms: Sequence[Tensor],
+    ) -> None:
+        """Fills the first columns of each stream's room (B, S_i, >= 3 D) with the gradients of its queries, keys and
+        values, from that of the output (B, S, H * D_h)."""
         grads = attention_backward(
             grad.unflatten(-1, (self.heads, -1)), *self.joint(streams), out, statistics, self.backend
         )
-        return qk_norm_rope_backward(*grads, streams, self.rotary, eps=self.norm_eps)
-
-
-def fill_heads(wide: Tensor, grads: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Gradients of queries, keys and values side by side in the first columns of (M, >= 3 D)."""
-    for place, grad in enumerate(grads):
-        width = grad.shape[-1]
-        wide[:, place * width : (place + 1) * width].view(grad.shape).copy_(grad)
+        width = self.heads * self.head_dim
+        slices = []
+        for room in rooms:
+            query, key, value = room[..., : 3 * width].split(width, dim=-1)
+            slices.append((query, key, value))
+        qk_norm_rope_backward(*grads, streams, self.rotary, eps=self.norm_eps, out=slices)
