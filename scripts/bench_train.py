@@ -1,6 +1,7 @@
 """Seconds and memory of one training step at full size, ours beside what a user would pick instead.
 
-    python scripts/bench_train.py --rows ours,bf16,peer --px 1024 --compile --json step.json
+    python scripts/bench_train.py --rows ours,bf16 --px 1024,512 --checkpoint none,selective,full,offload
+    python scripts/bench_train.py --rows peer --px 1024 --compile --json step.json
 
 Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW. `ours` is the NF4 base with
 double quantization in our layers, `bf16` the same adapters over an unquantized base, `peer` diffusers with
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_profile import profiled
 from torch import nn
 
 from halfbyte.kernels.attention import BACKENDS
@@ -71,6 +73,13 @@ _SD35_LARGE = {
     "pos_embed_max_size": 192,
     "qk_norm": "rms_norm",
 }
+_SD35_MEDIUM = _SD35_LARGE | {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+}
 _KEEP: dict[str, Keep] = {
     "none": "everything",
     "selective": "attention",
@@ -81,6 +90,7 @@ _KEEP: dict[str, Keep] = {
 _MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
     "flux": (Flux, _FLUX, (), 512),
     "sd35_large": (SD3, _SD35_LARGE, ("proj_out",), 333),
+    "sd35_medium": (SD3, _SD35_MEDIUM, ("proj_out",), 333),
     "flux_mini": (Flux, dict(build_flux_pipeline().transformer.config), (), 64),
 }
 
@@ -158,101 +168,134 @@ def _bitsandbytes_layer(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
     return layer.to(weight.device)
 
 
-def measure(arguments: argparse.Namespace, row: str, device: torch.device) -> dict[str, Any]:
-    """Builds the model, takes the steps, and gives what they cost."""
-    family = family_of(arguments.model)
-    denoiser: Any = random_denoiser(arguments.model, family, row, device)
-    base = _gib(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
-    add_lora(
-        denoiser,
-        rank=arguments.rank,
-        alpha=arguments.rank,
-        dropout=0.0,
-        targets=family.lora_targets("all-linear"),
-        init="gaussian",
-        seed=0,
-        fused=row != "peer",
-    )
-    denoiser.to(device)
-    if row != "peer":
-        # torch compiles what runs layer by layer; a block that runs whole is compiled already.
-        settings = BlockSettings(
-            "everything" if arguments.compile else _KEEP[arguments.checkpoint],
-            store=HostStore() if arguments.checkpoint == "offload" else None,
-            whole=arguments.whole and not arguments.compile,
-            backend=arguments.attention,
-        )
-        family.fuse_blocks(denoiser, settings)
-    if arguments.checkpoint != "none" and (row == "peer" or arguments.compile):
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
-    if arguments.compile:
-        denoiser.compile_repeated_blocks(fullgraph=row != "peer")
-    module = DiffusionModule(
-        family,
-        denoiser,
-        Objective(
-            LogitNormal(name="logit_normal"),
-            ResolutionShift(name="resolution"),
-            NoWeighting(name="none"),
-            MSE(name="mse"),
-            1.0,
-        ),
-        build_optimizer=torch.optim.AdamW,
-        lr_factor=lambda step: 1.0,
-        compute_dtype=torch.bfloat16,
-        max_grad_norm=None,
-        seed=0,
-    )
-    parameters = list(trained_parameters(denoiser).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
-    config, side, tokens = (
-        family.denoiser_config,
-        arguments.px // family.vae_scale,
-        _MODELS[arguments.model][3],
-    )
+class TrainedModel:
+    """One row's model with its adapters and optimizer, to take steps of any size with."""
 
-    def step(number: int) -> float:
-        batch = Batch(
+    def __init__(self, model: str, row: str, rank: int, device: torch.device) -> None:
+        self.model, self.row, self.device = model, row, device
+        self.family = family_of(model)
+        denoiser: Any = random_denoiser(model, self.family, row, device)
+        self.base = _gib(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
+        add_lora(
+            denoiser,
+            rank=rank,
+            alpha=rank,
+            dropout=0.0,
+            targets=self.family.lora_targets("all-linear"),
+            init="gaussian",
+            seed=0,
+            fused=row != "peer",
+        )
+        self.denoiser = denoiser.to(device)
+        parameters = list(trained_parameters(denoiser).values())
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+        self.module = DiffusionModule(
+            self.family,
+            denoiser,
+            Objective(
+                LogitNormal(name="logit_normal"),
+                ResolutionShift(name="resolution"),
+                NoWeighting(name="none"),
+                MSE(name="mse"),
+                1.0,
+            ),
+            build_optimizer=torch.optim.AdamW,
+            lr_factor=lambda step: 1.0,
+            compute_dtype=torch.bfloat16,
+            max_grad_norm=None,
+            seed=0,
+        )
+
+    def settle(self, checkpoint: str, *, whole: bool, compiled: bool, attention: str | None) -> None:
+        """Has the blocks run as asked. What is compiled stays so: build the model anew for anything else."""
+        if self.row != "peer":
+            # torch compiles what runs layer by layer; a block that runs whole is compiled already.
+            settings = BlockSettings(
+                "everything" if compiled else _KEEP[checkpoint],
+                store=HostStore() if checkpoint == "offload" else None,
+                whole=whole and not compiled,
+                backend=attention,
+            )
+            self.family.fuse_blocks(self.denoiser, settings)
+        if self.row == "peer" or compiled:
+            if checkpoint == "none":
+                self.denoiser.disable_gradient_checkpointing()
+            else:
+                self.denoiser.enable_gradient_checkpointing()
+        if compiled:
+            torch._dynamo.reset()
+            self.denoiser.compile_repeated_blocks(fullgraph=self.row != "peer")
+        self.denoiser.train()
+
+    def batch(self, number: int, px: int) -> Batch:
+        """One sample; its values do not matter, its sizes are the real ones."""
+        config, side = self.family.denoiser_config, px // self.family.vae_scale
+        tokens, channels = _MODELS[self.model][3], self.family.vae_config["latent_channels"]
+        return Batch(
             (number,),
-            torch.zeros(1, 16, side, side),
-            torch.ones(1, 16, side, side),
+            torch.zeros(1, channels, side, side),
+            torch.ones(1, channels, side, side),
             torch.ones(1, tokens, config["joint_attention_dim"], dtype=torch.bfloat16),
             torch.ones(1, config["pooled_projection_dim"], dtype=torch.bfloat16),
-        ).to(device)
-        _wait(device)
+        ).to(self.device)
+
+    def step(self, number: int, px: int) -> float:
+        """Seconds of forward, backward and optimizer."""
+        batch = self.batch(number, px)
+        _wait(self.device)
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = module.loss(batch)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.module.loss(batch)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        _wait(device)
-        assert torch.isfinite(loss), f"{row}: the loss is {loss.item()}"
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _wait(self.device)
+        assert torch.isfinite(loss), f"{self.row}: the loss is {loss.item()}"
         return time.perf_counter() - began
 
-    first = step(0)
-    for number in range(1, 3):
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = [step(number) for number in range(3, 3 + arguments.steps)]
-    peak = _gib(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0)
-    return {
-        "model": arguments.model,
-        "row": row,
-        "px": arguments.px,
-        "checkpoint": arguments.checkpoint,
-        "whole": arguments.whole and not arguments.compile,
-        "attention": arguments.attention,
-        "compile": arguments.compile,
-        "median_s": statistics.median(times),
-        "min_s": min(times),
-        "first_s": first,
-        "base_gib": base,
-        "peak_gib": peak,
-        "adapter_parameters": sum(parameter.numel() for parameter in parameters),
-    }
+    def measure(self, px: int, steps: int) -> dict[str, Any]:
+        """Times and peaks of some steps behind three that warm up."""
+        first = self.step(0, px)
+        for number in range(1, 3):
+            self.step(number, px)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times = [self.step(number, px) for number in range(3, 3 + steps)]
+        return {
+            "model": self.model,
+            "row": self.row,
+            "px": px,
+            "median_s": statistics.median(times),
+            "min_s": min(times),
+            "first_s": first,
+            "base_gib": self.base,
+            "peak_gib": _gib(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0),
+        }
+
+
+def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> None:
+    """Measures a row in all the settings asked for, over one model, and prints each as it comes."""
+    model = TrainedModel(arguments.model, row, arguments.rank, device)
+    for checkpoint in arguments.checkpoint.split(","):
+        settings = {"whole": arguments.whole, "compiled": arguments.compile, "attention": arguments.attention}
+        model.settle(checkpoint, **settings)
+        for px in map(int, arguments.px.split(",")):
+            result = model.measure(px, arguments.steps) | {"checkpoint": checkpoint, **settings}
+            print(
+                f"{row:5} {px} px, checkpointing {checkpoint}: {result['median_s']:.3f} s"
+                f" (min {result['min_s']:.3f}, first {result['first_s']:.1f}), base {result['base_gib']:.2f},"
+                f" peak {result['peak_gib']:.2f} GiB",
+                flush=True,
+            )
+            if arguments.profile:
+                kinds, kernels = profiled(lambda px=px: model.step(9, px))  # type: ignore[misc]
+                print("      ms: " + ", ".join(f"{kind} {taken:.1f}" for kind, taken in kinds.items()))
+                for name, taken, count in kernels[: arguments.profile]:
+                    print(f"      {taken:8.2f} ms {count:5d} x {name[:100]}", flush=True)
+                result["profile_ms"] = kinds
+            if arguments.json:
+                with arguments.json.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
 
 
 def _wait(device: torch.device) -> None:
@@ -271,30 +314,27 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=_MODELS, default="flux")
     parser.add_argument("--rows", default="ours,bf16,peer", help="which of ours, bf16 and peer")
-    parser.add_argument("--px", type=int, default=1024)
+    parser.add_argument("--px", default="1024", help="sides of the picture, one or several with commas")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--checkpoint", choices=_KEEP, default="full", help="train.gradient_checkpointing")
+    parser.add_argument(
+        "--checkpoint",
+        default="full",
+        help=f"train.gradient_checkpointing, one or several of {', '.join(_KEEP)}",
+    )
     parser.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="fused blocks")
     parser.add_argument("--attention", choices=BACKENDS, help="without: what needs no probe")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument(
+        "--profile", type=int, default=0, help="show where a step goes, and this many kernels"
+    )
     parser.add_argument("--json", type=Path, help="append each row to this file, one JSON object a line")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # cuDNN's attention faults in FLUX's backward.
     torch.backends.cuda.enable_cudnn_sdp(False)
     for row in arguments.rows.split(","):
-        result = measure(arguments, row, device)
-        print(
-            f"{result['row']:5} {result['px']} px checkpoint={result['checkpoint']} compile={result['compile']}"
-            f" whole={result['whole']} attention={result['attention']}:"
-            f" {result['median_s']:.3f} s (min {result['min_s']:.3f}, first {result['first_s']:.1f}),"
-            f" base {result['base_gib']:.2f} peak {result['peak_gib']:.2f} GiB",
-            flush=True,
-        )
-        if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+        run_row(arguments, row, device)
         gc.collect()
         torch._dynamo.reset()
         if device.type == "cuda":
