@@ -20,17 +20,17 @@ from torch import Tensor
 from halfbyte.kernels import reference
 from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.packed_triton import (
-    block_scale,
     check_blocksize,
     in_range,
     lookup,
+    read_scale,
     unit_of,
     unit_pointer,
 )
 
 # Measured best on an H200 (scripts/bench_kernels.md).
-_UNITS_PER_PROGRAM = 256  # dequantize
-_UNITS_PER_PROGRAM_SMALL = 1024  # where even these programs all run at once
+_TILE = (256, 1)  # units a tile, tiles a program that dequantizes
+_TILE_SMALL = (512, 2)  # where there are too few programs for one to begin while another ends
 _SMALL_NUMEL = 1 << 24
 _DEQUANTIZE_WARPS = 4
 _VALUES_PER_PROGRAM = 8192  # quantize
@@ -65,6 +65,32 @@ def _reciprocal(largest):
 
 
 @triton.jit
+def _load_tile(
+    packed,
+    absmax,
+    first,
+    numel,
+    BLOCKSIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """(words, scales as stored, their numbers, mask) of UNITS units from `first` on."""
+    local = tl.arange(0, UNITS)
+    mask = in_range(local * UNIT, numel - first * UNIT, EVEN)
+    # Told that neighbours are unrelated, the compiler gives each thread one word of every row of 32, which is
+    # already how the stores want their values; otherwise it would take 16 bytes a thread and shuffle.
+    words = tl.load(
+        tl.max_contiguous(packed + first + local, [1]),
+        mask=mask,
+        other=0,
+        eviction_policy="evict_first",  # read once a step, unlike the weight that a product reads next
+    ).to(tl.int32)
+    block = (first * UNIT // BLOCKSIZE).to(tl.int32) + local * UNIT // BLOCKSIZE
+    return words, tl.load(absmax + block, mask=mask, other=0), block, mask
+
+
+@triton.jit
 def _dequantize_kernel(
     packed,
     absmax,
@@ -78,42 +104,39 @@ def _dequantize_kernel(
     NESTED_BLOCKSIZE: tl.constexpr,
     UNIT: tl.constexpr,
     UNITS: tl.constexpr,
+    TILES: tl.constexpr,
     DOUBLE: tl.constexpr,
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
     STREAM: tl.constexpr,
 ):
+    """TILES times UNITS units a program, as many programs apart; the next tile is read before one is written."""
     if EARLY:
         # Launched while the kernel before still runs: nothing it wrote may be read before this.
         tl.extra.cuda.gdc_wait()
     packed = unit_pointer(packed, UNIT)
-    first = tl.program_id(0).to(tl.int64) * UNITS
     local = tl.arange(0, UNITS)
     within = tl.arange(0, UNIT)
-    left = numel - first * UNIT  # values from this program's first one on
-    unit_mask = in_range(local * UNIT, left, EVEN)
-    # Told that neighbours are unrelated, the compiler gives each thread one word of every row of 32, which is
-    # already how the stores want their values; otherwise it would take 16 bytes a thread and shuffle.
-    words = tl.load(
-        tl.max_contiguous(packed + first + local, [1]),
-        mask=unit_mask,
-        other=0,
-        eviction_policy="evict_first",  # read once a step, unlike the weight that a product reads next
-    ).to(tl.int32)
-    block = (first * UNIT // BLOCKSIZE).to(tl.int32) + local * UNIT // BLOCKSIZE
-    scale = block_scale(
-        absmax, nested_absmax, offset, nested_code, block, unit_mask, NESTED_BLOCKSIZE, DOUBLE
-    )
-    # The even value of a byte is its high nibble: shifts 4, 0, 12, 8, ...
-    nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
-    values = lookup(code, 16, nibbles) * scale[:, None]
-    inside = local[:, None] * UNIT + within[None, :]
-    tl.store(
-        out + first * UNIT + inside,
-        values.to(out.dtype.element_ty),
-        mask=in_range(inside, left, EVEN),
-        cache_modifier=".cs" if STREAM else "",
-    )
+    first = tl.program_id(0).to(tl.int64) * UNITS
+    words, stored, block, mask = _load_tile(packed, absmax, first, numel, BLOCKSIZE, UNIT, UNITS, EVEN)
+    for tile in tl.static_range(TILES):
+        place = first * UNIT
+        scale = read_scale(stored, nested_absmax, offset, nested_code, block, mask, NESTED_BLOCKSIZE, DOUBLE)
+        # The even value of a byte is its high nibble: shifts 4, 0, 12, 8, ...
+        nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
+        if tile + 1 < TILES:
+            first += tl.num_programs(0) * UNITS
+            words, stored, block, mask = _load_tile(
+                packed, absmax, first, numel, BLOCKSIZE, UNIT, UNITS, EVEN
+            )
+        values = lookup(code, 16, nibbles) * scale[:, None]
+        inside = local[:, None] * UNIT + within[None, :]
+        tl.store(
+            out + place + inside,
+            values.to(out.dtype.element_ty),
+            mask=in_range(inside, numel - place, EVEN),
+            cache_modifier=".cs" if STREAM else "",
+        )
 
 
 _launch_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
@@ -130,16 +153,16 @@ def _dequantize_plan(
 ) -> tuple[tuple[int, int, int], tuple[int | bool, ...], bool]:
     """The grid, the constants of the kernel, and whether it may be launched early."""
     check_blocksize(blocksize)
-    per_program = _UNITS_PER_PROGRAM_SMALL if numel <= _SMALL_NUMEL else _UNITS_PER_PROGRAM
-    units = max(per_program, blocksize // unit)
+    units, tiles = _TILE_SMALL if numel <= _SMALL_NUMEL else _TILE
+    units = max(units, blocksize // unit)
     early = launches_early(device)
-    even = numel % (units * unit) == 0
+    even = numel % (units * unit * tiles) == 0
     # A weight that the L2 cannot hold until it is read should not push out what it can.
     stream = numel * size > _cache_bytes(device)
     double = nested_blocksize is not None
     nested = nested_blocksize or blocksize
-    constants = (blocksize, nested, unit, units, double, even, early, stream)
-    return (triton.cdiv(numel, units * unit), 1, 1), constants, early
+    constants = (blocksize, nested, unit, units, tiles, double, even, early, stream)
+    return (triton.cdiv(numel, units * unit * tiles), 1, 1), constants, early
 
 
 def _dequantize(

@@ -54,6 +54,24 @@ def lookup(table, SIZE: tl.constexpr, index):
 
 
 @triton.jit
+def read_scale(
+    scale,
+    nested_absmax,
+    offset,
+    nested_code,
+    block,
+    mask,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    """The fp32 scales of the blocks numbered `block`, from what their absmax holds: with double quantization codes."""
+    if DOUBLE:
+        nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
+    return scale
+
+
+@triton.jit
 def block_scale(
     absmax,
     nested_absmax,
@@ -64,9 +82,6 @@ def block_scale(
     NESTED_BLOCKSIZE: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """The fp32 scales of the blocks numbered `block`; with double quantization `absmax` holds their 8-bit codes."""
+    """The fp32 scales of the blocks numbered `block`."""
     scale = tl.load(absmax + block, mask=mask, other=0)
-    if DOUBLE:
-        nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
-    return scale
+    return read_scale(scale, nested_absmax, offset, nested_code, block, mask, NESTED_BLOCKSIZE, DOUBLE)
