@@ -116,6 +116,8 @@ class Recorder(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lightning's hook."""
+        if self.progress is not None:
+            self.progress.restart()
         self._started = time.perf_counter()
         self._since = pl_module.step
 

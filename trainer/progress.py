@@ -63,7 +63,13 @@ class Progress:
         elif done == self.total or now - self._spoke >= _LOG_SECONDS:
             self._spoke = now
             left = (self.total - done) / pace if pace > 0 else float("inf")
-            self.console.print(f"{self.title} {self._share(done)}  {note}  {_clock(left)} left", highlight=False)
+            self.console.print(
+                f"{self.title} {self._share(done)}  {note}  {_clock(left)} left", highlight=False
+            )
+
+    def restart(self) -> None:
+        """The pace is counted from now: what went before was no part of the task."""
+        self._began = self._spoke = time.perf_counter()
 
     def validated(self, loss: float) -> None:
         """The loss on held-out pictures, shown until there is a newer one."""
