@@ -25,7 +25,6 @@ BEGAN = time.perf_counter()
 
 _ROWS = ("cold", "cold, in page cache", "warm", "warm, dropped", "stock")
 _RATE_BYTES = 2 * 10**9
-_PHASES = ("import", "encode", "transformer", "first step")
 
 
 def drop_pages(folders: list[Path]) -> float | None:
@@ -123,10 +122,17 @@ def measure_row(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
         f"--work={work}",
         f"--one={row}",
     ]
+    if arguments.encode_budget is not None:
+        command.append(f"--encode-budget={arguments.encode_budget}")
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{row}: exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    try:
+        # What it says on the way is seen here.
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=arguments.timeout, check=True
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"{row}: {error}\n{error.stdout or ''}", file=sys.stderr, flush=True)
+        return {"row": row, "failed": str(error)}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {"row": row, "left_in_page_cache": left, "process_s": time.perf_counter() - began, **result}
 
@@ -142,7 +148,8 @@ def one_start(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
         f"data.cache_dir={arguments.work / 'cache'}",
         f"output.dir={arguments.work / 'run'}",
     ]
-    return start_phases.as_json(start_phases.start(arguments.recipe, overrides, BEGAN))
+    measured = start_phases.start(arguments.recipe, overrides, BEGAN, encode_budget=arguments.encode_budget)
+    return start_phases.as_json(measured)
 
 
 def _stock(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,6 +178,9 @@ def table(results: list[dict[str, Any]]) -> str:
     """A line a phase: seconds, and peaks in GB."""
     lines = [f"{'start':20} {'phase':12} {'s':>7} {'host':>6} {'+mapped':>8} {'device':>7} {'reserved':>8}"]
     for result in results:
+        if "failed" in result:
+            lines.append(f"{result['row']:20} failed: {result['failed']}")
+            continue
         for phase in result["phases"]:
             lines.append(
                 f"{result['row']:20} {phase['name']:12} {phase['seconds']:7.2f} {phase['host_anon']:6.2f}"
@@ -196,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", default=";".join(_ROWS), help="which of " + "; ".join(_ROWS))
     parser.add_argument("--timeout", type=float, default=600, help="seconds a start may take")
     parser.add_argument("--json", type=Path, help="write all results to this file, again after each row")
+    parser.add_argument("--encode-budget", type=float, help="GiB of device memory to encode within")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -215,6 +226,8 @@ def main() -> None:
         print(table(results[-1:]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps({"disk": rates, "starts": results}, indent=1) + "\n")
+    if any("failed" in result for result in results):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One start of a training run, watched: seconds, host memory and device memory of each phase up to the first step."""
 
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,12 @@ class PhaseWatch:
                 now.device_allocated = torch.cuda.max_memory_allocated() / 1e9
                 now.device_reserved = torch.cuda.max_memory_reserved() / 1e9
             now.seconds = time.perf_counter() - began
+            # Seen even if a later phase does not end.
+            print(
+                f"{name}: {now.seconds:.1f} s, {now.device_reserved:.2f} GB reserved",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def stop(self) -> None:
         """Ends the sampling."""
@@ -99,8 +106,13 @@ class _FirstStep(Exception):
     """Ends the run where it has been measured."""
 
 
-def start(recipe_file: Path, overrides: list[str], began: float) -> Start:
-    """Runs a recipe to the end of its first optimizer step. began: time.perf_counter() at the start."""
+def start(
+    recipe_file: Path, overrides: list[str], began: float, *, encode_budget: float | None = None
+) -> Start:
+    """Runs a recipe to the end of its first optimizer step.
+
+    began: time.perf_counter() at the start. encode_budget: GiB that the allocator may have while encoding.
+    """
     watch = PhaseWatch(began)
     with watch.phase("import"):
         # What starting costs includes importing it.
@@ -131,6 +143,18 @@ def start(recipe_file: Path, overrides: list[str], began: float) -> Start:
         measured["finite"] = all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
         raise _FirstStep
 
+    prepare = run.prepare
+
+    def within_budget(*arguments: Any, **options: Any) -> Any:
+        if encode_budget is None or world.device.type != "cuda":
+            return prepare(*arguments, **options)
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(encode_budget * 2**30 / total)
+        try:
+            return prepare(*arguments, **options)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
     load = run.load_denoiser
 
     def load_denoiser(*arguments: Any, **options: Any) -> Any:
@@ -140,7 +164,8 @@ def start(recipe_file: Path, overrides: list[str], began: float) -> Start:
 
     try:
         with (
-            patch.object(run, "prepare", watched("encode", run.prepare)),
+            patch.object(run, "prepare", watched("encode", within_budget)),
+            patch.object(run, "choose_attention", watched("attention", run.choose_attention)),
             patch.object(run, "load_denoiser", watched("transformer", load_denoiser)),
             patch.object(run, "fit", watched("first step", run.fit)),
             patch.object(Recorder, "on_step_end", first_step),

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from runs import write_pictures
 
 ROOT = Path(__file__).parent.parent
+PHASES = ("import", "encode", "attention", "transformer", "first step")
 OVERRIDES = [
     "data.resolution=64",
     "model.max_sequence_length=24",
@@ -81,7 +82,7 @@ def test_a_start_is_measured_phase_by_phase(checkpoint, tmp_path, monkeypatch):
         for name in ("cold", "warm")
     ]
     for start in starts:
-        assert [phase.name for phase in start.phases] == ["import", "encode", "transformer", "first step"]
+        assert [phase.name for phase in start.phases] == list(PHASES)
         assert all(phase.seconds >= 0 for phase in start.phases)
         assert start.phases[1].host_anon > 0.05
         assert start.first_loss_finite
@@ -91,7 +92,7 @@ def test_a_start_is_measured_phase_by_phase(checkpoint, tmp_path, monkeypatch):
     bench = script("bench_start", monkeypatch)
     rows = [{"row": "cold", "left_in_page_cache": 0.5, **phases.as_json(starts[0])}]
     text = bench.table(rows)
-    assert len(text.splitlines()) == 1 + 4 + 1
+    assert len(text.splitlines()) == 1 + len(PHASES) + 1
     assert "50%" in text
 
 
