@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from pretrain_flux import FluxDenoiser, build_flux
 from pretrain_looks import Batch, PictureTable
 from pretrain_pace import Pace
 from pretrain_sd3 import SD3Denoiser, build_sd3
+from pretrain_step import OptimizerStep
 from torch import Tensor, nn
 
 from halfbyte.trainer.shift import ResolutionShift, Shift, StaticShift
@@ -19,7 +19,7 @@ from halfbyte.trainer.timesteps import LogitNormal
 
 _LEARNING_RATE = 1.2e-3
 _DISTILLING_RATE = 5e-4
-CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
+_CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
 _GUIDANCE = (1.0, 5.0)  # what the guidance embedding is told: anything, as the objective knows no guidance
 _AVERAGED = 0.999  # of the averaged weights stays at a step
 _SAVE_SECONDS = 60.0
@@ -89,109 +89,94 @@ def corrupt(batch: Batch, scaling: Scaling, shift: Shift) -> Point:
     return Point(noisy, sigma, guidance, noise - latents)
 
 
-def train_denoiser(
-    kind: Kind,
-    pipeline: DiffusionPipeline,
-    table: PictureTable,
-    *,
-    batch: int,
-    pace: Pace,
-    compiled: bool,
-    save: Callable[[], None],
-) -> float:
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains on, and how long."""
+
+    kind: Kind
+    table: PictureTable
+    batch: int
+    pace: Pace
+    compiled: bool  # torch.compile the transformer's blocks
+    save: Callable[[], None]  # writes the pipeline as it is
+
+    def draw(self, scaling: Scaling) -> tuple[Tensor, ...]:
+        """A batch: noisy, sigma, T5's and CLIP's tokens, guidance, target."""
+        drawn = self.table.draw(self.batch, dropout=_CAPTION_DROPOUT)
+        point = corrupt(drawn, scaling, self.kind.shift)
+        return point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance, point.target
+
+
+def train_denoiser(pipeline: DiffusionPipeline, stage: Stage) -> float:
     """Trains in place; the weights left in the pipeline are the averaged ones. Returns the last mean loss."""
-    denoiser = kind.denoiser(pipeline).to(table.device)
-    scaling = Scaling.of(pipeline)
+    denoiser = stage.kind.denoiser(pipeline).to(stage.table.device)
 
-    def loss() -> Tensor:
-        drawn = table.draw(batch, dropout=CAPTION_DROPOUT)
-        point = corrupt(drawn, scaling, kind.shift)
-        velocity = denoiser(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance)
-        return nn.functional.mse_loss(velocity.float(), point.target)
+    def loss(
+        noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor, target: Tensor
+    ) -> Tensor:
+        velocity = denoiser(noisy, sigma, t5, clip, guidance)
+        return nn.functional.mse_loss(velocity.float(), target)
 
-    return fit(
-        pipeline, denoiser, loss, learning_rate=_LEARNING_RATE, pace=pace, compiled=compiled, save=save
-    )
+    return _fit(pipeline, denoiser, loss, stage, learning_rate=_LEARNING_RATE)
 
 
-def distill_guidance(
-    kind: Kind,
-    pipeline: DiffusionPipeline,
-    table: PictureTable,
-    *,
-    batch: int,
-    pace: Pace,
-    compiled: bool,
-    save: Callable[[], None],
-) -> float:
+def distill_guidance(pipeline: DiffusionPipeline, stage: Stage) -> float:
     """Teaches the guidance embedding what classifier-free guidance of that scale would have answered.
 
     As FLUX.1-dev came to be (Meng et al. 2022, arXiv 2210.03142, first stage): one evaluation a step instead of
     two. Told 1, the model goes on answering as it was trained; see `train_denoiser` for the rest.
     """
-    student = kind.denoiser(pipeline).to(table.device)
+    student = stage.kind.denoiser(pipeline).to(stage.table.device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    if compiled:
+    if stage.compiled:
         teacher.transformer.compile_repeated_blocks(fullgraph=True)
-    scaling = Scaling.of(pipeline)
-    empty_t5, empty_clip = (ids.long().expand(batch, -1) for ids in table.empty)
+    empty_t5, empty_clip = (ids.long().expand(stage.batch, -1) for ids in stage.table.empty)
 
-    def loss() -> Tensor:
-        drawn = table.draw(batch, dropout=CAPTION_DROPOUT)
-        point = corrupt(drawn, scaling, kind.shift)
+    def loss(noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor, _: Tensor) -> Tensor:
         with torch.no_grad():
-            told = teacher(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance).float()
-            untold = teacher(point.noisy, point.sigma, empty_t5, empty_clip, point.guidance).float()
-            target = torch.lerp(untold, told, point.guidance[:, None, None, None])
-        velocity = student(point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance)
+            told = teacher(noisy, sigma, t5, clip, guidance).float()
+            untold = teacher(noisy, sigma, empty_t5, empty_clip, guidance).float()
+            target = torch.lerp(untold, told, guidance[:, None, None, None])
+        velocity = student(noisy, sigma, t5, clip, guidance)
         return nn.functional.mse_loss(velocity.float(), target)
 
-    rate = _DISTILLING_RATE
-    return fit(pipeline, student, loss, learning_rate=rate, pace=pace, compiled=compiled, save=save)
+    return _fit(pipeline, student, loss, stage, learning_rate=_DISTILLING_RATE)
 
 
-def fit(
+def _fit(
     pipeline: DiffusionPipeline,
     denoiser: nn.Module,
-    loss: Callable[[], Tensor],
+    loss: Callable[..., Tensor],
+    stage: Stage,
     *,
     learning_rate: float,
-    pace: Pace,
-    compiled: bool,
-    save: Callable[[], None],
 ) -> float:
     """Minimizes a loss over fresh draws; averaged weights go into the pipeline and are saved every minute."""
     denoiser.train().requires_grad_(True)
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    if compiled:
+    if stage.compiled:
         denoiser.transformer.compile_repeated_blocks(fullgraph=True)
     weights, averages = list(denoiser.parameters()), list(averaged.parameters())
-    device = weights[0].device
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    scaling = Scaling.of(pipeline)
+    take = OptimizerStep(weights, loss, learning_rate=learning_rate)
+    pace = stage.pace
     saved = 0.0
-    mean_loss = torch.zeros((), device=device)
+    mean_loss = torch.zeros((), device=stage.table.device)
     step = 0
     while pace.running(step):
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            value = loss()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * pace.factor(step)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        value = take(stage.draw(scaling), learning_rate * pace.factor(step))
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, max(1 - _AVERAGED, 1 / (step + 1)))
-            mean_loss.lerp_(value.detach(), max(0.01, 1 / (step + 1)))
+            mean_loss.lerp_(value, max(0.01, 1 / (step + 1)))
         if pace.due(step):
             pace.tell(step, f"loss {mean_loss:.4f}")
         if pace.seconds - saved > _SAVE_SECONDS:
             saved = pace.seconds
             _leave(pipeline, averaged)
-            save()
+            stage.save()
         step += 1
     _leave(pipeline, averaged)
-    save()
+    stage.save()
     return mean_loss.item()
 
 

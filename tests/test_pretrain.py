@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from pretrain_blueprints import HELD_OUT, TRAINED
 from pretrain_captions import CAPTION_TOKENS, LOOKS, caption, styled, vocabulary
 from pretrain_corpus import HELD_OUT_GROUP, Corpus, Emoji, _read_names
-from pretrain_denoiser import KINDS, Scaling, corrupt, distill_guidance, train_denoiser
+from pretrain_denoiser import KINDS, Scaling, Stage, corrupt, distill_guidance, train_denoiser
 from pretrain_looks import Batch, PictureTable, as_input, draw_all, read_captions
 from pretrain_pace import Pace
 from pretrain_pipeline import bf16_copy, build_vae
@@ -209,20 +209,15 @@ class TestStages:
     ) -> None:
         torch.manual_seed(0)
         before = pipeline.text_encoder_2.shared.weight.detach().clone()
-        run = {"batch": 2, "compiled": False}
-        pace = Pace("denoiser", minutes=None, steps=4)
-        losses: list[float] = []
-        for stage in (train_denoiser, distill_guidance):
-            losses.append(
-                stage(
-                    KINDS["flux"],
-                    pipeline,
-                    table,
-                    **run,
-                    pace=pace,
-                    save=lambda: bf16_copy(pipeline).save_pretrained(tmp_path),
-                )
-            )
+        stage = Stage(
+            KINDS["flux"],
+            table,
+            batch=2,
+            pace=Pace("denoiser", minutes=None, steps=4),
+            compiled=False,
+            save=lambda: bf16_copy(pipeline).save_pretrained(tmp_path),
+        )
+        losses = [train_denoiser(pipeline, stage), distill_guidance(pipeline, stage)]
         assert all(0 < loss < float("inf") for loss in losses)
         assert losses[1] < losses[0], "the student starts as its teacher"
         assert not torch.equal(before, pipeline.text_encoder_2.shared.weight), "text encoders learn as well"
