@@ -14,9 +14,6 @@ from halfbyte.kernels import linear_ops
 from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
 from halfbyte.kernels.tracing import is_eager
 
-if linear_ops.HAS_TRITON:
-    from halfbyte.kernels import linear_triton
-
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("add_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()")
 _library.define(f"add_linear_4bit_(Tensor(a!) out, Tensor x, {SCHEMA}) -> ()")
@@ -28,13 +25,14 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_linear(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
-    if not (out.is_cuda and linear_ops.HAS_TRITON and x.shape[0] <= linear_triton.MAX_ROWS):
+    kernel = linear_ops.few_rows_kernel(x, weight)
+    if kernel is None:
         out.addmm_(x, weight.dequantize(x.dtype).t())
     elif x.shape[0] == 1:
-        # The kernel adds its bias in fp32, and of a single row any addend is a bias.
-        out.copy_(linear_ops.linear_4bit(x, weight, out[0]))
+        # The kernels add a bias in fp32, and of a single row any addend is a bias.
+        out.copy_(kernel.linear_rows(x, weight, out[0]))
     else:
-        out.add_(linear_ops.linear_4bit(x, weight))
+        out.add_(kernel.linear_rows(x, weight, None))
 
 
 def _add_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) -> None:

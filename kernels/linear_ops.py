@@ -1,10 +1,12 @@
 """The 4-bit linear as torch sees it: schema, fake, autograd and the choice of kernel by the number of rows.
 
-Up to `linear_triton.MAX_ROWS` rows on CUDA the packed weight is multiplied as it is (modulation and embedding
-layers see one row a sample); above, on CPU and for dX, it is dequantized for the one product and dropped.
+A few rows on CUDA are multiplied by the packed weight as it is (modulation and embedding layers see one row a
+sample); more of them, and on CPU and for dX, the weight is dequantized for the one product and dropped.
 """
 
+import importlib
 import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,19 +17,31 @@ from halfbyte.kernels.tracing import is_differentiated, is_eager
 
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# What multiplies a few rows by the packed weight as it is; the first that supports weight and rows is taken.
+FEW_ROWS: tuple[ModuleType, ...] = ()
 if HAS_TRITON:
-    from halfbyte.kernels import linear_triton
+    FEW_ROWS = (importlib.import_module("halfbyte.kernels.linear_triton"),)
+_MAX_ROWS = 16
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {SCHEMA}) -> Tensor")
 _library.define(f"linear_4bit_input_grad(Tensor grad, {SCHEMA}) -> Tensor")
 
 
+def few_rows_kernel(x: Tensor, weight: PackedWeight) -> ModuleType | None:
+    """What is faster for these rows x (M, K) than dequantizing the weight; None where nothing is."""
+    if x.is_cuda and 0 < x.shape[0] <= _MAX_ROWS:
+        return next((kernel for kernel in FEW_ROWS if kernel.supports(weight, x)), None)
+    return None
+
+
 def _linear(x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
     outputs, width = weight.shape
     rows = x.reshape(-1, width)
-    if x.is_cuda and HAS_TRITON and linear_triton.supports(weight, rows):
-        return linear_triton.linear_rows(rows, weight, bias).view(*x.shape[:-1], outputs)
+    kernel = few_rows_kernel(rows, weight)
+    if kernel is not None:
+        y: Tensor = kernel.linear_rows(rows, weight, bias)
+        return y.view(*x.shape[:-1], outputs)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return nn.functional.linear(rows, weight.dequantize(x.dtype), bias).view(*x.shape[:-1], outputs)
