@@ -91,23 +91,10 @@ def _base_cache(recipe: Recipe) -> BaseCache | None:
     return BaseCache(folder / "bases", FileDigests(folder / "digests"))
 
 
-def load_denoiser(
-    recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
-) -> Loaded:
-    """The transformer with its adapters; `attention` names the backend, None takes what needs no probe."""
-    loading = Shown(console, "loading the transformer", BYTES)
-    denoiser = family.load_denoiser(
-        quant_recipe(recipe),
-        device=world.device,
-        dtype=DTYPES[recipe.quant.compute_dtype],
-        progress=loading,
-        cache=_base_cache(recipe),
-    )
-    loading.close()
-    model: Any = denoiser
-    footprint = int(model.get_memory_footprint())
+def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> TrainedLayers:
+    """Puts the recipe's adapters on the layers; see `add_lora`."""
     targets = recipe.lora.targets
-    trained = add_lora(
+    return add_lora(
         denoiser,
         rank=recipe.lora.rank,
         alpha=recipe.lora.alpha,
@@ -123,6 +110,24 @@ def load_denoiser(
             alpha_pattern=recipe.lora.alpha_pattern,
         ),
     )
+
+
+def load_denoiser(
+    recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
+) -> Loaded:
+    """The transformer with its adapters; `attention` names the backend, None takes what needs no probe."""
+    loading = Shown(console, "loading the transformer", BYTES)
+    denoiser = family.load_denoiser(
+        quant_recipe(recipe),
+        device=world.device,
+        dtype=DTYPES[recipe.quant.compute_dtype],
+        progress=loading,
+        cache=_base_cache(recipe),
+    )
+    loading.close()
+    model: Any = denoiser
+    footprint = int(model.get_memory_footprint())
+    trained = add_adapters(recipe, family, denoiser)
     if recipe.lora.init == "loftq":
         _start_from_error(recipe, family, denoiser)
     if recipe.lora.dora:

@@ -12,9 +12,11 @@ from pydantic import Field
 from schedulefree import AdamWScheduleFree
 from torch.nn import Parameter
 
+from halfbyte.kernels.adamw_8bit_reference import BLOCK
 from halfbyte.trainer.adamw_8bit import AdamW8bit
 from halfbyte.trainer.averages import OptimizerAverage, Weights
 from halfbyte.trainer.joined_optimizer import JoinedOptimizer, all_in_one, by_shape
+from halfbyte.trainer.optimizer_memory import FP32, OptimizerMemory, Shapes, factored, in_blocks, numbers
 from halfbyte.trainer.registry import Choice, Registry
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -33,6 +35,10 @@ class OptimizerChoice(Choice):
     @abstractmethod
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         """One group of the trainable parameters, named, so that a checkpoint can match its state by name."""
+
+    @abstractmethod
+    def memory(self, shapes: Shapes) -> OptimizerMemory:
+        """What it takes on CUDA for trained parameters of these shapes."""
 
     def weights(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> Weights:
         """Which weights are seen where nobody trains; `optimizer` is what `build` gave."""
@@ -77,6 +83,10 @@ class AdamW(OptimizerChoice):
         optimizer._step_supports_amp_scaling = False
         return optimizer
 
+    def memory(self, shapes: Shapes) -> OptimizerMemory:
+        """Two means, and one kernel over all."""
+        return OptimizerMemory(2 * FP32 * numbers(shapes), 0)
+
 
 @OPTIMIZERS.register
 class AdamW8Bit(AdamW):
@@ -93,6 +103,10 @@ class AdamW8Bit(AdamW):
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
+
+    def memory(self, shapes: Shapes) -> OptimizerMemory:
+        """Two bytes a number and two scales a block."""
+        return OptimizerMemory(2 * (BLOCK + FP32) * in_blocks(shapes, BLOCK), 0)
 
 
 @OPTIMIZERS.register
@@ -124,6 +138,11 @@ class Adafactor(OptimizerChoice):
                 weight_decay=self.weight_decay,
             ),
         )
+
+    def memory(self, shapes: Shapes) -> OptimizerMemory:
+        """The means; the gradients once more, stacked, and what the update of the largest stack passes through."""
+        means, largest = factored(shapes)
+        return OptimizerMemory(FP32 * means, FP32 * (numbers(shapes) + 2 * largest))
 
 
 @OPTIMIZERS.register
@@ -175,6 +194,11 @@ class Prodigy(OptimizerChoice):
             )
         return optimizer
 
+    def memory(self, shapes: Shapes) -> OptimizerMemory:
+        """Two means, and of every slice_p-th number the start and a sum; the gradients once more, and a root."""
+        count = numbers(shapes)
+        return OptimizerMemory(FP32 * (2 * count + 2 * -(-count // self.slice_p)), 2 * FP32 * count)
+
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
         """The estimate times lr."""
         group: dict[str, Any] = optimizer.param_groups[0]
@@ -217,6 +241,10 @@ class ScheduleFreeAdamW(OptimizerChoice):
         )
         optimizer.train()
         return optimizer
+
+    def memory(self, shapes: Shapes) -> OptimizerMemory:
+        """The weights' other end and a mean; a root of it within the step."""
+        return OptimizerMemory(2 * FP32 * numbers(shapes), FP32 * numbers(shapes))
 
     def weights(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> Weights:
         """The average that the optimizer keeps."""

@@ -1,0 +1,92 @@
+"""Weights without values: a model on meta whose quantized layers have packed weights of the right sizes."""
+
+from typing import Any, TypeVar
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.linear import Linear4bit, Params4bit
+from halfbyte.quant.linear8bit import Int8Params
+from halfbyte.quant.load import default_dtype
+from halfbyte.quant.nf4 import NESTED_BLOCKSIZE, NestedState, QuantSpec, QuantState
+
+Model = TypeVar("Model", bound=ModelMixin)
+
+
+def model_on_meta(
+    model_cls: type[Model], config: dict[str, Any], recipe: QuantRecipe | None, dtype: torch.dtype
+) -> Model:
+    """The model that `config` describes as `load_quantized` would give it, but for the values.
+
+    Raises ValueError where the configuration describes no such model, or the skip list names no layer.
+    """
+    try:
+        with default_dtype(dtype), torch.device("meta"):
+            model: Model = model_cls.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
+    if recipe is not None:
+        convert(model, recipe)
+    place_weights_on_meta(model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def place_weights_on_meta(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives every parameter of a model on meta the dtype and size that loading would give it.
+
+    `dtype` is that of what is not quantized.
+    """
+    in_fp32 = set(kept_in_fp32(model))
+    for path, module in model.named_modules():
+        own_dtype = torch.float32 if in_fp32 & set(path.split(".")) else dtype
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(module, QuantizedLinear) and name == "weight":
+                module.weight = _packed(module)
+            else:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=own_dtype, device="meta"), requires_grad=False
+                )
+
+
+def statistics_of(module: QuantizedLinear) -> list[Tensor]:
+    """The tensors beside a layer's codes: those that its statistics hold, without the tables all layers share."""
+    statistics = module.weight.statistics
+    if isinstance(statistics, Tensor):
+        return [statistics]
+    nested = statistics.nested
+    return [statistics.absmax] + ([] if nested is None else [nested.absmax, nested.offset])
+
+
+def _packed(module: QuantizedLinear) -> Params4bit | Int8Params:
+    outputs, width = module.out_features, module.in_features
+    if isinstance(module, Linear4bit):
+        codes = _empty(((outputs * width + 1) // 2, 1), torch.uint8)
+        return Params4bit(codes, quant_state=_state(module.spec, outputs, width, module.compute_dtype))
+    return Int8Params(_empty((outputs, width), torch.int8), SCB=_empty((outputs,), torch.float32))
+
+
+def _state(spec: QuantSpec, outputs: int, width: int, dtype: torch.dtype) -> QuantState:
+    blocks = -(-outputs * width // spec.blocksize)
+    nested = None
+    if spec.double_quant:
+        nested = NestedState(
+            _empty((-(-blocks // NESTED_BLOCKSIZE),), torch.float32),
+            _empty((256,), torch.float32),
+            _empty((), torch.float32),
+            NESTED_BLOCKSIZE,
+        )
+    return QuantState(
+        spec.quant_type,
+        torch.Size((outputs, width)),
+        dtype,
+        spec.blocksize,
+        _empty((16,), torch.float32),
+        _empty((blocks,), torch.float32 if nested is None else torch.uint8),
+        nested,
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

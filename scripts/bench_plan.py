@@ -1,0 +1,165 @@
+"""The peaks that the plan foretells beside those that are measured, over a grid of settings at full size.
+
+    python scripts/bench_plan.py --measure plan.json      # where there is a GPU
+    python scripts/bench_plan.py plan.json                # anywhere: the table with the errors
+
+Random weights of the real shapes, one model for all settings of its family. Each setting takes two optimizer steps in
+Lightning's order (forward, gradients dropped, backward, clipping, optimizer); measured is
+`torch.cuda.max_memory_allocated` over the second. Where halfbyte is not installed, see `bench_train`.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bench_train
+import torch
+from torch import nn
+
+from halfbyte.trainer.adapters import trained_parameters
+from halfbyte.trainer.denoiser import add_adapters, block_settings
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.rehearsal import training_module
+from halfbyte.trainer.samples import Batch
+
+_RECIPES = Path(__file__).parent.parent / "recipes"
+_NAMES = {"flux": "flux_lora", "sd35_large": "sd35_large_lora", "sd35_medium": "sd3_lora"}
+_GIB = 2**30
+
+
+class Setting(NamedTuple):
+    """One row of the grid."""
+
+    model: str
+    px: int
+    batch: int
+    rank: int
+    checkpointing: str
+    optimizer: str = "adamw"
+    attention: str = "flash"
+    extra: tuple[str, ...] = ()
+
+    def recipe(self) -> Recipe:
+        """The model's recipe with this row's settings."""
+        overrides = [
+            f"data.resolution={self.px}",
+            f"train.batch_size={self.batch}",
+            f"lora.rank={self.rank}",
+            f"train.gradient_checkpointing={self.checkpointing}",
+            f"optimizer={{name: {self.optimizer}}}",
+            *self.extra,
+        ]
+        return load_recipe(_RECIPES / f"{_NAMES[self.model]}.yaml", overrides)
+
+
+GRID = (
+    Setting("flux", 1024, 1, 16, "full"),
+    Setting("flux", 1024, 1, 16, "selective"),
+    Setting("flux", 1024, 1, 16, "none"),
+    Setting("flux", 512, 1, 16, "full"),
+    Setting("flux", 1024, 1, 16, "full", "adamw_8bit", "cudnn"),
+    Setting("flux", 1024, 1, 16, "offload", "adamw_8bit"),
+    Setting("flux", 768, 2, 16, "selective"),
+    Setting("flux", 1024, 1, 16, "full", "adamw", "flash", ("train.fused_blocks=false",)),
+    Setting("flux", 512, 1, 16, "full", "adafactor"),
+    Setting("flux", 512, 1, 16, "none", "prodigy"),
+    Setting("flux", 512, 1, 16, "full", "schedule_free_adamw", "flash", ("train.grad_accumulation=2",)),
+    Setting("flux", 1024, 1, 64, "full"),
+    Setting("flux", 512, 1, 64, "full", "adamw_8bit"),
+    Setting("sd35_large", 1024, 1, 16, "full"),
+    Setting("sd35_large", 1024, 1, 16, "none"),
+    Setting("sd35_large", 768, 2, 16, "selective", "adamw_8bit"),
+    Setting("sd35_medium", 1024, 1, 16, "full"),
+    Setting("sd35_medium", 1024, 2, 16, "none"),
+    Setting("sd35_medium", 512, 2, 64, "full"),
+)
+
+
+def measured(setting: Setting, family: Family, denoiser: nn.Module) -> dict[str, float]:
+    """GiB allocated before the first step, after it (with the optimizer's state), and at the second's peak."""
+    recipe = setting.recipe()
+    family.fuse_blocks(denoiser, block_settings(recipe, setting.attention))
+    denoiser.train()
+    module = training_module(recipe, family, denoiser, torch.bfloat16)
+    parameters = trained_parameters(denoiser)
+    found = {"before": torch.cuda.memory_allocated() / _GIB}
+    optimizer = recipe.optimizer.build(list(parameters.items()))
+    config, side, size = family.denoiser_config, setting.px // family.vae_scale, setting.batch
+    for number in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        for micro in range(recipe.train.grad_accumulation):
+            batch = Batch(
+                tuple(range(size)),
+                torch.zeros(size, 16, side, side),
+                torch.ones(size, 16, side, side),
+                torch.ones(size, family.text_tokens, config["joint_attention_dim"], dtype=torch.bfloat16),
+                torch.ones(size, config["pooled_projection_dim"], dtype=torch.bfloat16),
+            ).to("cuda")
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = module.loss(batch)
+            if micro == 0:
+                optimizer.zero_grad()
+            loss.backward()
+        found["backward"] = torch.cuda.max_memory_allocated() / _GIB
+        nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimizer.step()
+        torch.cuda.synchronize()
+        found["seconds"] = time.perf_counter() - began
+        found["peak"] = torch.cuda.max_memory_allocated() / _GIB
+        if number == 0:
+            found["with_state"] = torch.cuda.memory_allocated() / _GIB
+    optimizer.zero_grad()
+    return found
+
+
+def measure(models: list[str]) -> Iterator[dict[str, Any]]:
+    """Each setting's numbers, every model built once."""
+    device = torch.device("cuda")
+    for model in models:
+        family = bench_train.family_of(model)
+        denoiser: Any = bench_train.random_denoiser(model, family, "ours", device)
+        rank = None
+        for setting in (setting for setting in GRID if setting.model == model):
+            if setting.rank != rank:
+                if rank is not None:
+                    denoiser.delete_adapters("default")
+                add_adapters(setting.recipe(), family, denoiser)
+                denoiser.to(device)
+                rank = setting.rank
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                yield setting._asdict() | measured(setting, family, denoiser)
+            except torch.OutOfMemoryError as error:
+                print(f"{setting}: {error}", flush=True)
+        del denoiser
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Measures, or compares what was measured with the plan."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="one JSON object a line for each setting")
+    parser.add_argument("--measure", action="store_true", help="append what is measured here to the file")
+    parser.add_argument("--models", default=",".join(_NAMES))
+    arguments = parser.parse_args()
+    if arguments.measure:
+        for row in measure(arguments.models.split(",")):
+            line = json.dumps(row)
+            print(line, flush=True)
+            with arguments.file.open("a") as file:
+                file.write(line + "\n")
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What an operation takes inside on CUDA, which its arguments and results do not show, and how much it computes.
+
+Inside: a 4-bit product over many rows dequantizes its weight, attention's backward sums the queries' gradients in
+fp32, int8 products are int32 first. All of it is gone when the operation returns.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Up to so many rows a 4-bit weight is multiplied as it is packed (`kernels.linear_triton`).
+_FEW_ROWS = 16
+_FLASH_TILE = 128  # tokens, to which flash's backward rounds its buffers up
+_FLASH_HEAD = 32
+
+_Arguments = Sequence[Any]
+
+
+def inside(name: str, args: _Arguments, result: Any) -> int:
+    """Bytes that the operation called `name` (as `aten::mm`) holds on CUDA beside arguments and results."""
+    rule = _INSIDE.get(name)
+    return 0 if rule is None else rule(args, result)
+
+
+def work(name: str, args: _Arguments, result: Any) -> int:
+    """Floating-point operations in the products of `name`; a multiplication and an addition are two."""
+    rule = _WORK.get(name)
+    return 0 if rule is None else rule(args, result)
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _dequantized(x: Tensor, weight: _Arguments) -> int:
+    outputs, width = weight[-3]
+    return outputs * width * x.element_size()
+
+
+def _linear_4bit(args: _Arguments, _: Any) -> int:
+    x = args[0]
+    return 0 if _rows(x) <= _FEW_ROWS else _dequantized(x, args[2:])
+
+
+def _add_linear_4bit(args: _Arguments, _: Any) -> int:
+    x = args[1]
+    return 0 if _rows(x) <= _FEW_ROWS else _dequantized(x, args[2:])
+
+
+def _linear_int8(args: _Arguments, result: Any) -> int:
+    # The rows as int8, the product as int32.
+    return int(args[0].numel() + 4 * result.numel())
+
+
+def _linear_int8_input_grad(args: _Arguments, _: Any) -> int:
+    # The weight as fp32 before and after its scale.
+    return 8 * int(args[1].numel())
+
+
+def _attention_backward(args: _Arguments, _: Any) -> int:
+    query, backend = args[1], args[-1]
+    batch, tokens, heads, width = query.shape
+    if backend == "flash":
+        rows = -(-tokens // _FLASH_TILE) * _FLASH_TILE
+        width = -(-width // _FLASH_HEAD) * _FLASH_HEAD
+        return int(4 * batch * heads * rows * (width + 1))
+    return int(4 * batch * heads * tokens * (width + 1))
+
+
+_INSIDE: dict[str, Callable[[_Arguments, Any], int]] = {
+    "halfbyte::linear_4bit": _linear_4bit,
+    "halfbyte::linear_4bit_input_grad": lambda args, _: _dequantized(args[0], args[1:]),
+    "halfbyte::add_linear_4bit_": _add_linear_4bit,
+    "halfbyte::add_linear_4bit_input_grad_": lambda args, _: _dequantized(args[1], args[2:]),
+    "halfbyte::linear_int8": _linear_int8,
+    "halfbyte::linear_int8_input_grad": _linear_int8_input_grad,
+    "halfbyte::attention_backward": _attention_backward,
+}
+
+
+def _product(left: Tensor, right: Tensor) -> int:
+    return 2 * left.numel() * int(right.shape[-1])
+
+
+def _linear(x: Tensor, weight_size: int) -> int:
+    return 2 * _rows(x) * weight_size
+
+
+def _packed(x: Tensor, weight: _Arguments) -> int:
+    outputs, width = weight[-3]
+    return _linear(x, outputs * width)
+
+
+def _attention_work(query: Tensor, key: Tensor, products: int) -> int:
+    batch, tokens, heads, width = query.shape
+    return int(2 * products * batch * heads * tokens * key.shape[1] * width)
+
+
+def _convolution(args: _Arguments, result: Any) -> int:
+    weight = args[1]
+    return 2 * int(result.numel()) * math.prod(weight.shape[1:])
+
+
+_WORK: dict[str, Callable[[_Arguments, Any], int]] = {
+    "aten::mm": lambda args, _: _product(args[0], args[1]),
+    "aten::mm.dtype": lambda args, _: _product(args[0], args[1]),
+    "aten::mm.out": lambda args, _: _product(args[0], args[1]),
+    "aten::bmm": lambda args, _: _product(args[0], args[1]),
+    "aten::addmm": lambda args, _: _product(args[1], args[2]),
+    "aten::addmm.out": lambda args, _: _product(args[1], args[2]),
+    "aten::addmm_": lambda args, _: _product(args[1], args[2]),
+    "aten::linear": lambda args, _: _linear(args[0], args[1].numel()),
+    "aten::convolution": _convolution,
+    "halfbyte::add_product_": lambda args, _: _product(args[1], args[2]),
+    "halfbyte::linear_4bit": lambda args, _: _packed(args[0], args[2:]),
+    "halfbyte::linear_4bit_input_grad": lambda args, _: _packed(args[0], args[1:]),
+    "halfbyte::add_linear_4bit_": lambda args, _: _packed(args[1], args[2:]),
+    "halfbyte::add_linear_4bit_input_grad_": lambda args, _: _packed(args[1], args[2:]),
+    "halfbyte::linear_int8": lambda args, _: _linear(args[0], args[1].numel()),
+    "halfbyte::linear_int8_input_grad": lambda args, _: _linear(args[0], args[1].numel()),
+    # Two products forward; backward five, one of which makes the scores again.
+    "halfbyte::attention": lambda args, _: _attention_work(args[0], args[1], 2),
+    "halfbyte::attention_backward": lambda args, _: _attention_work(args[1], args[2], 5),
+}

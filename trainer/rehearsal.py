@@ -1,0 +1,213 @@
+"""A training step without values: the run's own code over meta tensors, which counts what would be alive.
+
+Nothing is loaded and no device is needed. What the step computes, keeps and frees is what the code does, so that a
+change of the blocks or the layers needs no change here; what kernels do inside is in `kernel_memory`, what the
+optimizer keeps in the optimizers themselves.
+"""
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.meta_autocast import autocast_on_meta
+from halfbyte.quant.weights_on_meta import model_on_meta, statistics_of
+from halfbyte.trainer.adapters import trained_parameters
+from halfbyte.trainer.denoiser import DTYPES, add_adapters, block_settings, quant_recipe
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.host_store import Held, HostStore
+from halfbyte.trainer.live_bytes import LiveBytes, Peak
+from halfbyte.trainer.module import DiffusionModule, Objective
+from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.samples import Batch
+
+ADAPTERS = "adapters"
+GRADIENTS = "gradients"
+KEPT = "kept for the backward"
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class RehearsedStep:
+    """What one step takes on the device, optimizer and averages apart."""
+
+    peak: Peak
+    flops: int
+    kept: int  # bytes that the forward keeps for the backward
+    host: int  # bytes of them in the host's memory
+
+
+class _MetaStore(HostStore):
+    """The host's memory in a rehearsal."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        super().__init__()
+        self._live = live
+
+    def put(self, tensor: Tensor) -> Held:
+        """See `HostStore`."""
+        with torch.device("meta"), self._live.on_host():
+            return super().put(tensor)
+
+
+class Rehearsal:
+    """A recipe's denoiser with its adapters on meta, to be stepped at any size."""
+
+    def __init__(self, recipe: Recipe, family: Family) -> None:
+        """Raises RecipeError for adapters that fit no layer, ValueError for configurations of no model."""
+        self.recipe = recipe
+        self.family = family
+        self.dtype = DTYPES[recipe.quant.compute_dtype]
+        denoiser = model_on_meta(
+            family.denoiser_class, family.denoiser_config, quant_recipe(recipe), self.dtype
+        )
+        add_adapters(recipe, family, denoiser)
+        self.denoiser: Any = denoiser
+        self.adapters = trained_parameters(denoiser)
+
+    def base_bytes(self) -> dict[str, int]:
+        """Bytes of the frozen weights, by kind of layer."""
+        live = LiveBytes()
+        return self._hold_base(live)
+
+    def step(self, recipe: Recipe, width: int, height: int) -> RehearsedStep:
+        """One step as `recipe` says, which may differ from the own one in all but base and adapters.
+
+        width, height: pixels. Raises ValueError where the model cannot take the size.
+        """
+        live = LiveBytes()
+        self._hold_base(live)
+        live.hold(self.adapters.values(), ADAPTERS)
+        settings = block_settings(recipe, _BACKEND)
+        if settings.store is not None:
+            settings = replace(settings, store=_MetaStore(live))
+        self.family.fuse_blocks(self.denoiser, settings)
+        module = training_module(recipe, self.family, self.denoiser, self.dtype)
+        with live, _autocast(self.dtype):
+            batch = self._batch(recipe.train.batch_size, width, height)
+            live.hold([batch.latent_mean, batch.latent_std, *_text(batch)], BATCH)
+            # Lightning lets go of the last step's gradients between forward and backward.
+            for parameter in self.adapters.values():
+                parameter.grad = torch.empty_like(parameter)
+            live.hold([parameter.grad for parameter in self._learning()], GRADIENTS)
+            live.restart()
+            loss = module.loss(batch)
+            kept = live.name_rest(KEPT)
+            if recipe.train.grad_accumulation == 1:
+                self._drop_gradients()
+            _backward(loss)
+            live.hold([parameter.grad for parameter in self._learning()], GRADIENTS)
+            peak, flops = live.peak, live.flops
+            self._drop_gradients()
+        return RehearsedStep(peak, flops, kept, live.host)
+
+    def prediction(self, batch_size: int, width: int, height: int) -> RehearsedStep:
+        """A forward without gradients, as pictures are drawn and validation is measured."""
+        live = LiveBytes()
+        self._hold_base(live)
+        live.hold(self.adapters.values(), ADAPTERS)
+        self.family.fuse_blocks(self.denoiser, block_settings(self.recipe, _BACKEND))
+        module = training_module(self.recipe, self.family, self.denoiser, self.dtype)
+        with live, _autocast(self.dtype), torch.no_grad():
+            batch = self._batch(batch_size, width, height)
+            live.restart()
+            module.loss(batch)
+        return RehearsedStep(live.peak, live.flops, 0, 0)
+
+    def _learning(self) -> list[Any]:
+        return [parameter for parameter in self.adapters.values() if parameter.grad is not None]
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.adapters.values():
+            parameter.grad = None
+
+    def _hold_base(self, live: LiveBytes) -> dict[str, int]:
+        kinds: dict[str, list[Tensor]] = {}
+        for path, module in self.denoiser.named_modules():
+            if "lora_" in path:
+                continue
+            quantized = isinstance(module, QuantizedLinear)
+            tensors = kinds.setdefault(layer_kind(path, quantized=quantized), [])
+            tensors += module.parameters(recurse=False)
+            tensors += module.buffers(recurse=False)
+            if quantized:
+                tensors += statistics_of(module)
+        return {kind: held for kind, tensors in kinds.items() if (held := live.hold(tensors, kind))}
+
+    def _batch(self, size: int, width: int, height: int) -> Batch:
+        config, scale = self.family.denoiser_config, self.family.vae_scale
+        channels = self.family.vae_config["latent_channels"]
+        moments = [
+            torch.empty(size, channels, height // scale, width // scale, device="meta") for _ in range(2)
+        ]
+        text = [
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in (
+                (size, self.family.text_tokens, config["joint_attention_dim"]),
+                (size, config["pooled_projection_dim"]),
+            )
+        ]
+        return Batch(tuple(range(size)), *moments, *text)
+
+
+# Its buffers in the backward are known, and cuDNN's are no larger.
+_BACKEND = "flash"
+
+_IN_BLOCKS = (
+    ("attention", r"\.attn2?\."),
+    ("feed-forward", r"\.(ff|ff_context)\.|\.proj_(mlp|out)$"),
+    ("modulation", r"\.norm"),
+)
+
+
+def layer_kind(path: str, *, quantized: bool) -> str:
+    """What the base's layer at `path` counts as: packed by its place in a block, or not quantized."""
+    path = path.replace(".base_layer", "")
+    if not quantized:
+        return "not quantized"
+    if "blocks." not in path:
+        return "packed: embeddings and head"
+    found = (kind for kind, pattern in _IN_BLOCKS if re.search(pattern, path))
+    return f"packed: {next(found, 'other layers of the blocks')}"
+
+
+def _text(batch: Batch) -> list[Tensor]:
+    return [batch.prompt_embeds, batch.pooled_prompt_embeds]
+
+
+def _backward(loss: Tensor) -> None:
+    # The engine itself: torch's functions around it are seen by modes and run without them, and blocks that are
+    # computed again there would be computed without autocast.
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
+
+
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """As Lightning's precision has it."""
+    return nullcontext() if dtype == torch.float32 else autocast_on_meta(dtype)
+
+
+def training_module(
+    recipe: Recipe, family: Family, denoiser: nn.Module, dtype: torch.dtype
+) -> DiffusionModule:
+    objective = recipe.objective
+    return DiffusionModule(
+        family,
+        denoiser,
+        Objective(
+            objective.timesteps,
+            objective.shift,
+            objective.weighting,
+            objective.loss,
+            objective.guidance_scale,
+        ),
+        build_optimizer=recipe.optimizer.build,
+        lr_factor=lambda step: 1.0,
+        compute_dtype=dtype,
+        max_grad_norm=recipe.train.max_grad_norm,
+        seed=recipe.train.seed,
+    )
