@@ -33,7 +33,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
     """Looks from outside as `build`'s optimizer over the parameters themselves: group, gradients and rate.
 
     Its state is that of the joined tensors, each under the first parameter that went into it. A parameter without a
-    gradient counts as one whose gradient is zero.
+    gradient counts as one whose gradient is zero; after a step none has one.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], join: Join, build: Build) -> None:
@@ -61,6 +61,10 @@ class JoinedOptimizer(torch.optim.Optimizer):
             )
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
             joined.grad = _concatenate(gradients, joined)
+            # Handed over: both at once would be the peak of a small optimizer's step.
+            del gradients
+            for part in parts:
+                part.grad = None
         self.inner.step()
         for joined in self._joined:
             joined.grad = None

@@ -140,9 +140,9 @@ class Adafactor(OptimizerChoice):
         )
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """The means; the gradients once more, stacked, and what the update of the largest stack passes through."""
+        """The means; what the update of the largest stack passes through. Gradients are handed over to stacks."""
         means, largest = factored(shapes)
-        return OptimizerMemory(FP32 * means, FP32 * (numbers(shapes) + 2 * largest))
+        return OptimizerMemory(FP32 * means, FP32 * 2 * largest)
 
 
 @OPTIMIZERS.register
@@ -195,9 +195,10 @@ class Prodigy(OptimizerChoice):
         return optimizer
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """Two means, and of every slice_p-th number the start and a sum; the gradients once more, and a root."""
+        """Two means, and of every slice_p-th number the start and a sum; within the step the gradients in a row, then
+        instead of them a root."""
         count = numbers(shapes)
-        return OptimizerMemory(FP32 * (2 * count + 2 * -(-count // self.slice_p)), 2 * FP32 * count)
+        return OptimizerMemory(FP32 * (2 * count + 2 * -(-count // self.slice_p)), FP32 * count)
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
         """The estimate times lr."""
