@@ -100,7 +100,7 @@ class ModelSection(Section):
     FLUX 512)."""
     text_encoder_quant: Literal["auto", "none", "int8", "nf4"] = "auto"
     """How T5, the large text encoder, is held while captions are encoded: none in bf16 (T5-XXL 9.5 GB), int8
-    (4.9 GB) or nf4 (4.1 GB, at ten times int8's error); auto: int8 above a billion parameters, else none."""
+    (5.2 GB) or nf4 (4.4 GB, at seven times int8's error); auto: int8 above a billion parameters, else none."""
     cache_base: bool = True
     """Keep the quantized base beside data.cache_dir's latents, so that the next start need not quantize again."""
 
@@ -366,6 +366,9 @@ class CheckpointSection(Section):
     """Older ones are deleted."""
 
 
+Formats = Annotated[tuple[Literal["diffusers", "comfyui", "kohya"], ...], Field(strict=False, min_length=1)]
+
+
 class OutputSection(Section):
     """What is left behind."""
 
@@ -373,5 +376,11 @@ class OutputSection(Section):
     """The run's folder; a relative path starts from the current folder."""
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between rows of metrics."""
+    formats: Formats | None = None
+    """What the adapter is written for: diffusers (and PEFT), comfyui, kohya; null: all that can hold it, which is
+    diffusers alone where lora.dora is true."""
     export_base: bool = True
     """Also write the quantized transformer, for stock diffusers."""
+    self_check: bool = True
+    """Have stock diffusers load what is exported, in a process of its own, and compare its prediction with ours; an
+    export that fails is not put in place."""

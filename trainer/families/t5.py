@@ -27,7 +27,7 @@ def settle(setting: T5Setting, folder: Path) -> T5Quant:
 
     A T5 that is stored packed is loaded as it is, which is none as well.
 
-    int8 because it fits T5-XXL and the other encoders into 8 GB, at a tenth of NF4's error. The model decides and
+    int8 because it fits T5-XXL and the other encoders into 8 GB, at a seventh of NF4's error. The model decides and
     not the card at hand, so that a recipe trains on the same embeddings everywhere. Raises RecipeError.
     """
     if setting != "auto":
