@@ -18,7 +18,7 @@ from halfbyte.trainer.shift import ResolutionShift, Shift, StaticShift
 from halfbyte.trainer.timesteps import LogitNormal
 
 _LEARNING_RATE = 1.2e-3
-_DISTILLING_RATE = 5e-4
+_DISTILLING_RATE = 1e-3
 _CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
 _GUIDANCE = (1.0, 5.0)  # what the guidance embedding is told: anything, as the objective knows no guidance
 _AVERAGED = 0.999  # of the averaged weights stays at a step
@@ -175,6 +175,8 @@ def _fit(
             _leave(pipeline, averaged)
             stage.save()
         step += 1
+        if pace.measures(step):
+            mean_loss.item()
     _leave(pipeline, averaged)
     stage.save()
     return mean_loss.item()

@@ -52,6 +52,10 @@ class Pace:
             return False
         return self.total is None or step < self.total
 
+    def measures(self, step: int) -> bool:
+        """Whether `running` reads the clock at this step: what was queued on the accelerator must be done then."""
+        return self.total is None and step in (_SLOW, _MEASURED)
+
     def due(self, step: int) -> bool:
         """Whether `tell` would print: what it takes to know the loss makes the accelerator wait."""
         last = self.total is not None and step == self.total - 1

@@ -39,6 +39,8 @@ def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, dev
         if pace.due(step):
             pace.tell(step, f"loss {loss:.4f}, L1 {error:.4f}")
         step += 1
+        if pace.measures(step):
+            error.item()
     nn.Module.to(vae.eval().requires_grad_(False), memory_format=torch.contiguous_format)
     return _measure(vae, table)
 
