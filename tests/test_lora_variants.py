@@ -189,6 +189,25 @@ def test_a_pattern_that_matches_nothing_is_named(family, setting):
         adapt(family, denoiser, LoraVariant(**{setting: {"x_embedder": 2}}))
 
 
+def test_a_model_without_values_takes_dora(family):
+    """As a plan needs it, which knows shapes alone."""
+    with torch.device("meta"):
+        denoiser = family.denoiser_class.from_config(family.denoiser_config)
+    trained = add_lora(
+        denoiser.requires_grad_(False),
+        rank=4,
+        alpha=8,
+        dropout=0.0,
+        targets=family.lora_targets("all-linear"),
+        init="gaussian",
+        seed=1,
+        variant=LoraVariant(dora=True),
+    )
+    lengths = [module for module in denoiser.modules() if isinstance(module, RowMagnitudes)]
+    assert len(lengths) == trained.layers
+    assert all(one.weight.is_meta for one in lengths)
+
+
 def test_dora_starts_as_the_base_and_refuses_rows_of_zeros(family):
     bare, denoiser = base(family), adapt(family, base(family), LoraVariant(dora=True))
     batch = batch_for(family)

@@ -110,7 +110,9 @@ def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
 
 def _check_directions(denoiser: nn.Module) -> None:
     for name, module in denoiser.named_modules():
-        if isinstance(module, RowMagnitudes) and not bool(module.base_squares.all()):
+        if not isinstance(module, RowMagnitudes) or module.base_squares.is_meta:
+            continue
+        if not bool(module.base_squares.all()):
             layer = name.partition(".lora_magnitude_vector")[0]
             raise RecipeError(
                 f"lora.dora: {layer} has rows of zeros, whose direction DoRA cannot keep; leave the layer out of"
