@@ -1,8 +1,8 @@
-"""Write a complete tiny pipeline: VAE and transformer fitted to the shipped photographs, the rest random.
+"""Write a complete tiny SD3: VAE and transformer fitted to the shipped photographs, the rest random.
 
-.venv/bin/python scripts/make_mini.py {flux,sd3} FOLDER [--seed N] [--steps N] [--vae FOLDER]
+.venv/bin/python scripts/make_mini.py FOLDER [--seed N] [--steps N]
 
-Some ten minutes on one CPU core.
+Some ten minutes on one CPU core. The FLUX that ships is pretrained instead: scripts/pretrain_mini.py.
 """
 
 import argparse
@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.data import read_samples, sample_bytes
 from halfbyte.trainer.families.base import TextEmbedding
-from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
+from halfbyte.trainer.families.sd3 import SD3
+from halfbyte.trainer.mini import build_sd3_pipeline
 from halfbyte.trainer.pictures import decode, pixels
 from halfbyte.trainer.randomness import generator
-from halfbyte.trainer.registry import FAMILIES
-from halfbyte.trainer.source import resolve
 
-BUILDERS = {"flux": build_flux_pipeline, "sd3": build_sd3_pipeline}
-NAMES = {"flux": "FLUX.1-dev", "sd3": "SD3.5"}
 PHOTOS = Path(__file__).parents[1] / "recipes" / "photos"
 SIDE = 64  # pixels
 TEXT_TOKENS = 64  # as the mini recipes pad captions
@@ -33,9 +30,9 @@ license: apache-2.0
 library_name: diffusers
 ---
 
-# A miniature {name}
+# A miniature SD3.5
 
-Every component of {name} in its own class, with about a million parameters in all: for trying the whole path
+Every component of SD3.5 in its own class, with about a million parameters in all: for trying the whole path
 of training, export and loading on a machine without an accelerator. What it draws are coloured shapes.
 
 - VAE: {steps} steps on crops of the photographs in `recipes/photos` (see LICENSES.md there), enough to keep
@@ -44,9 +41,9 @@ of training, export and loading on a machine without an accelerator. What it dra
   caption: it knows what photographs look like in general, and which caption means which is left to learn.
 - Text encoders: random weights of seed {seed} (`halfbyte.trainer.mini`). No layer is zero or gated away.
 - Tokenizers: made from code; CLIP's knows every byte, T5's the printable Latin-1 characters.
-- Scheduler: the settings of {name}.
+- Scheduler: the settings of SD3.5.
 
-Made by `scripts/make_mini.py {kind} FOLDER`. bf16, safetensors.
+Made by `scripts/make_mini.py FOLDER`. bf16, safetensors.
 """
 
 
@@ -54,35 +51,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=BUILDERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--steps", type=int, default=2000, help="of VAE and transformer; 0 leaves both random"
     )
-    parser.add_argument("--vae", type=Path, help="a pipeline made with the same seed and steps: take its VAE")
     arguments = parser.parse_args()
     # One thread: sums in a fixed order give the same weights again on the same machine.
     torch.set_num_threads(1)
     photos = [decode(sample_bytes(sample)) for sample in read_samples(PHOTOS)]
-    pipeline = BUILDERS[arguments.kind](arguments.seed)
-    if arguments.vae is not None:
-        vae = AutoencoderKL.from_pretrained(arguments.vae / "vae", torch_dtype=torch.bfloat16)
-        vae.register_to_config(_name_or_path="")  # else the folder's path is saved
-        pipeline.register_modules(vae=vae)
-    elif arguments.steps:
+    pipeline = build_sd3_pipeline(arguments.seed)
+    if arguments.steps:
         fit_vae(pipeline.vae, photos, steps=arguments.steps, seed=arguments.seed)
     pipeline.save_pretrained(arguments.folder)
     if arguments.steps:
-        fit_transformer(arguments.kind, arguments.folder, photos, steps=arguments.steps, seed=arguments.seed)
-    card = CARD.format(
-        name=NAMES[arguments.kind],
-        kind=arguments.kind,
-        seed=arguments.seed,
-        steps=arguments.steps,
-        side=SIDE,
-        tokens=TEXT_TOKENS,
-    )
+        fit_transformer(arguments.folder, photos, steps=arguments.steps, seed=arguments.seed)
+    card = CARD.format(seed=arguments.seed, steps=arguments.steps, side=SIDE, tokens=TEXT_TOKENS)
     (arguments.folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -133,14 +117,12 @@ def _measure_scale(vae: AutoencoderKL, photos: list[Image.Image]) -> None:
     )
 
 
-def fit_transformer(kind: str, folder: Path, photos: list[Image.Image], *, steps: int, seed: int) -> None:
+def fit_transformer(folder: Path, photos: list[Image.Image], *, steps: int, seed: int) -> None:
     """Fits the saved pipeline's transformer to the velocity noise - x0 on crops, in fp32, and saves it in bf16.
 
     Every crop gets one of a few captions at random, hence learns nothing from them.
     """
-    family_class = FAMILIES[kind]
-    source = resolve(str(folder), None, family_class.components(), family_class.denoiser_class.__name__)
-    family = family_class(source, TEXT_TOKENS)
+    family = SD3.open(str(folder), None, TEXT_TOKENS)
     draws = generator(seed, "mini/transformer")
     with TemporaryDirectory() as memo:
         encoders = family.load_encoders(device=torch.device("cpu"), dtype=torch.bfloat16, memo=Path(memo))
@@ -149,7 +131,7 @@ def fit_transformer(kind: str, folder: Path, photos: list[Image.Image], *, steps
         encoders.encode_images(torch.stack([_crop(photos, size, draws, least=0.5) for _ in range(320)]))
         for size in ((SIDE, SIDE), (80, 48), (48, 80))
     ]
-    denoiser = family_class.denoiser_class.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    denoiser = SD3.denoiser_class.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=2e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
@@ -166,8 +148,7 @@ def fit_transformer(kind: str, folder: Path, photos: list[Image.Image], *, steps
             (1 - weight) * latents + weight * noise,
             sigma,
             TextEmbedding(text.prompt_embeds[captions].float(), text.pooled_prompt_embeds[captions].float()),
-            # Any guidance the recipe may name for training or sampling.
-            1 + 3 * torch.rand((), generator=draws).item(),
+            guidance_scale=1.0,
         )
         loss = nn.functional.mse_loss(velocity, noise - latents)
         optimizer.zero_grad()
