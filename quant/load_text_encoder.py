@@ -15,6 +15,7 @@ from halfbyte.quant.fill import Progress, fill
 from halfbyte.quant.load import default_dtype, read_config
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config, split_statistic
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, ShardedWeights
+from halfbyte.quant.weights_on_meta import place_weights_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,19 @@ def count_parameters(model_cls: type[PreTrainedModel], folder: Path) -> int:
     model = _empty_encoder(model_cls, folder, torch.bfloat16)
     tied = _tied_names(model)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+
+
+def text_encoder_on_meta(
+    model_cls: type[TextEncoder], folder: Path, recipe: QuantRecipe | None, dtype: torch.dtype
+) -> TextEncoder:
+    """The encoder of a folder as `load_text_encoder` would give it, but for the values; from its config alone."""
+    model = _empty_encoder(model_cls, folder, dtype)
+    if recipe is not None:
+        _convert(model, recipe, None)
+    for target, source in _tied_names(model).items():
+        _share(model, target, source)
+    place_weights_on_meta(model, dtype)
+    return model
 
 
 def _empty_encoder(model_cls: type[TextEncoder], folder: Path, dtype: torch.dtype) -> TextEncoder:

@@ -39,15 +39,23 @@ def place_weights_on_meta(model: nn.Module, dtype: torch.dtype) -> None:
     `dtype` is that of what is not quantized.
     """
     in_fp32 = set(kept_in_fp32(model))
+    placed: dict[int, nn.Parameter] = {}  # what is shared stays one
     for path, module in model.named_modules():
         own_dtype = torch.float32 if in_fp32 & set(path.split(".")) else dtype
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(module, QuantizedLinear) and name == "weight":
                 module.weight = _packed(module)
             else:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty(parameter.shape, dtype=own_dtype, device="meta"), requires_grad=False
-                )
+                if id(parameter) not in placed:
+                    value = torch.empty(parameter.shape, dtype=own_dtype, device="meta")
+                    placed[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = placed[id(parameter)]
+
+
+def weight_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module itself holds, the statistics of a packed weight included."""
+    tensors: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return tensors + (statistics_of(module) if isinstance(module, QuantizedLinear) else [])
 
 
 def statistics_of(module: QuantizedLinear) -> list[Tensor]:

@@ -13,11 +13,13 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_train
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from halfbyte.trainer.adapters import trained_parameters
@@ -143,6 +145,34 @@ def measure(models: list[str]) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
+_VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+@torch.no_grad()
+def measure_vae(px: int) -> Iterator[dict[str, Any]]:
+    """Encoding in fp32 and decoding in bf16, as runs do."""
+    for part, dtype in (("encode", torch.float32), ("decode", torch.bfloat16)):
+        vae: Any = AutoencoderKL(**_VAE).to("cuda", dtype)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        if part == "encode":
+            vae.encode(torch.zeros(1, 3, px, px, device="cuda"))
+        else:
+            vae.decode(torch.zeros(1, 16, px // 8, px // 8, device="cuda", dtype=dtype))
+        peak = torch.cuda.max_memory_allocated()
+        yield {"vae": part, "px": px, "before": before / _GIB, "peak": peak / _GIB}
+        del vae
+
+
 def main() -> None:
     """Measures, or compares what was measured with the plan."""
     parser = argparse.ArgumentParser(
@@ -153,7 +183,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(_NAMES))
     arguments = parser.parse_args()
     if arguments.measure:
-        for row in measure(arguments.models.split(",")):
+        for row in chain(measure(arguments.models.split(",")), measure_vae(1024)):
             line = json.dumps(row)
             print(line, flush=True)
             with arguments.file.open("a") as file:

@@ -23,6 +23,7 @@ from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import MetricsWriter
 from halfbyte.trainer.module import DiffusionModule, Objective
+from halfbyte.trainer.plan_fit import out_of_memory
 from halfbyte.trainer.prepare import Prepared
 from halfbyte.trainer.progress import Progress
 from halfbyte.trainer.recipe import Recipe
@@ -143,11 +144,7 @@ def fit(
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
                 trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            "the device ran out of memory in training; the last checkpoint is whole. The cheapest changes:"
-            " train.gradient_checkpointing=full, train.batch_size=1 (with train.grad_accumulation raised),"
-            " data.resolution=768"
-        ) from error
+        raise OutOfMemory(out_of_memory(recipe, family)) from error
     finally:
         if shown is not None:
             shown.close()

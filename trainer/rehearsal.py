@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.quant.meta_autocast import autocast_on_meta
-from halfbyte.quant.weights_on_meta import model_on_meta, statistics_of
+from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.denoiser import DTYPES, add_adapters, block_settings, quant_recipe
 from halfbyte.trainer.families.base import Family
@@ -69,10 +69,21 @@ class Rehearsal:
         self.denoiser: Any = denoiser
         self.adapters = trained_parameters(denoiser)
 
-    def base_bytes(self) -> dict[str, int]:
-        """Bytes of the frozen weights, by kind of layer."""
+    def held(self) -> dict[str, int]:
+        """Bytes of the base by kind of layer, and of the adapters."""
         live = LiveBytes()
-        return self._hold_base(live)
+        return {**self._hold_base(live), ADAPTERS: live.hold(self.adapters.values(), ADAPTERS)}
+
+    @property
+    def largest_weight(self) -> int:
+        """Numbers in the largest matrix of the base."""
+        layers = (module for module in self.denoiser.modules() if isinstance(module, nn.Linear))
+        return max(layer.in_features * layer.out_features for layer in layers)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the trained parameters."""
+        return [tuple(parameter.shape) for parameter in self.adapters.values()]
 
     def step(self, recipe: Recipe, width: int, height: int) -> RehearsedStep:
         """One step as `recipe` says, which may differ from the own one in all but base and adapters.
@@ -131,11 +142,7 @@ class Rehearsal:
             if "lora_" in path:
                 continue
             quantized = isinstance(module, QuantizedLinear)
-            tensors = kinds.setdefault(layer_kind(path, quantized=quantized), [])
-            tensors += module.parameters(recurse=False)
-            tensors += module.buffers(recurse=False)
-            if quantized:
-                tensors += statistics_of(module)
+            kinds.setdefault(layer_kind(path, quantized=quantized), []).extend(weight_tensors(module))
         return {kind: held for kind, tensors in kinds.items() if (held := live.hold(tensors, kind))}
 
     def _batch(self, size: int, width: int, height: int) -> Batch:

@@ -23,6 +23,8 @@ from halfbyte.trainer.file_digests import FileDigests
 # The same weights again, 9.5 GB of T5 among them.
 _OTHER_PRECISIONS = ["*.fp16*"]
 
+_CONFIGURATIONS = ("config.json",)  # scheduler_config.json ends so as well
+_ALL = (".json", ".safetensors", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
 
 
@@ -39,8 +41,12 @@ class ModelSource:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return _read_json(self.folder / component / name)
 
-    def require(self, components: Sequence[str], denoiser: str) -> None:
-        """Raises RecipeError for another class of transformer, or naming every component the folder lacks."""
+    def pipeline_index(self) -> dict[str, Any]:
+        """model_index.json: the class of each component, as [library, name]."""
+        return _read_json(self.folder / "model_index.json")
+
+    def require_class(self, denoiser: str) -> dict[str, Any]:
+        """model_index.json. Raises RecipeError where there is none, or one of another class of transformer."""
         index = self.folder / "model_index.json"
         if not index.is_file():
             raise RecipeError(
@@ -54,6 +60,11 @@ class ModelSource:
                 f"model.family: {self.name} holds a {found}, this family trains a {denoiser}; choose the family that"
                 " fits the model"
             )
+        return listed
+
+    def require(self, components: Sequence[str], denoiser: str) -> None:
+        """Raises RecipeError for another class of transformer, or naming every component the folder lacks."""
+        listed = self.require_class(denoiser)
         missing = [part for part in components if not self._holds(part, listed)]
         if missing:
             raise RecipeError(
@@ -105,6 +116,19 @@ def resolve(path: str, revision: str | None, components: Sequence[str], denoiser
     return source
 
 
+def resolve_configurations(
+    path: str, revision: str | None, components: Sequence[str], denoiser: str
+) -> ModelSource:
+    """As `resolve`, for the components' configurations alone: a few small files, and no weights need be there."""
+    folder = Path(path)
+    if folder.is_dir():
+        source = ModelSource(path, folder, None)
+    else:
+        source = _download(path, revision, components, _CONFIGURATIONS)
+    source.require_class(denoiser)
+    return source
+
+
 def find_component(path: Path, component: str) -> Path:
     """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
 
@@ -127,11 +151,13 @@ def find_component(path: Path, component: str) -> Path:
     return path
 
 
-def _download(name: str, revision: str | None, components: Sequence[str]) -> ModelSource:
+def _download(
+    name: str, revision: str | None, components: Sequence[str], endings: Sequence[str] = _ALL
+) -> ModelSource:
     # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
     wanted = ["model_index.json"]
     for part in components:
-        wanted += [f"{part}/*{suffix}" for suffix in (".json", ".safetensors", ".txt", ".model")]
+        wanted += [f"{part}/*{ending}" for ending in endings]
     page = f"https://huggingface.co/{name}"
     try:
         folder = Path(

@@ -1,0 +1,95 @@
+"""What the frozen encoders and the decoder of a pipeline take on the device, from their configurations."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import T5EncoderModel
+
+from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.load_text_encoder import text_encoder_on_meta
+from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.t5 import T5Setting, settle
+from halfbyte.trainer.live_bytes import LiveBytes
+
+_DTYPE = torch.bfloat16  # as `prepare` holds them
+
+
+def text_encoder_bytes(family: Family, t5_quant: T5Setting) -> dict[str, int]:
+    """Bytes of each text encoder. Raises RecipeError for a configuration that describes none."""
+    listed = family.source.pipeline_index()
+    sizes = {}
+    for component in family.text_components:
+        if component.startswith("tokenizer"):
+            continue
+        folder = family.source.folder / component
+        model_cls: Any = getattr(transformers, listed[component][1])
+        recipe = None
+        if component == family.t5_component:
+            quant = settle(t5_quant, folder)
+            recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=_DTYPE)
+        sizes[component] = _weights(_encoder(model_cls, folder, recipe))
+    return sizes
+
+
+def text_working_bytes(family: Family) -> int:
+    """What T5 works with at its peak, one caption: three matrices of scores, and an MLP's two inner ones; fp32."""
+    folder = family.source.folder / family.t5_component
+    config: Any = _encoder(T5EncoderModel, folder, None).config
+    tokens = family.max_sequence_length
+    return 4 * (3 * config.num_heads * tokens**2 + tokens * (2 * config.d_ff + 4 * config.d_model))
+
+
+def picture_encoder_bytes(family: Family, width: int, height: int) -> tuple[int, int]:
+    """(weights, what they work with) of the VAE's encoder in fp32, at a size in pixels."""
+    vae: Any = model_on_meta(AutoencoderKL, family.vae_config, None, torch.float32)
+    pixels = torch.empty(1, 3, height, width, device="meta")
+    return _weights(vae), _working(lambda: vae.encode(pixels))
+
+
+def decoder_bytes(family: Family, dtype: torch.dtype, width: int, height: int) -> tuple[int, int]:
+    """(weights, what they work with) of the VAE's decoder, as pictures are drawn at a size in pixels."""
+    vae: Any = model_on_meta(AutoencoderKL, family.vae_config, None, dtype)
+    scale, channels = family.vae_scale, family.vae_config["latent_channels"]
+    latents = torch.empty(1, channels, height // scale, width // scale, dtype=dtype, device="meta")
+    return _weights(vae), _working(lambda: vae.decode(latents))
+
+
+def _encoder(model_cls: Any, folder: Path, recipe: QuantRecipe | None) -> nn.Module:
+    try:
+        encoder: nn.Module = text_encoder_on_meta(model_cls, folder, recipe, _DTYPE)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from error
+    return encoder
+
+
+def _weights(model: nn.Module) -> int:
+    tensors = [tensor for module in model.modules() for tensor in weight_tensors(module)]
+    return LiveBytes().hold((tensor for tensor in tensors if tensor.is_meta), "weights")
+
+
+def _working(run: Callable[[], object]) -> int:
+    live = LiveBytes()
+    with live, _FusedAttention(), torch.no_grad():
+        run()
+    return live.peak.nbytes
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as CUDA computes it, without a matrix of scores."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's hook."""
+        if func is nn.functional.scaled_dot_product_attention:
+            query: Tensor = args[0]
+            return torch.empty_like(query)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,275 @@
+"""What a run will take, told before anything is loaded: device and host memory by phase, steps, time.
+
+From configurations and shapes alone, on any machine; the step is rehearsed (`rehearsal`), the rest is counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from halfbyte.quant.file_digest import CHUNK_BYTES, READING_THREADS
+from halfbyte.trainer.buckets import Cropping, Size, views_of
+from halfbyte.trainer.data import read_samples
+from halfbyte.trainer.denoiser import DTYPES
+from halfbyte.trainer.encoder_memory import (
+    decoder_bytes,
+    picture_encoder_bytes,
+    text_encoder_bytes,
+    text_working_bytes,
+)
+from halfbyte.trainer.errors import DataError, RecipeError
+from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.live_bytes import INSIDE, WORKING
+from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, Rehearsal, RehearsedStep
+
+GIB = 2**30
+MIB = 2**20
+
+# Measured on an H200 with torch 2.11, CUDA 13: what a process takes on the device before its first tensor, and what
+# cuBLAS keeps for itself, in torch's own count.
+CONTEXT_BYTES = 560 * MIB
+PRODUCTS_BYTES = 32 * MIB
+# The allocator's blocks do not fit without gaps: reserved beyond allocated, as a share.
+SLACK = 0.03
+# Measured in the same way: Python, torch, diffusers and CUDA's part, in a process that has loaded nothing.
+PROCESS_BYTES = 1100 * MIB
+# TFLOP/s that the products of a FLUX.1-dev step at 1024 px reached on an H200 (scripts/bench_train.py), everything
+# between them included: 225 TFLOP of a step with full checkpointing in 0.52 s.
+MEASURED_RATE = 430.0
+MEASURED_ON = "an H200"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run and what it holds at its peak, in bytes by part."""
+
+    name: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that tensors take on the device."""
+        return sum(self.device.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the card: with the process's own, and with gaps."""
+        return int(self.allocated * (1 + SLACK)) + CONTEXT_BYTES
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host's memory."""
+        return sum(self.host.values()) + PROCESS_BYTES
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All phases of a run, and how long its steps take."""
+
+    phases: Sequence[Phase]
+    size: Size  # pixels, the largest of the run
+    steps: int
+    pictures: int | None  # None: unknown before the pictures are there
+    seen: int  # pictures over the whole run, repetitions counted
+    step_flops: int
+    draws: int  # pictures that are drawn
+    draw_flops: int  # for each
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that decides which card the run fits."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    def phase(self, name: str) -> Phase:
+        """The phase of this name."""
+        return next(phase for phase in self.phases if phase.name == name)
+
+    def seconds(self, rate: float) -> tuple[float, float]:
+        """Of a step, and of the whole run with its drawings, at `rate` TFLOP/s."""
+        step = self.step_flops / (rate * 1e12)
+        return step, self.steps * step + self.draws * self.draw_flops / (rate * 1e12)
+
+
+class Planner:
+    """Plans of one recipe and of what it could be instead; what two have in common is rehearsed once."""
+
+    def __init__(self, recipe: Recipe, family: Family) -> None:
+        self.recipe = recipe
+        self.family = family
+        self._rehearsals: dict[object, Rehearsal] = {}
+        self._steps: dict[object, RehearsedStep] = {}
+
+    @cached_property
+    def pictures(self) -> tuple[int | None, Size, tuple[str, ...]]:
+        """How many are trained on, their largest size, and what there is to say of it."""
+        data = self.recipe.data
+        square = (data.resolution, data.resolution)
+        cropping = Cropping(data.resolution, self.family.size_multiple, data.aspect_buckets)
+        if not data.path.exists():
+            return None, square, (f"data.path: {data.path} is not there; planned at data.resolution",)
+        try:
+            samples = read_samples(data.path, data.caption_prefix, is_decoded=lambda _: True)
+        except DataError as error:
+            first = str(error).splitlines()[0]
+            return None, square, (f"data.path: {first}; planned at data.resolution",)
+        views = [views[0] for views in views_of(samples, cropping, self.recipe.train.seed)]
+        largest = max(views, key=lambda view: view.width * view.height)
+        return len(samples), (largest.width, largest.height), ()
+
+    def size(self, recipe: Recipe) -> Size:
+        """The largest size at the recipe's resolution, in pixels."""
+        _, size, _ = self.pictures
+        if recipe.data.resolution == self.recipe.data.resolution:
+            return size
+        return (recipe.data.resolution, recipe.data.resolution)
+
+    def plan(self, recipe: Recipe | None = None) -> RunPlan:
+        """The plan of the recipe, or of another that differs in what `plan_fit` changes."""
+        recipe = recipe or self.recipe
+        count, _, notes = self.pictures
+        size = self.size(recipe)
+        held_out = recipe.validation.held_out if count is not None else 0
+        step = self.step(recipe)
+        sampling = self._sample(recipe)
+        phases = [
+            self._encode_texts(recipe),
+            self._encode_pictures(size),
+            self._load(recipe),
+            self._train(recipe, step),
+            *([sampling[0]] if sampling else []),
+            self._export(recipe),
+        ]
+        train = recipe.train
+        drawings = 2 + (train.steps - 1) // recipe.sample.every if recipe.sample.every else 2
+        return RunPlan(
+            phases,
+            size,
+            steps=train.steps,
+            pictures=None if count is None else count - held_out,
+            seen=train.steps * train.batch_size * train.grad_accumulation,
+            step_flops=step.flops * train.grad_accumulation,
+            draws=drawings * len(recipe.sample.prompts),
+            draw_flops=sampling[1] if sampling else 0,
+            notes=notes,
+        )
+
+    def step(self, recipe: Recipe) -> RehearsedStep:
+        """One micro-batch of the recipe at its largest size."""
+        train, size = recipe.train, self.size(recipe)
+        key = (
+            *self._layers(recipe),
+            train.gradient_checkpointing,
+            train.batch_size,
+            train.grad_accumulation == 1,
+            size,
+        )
+        if key not in self._steps:
+            self._steps[key] = self.rehearsal(recipe).step(recipe, *size)
+        return self._steps[key]
+
+    def rehearsal(self, recipe: Recipe) -> Rehearsal:
+        """The recipe's layers on meta. Raises RecipeError where they are none of the model's."""
+        key = self._layers(recipe)
+        if key not in self._rehearsals:
+            try:
+                self._rehearsals[key] = Rehearsal(recipe, self.family)
+            except ValueError as error:
+                raise RecipeError(f"model.path: {self.family.source.name}: {error}") from error
+        return self._rehearsals[key]
+
+    @staticmethod
+    def _layers(recipe: Recipe) -> tuple[object, ...]:
+        return (recipe.quant, recipe.lora.model_dump_json(), recipe.train.fused_adapters)
+
+    def training_bytes(self, recipe: Recipe) -> int:
+        """Bytes that tensors take at the peak of a training step: what most changes are about."""
+        return self._train(recipe, self.step(recipe)).allocated
+
+    def _kept(self, recipe: Recipe) -> dict[str, int]:
+        """What stays on the device throughout the training."""
+        rehearsal = self.rehearsal(recipe)
+        held = rehearsal.held()
+        optimizer = recipe.optimizer.memory(rehearsal.shapes)
+        parts = {**held, f"optimizer state ({recipe.optimizer.name})": optimizer.state}
+        if recipe.ema.decay is not None:
+            parts["ema"] = held[ADAPTERS]
+        return {**parts, "cuBLAS workspace": PRODUCTS_BYTES}
+
+    def _train(self, recipe: Recipe, step: RehearsedStep) -> Phase:
+        kept = self._kept(recipe)
+        rehearsed = {**kept, **step.peak.by_kind}
+        optimizer = recipe.optimizer.memory(self.rehearsal(recipe).shapes)
+        updating = {**kept, GRADIENTS: kept[ADAPTERS], "within the optimizer": optimizer.working}
+        largest = max(rehearsed, updating, key=lambda parts: sum(parts.values()))
+        return Phase("step", largest, {"activations put aside": step.host})
+
+    def _encode_texts(self, recipe: Recipe) -> Phase:
+        encoders = text_encoder_bytes(self.family, recipe.model.text_encoder_quant)
+        return Phase(
+            "encode texts",
+            {**encoders, WORKING: text_working_bytes(self.family)},
+            {"read ahead": _READ_AHEAD},
+        )
+
+    def _encode_pictures(self, size: Size) -> Phase:
+        weights, working = picture_encoder_bytes(self.family, *size)
+        return Phase("encode pictures", {"vae (fp32)": weights, WORKING: working}, {"vae (fp32)": weights})
+
+    def _load(self, recipe: Recipe) -> Phase:
+        rehearsal = self.rehearsal(recipe)
+        held = {kind: nbytes for kind, nbytes in rehearsal.held().items() if kind != ADAPTERS}
+        # The largest weight as it is stored, its copy in the compute dtype, and the next ones under way.
+        arriving = 3 * rehearsal.largest_weight * 2 + _READ_AHEAD
+        return Phase(
+            "load and quantize", {**held, "weights on their way": arriving}, {"read ahead": _READ_AHEAD}
+        )
+
+    def _sample(self, recipe: Recipe) -> tuple[Phase, int] | None:
+        sample = recipe.sample
+        if not sample.prompts:
+            return None
+        drawn = self.rehearsal(recipe).prediction(self._guided(recipe), sample.width, sample.height)
+        weights, decoding = decoder_bytes(
+            self.family, DTYPES[recipe.quant.compute_dtype], sample.width, sample.height
+        )
+        predicting = drawn.peak.by_kind.get(WORKING, 0) + drawn.peak.by_kind.get(INSIDE, 0)
+        kept = self._kept(recipe)
+        parts = {
+            **kept,
+            # The last step's, until the next one is in its backward.
+            GRADIENTS: kept[ADAPTERS] if sample.every else 0,
+            "weights that train, put aside": kept[ADAPTERS] if self._averages(recipe) else 0,
+            "vae": weights,
+            WORKING: max(decoding, predicting),
+        }
+        return Phase("sample", parts, {}), drawn.flops * sample.steps
+
+    def _guided(self, recipe: Recipe) -> int:
+        """How many predictions a sampling step takes: two with classifier-free guidance."""
+        nothing = torch.empty(0, device="meta")
+        text = TextEmbedding(nothing, nothing)
+        free = "negative_prompt_embeds" in self.family.sampling_inputs(text, text)
+        return 2 if free and recipe.sample.guidance_scale > 1 else 1
+
+    @staticmethod
+    def _averages(recipe: Recipe) -> bool:
+        return recipe.ema.decay is not None or recipe.optimizer.averages
+
+    def _export(self, recipe: Recipe) -> Phase:
+        kept = self._kept(recipe)
+        held = self.rehearsal(recipe).held()
+        base = sum(nbytes for kind, nbytes in held.items() if kind != ADAPTERS)
+        # The adapter as it is written and as it is read back; a shard of the base at a time.
+        host = {ADAPTERS: 2 * held[ADAPTERS]}
+        if recipe.output.export_base and recipe.quant.type != "none":
+            host["a shard of the base"] = min(base, _SHARD)
+        return Phase("export", kept, host)
+
+
+_READ_AHEAD = 2 * READING_THREADS * CHUNK_BYTES
+_SHARD = 5 * 10**9
