@@ -44,7 +44,7 @@ optimizer: {{name: adamw, lr: 1.0e-3}}
 train: {{steps: 4, batch_size: 1, grad_accumulation: 2, seed: 5}}
 sample: {{prompts: [a gradient], steps: 2, width: 64, height: 64}}
 checkpoint: {{every: 2, keep: 2}}
-output: {{dir: {folder / name}}}
+output: {{dir: {folder / name}, self_check: false}}
 """
     )
     return recipe

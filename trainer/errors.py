@@ -35,3 +35,9 @@ class OutOfMemory(HalfbyteError):
     """The device is full; the last checkpoint is untouched."""
 
     exit_code = 6
+
+
+class ExportError(HalfbyteError):
+    """What was exported is not what was trained, or stock diffusers does not take it; earlier exports are kept."""
+
+    exit_code = 7

@@ -90,6 +90,16 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _dora_is_for_diffusers(self) -> Self:
+        if self.lora.dora and self.output.formats not in (None, ("diffusers",)):
+            raise conflict(
+                "output.formats",
+                f"got {shown(list(self.output.formats or ()))}, expected null or [diffusers] where lora.dora is true:"
+                " the others hold several layers as one, whose rows have no lengths of their own",
+            )
+        return self
+
     def dump(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain values that JSON and YAML can hold."""
         return self.model_dump(mode="json")

@@ -11,7 +11,8 @@ from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.export import export_adapter, export_base, is_quantized
+from halfbyte.trainer.export import ExportSettings, export_trained
+from halfbyte.trainer.export_lines import exported_lines
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.fit import Finished, fit
 from halfbyte.trainer.launch import World, barrier, join
@@ -173,11 +174,12 @@ def _export(
     sampler.draw(recipe.train.steps)
     name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {_held(recipe)}"
     learned = what_was_learned(name, recipe.train.steps, prepared, sampler, folder)
-    adapter = export_adapter(family, denoiser, folder.adapter)
-    base = None
-    if recipe.output.export_base and is_quantized(denoiser):
-        console.print("exporting the quantized base", highlight=False)
-        base = export_base(denoiser, folder.base)
+    output = recipe.output
+    console.print("exporting", highlight=False)
+    settings = ExportSettings(output.dir.name, output.formats, output.export_base, output.self_check)
+    exported = export_trained(family, denoiser, folder, settings)
+    for line in exported_lines(exported):
+        console.print(line, highlight=False)
     saved = checkpoint.folders(folder.checkpoints)
     rows = read_metrics(folder.root / METRICS)
     first, last = _ends(rows)
@@ -186,8 +188,8 @@ def _export(
         seconds=finished.seconds,
         first_loss=first,
         last_loss=last,
-        adapter=adapter,
-        base=base,
+        adapter=exported.adapter,
+        base=exported.base,
         checkpoint=saved[-1] if saved else None,
         samples=learned.sheet,
         metrics=folder.root / METRICS,

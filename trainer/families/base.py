@@ -18,6 +18,7 @@ from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeight
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.original_names import OriginalName
 from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.source import ModelSource, resolve
@@ -191,6 +192,18 @@ class Family(ABC):
     @abstractmethod
     def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
         """Calls the stock pipeline's text encoding, without classifier-free guidance's negative half."""
+
+    @abstractmethod
+    def original_names(self) -> tuple[OriginalName, ...]:
+        """The layers as the model's authors name them, which ComfyUI and kohya keep to."""
+
+    @abstractmethod
+    def block_kinds(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the transformer's blocks, those that are alike together, each kind in the model's order."""
+
+    @abstractmethod
+    def config_of_blocks(self, blocks: Sequence[str]) -> dict[str, Any]:
+        """The configuration of a transformer that has these blocks alone; one of each kind at least."""
 
     def lora_targets(self, targets: str) -> str:
         """A regular expression over module names: the one a preset stands for, or the one that was given."""

@@ -1,5 +1,6 @@
 """FLUX.1: dev, schnell and what shares their transformer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux_blocks import fuse_blocks
+from halfbyte.trainer.families.flux_names import flux_names
+from halfbyte.trainer.families.original_names import OriginalName
 from halfbyte.trainer.source import ModelSource
 
+_COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
 
 
@@ -77,6 +81,24 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return unpack(velocity, height, width)
+
+    def original_names(self) -> tuple[OriginalName, ...]:
+        """See `flux_names`."""
+        return tuple(flux_names(self.denoiser_config))
+
+    def block_kinds(self) -> tuple[tuple[str, ...], ...]:
+        """Dual and single blocks."""
+        return tuple(
+            tuple(f"{stem}.{number}" for number in range(self.denoiser_config[count]))
+            for stem, count in _COUNTS.items()
+        )
+
+    def config_of_blocks(self, blocks: Sequence[str]) -> dict[str, Any]:
+        """See `Family.config_of_blocks`."""
+        counts = {
+            count: sum(block.startswith(f"{stem}.") for block in blocks) for stem, count in _COUNTS.items()
+        }
+        return {k: v for k, v in self.denoiser_config.items() if k != "quantization_config"} | counts
 
     def describe_guidance(self, guidance_scale: float) -> str:
         """See `Family.describe_guidance`."""

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.original_names import OriginalName
 from halfbyte.trainer.families.sd3_blocks import fuse_blocks
+from halfbyte.trainer.families.sd3_names import sd3_names
 
 _BLOCKS = r"transformer_blocks\.\d+\."
 # attn2 is the second, image-only attention of SD3.5 medium's first blocks.
@@ -70,6 +73,28 @@ class SD3(Family):
             timestep=sigma * 1000,
             return_dict=False,
         )[0]
+
+    def original_names(self) -> tuple[OriginalName, ...]:
+        """See `sd3_names`."""
+        return tuple(sd3_names(self.denoiser_config))
+
+    def block_kinds(self) -> tuple[tuple[str, ...], ...]:
+        """Blocks with a second attention, plain ones, and the last, which leaves the text as it is."""
+        dual, count = self._dual_attention(), self.denoiser_config["num_layers"]
+        first = [number for number in range(count - 1) if number in dual]
+        plain = [number for number in range(count - 1) if number not in dual]
+        kinds = (sorted(first), plain, [count - 1])
+        return tuple(tuple(f"transformer_blocks.{number}" for number in kind) for kind in kinds if kind)
+
+    def config_of_blocks(self, blocks: Sequence[str]) -> dict[str, Any]:
+        """See `Family.config_of_blocks`; the last block must come last."""
+        numbers = [int(block.rpartition(".")[2]) for block in blocks]
+        dual = [place for place, number in enumerate(numbers) if number in self._dual_attention()]
+        config = {k: v for k, v in self.denoiser_config.items() if k != "quantization_config"}
+        return config | {"num_layers": len(numbers), "dual_attention_layers": dual}
+
+    def _dual_attention(self) -> tuple[int, ...]:
+        return tuple(self.denoiser_config.get("dual_attention_layers") or ())
 
     def sampling_inputs(self, text: TextEmbedding, empty: TextEmbedding) -> dict[str, Tensor]:
         """Classifier-free guidance is against the empty caption."""

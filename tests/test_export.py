@@ -1,0 +1,210 @@
+"""Exports of whole runs: what stock diffusers and PEFT make of them, and what a failed check leaves behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from halfbyte.trainer import export, self_check
+from halfbyte.trainer.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.cli import app
+from halfbyte.trainer.errors import ExportError, RecipeError
+from halfbyte.trainer.export_run import ExportRequest, export_run
+from halfbyte.trainer.launch import read_world
+from halfbyte.trainer.recipe import load_recipe
+
+from judge import stock_bitsandbytes_on_cpu
+from probe import prediction
+from runs import run_here, write_recipe
+
+QUICK = ("sample.prompts=[]", "output.export_base=false", "train.grad_accumulation=1", "optimizer.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, mini_flux):
+    folder = tmp_path_factory.mktemp("flux")
+    return run_here(write_recipe(folder, mini_flux, name="dog"), *QUICK, "lora.rank_pattern={to_k: 2}")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(finished, tmp_path / "dog")
+
+
+def request(root, **settings):
+    world = read_world({"ACCELERATE_USE_CPU": "true"})
+    return export_run(root, ExportRequest(**settings), world, Console(quiet=True))
+
+
+def listing(root):
+    return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_run_leaves_every_format(finished):
+    names = {
+        str(p.relative_to(finished / "adapter")) for p in (finished / "adapter").rglob("*") if p.is_file()
+    }
+    assert names == {
+        ADAPTER_FILE,
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "comfyui/dog.safetensors",
+        "kohya/dog.safetensors",
+    }
+    fused = load_file(finished / "adapter" / "kohya" / "dog.safetensors")
+    assert fused["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 64, 4 + 2 + 4 + 4)
+
+
+def test_peft_loads_the_folder(finished, mini_flux):
+    transformer = FluxTransformer2DModel.from_pretrained(
+        mini_flux, subfolder="transformer", dtype=torch.float32
+    )
+    bare = prediction(transformer, torch.float32)
+    # A copy for diffusers, since PEFT changes the model it is given.
+    other = FluxTransformer2DModel.from_pretrained(mini_flux, subfolder="transformer", dtype=torch.float32)
+    other.load_lora_adapter(str(finished / "adapter"), prefix="transformer", weight_name=ADAPTER_FILE)
+    adapted = prediction(other, torch.float32)
+    tuned = PeftModel.from_pretrained(transformer, finished / "adapter")
+    torch.testing.assert_close(prediction(tuned.get_base_model(), torch.float32), adapted)
+    assert (adapted - bare).norm() / bare.norm() > 1e-3
+
+
+def test_a_checkpoint_of_a_run_in_progress_is_exported_and_checked(run):
+    shutil.rmtree(run / "adapter")
+    before = listing(run)
+    result = CliRunner().invoke(app, ["export", str(run), "--checkpoint", "2", "--base"])
+    assert result.exit_code == 0, result.output
+    folder = run / "exports" / "step-000002"
+    for said in ("kohya: prediction on the plain base", "diffusers: prediction on the nf4 base", str(folder)):
+        assert said in result.output
+    after = listing(run)
+    assert {name: time for name, time in after.items() if not name.startswith("exports/")} == before
+    saved, exported = (
+        load_file(place / ADAPTER_FILE) for place in (run / "checkpoints" / "step-000002", folder / "adapter")
+    )
+    assert all(saved[name].equal(exported[name]) for name in saved)
+    with stock_bitsandbytes_on_cpu():
+        FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
+
+
+def test_sd3_is_checked_block_by_block(mini_sd3, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_check, "_WHOLE_BYTES", 0)
+    told = []
+    real = export.self_check
+    monkeypatch.setattr(export, "self_check", lambda *a, **k: told.append(real(*a, **k)) or told[-1])
+    recipe = write_recipe(tmp_path, mini_sd3, family="sd3")
+    # With alphas of their own, and a rank for one of three layers that fuse.
+    run_here(
+        recipe,
+        *QUICK,
+        "output.self_check=true",
+        "train.steps=2",
+        "lora.alpha_pattern={to_q: 8}",
+        "lora.rslora=true",
+    )
+    (check,) = told
+    assert {line.partition(":")[0] for line in check.checked} == {"diffusers", "comfyui", "kohya"}
+    assert len(check.checked) == 7
+    assert check.moved > 1e-3
+    assert "other blocks" in check.left_out[0]
+
+
+def damage(file):
+    def changed(adapter, formats, folder, names, **settings):
+        write(adapter, formats, folder, names, **settings)
+        tensors = load_file(folder / file)
+        name = next(name for name in tensors if "img_mlp" in name and "up" in name)
+        tensors[f"{name}.twin"] = tensors.pop(name)
+        save_file(tensors, folder / file)
+        scaled = folder / "kohya" / "dog.safetensors"
+        tensors = load_file(scaled)
+        tensors["lora_unet_double_blocks_0_img_mlp_0.alpha"] *= 2
+        save_file(tensors, scaled)
+
+    write = export.write_formats
+    return changed
+
+
+def test_a_failed_check_names_the_keys_and_keeps_what_was_there(run, monkeypatch):
+    monkeypatch.setattr(export, "write_formats", damage("comfyui/dog.safetensors"))
+    before = listing(run)
+    result = CliRunner().invoke(app, ["export", str(run)])
+    assert result.exit_code == ExportError.exit_code == 7
+    assert "comfyui:" in result.output
+    assert "img_mlp" in result.output
+    assert "kohya: transformer_blocks.0.ff.net.0.proj: its update differs" in result.output
+    assert "diffusers:" not in result.output
+    assert listing(run) == before
+
+
+def test_what_is_not_what_was_trained_is_not_exported(finished, monkeypatch, tmp_path, mini_flux):
+    state = export.adapter_state
+
+    def other(denoiser):
+        tensors = state(denoiser)
+        tensors[next(iter(tensors))] += 1
+        return tensors
+
+    monkeypatch.setattr(export, "adapter_state", other)
+    with pytest.raises(ExportError, match="1 entries differ"):
+        run_here(write_recipe(tmp_path, mini_flux), *QUICK, "train.steps=1")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_merging_reports_what_survived(run):
+    request(run, merged=True, check=False)
+    report = json.loads((run / "merged" / "merge_report.json").read_text())
+    assert len(report["layers"]) == 44
+    assert 0 < report["kept"] < 1.5
+    strong = max(report["layers"], key=lambda layer: layer["relative"])
+    assert strong["error"] < 1.5
+    with stock_bitsandbytes_on_cpu():
+        merged = FluxTransformer2DModel.from_pretrained(run / "merged", dtype=torch.float32)
+    merged_prediction = prediction(merged, torch.float32)
+    bare, adapted = (plain(run, with_adapter) for with_adapter in (False, True))
+    # Nearer to what was trained than the base is: part of the update is there.
+    assert (merged_prediction - adapted).norm() < (bare - adapted).norm()
+
+
+def plain(run, with_adapter):
+    recipe = load_recipe(run / "recipe.yaml")
+    model = FluxTransformer2DModel.from_pretrained(
+        recipe.model.path, subfolder="transformer", dtype=torch.float32
+    )
+    if with_adapter:
+        model.load_lora_adapter(str(run / "adapter"), prefix="transformer", weight_name=ADAPTER_FILE)
+    return prediction(model, torch.float32)
+
+
+def test_what_cannot_be_exported_is_told_before_anything_is_written(run, tmp_path):
+    before = listing(run)
+    with pytest.raises(RecipeError, match="none of step 3; it has 2, 4"):
+        request(run, step=3, check=False)
+    with pytest.raises(RecipeError, match=r"holds no recipe\.yaml"):
+        request(tmp_path, check=False)
+    file = run / "checkpoints" / "step-000002" / ADAPTER_FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    before = listing(run)
+    with pytest.raises(RecipeError, match="step-000002 is damaged"):
+        request(run, step=2, check=False)
+    assert listing(run) == before
+    (run / "checkpoints" / "step-000004" / "manifest.json").write_text("{}")
+    with pytest.raises(RecipeError, match="damaged, and there is no other"):
+        request(run, check=False)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RecipeError, match="no checkpoint yet"):
+        request(run, check=False)
+
+
+def test_one_format_alone(run):
+    request(run, formats=("comfyui",), check=False)
+    names = {p.name for p in (run / "adapter").rglob("*") if p.is_file()}
+    assert names == {ADAPTER_FILE, "dog.safetensors"}

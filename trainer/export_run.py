@@ -1,0 +1,153 @@
+"""`halfbyte export`: the files of a run, or of one of its checkpoints, which may still be training.
+
+The run's folder is only read, but for what is exported into it. A checkpoint's adapter is copied first and held
+against its checksum, for a run that goes on deletes old checkpoints.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from torch import nn
+
+from halfbyte.quant.serialize import save_quantized
+from halfbyte.quant.shards import write_text
+from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
+from halfbyte.trainer.denoiser import DTYPES, quant_recipe
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.export import (
+    Exported,
+    ExportSettings,
+    export_saved,
+    is_quantized,
+    put_in_place,
+    work_folder,
+)
+from halfbyte.trainer.export_lines import MERGE_REPORT, merge_lines
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.launch import World
+from halfbyte.trainer.lora_formats import LoraFormat
+from halfbyte.trainer.merge import merge, total
+from halfbyte.trainer.progress import BYTES, Shown
+from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.run_folder import RunFolder
+from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
+
+log = logging.getLogger(__name__)
+
+MERGED = "merged"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What of a run is exported."""
+
+    step: int | None = None  # None: the newest checkpoint
+    formats: Sequence[LoraFormat] | None = None  # None: as the recipe says
+    base: bool = False
+    merged: bool = False
+    check: bool = True
+
+
+def export_run(root: Path, request: ExportRequest, world: World, console: Console) -> Exported:
+    """Exports into the run's folder where the checkpoint is that of its last step, else into `exports/STEP` there.
+
+    Raises RecipeError where `root` is no run or has no such checkpoint, ExportError as `export_trained` does.
+    """
+    run = RunFolder(root)
+    if not run.recipe.is_file():
+        raise RecipeError(
+            f"{root}: holds no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
+        )
+    recipe = load_recipe(run.recipe)
+    with tempfile.TemporaryDirectory() as copies:
+        checkpoint = _copy(run, request.step, Path(copies))
+        adapter_file = Path(copies) / ADAPTER_FILE
+        finished = checkpoint == f"step-{recipe.train.steps:06d}"
+        target = run if finished else RunFolder(root / "exports" / checkpoint)
+        model = recipe.model
+        family = FAMILIES[model.family].open(model.path, model.revision, model.max_sequence_length)
+        adapter = read_saved(adapter_file)
+        denoiser = None
+        if request.base or request.merged or request.check:
+            denoiser = _base(recipe, family, world, console)
+        formats = recipe.output.formats if request.formats is None else tuple(request.formats)
+        settings = ExportSettings(recipe.output.dir.name, formats, request.base, request.check)
+        exported = export_saved(family, denoiser, adapter_file, target, settings)
+        if request.merged:
+            assert denoiser is not None
+            _export_merged(denoiser, adapter, target, console)
+    return exported
+
+
+def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.Module:
+    """The run's base, without adapters."""
+    folder = recipe.data.cache_folder
+    cache = BaseCache(folder / "bases", FileDigests(folder / "digests")) if recipe.model.cache_base else None
+    loading = Shown(console, "loading the transformer", BYTES)
+    denoiser = family.load_denoiser(
+        quant_recipe(recipe),
+        device=world.device,
+        dtype=DTYPES[recipe.quant.compute_dtype],
+        progress=loading,
+        cache=cache,
+    )
+    loading.close()
+    return denoiser
+
+
+def _copy(run: RunFolder, step: int | None, copies: Path) -> str:
+    """Copies a checkpoint's adapter, whole by its checksum; the checkpoint's name. Raises RecipeError."""
+    saved = folders(run.checkpoints)
+    names = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in saved)
+    if not saved:
+        raise RecipeError(f"{run.root}: has no checkpoint yet; the first comes after checkpoint.every steps")
+    if step is not None:
+        saved = [folder for folder in saved if folder.name == f"step-{step:06d}"]
+        if not saved:
+            raise RecipeError(f"--checkpoint: {run.root} has none of step {step}; it has {names}")
+    for folder in reversed(saved):
+        fault = _copy_whole(folder, copies / ADAPTER_FILE)
+        if fault is None:
+            return folder.name
+        log.warning("checkpoint %s cannot be exported: %s", folder, fault)
+    raise RecipeError(f"{run.checkpoints}: {saved[-1].name} is damaged, and there is no other to export")
+
+
+def _copy_whole(folder: Path, copy: Path) -> str | None:
+    """What is wrong with the checkpoint, None where the copy is whole."""
+    try:
+        wanted = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[ADAPTER_FILE]
+        shutil.copyfile(folder / ADAPTER_FILE, copy)
+    except (OSError, ValueError, KeyError) as error:
+        return f"it is not whole: {error}"
+    with copy.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    return None if found == wanted else f"{ADAPTER_FILE} does not match its checksum"
+
+
+def _export_merged(denoiser: nn.Module, adapter: SavedAdapter, target: RunFolder, console: Console) -> None:
+    if not is_quantized(denoiser):
+        raise RecipeError(
+            "--merged: the run's base is not quantized; merge it with diffusers' fuse_lora, which is exact"
+        )
+    console.print("merging the adapter into the base", highlight=False)
+    survivals = merge(denoiser, adapter.layers())
+    folder = target.root / MERGED
+    with work_folder(folder) as work:
+        save_quantized(denoiser, work)
+        report = {"kept": total(survivals), "layers": [asdict(survival) for survival in survivals]}
+        write_text(json.dumps(report, indent=1) + "\n", work / MERGE_REPORT)
+        put_in_place(work, folder)
+    for line in merge_lines(survivals, folder):
+        console.print(line, highlight=False)
