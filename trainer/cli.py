@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER, bases, clear, holdings
-from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
+from halfbyte.trainer.errors import HalfbyteError, OutOfMemory, RecipeError
 from halfbyte.trainer.launch import World, leave, read_world
 from halfbyte.trainer.recipe import json_schema_text, load_recipe
 
@@ -35,11 +35,18 @@ def train_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in output.dir from its last checkpoint.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Tell what the run would take, as `halfbyte plan` does, and stop.")
+    ] = False,
 ) -> None:
     """Train a LoRA as the recipe says.
 
-    Exit codes: 0 done, 2 recipe or model, 3 data, 4 Hub, 5 launch environment, 6 out of memory, 130 interrupted.
+    Exit codes: 0 done, 2 recipe or model, 3 data, 4 Hub, 5 launch environment, 6 out of memory,
+    7 export that failed its check, 130 interrupted.
     """
+    if plan:
+        plan_command(recipe, overrides)
+        return
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     world: World | None = None
     try:
@@ -60,6 +67,89 @@ def train_command(
             leave(world)
     if not finished:
         raise typer.Exit(_INTERRUPTED)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Export the checkpoint of this step; without it the newest.")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="Of diffusers, comfyui and kohya, with commas; without it as the recipe says."
+        ),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Also the quantized transformer.")] = False,
+    merged: Annotated[
+        bool,
+        typer.Option("--merged", help="Also the transformer with the adapter merged in, quantized again."),
+    ] = False,
+    self_check: Annotated[
+        bool, typer.Option(help="Have stock diffusers load the export and compare predictions.")
+    ] = True,
+) -> None:
+    """Export a run's adapter, for diffusers and PEFT, ComfyUI and kohya.
+
+    The checkpoint of a run's last step goes to adapter/, transformer/ and merged/ in the run's folder, any other to
+    the same folders below exports/step-N.
+
+    Exit codes: 0 done, 2 run, checkpoint or option, 7 the export failed its own check, 130 interrupted.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    world: World | None = None
+    try:
+        world = read_world()
+        _configure_logging(world)
+        _quieten_libraries()
+        # Slow to import, as above.
+        from halfbyte.trainer.export_lines import exported_lines
+        from halfbyte.trainer.export_run import ExportRequest, export_run
+        from halfbyte.trainer.lora_formats import named_formats
+
+        wanted = None if formats is None else named_formats(formats)
+        request = ExportRequest(checkpoint, wanted, base, merged, self_check)
+        for line in exported_lines(export_run(run, request, world, Console(soft_wrap=True))):
+            typer.echo(line)
+    except HalfbyteError as error:
+        _fail(errors, world, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(errors, world, "interrupted", _INTERRUPTED)
+
+
+@app.command("plan")
+def plan_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/flux_lora.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings by dotted name, e.g. train.batch_size=2.")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Choose settings that fit a card of this memory, e.g. 8GB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Tell what a run will take before anything is loaded: memory by phase, steps, time; no GPU is needed.
+
+    Exit codes: 0 done, 2 recipe or model, or nothing fits the card, 4 Hub, 130 interrupted.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        settings = load_recipe(recipe, overrides or [])
+        _quieten_libraries()
+        # Slow to import, as above.
+        from halfbyte.trainer.plan_fit import parse_budget
+        from halfbyte.trainer.plan_output import show_plan
+
+        budget = None if fit is None else parse_budget(fit)
+        text, fits = show_plan(settings, budget=budget, as_json=as_json)
+    except HalfbyteError as error:
+        _fail(errors, None, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(errors, None, "interrupted", _INTERRUPTED)
+    typer.echo(text)
+    if not fits:
+        raise typer.Exit(RecipeError.exit_code)
 
 
 @app.command("schema")
