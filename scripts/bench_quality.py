@@ -20,7 +20,8 @@ import multiprocessing
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from halfbyte.quant.load import empty_model
 from halfbyte.quant.skip_list import skip_list_for
 from halfbyte.trainer.prepare import prepare
 from halfbyte.trainer.quant_report import kind_of, quant_report
+from halfbyte.trainer.recipe import Recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "flux_mini.yaml"
 
@@ -66,20 +68,12 @@ def skips_of(bench: Bench, worst: float) -> Skips:
     return Skips([kind for kind in kinds if kind.kept], kept(f"the {len(ranked)} worst layers", ranked))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All that was found; both in the order in which bases are shown."""
-
-    trained: list[Trained]
-    predicted: list[Velocities]
-
-
 class Here(Executor):
     """Runs what it is given at once, in this process."""
 
     def submit(self, work: Any, /, *arguments: Any, **settings: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(work(*arguments, **settings))
+        future.set_result(work(*arguments, **settings))  # what goes wrong ends the bench, with its traceback
         return future
 
 
@@ -92,42 +86,104 @@ def executor(processes: int) -> Executor:
     return ProcessPoolExecutor(processes, mp_context=context, initializer=start_process)
 
 
-def measure(bench: Bench, bases: Sequence[Base], skips: Skips, arguments: argparse.Namespace) -> Measured:
-    """Runs every job, and prints a line for each run as it ends."""
+class Results:
+    """What has been found so far, written whenever a run ends."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, recipe: Recipe, device: str, kept: Mapping[str, float]
+    ) -> None:
+        self.arguments = arguments
+        self.recipe = recipe
+        self.device = device
+        self.kept = kept
+        self.began = time.perf_counter()
+        self.bases: list[Base] = []  # in the order in which they are shown
+        self.predicted: list[Velocities] = []
+        self.trained: list[Trained] = []
+        self.failed: dict[str, str] = {}  # bases that have no row, and why
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def succeeded(self, base: Base, job: Future[Any]) -> bool:
+        """Whether a job that has ended gave a result; a failure is shown, and is its base's alone."""
+        error = job.exception()
+        if error is None:
+            return True
+        if base.name not in self.failed:
+            self.failed[base.name] = f"{type(error).__name__}: {error}"
+            print(f"{base.name} failed: {self.failed[base.name]}", flush=True)
+        return False
+
+    def add(self, result: Trained, of: int) -> None:
+        """Shows and keeps a run."""
+        self.trained.append(result)
+        print(
+            f"{len(self.trained)}/{of} {result.base}, seed {result.seed}: {result.before:.5f} -> {result.after:.5f}"
+            f" in {result.seconds:.0f} s",
+            flush=True,
+        )
+        self.write()
+
+    def write(self) -> str:
+        """Writes the files, and gives the page. Seeds count that every base has been trained with."""
+        names = [base.name for base in self.bases if base.name not in self.failed]
+        runs = sorted(
+            (run for run in self.trained if run.base in names),
+            key=lambda run: (names.index(run.base), run.seed),
+        )
+        seeds = Counter(run.seed for run in runs)
+        rows = trained_rows(run for run in runs if seeds[run.seed] == len(names))
+        untrained = [velocity_row(one, self.predicted[0], self.kept) for one in self.predicted[1:]]
+        bars = verdicts(rows)
+        text = page(rows, untrained, bars)
+        if self.arguments.markdown:
+            self.arguments.markdown.write_text(text)
+        if self.arguments.json:
+            content = {
+                "device": self.device,
+                "torch": torch.__version__,
+                "seconds": self.seconds,
+                "recipe": self.recipe.dump(),
+                "bars": [asdict(bar) for bar in bars],
+                "trained": [asdict(row) for row in rows],
+                "untrained": [asdict(row) for row in untrained],
+                "runs": [asdict(run) for run in runs],
+                "failed": self.failed,
+            }
+            self.arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        return text
+
+
+def measure(bench: Bench, bases: Sequence[Base], skips: Skips, results: Results) -> None:
+    """Runs every job; after `--seconds` none is begun any more."""
+    arguments = results.arguments
+    untrained = [base for base in bases if "kaiming" not in base.name]
+    untrained += skips.kinds if arguments.kinds else []
     with executor(arguments.processes) as pool:
-        # Alone, so that what a first run finds out about the device is known to the others.
-        first = pool.submit(train, bench, bases[0], 0).result()
-        untrained = [base for base in bases if "kaiming" not in base.name]
-        untrained += skips.kinds if arguments.kinds else []
-        predicting = [pool.submit(velocities, bench, base) for base in untrained]
-        jobs = [(base, seed) for seed in range(arguments.seeds) for base in bases][1:]
-        training = [pool.submit(train, bench, *job) for job in jobs]
-        predicted = [future.result() for future in predicting]
+        # The first run without others beside it, so that they find what it learns about the device.
+        first = pool.submit(train, bench, bases[0], 0)
+        predicting = [(base, pool.submit(velocities, bench, base)) for base in untrained]
+        results.predicted = [job.result() for base, job in predicting if results.succeeded(base, job)]
         small = [kind for kind in skips.kinds if kind.kept <= arguments.worst]
-        shown = [*bases, *best(small, predicted, arguments.kinds)]
-        training += [
-            pool.submit(train, bench, base, seed)
-            for seed in range(arguments.seeds)
-            for base in shown[len(bases) :]
-        ]
-        trained = [first]
+        results.bases = [*bases, *best(small, results.predicted, arguments.kinds)]
+        first.exception()
+        jobs = [(base, seed) for seed in range(arguments.seeds) for base in results.bases]
+        training = {first: bases[0]} | {pool.submit(train, bench, *job): job[0] for job in jobs[1:]}
         for done in as_completed(training):
-            trained.append(done.result())
-            one = trained[-1]
-            print(
-                f"{len(trained)}/{len(training) + 1} {one.base}, seed {one.seed}: {one.before:.5f} ->"
-                f" {one.after:.5f} in {one.seconds:.0f} s",
-                flush=True,
-            )
-    place = {base.name: number for number, base in enumerate(shown)}
-    return Measured(sorted(trained, key=lambda one: (place[one.base], one.seed)), predicted)
+            if not done.cancelled() and results.succeeded(training[done], done):
+                results.add(done.result(), len(training))
+            if arguments.seconds and results.seconds > arguments.seconds:
+                for future in training:
+                    future.cancel()
 
 
 def best(kinds: Sequence[Base], predicted: Sequence[Velocities], count: int) -> list[Base]:
     """The kinds of layer whose bf16 brings the untrained velocity nearest to the bf16 model's."""
     bf16 = predicted[0]
     errors = {one.base: velocity_row(one, bf16, {}).relative.mean for one in predicted[1:]}
-    return sorted(kinds, key=lambda kind: errors[kind.name])[:count] if count else []
+    return sorted((kind for kind in kinds if kind.name in errors), key=lambda kind: errors[kind.name])[:count]
 
 
 def main() -> None:
@@ -139,6 +195,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=0, help="beside each other; 0: all in this one")
+    parser.add_argument("--seconds", type=float, help="begin no further run after so many")
     parser.add_argument("--only", help="bases to train on, by name, separated by semicolons")
     parser.add_argument(
         "--kinds", type=int, default=2, help="kinds of layer that runs keep in bf16; 0: none are tried"
@@ -153,7 +210,6 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="the tables")
     arguments = parser.parse_args()
     start_process()
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(arguments.recipe, arguments.overrides, Path(scratch))
         recipe = bench.settings(BF16)
@@ -170,28 +226,13 @@ def main() -> None:
             if unknown := names - {base.name for base in bases}:
                 parser.error(f"--only: no {sorted(unknown)}; there are {[base.name for base in bases]}")
             bases = [base for base in bases if base.name in names]
-        measured = measure(bench, bases, skips, arguments)
-    rows = trained_rows(measured.trained)
-    kept = {base.name: base.kept for base in [*skips.kinds, skips.worst]}
-    untrained = [velocity_row(one, measured.predicted[0], kept) for one in measured.predicted[1:]]
-    bars = verdicts(rows)
-    text = page(rows, untrained, bars)
-    seconds = time.perf_counter() - began
-    print(f"\n{text}\n{len(measured.trained)} runs in {seconds:.0f} s")
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-    if arguments.json:
-        content = {
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor(),
-            "torch": torch.__version__,
-            "seconds": seconds,
-            "recipe": recipe.dump(),
-            "bars": [asdict(bar) for bar in bars],
-            "trained": [asdict(row) for row in rows],
-            "untrained": [asdict(row) for row in untrained],
-            "runs": [asdict(result) for result in measured.trained],
-        }
-        arguments.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor()
+        kept = {base.name: base.kept for base in [*skips.kinds, skips.worst]}
+        results = Results(arguments, recipe, device, kept)
+        measure(bench, bases, skips, results)
+    print(f"\n{results.write()}\n{len(results.trained)} runs in {results.seconds:.0f} s")
+    if results.failed:
+        raise SystemExit(f"no row for {results.failed}")
 
 
 if __name__ == "__main__":

@@ -85,10 +85,12 @@ class Verdict:
 
 
 def trained_rows(results: Iterable[Trained]) -> list[TrainedRow]:
-    """A row a base, in the order of the results."""
+    """A row a base, in the order of the results; none without bf16."""
     by_base: dict[str, dict[int, Trained]] = {}
     for result in results:
         by_base.setdefault(result.base, {})[result.seed] = result
+    if BF16.name not in by_base:
+        return []
     return [
         TrainedRow(
             base,
@@ -122,8 +124,10 @@ def velocity_row(one: Velocities, bf16: Velocities, kept: Mapping[str, float]) -
 
 
 def verdicts(rows: Sequence[TrainedRow]) -> list[Verdict]:
-    """What the bars ask of NF4 as it is by default."""
+    """What the bars ask of NF4 as it is by default; none where it was not trained."""
     by_base = {row.base: row for row in rows}
+    if not {BF16.name, NF4.name} <= by_base.keys():
+        return []
     nf4 = by_base[NF4.name]
     found = nf4.against_bf16
     within = [
@@ -156,7 +160,7 @@ def page(rows: Sequence[TrainedRow], untrained: Sequence[VelocityRow], bars: Seq
             f"| {row.base} | {row.seeds} | {row.before:.5f} | {row.after.show(5)} | {row.against_bf16.show(2, '+')}"
             f" | {peer} | {row.seconds:.0f} |"
         )
-    levels = list(untrained[0].by_sigma)
+    levels = list(untrained[0].by_sigma) if untrained else []
     lines += [
         "",
         "| base, untrained | loss | velocity error, % | "
