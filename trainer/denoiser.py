@@ -19,6 +19,7 @@ from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
+from halfbyte.trainer.lora_start import read_layers, start_from
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.randomness import generator
 from halfbyte.trainer.recipe import Recipe
@@ -130,7 +131,11 @@ def load_denoiser(
     trained = add_adapters(recipe, family, denoiser)
     if recipe.lora.init == "loftq":
         _start_from_error(recipe, family, denoiser)
-    if recipe.lora.dora:
+    has_lengths = False
+    if recipe.lora.init_from is not None:
+        layers = read_layers(recipe.lora.init_from, family.original_names())
+        has_lengths = start_from(denoiser, layers, ADAPTER, recipe.lora.init_from)
+    if recipe.lora.dora and not has_lengths:
         keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())

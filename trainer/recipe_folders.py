@@ -28,6 +28,7 @@ def resolve_folders(document: Document) -> None:
     the command line; what it writes goes under the current folder.
     """
     _resolve_model(document)
+    _resolve(document, ("lora", "init_from"), must_exist=True, file=True)
     data = _resolve(document, ("data", "path"), must_exist=True)
     _resolve(document, ("validation", "path"), must_exist=True)
     _resolve(document, ("sample", "references"), must_exist=True)
@@ -54,9 +55,14 @@ def _resolve_model(document: Document) -> None:
 
 
 def _resolve(
-    document: Document, path: KeyPath, *, base: Path | None = None, must_exist: bool = False
+    document: Document,
+    path: KeyPath,
+    *,
+    base: Path | None = None,
+    must_exist: bool = False,
+    file: bool = False,
 ) -> Path | None:
-    """The absolute folder a field names, put into the document; None where the field names none."""
+    """The absolute folder (or `file`) a field names, put into the document; None where the field names none."""
     written = document.at(path)
     if not isinstance(written, str):
         return None
@@ -71,8 +77,10 @@ def _resolve(
         document.problem(path, f"got {shown(written)}, which cannot be used as a path: {error}")
         return None
     document.replace(path, str(folder))
-    if exists and not folder.is_dir():
+    if exists and not folder.is_dir() and not file:
         document.problem(path, f"got '{written}', expected a folder; {folder} is a file")
     elif must_exist and not exists:
-        document.problem(path, f"got '{written}', but there is no folder {folder}")
+        document.problem(
+            path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}"
+        )
     return folder

@@ -174,6 +174,16 @@ class LoraSection(Section):
     at what 4 bits lost of the weight, as far as the rank holds it; the adapter then belongs to the quantized base,
     and on another one it brings that loss back with the other sign."""
 
+    init_from: FilePath | None = None
+    """An adapter to start from instead: a run, or a file or folder of diffusers, PEFT, ComfyUI or kohya. Where the
+    run's rank is larger the update is the same; layers without one start as init says. null: none."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init == "loftq" and self.init_from is not None:
+            raise conflict("init", "got loftq, expected gaussian or kaiming where lora.init_from is given")
+        return self
+
     @model_validator(mode="after")
     def _dora_starts_at_the_base(self) -> Self:
         if self.init == "loftq" and self.dora:
