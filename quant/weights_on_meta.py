@@ -1,5 +1,6 @@
 """Weights without values: a model on meta whose quantized layers have packed weights of the right sizes."""
 
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
@@ -29,19 +30,18 @@ def model_on_meta(
         raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
     if recipe is not None:
         convert(model, recipe)
-    place_weights_on_meta(model, dtype)
+    place_weights_on_meta(model, dtype, in_fp32=kept_in_fp32(model))
     return model.eval().requires_grad_(False)
 
 
-def place_weights_on_meta(model: nn.Module, dtype: torch.dtype) -> None:
+def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Collection[str] = ()) -> None:
     """Gives every parameter of a model on meta the dtype and size that loading would give it.
 
-    `dtype` is that of what is not quantized.
+    `dtype` is that of what is not quantized, but for modules with a name of `in_fp32`.
     """
-    in_fp32 = set(kept_in_fp32(model))
     placed: dict[int, nn.Parameter] = {}  # what is shared stays one
     for path, module in model.named_modules():
-        own_dtype = torch.float32 if in_fp32 & set(path.split(".")) else dtype
+        own_dtype = torch.float32 if set(in_fp32) & set(path.split(".")) else dtype
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(module, QuantizedLinear) and name == "weight":
                 module.weight = _packed(module)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from halfbyte.quant.file_digest import CHUNK_BYTES, READING_THREADS
-from halfbyte.trainer.buckets import Cropping, Size, views_of
+from halfbyte.trainer.buckets import Cropping, Size, nearest_size
 from halfbyte.trainer.data import read_samples
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.encoder_memory import (
@@ -117,9 +117,9 @@ class Planner:
         except DataError as error:
             first = str(error).splitlines()[0]
             return None, square, (f"data.path: {first}; planned at data.resolution",)
-        views = [views[0] for views in views_of(samples, cropping, self.recipe.train.seed)]
-        largest = max(views, key=lambda view: view.width * view.height)
-        return len(samples), (largest.width, largest.height), ()
+        sizes = cropping.sizes()
+        found = {nearest_size(sample.width, sample.height, sizes) for sample in samples}
+        return len(samples), max(found, key=lambda size: (size[0] * size[1], size)), ()
 
     def size(self, recipe: Recipe) -> Size:
         """The largest size at the recipe's resolution, in pixels."""
