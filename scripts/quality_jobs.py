@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -93,10 +94,12 @@ def velocities(bench: Bench, base: Base) -> Velocities:
     validation = validation_of(bench, base, recipe, family, world)
     sigmas: list[float] = []
     predicted: list[numpy.ndarray] = []
-    for points, velocity, _ in validation.predictions():
+    losses: list[float] = []
+    for points, velocity, target in validation.predictions():
         sigmas += [point.sigma for point in points]
         predicted += list(velocity.flatten(1).cpu().numpy())
-    return Velocities(base.name, sigmas, predicted, validation.measure(0).loss)
+        losses += (velocity - target).square().flatten(1).mean(1).tolist()
+    return Velocities(base.name, sigmas, predicted, statistics.fmean(losses))
 
 
 def opened(recipe: Recipe) -> tuple[World, Family]:
