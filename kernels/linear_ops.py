@@ -20,8 +20,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What multiplies a few rows by the packed weight as it is; the first that supports weight and rows is taken.
 FEW_ROWS: tuple[ModuleType, ...] = ()
 if HAS_TRITON:
-    FEW_ROWS = (importlib.import_module("halfbyte.kernels.linear_triton"),)
-_MAX_ROWS = 16
+    FEW_ROWS = tuple(
+        importlib.import_module(f"halfbyte.kernels.{name}") for name in ("few_rows_triton", "linear_triton")
+    )
+_MAX_ROWS = 16  # of any of them
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {SCHEMA}) -> Tensor")

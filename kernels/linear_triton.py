@@ -2,7 +2,7 @@
 
 Modulation and embedding layers see one row a sample, and hold over a quarter of FLUX's parameters. Their products
 need the packed bytes alone, a quarter of bf16's. What limits the kernel is not memory but looking up every value
-for every row, so beyond `MAX_ROWS` rows, and for the input's gradient, dequantizing and cuBLAS is as fast.
+for every row: it is the fastest for one row, and for up to `MAX_ROWS` where `few_rows_triton` does not fit.
 
 The products are fp32: x times table value, summed over a word, times the block's scale. The weight is not rounded
 to x's dtype on the way, as dequantizing does.

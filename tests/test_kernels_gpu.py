@@ -123,7 +123,9 @@ def test_quantize_equals_bitsandbytes():
 
 @pytest.mark.parametrize(
     ("shape", "rows", "double", "dtype"),
-    itertools.product(((40, 256), (33, 264), (512, 3072), (5000, 576)), (1, 4, 5), (False, True), DTYPES),
+    itertools.product(
+        ((40, 256), (33, 264), (512, 3072), (5000, 576)), (1, 4, 5, 16, 17), (False, True), DTYPES
+    ),
 )
 def test_linear_4bit_against_float64(shape, rows, double, dtype):
     quantized = quantized_weight(random_weight(shape, torch.float32), double)
