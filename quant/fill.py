@@ -15,6 +15,9 @@ from halfbyte.quant.shards import ShardedWeights
 Progress = Callable[[int, int], None]
 """Called after each tensor with (bytes done, bytes in all)."""
 
+Finish = Callable[[str, Tensor], Tensor]
+"""What a tensor as it was read becomes, by its name."""
+
 Statistics = Mapping[str, Mapping[str, str]]
 """The weight of a packed layer -> the statistics beside it, by suffix -> their names in the file."""
 
@@ -34,10 +37,12 @@ def fill(
     leave_out: Collection[str] = (),
     progress: Progress | None = None,
     on_file: FileRead | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Give every parameter and buffer of `model` its value on `device`, in `dtype` where it is not packed.
 
     packed: the weights of quantized layers are packed in the files; else they are quantized here.
+    finish: what is still to be done to a tensor that is not packed, by its name, once it has been read.
     in_fp32: names of modules that stay in fp32. leave_out: what of the files or the model's own names is passed
     over; all others must be in both.
 
@@ -59,6 +64,8 @@ def fill(
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         tensor = parts.pop(name)
+        if finish is not None and name not in packed_layers:
+            tensor = finish(name, tensor)
         tensor_dtype = torch.float32 if set(in_fp32) & set(name.split(".")) else dtype
         try:
             if name in packed_layers:

@@ -76,7 +76,9 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         finished = checkpoint == f"step-{recipe.train.steps:06d}"
         target = run if finished else RunFolder(root / "exports" / checkpoint)
         model = recipe.model
-        family = FAMILIES[model.family].open(model.path, model.revision, model.max_sequence_length)
+        family = FAMILIES[model.family].open(
+            model.path, model.revision, model.max_sequence_length, model.transformer
+        )
         adapter = read_saved(adapter_file)
         denoiser = None
         if request.base or request.merged or request.check:

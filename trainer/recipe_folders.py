@@ -28,6 +28,7 @@ def resolve_folders(document: Document) -> None:
     the command line; what it writes goes under the current folder.
     """
     _resolve_model(document)
+    _resolve(document, ("model", "transformer"), must_exist=True, file=True)
     _resolve(document, ("lora", "init_from"), must_exist=True, file=True)
     data = _resolve(document, ("data", "path"), must_exist=True)
     _resolve(document, ("validation", "path"), must_exist=True)

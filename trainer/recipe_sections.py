@@ -95,6 +95,9 @@ class ModelSection(Section):
     recipe file ./ and ../ start from the file's folder, on the command line from the current one."""
     revision: Text | None = None
     """A branch, tag or commit of the Hub repository; null: its main branch."""
+    transformer: FilePath | None = None
+    """One safetensors file to take the transformer's weights from instead (FLUX, as BFL or ComfyUI name layers; bf16
+    or fp8), quantized at each start. The rest, and its config, are path's."""
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
     """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
     FLUX 512)."""
@@ -173,21 +176,16 @@ class LoraSection(Section):
     """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero. loftq: both start
     at what 4 bits lost of the weight, as far as the rank holds it; the adapter then belongs to the quantized base,
     and on another one it brings that loss back with the other sign."""
-
     init_from: FilePath | None = None
     """An adapter to start from instead: a run, or a file or folder of diffusers, PEFT, ComfyUI or kohya. Where the
     run's rank is larger the update is the same; layers without one start as init says. null: none."""
 
     @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if self.init == "loftq" and self.init_from is not None:
-            raise conflict("init", "got loftq, expected gaussian or kaiming where lora.init_from is given")
-        return self
-
-    @model_validator(mode="after")
-    def _dora_starts_at_the_base(self) -> Self:
+    def _loftq_starts_alone(self) -> Self:
         if self.init == "loftq" and self.dora:
             raise conflict("init", "got loftq, expected gaussian or kaiming where lora.dora is true")
+        if self.init == "loftq" and self.init_from is not None:
+            raise conflict("init", "got loftq, expected gaussian or kaiming where lora.init_from is given")
         return self
 
 

@@ -45,7 +45,9 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     claim(folder, recipe, resume=resume)
     _check_precision(recipe, world)
     model = recipe.model
-    family = FAMILIES[model.family].open(model.path, model.revision, model.max_sequence_length)
+    family = FAMILIES[model.family].open(
+        model.path, model.revision, model.max_sequence_length, model.transformer
+    )
     join(world)
     prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None

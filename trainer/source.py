@@ -62,10 +62,10 @@ class ModelSource:
             )
         return listed
 
-    def require(self, components: Sequence[str], denoiser: str) -> None:
+    def require(self, components: Sequence[str], denoiser: str, config_alone: Sequence[str] = ()) -> None:
         """Raises RecipeError for another class of transformer, or naming every component the folder lacks."""
         listed = self.require_class(denoiser)
-        missing = [part for part in components if not self._holds(part, listed)]
+        missing = [part for part in components if not self._holds(part, listed, part in config_alone)]
         if missing:
             raise RecipeError(
                 f"model.path: {self.name}: lacks {', '.join(missing)}; a pipeline for training needs"
@@ -88,11 +88,13 @@ class ModelSource:
                 digest.update(f"{relative}:{memo.of(file)}\n".encode())
         return digest.hexdigest()
 
-    def _holds(self, component: str, listed: dict[str, Any]) -> bool:
+    def _holds(self, component: str, listed: dict[str, Any], config_alone: bool) -> bool:
         entry = listed.get(component)
         folder = self.folder / component
         if entry is None or entry[0] is None or not folder.is_dir():
             return False
+        if config_alone:
+            return (folder / "config.json").is_file()
         if component.startswith(("tokenizer", "scheduler")):
             return any(folder.iterdir())
         return (
@@ -100,10 +102,17 @@ class ModelSource:
         )
 
 
-def resolve(path: str, revision: str | None, components: Sequence[str], denoiser: str) -> ModelSource:
+def resolve(
+    path: str,
+    revision: str | None,
+    components: Sequence[str],
+    denoiser: str,
+    config_alone: Sequence[str] = (),
+) -> ModelSource:
     """Finds the pipeline; a Hub repository's needed components are downloaded (with the client's progress).
 
-    denoiser: the class of transformer that the pipeline must hold.
+    denoiser: the class of transformer that the pipeline must hold. config_alone: components whose weights are not
+    needed.
 
     Raises RecipeError for a folder that is no such pipeline, HubError when the Hub refuses or is out of reach.
     """
@@ -111,8 +120,8 @@ def resolve(path: str, revision: str | None, components: Sequence[str], denoiser
     if folder.is_dir():
         source = ModelSource(path, folder, None)
     else:
-        source = _download(path, revision, components)
-    source.require(components, denoiser)
+        source = _download(path, revision, components, config_alone)
+    source.require(components, denoiser, config_alone)
     return source
 
 
@@ -124,7 +133,7 @@ def resolve_configurations(
     if folder.is_dir():
         source = ModelSource(path, folder, None)
     else:
-        source = _download(path, revision, components, _CONFIGURATIONS)
+        source = _download(path, revision, components, components)
     source.require_class(denoiser)
     return source
 
@@ -152,11 +161,12 @@ def find_component(path: Path, component: str) -> Path:
 
 
 def _download(
-    name: str, revision: str | None, components: Sequence[str], endings: Sequence[str] = _ALL
+    name: str, revision: str | None, components: Sequence[str], config_alone: Sequence[str]
 ) -> ModelSource:
     # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
     wanted = ["model_index.json"]
     for part in components:
+        endings = _CONFIGURATIONS if part in config_alone else _ALL
         wanted += [f"{part}/*{ending}" for ending in endings]
     page = f"https://huggingface.co/{name}"
     try:

@@ -21,6 +21,7 @@ from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.original_names import OriginalName
 from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle
 from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.single_file import load_single_file
 from halfbyte.trainer.source import ModelSource, resolve
 
 
@@ -73,27 +74,51 @@ class Family(ABC):
         return ("transformer", "vae", *cls.text_components, "scheduler")
 
     @classmethod
-    def open(cls, path: str, revision: str | None, max_sequence_length: int | None) -> Self:
-        """The family at a folder or Hub repository.
+    def open(
+        cls,
+        path: str,
+        revision: str | None,
+        max_sequence_length: int | None,
+        transformer_file: Path | None = None,
+    ) -> Self:
+        """The family at a folder or Hub repository, its transformer's weights from `transformer_file` if given.
 
         Raises RecipeError or HubError, see `source.resolve`; a large file that is missing or cut short is told
         here, and not when an hour of encoding is over.
         """
-        source = resolve(path, revision, cls.components(), cls.denoiser_class.__name__)
+        config_alone = () if transformer_file is None else ("transformer",)
+        source = resolve(path, revision, cls.components(), cls.denoiser_class.__name__, config_alone)
+        large = {"transformer": WEIGHTS_FILE, cls.t5_component: TEXT_WEIGHTS_FILE}
         try:
-            for component, file in (("transformer", WEIGHTS_FILE), (cls.t5_component, TEXT_WEIGHTS_FILE)):
+            for component, file in large.items():
+                if component in config_alone:
+                    continue
                 with ShardedWeights(source.folder / component, file):
                     pass
         except ValueError as error:
             raise RecipeError(f"model.path: {error}") from error
-        return cls(source, max_sequence_length)
+        family = cls(source, max_sequence_length)
+        if transformer_file is not None:
+            family.take_transformer(transformer_file)
+        return family
 
     def __init__(self, source: ModelSource, max_sequence_length: int | None) -> None:
         self.source = source
         self.denoiser_config = source.config("transformer")
         self.vae_config = source.config("vae")
         self.scheduler_config = source.config("scheduler")
+        self.transformer_file: Path | None = None
         self.max_sequence_length = max_sequence_length or self.default_sequence_length()
+
+    def take_transformer(self, file: Path) -> None:
+        """Has `load_denoiser` read the weights from a file that names layers as the model's authors do.
+
+        Raises RecipeError where the family knows no such files.
+        """
+        raise RecipeError(
+            f"model.transformer: {file}: single files are read for flux alone; expected null, with the transformer in"
+            " the folder of model.path"
+        )
 
     @abstractmethod
     def default_sequence_length(self) -> int:
@@ -147,7 +172,18 @@ class Family(ABC):
         """
         denoiser: nn.Module
         try:
-            if cache is None or recipe is None:
+            if self.transformer_file is not None:
+                denoiser = load_single_file(
+                    self.denoiser_class,
+                    self.transformer_file,
+                    self.denoiser_config,
+                    self.original_names(),
+                    recipe,
+                    dtype=dtype,
+                    device=device,
+                    progress=progress,
+                )
+            elif cache is None or recipe is None:
                 denoiser = load_quantized(
                     self.denoiser_class,
                     self.source.folder / "transformer",
@@ -161,7 +197,8 @@ class Family(ABC):
                     self.denoiser_class, self.source, recipe, dtype=dtype, device=device, progress=progress
                 )
         except ValueError as error:
-            raise RecipeError(f"model.path: {error}") from error
+            setting = "model.path" if self.transformer_file is None else "model.transformer"
+            raise RecipeError(f"{setting}: {error}") from error
         free_unused(device)
         return denoiser.requires_grad_(False)
 

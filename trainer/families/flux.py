@@ -1,12 +1,14 @@
 """FLUX.1: dev, schnell and what shares their transformer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from halfbyte.quant.single_file import SingleFile
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
@@ -85,6 +87,14 @@ class Flux(Family):
     def original_names(self) -> tuple[OriginalName, ...]:
         """See `flux_names`."""
         return tuple(flux_names(self.denoiser_config))
+
+    def take_transformer(self, file: Path) -> None:
+        """See `Family.take_transformer`; a damaged file is told here."""
+        try:
+            with SingleFile(file):
+                self.transformer_file = file
+        except ValueError as error:
+            raise RecipeError(f"model.transformer: {error}") from error
 
     def block_kinds(self) -> tuple[tuple[str, ...], ...]:
         """Dual and single blocks."""
