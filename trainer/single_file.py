@@ -50,7 +50,8 @@ def load_single_file(
     if recipe is not None:
         convert(model, recipe)
         model.register_to_config(quantization_config=quantization_config(recipe))
-    with SingleFile(file) as weights:
+    weights = SingleFile(file)
+    with weights:
         scales = _rename(weights, file, names)
         swapped = {part for original in names if original.swapped for part in original.parts}
 
