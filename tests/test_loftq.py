@@ -178,8 +178,11 @@ def test_a_base_that_is_quantized_already_is_refused(mini_flux, tmp_path):
         (["quant.type=none"], "lora.init=loftq: got loftq"),
         (["quant.type=int8"], "lora.init=loftq: got loftq"),
         (["lora.dora=true"], "lora.init=loftq: got loftq"),
+        (["lora.init_from=."], "lora.init=loftq: got loftq"),
+        (["model.transformer=./run.yaml"], "lora.init=loftq: got loftq"),
     ],
 )
-def test_other_bases_are_refused(mini_flux, tmp_path, settings, said):
+def test_other_bases_are_refused(mini_flux, tmp_path, monkeypatch, settings, said):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(HalfbyteError, match=said):
         run_here(write_recipe(tmp_path, mini_flux), "lora.init=loftq", *settings)

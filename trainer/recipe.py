@@ -58,6 +58,11 @@ class Recipe(Section):
             raise conflict(
                 "lora.init", f"got loftq, expected gaussian or kaiming where quant.type is {self.quant.type}"
             )
+        if self.lora.init == "loftq" and self.model.transformer is not None:
+            # It reads the weights a second time, from the folder's own files.
+            raise conflict(
+                "lora.init", "got loftq, expected gaussian or kaiming where model.transformer is given"
+            )
         return self
 
     @model_validator(mode="after")
