@@ -10,7 +10,6 @@ from torch import Tensor
 
 from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.row_chunks_triton import (
-    Schedule,
     add_up,
     load_chunk,
     partial_sums,
@@ -19,9 +18,6 @@ from halfbyte.kernels.row_chunks_triton import (
     store_chunk,
     target,
 )
-
-_BACKWARD = Schedule(programs=660, stages=3)
-_SUMMING = Schedule(programs=264, stages=3)
 
 
 @triton.jit
@@ -43,7 +39,6 @@ def _kernel(
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -53,7 +48,7 @@ def _kernel(
         gates = gates + (load_chunk(gate + batch * gate_batch, chunk, WIDTH, CHUNK),)
         if SUMS:
             dgates = dgates + (tl.zeros((CHUNK,), tl.float32),)
-    for row in tl.range(first, rows, tl.num_programs(0), num_stages=STAGES):
+    for row in range(first, rows, tl.num_programs(0)):
         new_dgates = ()
         for chunk in tl.static_range(CHUNKS):
             grad = load_chunk(dy + batch * dy_batch + row * DY_ROW, chunk, WIDTH, CHUNK)
@@ -80,7 +75,6 @@ def _backward(
     update: Tensor | None,
     dupdate: Tensor,
     sums: Tensor | None,
-    schedule: Schedule,
 ) -> None:
     """Fills dupdate with gate * dy, and each program's sum of update * dy where asked for."""
     dy, gate = readable(dy), readable(gate)
@@ -90,7 +84,7 @@ def _backward(
         return
     tile = row_tile(width)
     _launch(
-        (min(rows, schedule.programs), batch, 1),
+        (rows if sums is None else sums.shape[1], batch, 1),
         (
             dy,
             gate,
@@ -111,7 +105,6 @@ def _backward(
             sums is not None,
             tile.chunk,
             tile.chunks,
-            schedule.stages,
         ),
         num_warps=tile.warps,
     )
@@ -120,7 +113,7 @@ def _backward(
 def gated_residual_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
     """`elementwise_reference.gated_residual_backward` in one launch."""
     dupdate = target(out, dy)
-    _backward(dy, gate, None, dupdate, None, _BACKWARD)
+    _backward(dy, gate, None, dupdate, None)
     return dupdate
 
 
@@ -129,7 +122,6 @@ def gated_residual_grads(
 ) -> tuple[Tensor, Tensor]:
     """`elementwise_reference.gated_residual_grads` in one launch and one for the sum."""
     dupdate = target(out, dy)
-    sums = partial_sums(dy, min(dy.shape[1], _SUMMING.programs))
-    _backward(dy, gate, update, dupdate, sums, _SUMMING)
-    (dgate,) = add_up((sums,), gate.dtype)
-    return dupdate, dgate
+    sums = partial_sums(dy)
+    _backward(dy, gate, update, dupdate, sums)
+    return dupdate, add_up(sums, gate.dtype)

@@ -17,7 +17,6 @@ from torch import Tensor
 from halfbyte.kernels.elementwise_reference import FP16_LARGEST
 from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.row_chunks_triton import (
-    Schedule,
     add_up,
     load_chunk,
     partial_sums,
@@ -27,10 +26,6 @@ from halfbyte.kernels.row_chunks_triton import (
     store_chunk,
     target,
 )
-
-_FORWARD = Schedule(programs=660, stages=3)
-_BACKWARD = Schedule(programs=660, stages=3)
-_SUMMING = Schedule(programs=264, stages=3)
 
 _LARGEST = tl.constexpr(FP16_LARGEST)
 
@@ -63,7 +58,6 @@ def _forward_kernel(
     CLIP: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -76,7 +70,7 @@ def _forward_kernel(
         if NORM:
             scales = scales + (1 + load_chunk(scale + batch * scale_batch, chunk, WIDTH, CHUNK),)
             shifts = shifts + (load_chunk(shift + batch * shift_batch, chunk, WIDTH, CHUNK),)
-    for row in tl.range(first, rows, tl.num_programs(0), num_stages=STAGES):
+    for row in range(first, rows, tl.num_programs(0)):
         values = ()
         for chunk in tl.static_range(CHUNKS):
             value = load_chunk(x + batch * x_batch + row * X_ROW, chunk, WIDTH, CHUNK)
@@ -125,7 +119,6 @@ def _backward_kernel(
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -140,7 +133,7 @@ def _backward_kernel(
         if SUMS:
             dscales = dscales + (tl.zeros((CHUNK,), tl.float32),)
             dshifts = dshifts + (tl.zeros((CHUNK,), tl.float32),)
-    for row in tl.range(first, rows, tl.num_programs(0), num_stages=STAGES):
+    for row in range(first, rows, tl.num_programs(0)):
         out = (batch * rows + row) * WIDTH
         values = ()
         grads = ()
@@ -205,7 +198,7 @@ def _forward(
         return
     tile = row_tile(width)
     _launch_forward(
-        (min(rows, _FORWARD.programs), batch, 1),
+        (rows, batch, 1),
         (
             source,
             gate,
@@ -235,7 +228,6 @@ def _forward(
             clip and x.dtype == torch.float16,
             tile.chunk,
             tile.chunks,
-            _FORWARD.stages,
         ),
         num_warps=tile.warps,
     )
@@ -282,7 +274,6 @@ def _backward(
     eps: float,
     dupdate: Tensor | None,
     sums: Sequence[Tensor],
-    schedule: Schedule,
 ) -> Tensor:
     """dx; fills dupdate with gate * dx where there is a gate, and each program's sums for dscale and dshift."""
     dy, x, scale = readable(dy), readable(x), readable(scale)
@@ -295,7 +286,7 @@ def _backward(
         return dx
     tile = row_tile(width)
     _launch_backward(
-        (min(rows, schedule.programs), batch, 1),
+        (sums[0].shape[1] if sums else rows, batch, 1),
         (
             dy,
             x,
@@ -325,7 +316,6 @@ def _backward(
             bool(sums),
             tile.chunk,
             tile.chunks,
-            schedule.stages,
         ),
         num_warps=tile.warps,
     )
@@ -336,17 +326,16 @@ def layer_norm_modulate_backward(
     dy: Tensor, x: Tensor, scale: Tensor, residual_grad: Tensor | None, eps: float
 ) -> Tensor:
     """`elementwise_reference.layer_norm_modulate_backward` in one launch."""
-    return _backward(dy, x, scale, residual_grad, None, eps, None, (), _BACKWARD)
+    return _backward(dy, x, scale, residual_grad, None, eps, None, ())
 
 
 def layer_norm_modulate_grads(
     dy: Tensor, x: Tensor, scale: Tensor, residual_grad: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`elementwise_reference.layer_norm_modulate_grads` in one launch and one for the sums."""
-    sums = tuple(partial_sums(x, min(x.shape[1], _SUMMING.programs)) for _ in range(2))
-    dx = _backward(dy, x, scale, residual_grad, None, eps, None, sums, _SUMMING)
-    dscale, dshift = add_up(sums, scale.dtype)
-    return dx, dscale, dshift
+    """`elementwise_reference.layer_norm_modulate_grads` in one launch and one for each sum."""
+    sums = partial_sums(x), partial_sums(x)
+    dx = _backward(dy, x, scale, residual_grad, None, eps, None, sums)
+    return dx, add_up(sums[0], scale.dtype), add_up(sums[1], scale.dtype)
 
 
 def gated_norm_backward(
@@ -360,4 +349,4 @@ def gated_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """`elementwise_reference.gated_norm_backward` in one launch."""
     dupdate = target(out, y)
-    return _backward(dnormed, y, scale, residual_grad, gate, eps, dupdate, (), _BACKWARD), dupdate
+    return _backward(dnormed, y, scale, residual_grad, gate, eps, dupdate, ()), dupdate

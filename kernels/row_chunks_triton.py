@@ -1,7 +1,7 @@
 """What the CUDA kernels over a stream's rows share: a row in chunks that stay in registers, and sums over rows.
 
-A program goes through every so many-th row, the next ones on their way to shared memory while it works on one: that
-keeps enough bytes in flight, and modulation is loaded once. A sum over rows is made in two stages, the same in every
+A program takes one row: at FLUX's shapes that is faster than several one after the other, for which modulation would
+be loaded once. Only a sum over rows has few programs with many rows each. It is made in two stages, the same in every
 run: one sum a program, then the sum of those.
 """
 
@@ -16,14 +16,8 @@ from halfbyte.kernels.launch import Launcher
 
 _LANE_VALUES = 8  # 16 bytes of a 16-bit type: what a lane loads at once
 _CHUNKS = (256, 512, 1024, 2048, 4096)
-_MOST_CHUNKS = 8
-
-
-class Schedule(NamedTuple):
-    """How a kernel goes over the rows: the most programs there are, and how many rows each has under way."""
-
-    programs: int
-    stages: int
+_MOST_CHUNKS = 4  # of more, a lane's registers leave too few programs on a multiprocessor
+_MOST_SUMS = 264  # programs that leave a sum each: two on each of an H200's 132 multiprocessors
 
 
 class RowTile(NamedTuple):
@@ -71,23 +65,15 @@ def row_statistics(values, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS
 
 @triton.jit
 def _sum_kernel(
-    first_sums,
-    second_sums,
-    first,
-    second,
+    sums,
+    out,
     count,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """first and second (B, D) of sums (B, count, D)."""
+    """out (B, D) of sums (B, count, D)."""
     batch = tl.program_id(1).to(tl.int64)
-    if tl.program_id(2) == 0:
-        sums = first_sums
-        out = first
-    else:
-        sums = second_sums
-        out = second
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     total = tl.zeros((DEPTH, TILE), tl.float32)
     for start in range(0, count, DEPTH):
@@ -125,20 +111,20 @@ def target(out: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
-def partial_sums(stream: Tensor, programs: int) -> Tensor:
-    """Room for a sum (D,) fp32 of each program and sample of a stream (B, S, D): (B, programs, D)."""
-    batch, _, width = stream.shape
-    return torch.empty((batch, programs, width), dtype=torch.float32, device=stream.device)
+def partial_sums(stream: Tensor) -> Tensor:
+    """Room for a sum (D,) fp32 of each program over the rows of a stream (B, S, D): (B, programs, D)."""
+    batch, rows, width = stream.shape
+    return torch.empty((batch, min(rows, _MOST_SUMS), width), dtype=torch.float32, device=stream.device)
 
 
-def add_up(sums: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Each of one or two sums (B, programs, D) over its programs: (B, D) in `dtype`."""
-    batch, count, width = sums[0].shape
-    out = tuple(torch.empty((batch, width), dtype=dtype, device=sums[0].device) for _ in sums)
-    if out[0].numel():
+def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (B, programs, D) over the programs: (B, D) in `dtype`."""
+    batch, count, width = sums.shape
+    out = torch.empty((batch, width), dtype=dtype, device=sums.device)
+    if out.numel():
         _launch_sum(
-            (triton.cdiv(width, 32), batch, len(sums)),
-            (sums[0], sums[-1], out[0], out[-1], count),
+            (triton.cdiv(width, 32), batch, 1),
+            (sums, out, count),
             (width, 64, 32),
             num_warps=4,
         )
