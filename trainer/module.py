@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -124,6 +124,11 @@ class DiffusionModule(LightningModule):
         loss = self.loss(batch)
         self.losses.append(loss.detach())
         return loss
+
+    def cpu(self) -> Self:
+        """Stays where it is. Lightning calls this when training ends: the base would be copied to the host, 6 GB of
+        it, and the last samples drawn with a model that is no longer on their device."""
+        return self
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Lightning's hook."""
