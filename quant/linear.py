@@ -12,7 +12,7 @@ from halfbyte.kernels.tracing import is_differentiated
 from halfbyte.quant.autocast import without_autocast
 from halfbyte.quant.nf4 import QuantSpec, QuantState, dequantize, quantize
 from halfbyte.quant.packing import STATISTICS, pack_state, unpack_state
-from halfbyte.quant.quantized_linear import QuantizedLinear, QuantizedParameter
+from halfbyte.quant.quantized_layer import QuantizedLayer, QuantizedParameter
 
 
 class Params4bit(QuantizedParameter):
@@ -72,7 +72,7 @@ def packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
     )
 
 
-class Linear4bit(QuantizedLinear):
+class Linear4bit(QuantizedLayer):
     """The layer with a 4-bit weight: NF4 or FP4."""
 
     weight: Params4bit

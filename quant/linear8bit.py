@@ -17,7 +17,7 @@ from halfbyte.quant.int8 import (
     quantize,
     unpack_scales,
 )
-from halfbyte.quant.quantized_linear import QuantizedLinear, QuantizedParameter
+from halfbyte.quant.quantized_layer import QuantizedLayer, QuantizedParameter
 
 
 class Int8Params(QuantizedParameter):
@@ -58,7 +58,7 @@ class _FrozenLinear8bit(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None
 
 
-class Linear8bit(QuantizedLinear):
+class Linear8bit(QuantizedLayer):
     """The layer with an int8 weight."""
 
     weight: Int8Params

@@ -59,7 +59,7 @@ class QuantizedParameter(nn.Parameter):
         return super().nelement() + (0 if self.statistics is None else self.statistics.nbytes)
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLayer(nn.Linear):
     """An nn.Linear with a quantized weight; adapters of PEFT and diffusers take it for the linear layer it is.
 
     It starts on meta with no values. `quantize` fills it from a floating-point weight, `load_packed` from codes, and
