@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 _STATUS = Path("/proc/self/status")
-_SAMPLE_SECONDS = 0.01
+_SAMPLE_SECONDS = 0.05
 
 
 @dataclass
@@ -119,6 +119,7 @@ def start(
         from halfbyte.trainer import run
         from halfbyte.trainer.callbacks import Recorder
         from halfbyte.trainer.cli import _quieten_libraries
+        from halfbyte.trainer.families.base import Family
         from halfbyte.trainer.launch import read_world
         from halfbyte.trainer.recipe import load_recipe
 
@@ -136,13 +137,6 @@ def start(
 
         return call
 
-    def first_step(recorder: Recorder, trainer: Any, module: Any) -> None:
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        measured["seconds"] = time.perf_counter() - began
-        measured["finite"] = all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
-        raise _FirstStep
-
     prepare = run.prepare
 
     def within_budget(*arguments: Any, **options: Any) -> Any:
@@ -155,18 +149,35 @@ def start(
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    load = run.load_denoiser
+    load, load_base = run.load_denoiser, Family.load_denoiser
 
     def load_denoiser(*arguments: Any, **options: Any) -> Any:
-        loaded = load(*arguments, **options)
+        """In two phases: the base, and everything that is put on it."""
+        with ExitStack() as rest:
+
+            def base(*base_arguments: Any, **base_options: Any) -> Any:
+                with watch.phase("transformer"):
+                    denoiser = load_base(*base_arguments, **base_options)
+                rest.enter_context(watch.phase("adapters"))
+                return denoiser
+
+            with patch.object(Family, "load_denoiser", base):
+                loaded = load(*arguments, **options)
         measured["bytes"] = loaded.footprint
         return loaded
+
+    def first_step(recorder: Recorder, trainer: Any, module: Any) -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        measured["seconds"] = time.perf_counter() - began
+        measured["finite"] = all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad)
+        raise _FirstStep
 
     try:
         with (
             patch.object(run, "prepare", watched("encode", within_budget)),
             patch.object(run, "choose_attention", watched("attention", run.choose_attention)),
-            patch.object(run, "load_denoiser", watched("transformer", load_denoiser)),
+            patch.object(run, "load_denoiser", load_denoiser),
             patch.object(run, "fit", watched("first step", run.fit)),
             patch.object(Recorder, "on_step_end", first_step),
         ):

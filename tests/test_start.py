@@ -12,7 +12,7 @@ from safetensors import safe_open
 from runs import write_pictures
 
 ROOT = Path(__file__).parent.parent
-PHASES = ("import", "encode", "attention", "transformer", "first step")
+PHASES = ("import", "encode", "attention", "transformer", "adapters", "first step")
 OVERRIDES = [
     "data.resolution=64",
     "model.max_sequence_length=24",
