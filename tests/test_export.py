@@ -9,8 +9,11 @@ from diffusers import FluxTransformer2DModel
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 from typer.testing import CliRunner
 
+from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.load_text_encoder import load_text_encoder
 from halfbyte.trainer import export, self_check
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.cli import app
@@ -202,6 +205,28 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(run, tmp_pat
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(RecipeError, match="no checkpoint yet"):
         request(run, check=False)
+
+
+def test_the_text_encoder_is_one_that_stock_transformers_loads(run, mini_flux):
+    request(run, text_encoder=True, check=False)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        packed = T5EncoderModel.from_pretrained(
+            run / "text_encoder_2", dtype=torch.float32, device_map={"": "cpu"}
+        ).eval()
+        for module in packed.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.train()  # bitsandbytes' eval forward repacks weights on some CPUs
+        ours = load_text_encoder(
+            T5EncoderModel,
+            mini_flux / "text_encoder_2",
+            QuantRecipe("nf4"),
+            dtype=torch.bfloat16,
+            device="cpu",
+        )
+        assert "Linear4bit" in {type(module).__name__ for module in packed.modules()}
+        theirs, expected = packed(tokens)[0].float(), ours(tokens)[0].float()
+    assert (theirs - expected).norm() / expected.norm() < 0.02
 
 
 def test_one_format_alone(run):

@@ -86,6 +86,9 @@ def export_command(
         bool,
         typer.Option("--merged", help="Also the transformer with the adapter merged in, quantized again."),
     ] = False,
+    text_encoder: Annotated[
+        bool, typer.Option("--text-encoder", help="Also T5, the large text encoder, in NF4.")
+    ] = False,
     self_check: Annotated[
         bool, typer.Option(help="Have stock diffusers load the export and compare predictions.")
     ] = True,
@@ -109,7 +112,7 @@ def export_command(
         from halfbyte.trainer.lora_formats import named_formats
 
         wanted = None if formats is None else named_formats(formats)
-        request = ExportRequest(checkpoint, wanted, base, merged, self_check)
+        request = ExportRequest(checkpoint, wanted, base, merged, text_encoder, self_check)
         for line in exported_lines(export_run(run, request, world, Console(soft_wrap=True))):
             typer.echo(line)
     except HalfbyteError as error:
@@ -135,7 +138,7 @@ def plan_command(
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        settings = load_recipe(recipe, overrides or [])
+        settings = load_recipe(recipe, overrides or [], pictures_needed=False)
         _quieten_libraries()
         # Slow to import, as above.
         from halfbyte.trainer.plan_fit import parse_budget

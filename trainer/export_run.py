@@ -41,6 +41,7 @@ from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
+from halfbyte.trainer.text_encoder_export import write_text_encoder
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class ExportRequest:
     formats: Sequence[LoraFormat] | None = None  # None: as the recipe says
     base: bool = False
     merged: bool = False
+    text_encoder: bool = False  # T5, in NF4
     check: bool = True
 
 
@@ -86,6 +88,12 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         formats = recipe.output.formats if request.formats is None else tuple(request.formats)
         settings = ExportSettings(recipe.output.dir.name, formats, request.base, request.check)
         exported = export_saved(family, denoiser, adapter_file, target, settings)
+        if request.text_encoder:
+            component = target.root / family.t5_component
+            console.print(f"quantizing T5 into {component}", highlight=False)
+            with work_folder(component) as work:
+                write_text_encoder(family.source.folder / family.t5_component, work, world.device)
+                put_in_place(work, component)
         if request.merged:
             assert denoiser is not None
             _export_merged(denoiser, adapter, target, console)

@@ -1,0 +1,50 @@
+"""The large text encoder, T5, packed in NF4 as the folder that stock transformers reads with bitsandbytes."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import T5EncoderModel
+
+from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.load import read_config
+from halfbyte.quant.load_text_encoder import load_text_encoder
+from halfbyte.quant.serialize import (
+    CONFIG_FILE,
+    DEFAULT_SHARD_BYTES,
+    quantization_config,
+    split_statistic,
+)
+from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, write_text, write_weights
+from halfbyte.trainer.errors import RecipeError
+
+
+def write_text_encoder(source: Path, folder: Path, device: torch.device) -> None:
+    """Quantizes the T5 in `source` on `device` and writes it into `folder`, which is empty.
+
+    Raises RecipeError where it is damaged, or quantized already.
+    """
+    recipe = QuantRecipe("nf4", compute_dtype=torch.bfloat16)
+    try:
+        config = read_config(source)
+        if "quantization_config" in config:
+            raise RecipeError(f"--text-encoder: {source} is quantized already; use it as it is")
+        model = load_text_encoder(T5EncoderModel, source, recipe, dtype=torch.bfloat16, device=device)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from error
+    groups: dict[str, dict[str, Tensor]] = {}
+    written: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        statistic = split_statistic(name)
+        # The embedding is in the state under two names.
+        if statistic is None and tensor.data_ptr() in written:
+            continue
+        written.add(tensor.data_ptr())
+        groups.setdefault(name if statistic is None else statistic[0], {})[name] = tensor
+    config |= {"quantization_config": quantization_config(recipe), "dtype": "bfloat16"}
+    config.pop("_name_or_path", None)
+    write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", folder / CONFIG_FILE)
+    write_weights(
+        groups.values(), folder, max_shard_bytes=DEFAULT_SHARD_BYTES, weights_file=TEXT_WEIGHTS_FILE
+    )
