@@ -27,6 +27,7 @@ from halfbyte.trainer.denoiser import add_adapters, block_settings
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.rehearsal import training_module
+from halfbyte.trainer.run_plan import Planner
 from halfbyte.trainer.samples import Batch
 
 _RECIPES = Path(__file__).parent.parent / "recipes"
@@ -145,6 +146,30 @@ def measure(models: list[str]) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
+def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each setting that was measured: what was foretold, and by how much it was wrong."""
+    planners: dict[str, Planner] = {}
+    errors = []
+    for row in rows:
+        if "vae" in row:
+            continue
+        setting = Setting(**{name: row[name] for name in Setting._fields})
+        recipe = setting.recipe()
+        if setting.model not in planners:
+            planners[setting.model] = Planner(recipe, bench_train.family_of(setting.model))
+        planner = planners[setting.model]
+        assert planner.size(recipe) == (setting.px, setting.px), "the recipe's pictures fill no square"
+        foretold = planner.training_bytes(recipe) / _GIB
+        errors.append(foretold / row["peak"] - 1)
+        told = " ".join((setting.optimizer, setting.attention, *setting.extra))
+        yield (
+            f"{setting.model:11} {setting.px:4} px batch {setting.batch} rank {setting.rank:2}"
+            f" {setting.checkpointing:9} {row['peak']:7.2f} {foretold:7.2f} {100 * errors[-1]:+5.1f} %  {told}"
+        )
+    worst = max(errors, key=abs)
+    yield f"{len(errors)} settings, largest error {100 * worst:+.1f} %"
+
+
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -189,6 +214,9 @@ def main() -> None:
             with arguments.file.open("a") as file:
                 file.write(line + "\n")
         return
+    print(f"{'':39}    GiB: measured, foretold")
+    for line in compare([json.loads(line) for line in arguments.file.read_text().splitlines()]):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

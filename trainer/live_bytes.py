@@ -52,6 +52,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.flops = 0
+        self.calls = 0  # operations, views among them
         self.host = 0  # bytes made within `on_host`
         self._device_type = device_type
         self._blocks: list[_Block] = []
@@ -84,6 +85,7 @@ class LiveBytes(TorchDispatchMode):
     def restart(self) -> None:
         """Forgets the peak and the work so far."""
         self.flops = 0
+        self.calls = 0
         self._note(0)
 
     @property
@@ -117,6 +119,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         name = func.name()
+        self.calls += 1
         self.flops += work(name, args, result)
         own = inside(name, args, result)
         if self.now + own > self._peak:

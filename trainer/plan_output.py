@@ -40,8 +40,8 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         for part in _parts(phase.host):
             yield f"  {part:36}{'':10}{_gib(phase.host[part]):>10}"
     yield (
-        f"each phase also counts {CONTEXT_BYTES // MIB} MiB of the device for its context, {100 * SLACK:.0f} % for"
-        f" gaps, and {PROCESS_BYTES // MIB} MiB of the host for the process"
+        f"each phase also counts {CONTEXT_BYTES // MIB} MiB of the device for its context and {100 * SLACK:.0f} % for"
+        f" gaps, both assumed, and {PROCESS_BYTES // MIB} MiB of the host for the process"
     )
     yield f"largest: {plan.largest.name}, {plan.largest.device_bytes / GIB:.1f} GB; fits {smallest_card(plan)}"
     width, height = plan.size
@@ -50,7 +50,8 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     step, whole = plan.seconds(MEASURED_RATE)
     yield (
         f"an estimate: {step:.2f} s a step, {_duration(whole)} in all, from {plan.step_flops / 1e12:.0f} TFLOP a step"
-        f" at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached; small steps and other cards are slower"
+        f" at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached, or {plan.step_calls} operations where its"
+        " processor took longer; other machines differ"
     )
     yield from plan.notes
 
@@ -112,6 +113,7 @@ def _json(plan: RunPlan, fitted: Fit | None, budget: int | None) -> str:
         "pictures": plan.pictures,
         "pictures_seen": plan.seen,
         "step_flops": plan.step_flops,
+        "step_calls": plan.step_calls,
         "seconds_a_step": plan.seconds(MEASURED_RATE)[0],
         "seconds": plan.seconds(MEASURED_RATE)[1],
         "rate_tflops": MEASURED_RATE,

@@ -160,11 +160,12 @@ def _unwrapped(node: Any) -> Any:
     }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True) -> Recipe:
     """Reads a recipe file and applies `section.field=value` overrides.
 
     Raises RecipeError with one line for every problem, each with its file and line: what cannot be read, what
-    the schema refuses, settings that contradict each other, and folders named there that do not exist.
+    the schema refuses, settings that contradict each other, and folders named there that do not exist (data.path
+    only where `pictures_needed`).
     """
     document = read(path)
     tree = SchemaTree(json_schema())
@@ -175,7 +176,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             document.data.pop(section, None)
             if not tree.variants(node):
                 document.data[section] = {}
-    resolve_folders(document)
+    resolve_folders(document, pictures_needed=pictures_needed)
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:

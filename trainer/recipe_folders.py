@@ -21,8 +21,10 @@ def is_repository(path: str) -> bool:
     return _HUB_NAME.fullmatch(path) is not None
 
 
-def resolve_folders(document: Document) -> None:
+def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None:
     """Replaces the document's relative paths by absolute ones and notes what is missing.
+
+    Without `pictures_needed` data.path may be, as a plan can do without.
 
     What a run reads is looked for from the recipe file's folder, or from the current one if it was named on
     the command line; what it writes goes under the current folder.
@@ -30,7 +32,7 @@ def resolve_folders(document: Document) -> None:
     _resolve_model(document)
     _resolve(document, ("model", "transformer"), must_exist=True, file=True)
     _resolve(document, ("lora", "init_from"), must_exist=True, file=True)
-    data = _resolve(document, ("data", "path"), must_exist=True)
+    data = _resolve(document, ("data", "path"), must_exist=pictures_needed)
     _resolve(document, ("validation", "path"), must_exist=True)
     _resolve(document, ("sample", "references"), must_exist=True)
     _resolve(document, ("data", "cache_dir"))

@@ -37,6 +37,7 @@ class RehearsedStep:
 
     peak: Peak
     flops: int
+    calls: int  # of operations, by the processor
     kept: int  # bytes that the forward keeps for the backward
     host: int  # bytes of them in the host's memory
 
@@ -93,10 +94,7 @@ class Rehearsal:
         live = LiveBytes()
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
-        settings = block_settings(recipe, _BACKEND)
-        if settings.store is not None:
-            settings = replace(settings, store=_MetaStore(live))
-        self.family.fuse_blocks(self.denoiser, settings)
+        self._fuse(recipe, live)
         module = training_module(recipe, self.family, self.denoiser, self.dtype)
         with live, _autocast(self.dtype):
             batch = self._batch(recipe.train.batch_size, width, height)
@@ -112,22 +110,28 @@ class Rehearsal:
                 self._drop_gradients()
             _backward(loss)
             live.hold([parameter.grad for parameter in self._learning()], GRADIENTS)
-            peak, flops = live.peak, live.flops
+            peak, flops, calls = live.peak, live.flops, live.calls
             self._drop_gradients()
-        return RehearsedStep(peak, flops, kept, live.host)
+        return RehearsedStep(peak, flops, calls, kept, live.host)
 
     def prediction(self, batch_size: int, width: int, height: int) -> RehearsedStep:
         """A forward without gradients, as pictures are drawn and validation is measured."""
         live = LiveBytes()
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
-        self.family.fuse_blocks(self.denoiser, block_settings(self.recipe, _BACKEND))
+        self._fuse(self.recipe, live)
         module = training_module(self.recipe, self.family, self.denoiser, self.dtype)
         with live, _autocast(self.dtype), torch.no_grad():
             batch = self._batch(batch_size, width, height)
             live.restart()
             module.loss(batch)
-        return RehearsedStep(live.peak, live.flops, 0, 0)
+        return RehearsedStep(live.peak, live.flops, live.calls, 0, 0)
+
+    def _fuse(self, recipe: Recipe, live: LiveBytes) -> None:
+        settings = block_settings(recipe, _BACKEND)
+        if settings.store is not None:
+            settings = replace(settings, store=_MetaStore(live))
+        self.family.fuse_blocks(self.denoiser, settings)
 
     def _learning(self) -> list[Any]:
         return [parameter for parameter in self.adapters.values() if parameter.grad is not None]

@@ -28,17 +28,18 @@ from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, Rehearsal, Rehearsed
 GIB = 2**30
 MIB = 2**20
 
-# Measured on an H200 with torch 2.11, CUDA 13: what a process takes on the device before its first tensor, and what
-# cuBLAS keeps for itself, in torch's own count.
+# Assumed, and not measured: what a process takes on the device before its first tensor, and what the allocator's blocks
+# leave unused between them.
 CONTEXT_BYTES = 560 * MIB
-PRODUCTS_BYTES = 32 * MIB
-# The allocator's blocks do not fit without gaps: reserved beyond allocated, as a share.
 SLACK = 0.03
-# Measured in the same way: Python, torch, diffusers and CUDA's part, in a process that has loaded nothing.
+# Measured on an H200 with torch 2.11: what cuBLAS keeps for itself, in torch's own count (of the two threads that call
+# it, forward and backward), and Python, torch and diffusers in a process that has loaded nothing (bench_start.py).
+PRODUCTS_BYTES = 66 * MIB
 PROCESS_BYTES = 1100 * MIB
-# TFLOP/s that the products of a FLUX.1-dev step at 1024 px reached on an H200 (scripts/bench_train.py), everything
-# between them included: 225 TFLOP of a step with full checkpointing in 0.52 s.
-MEASURED_RATE = 430.0
+# On an H200 (scripts/bench_train.py): a FLUX.1-dev step at 1024 px with full checkpointing, 225 TFLOP, took 0.479 s; at
+# 512 px the processor decides, which gave out some 29,000 operations of a step in 0.365 s.
+MEASURED_RATE = 470.0  # TFLOP/s
+SECONDS_A_CALL = 12.6e-6
 MEASURED_ON = "an H200"
 
 
@@ -76,6 +77,7 @@ class RunPlan:
     pictures: int | None  # None: unknown before the pictures are there
     seen: int  # pictures over the whole run, repetitions counted
     step_flops: int
+    step_calls: int
     draws: int  # pictures that are drawn
     draw_flops: int  # for each
     notes: Sequence[str] = field(default=())
@@ -90,8 +92,11 @@ class RunPlan:
         return next(phase for phase in self.phases if phase.name == name)
 
     def seconds(self, rate: float) -> tuple[float, float]:
-        """Of a step, and of the whole run with its drawings, at `rate` TFLOP/s."""
-        step = self.step_flops / (rate * 1e12)
+        """Of a step, and of the whole run with its drawings, at `rate` TFLOP/s.
+
+        Never less than it takes the processor to give the step's operations out.
+        """
+        step = max(self.step_flops / (rate * 1e12), self.step_calls * SECONDS_A_CALL)
         return step, self.steps * step + self.draws * self.draw_flops / (rate * 1e12)
 
 
@@ -103,6 +108,7 @@ class Planner:
         self.family = family
         self._rehearsals: dict[object, Rehearsal] = {}
         self._steps: dict[object, RehearsedStep] = {}
+        self._encoders: dict[object, Phase] = {}
 
     @cached_property
     def pictures(self) -> tuple[int | None, Size, tuple[str, ...]]:
@@ -153,6 +159,7 @@ class Planner:
             pictures=None if count is None else count - held_out,
             seen=train.steps * train.batch_size * train.grad_accumulation,
             step_flops=step.flops * train.grad_accumulation,
+            step_calls=step.calls * train.grad_accumulation,
             draws=drawings * len(recipe.sample.prompts),
             draw_flops=sampling[1] if sampling else 0,
             notes=notes,
@@ -209,16 +216,18 @@ class Planner:
         return Phase("step", largest, {"activations put aside": step.host})
 
     def _encode_texts(self, recipe: Recipe) -> Phase:
-        encoders = text_encoder_bytes(self.family, recipe.model.text_encoder_quant)
-        return Phase(
-            "encode texts",
-            {**encoders, WORKING: text_working_bytes(self.family)},
-            {"read ahead": _READ_AHEAD},
-        )
+        quant = recipe.model.text_encoder_quant
+        if quant not in self._encoders:
+            parts = text_encoder_bytes(self.family, quant) | {WORKING: text_working_bytes(self.family)}
+            self._encoders[quant] = Phase("encode texts", parts, {"read ahead": _READ_AHEAD})
+        return self._encoders[quant]
 
     def _encode_pictures(self, size: Size) -> Phase:
-        weights, working = picture_encoder_bytes(self.family, *size)
-        return Phase("encode pictures", {"vae (fp32)": weights, WORKING: working}, {"vae (fp32)": weights})
+        if size not in self._encoders:
+            weights, working = picture_encoder_bytes(self.family, *size)
+            parts = {"vae (fp32)": weights, WORKING: working}
+            self._encoders[size] = Phase("encode pictures", parts, {"vae (fp32)": weights})
+        return self._encoders[size]
 
     def _load(self, recipe: Recipe) -> Phase:
         rehearsal = self.rehearsal(recipe)

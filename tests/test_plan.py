@@ -1,0 +1,189 @@
+"""`halfbyte plan`: what it says of a run, what it changes to fit a card, and what is said when memory runs out."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from full_size import write_configurations
+from typer.testing import CliRunner
+
+from halfbyte.trainer import plan_fit
+from halfbyte.trainer.cli import app, train_app
+from halfbyte.trainer.errors import OutOfMemory, RecipeError
+from halfbyte.trainer.module import DiffusionModule
+from halfbyte.trainer.plan_fit import cheapest_savings, fit, open_planner, parse_budget
+from halfbyte.trainer.plan_output import fit_lines, plan_lines
+from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.run_plan import CONTEXT_BYTES, GIB, SECONDS_A_CALL, Planner
+
+from runs import run_here, write_recipe
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", "flux")
+
+
+@pytest.fixture(scope="module")
+def planner(flux: Path) -> Planner:
+    """FLUX.1-dev as flux_lora trains it; rehearsed once for all tests."""
+    return open_planner(load_recipe(FOLDER / "flux_lora.yaml", [f"model.path={flux}"]))
+
+
+@pytest.fixture
+def toy(tmp_path: Path, mini_flux: Any) -> Path:
+    return write_recipe(tmp_path, mini_flux)
+
+
+def test_the_plan_of_flux_has_the_known_sizes_and_work(planner: Planner) -> None:
+    plan = planner.plan()
+    step = plan.phase("step")
+    packed = sum(nbytes for part, nbytes in step.device.items() if part.startswith("packed"))
+    # 11.9 billion parameters at 4.127 bits.
+    assert packed / GIB == pytest.approx(5.72, abs=0.02)
+    # 59.5 + 59.5 of linears and 14.9 + 37.2 of attention, and most of the forward again (FIELD.md, section 3).
+    assert 171 < plan.step_flops / 1e12 < 171 + 59.5 + 14.9
+    assert step.device["optimizer state (adamw)"] == pytest.approx(2 * step.device["adapters"], rel=0.01)
+    # The blocks' inputs: 57 of (4608, 3072) in bf16.
+    assert step.device["kept for the backward"] == pytest.approx(57 * 4608 * 3072 * 2, rel=0.05)
+    # T5-XXL in int8 with its embedding in bf16: 4.9 GB.
+    texts = plan.phase("encode texts")
+    assert texts.device["text_encoder_2"] / 1e9 == pytest.approx(4.9, abs=0.05)
+    assert plan.largest is step
+    assert step.device_bytes > step.allocated + CONTEXT_BYTES
+    assert plan.pictures == 20
+    assert plan.seen == planner.recipe.train.steps
+
+
+def test_a_plan_is_read_and_parsed(planner: Planner) -> None:
+    text = "\n".join(plan_lines(planner.plan()))
+    for said in ("encode texts", "packed: attention", "optimizer state (adamw)", "an estimate", "TFLOP"):
+        assert said in text
+    assert "fits 10 GB" in text
+
+
+def test_settings_are_chosen_for_a_card_the_cheapest_first(planner: Planner) -> None:
+    fitted = fit(planner, 8 * GIB)
+    assert fitted.fits
+    assert fitted.plan.largest.device_bytes <= 8 * GIB
+    made = [change.settings[0] for change in fitted.changes]
+    assert made == ["optimizer.name=adamw_8bit", "train.gradient_checkpointing=offload"]
+    assert all(change.cost for change in fitted.changes)
+    assert "fits 8 GB with:" in "\n".join(fit_lines(fitted, 8 * GIB))
+
+
+def test_what_cannot_fit_says_so_with_the_nearest_that_does(toy: Path) -> None:
+    budget = CONTEXT_BYTES
+    fitted = fit(open_planner(load_recipe(toy)), budget)
+    assert not fitted.fits
+    text = "\n".join(fit_lines(fitted, budget))
+    assert text.startswith(f"does not fit {budget / GIB:g} GB")
+    assert "the nearest that does is a card of 4 GB" in text
+
+
+def test_a_recipe_that_fits_is_left_alone(planner: Planner) -> None:
+    fitted = fit(planner, 80 * GIB)
+    assert fitted.recipe == planner.recipe
+    assert list(fit_lines(fitted, 80 * GIB)) == ["fits 80 GB as it is"]
+
+
+def test_single_changes_are_ranked_by_cost_and_save(toy: Path) -> None:
+    planner = open_planner(load_recipe(toy, ["train.gradient_checkpointing=none"]))
+    savings = cheapest_savings(planner)
+    assert len(savings) == 3
+    assert all(saving.saved > 0 for saving in savings)
+    before = planner.training_bytes(planner.recipe)
+    for saving in savings:
+        assert before - planner.training_bytes(saving.change.recipe) == saving.saved
+
+
+def test_a_larger_batch_is_split_before_pictures_shrink(toy: Path) -> None:
+    recipe = load_recipe(toy, ["train.batch_size=4", "optimizer={name: prodigy}"])
+    change = cheapest_savings(open_planner(recipe))[0].change
+    assert change.settings == ["train.batch_size=2", "train.grad_accumulation=4"]
+    assert change.recipe.train.batch_size * change.recipe.train.grad_accumulation == 8
+
+
+@pytest.mark.parametrize(("text", "expected"), [("8GB", 8 * GIB), ("7.5 gb", int(7.5 * GIB)), ("24", None)])
+def test_budgets(text: str, expected: int | None) -> None:
+    if expected is None:
+        with pytest.raises(RecipeError, match="expected a card's memory such as 8GB"):
+            parse_budget(text)
+    else:
+        assert parse_budget(text) == expected
+
+
+def test_the_command_plans_without_pictures(toy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "pictures")
+    result = CliRunner().invoke(app, ["plan", str(toy), "--json"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["pictures"] is None
+    assert any("planned at data.resolution" in note for note in content["notes"])
+    assert {phase["name"] for phase in content["phases"]} >= {"encode texts", "step", "sample", "export"}
+
+
+def test_the_command_fits_and_refuses(toy: Path) -> None:
+    fitted = CliRunner().invoke(app, ["plan", str(toy), "--fit", "8GB"])
+    assert fitted.exit_code == 0, fitted.output
+    assert "fits 8 GB as it is" in fitted.stdout
+    small = CliRunner().invoke(app, ["plan", str(toy), "--fit", "0.1GB", "--json"])
+    assert small.exit_code == 2
+    assert json.loads(small.stdout)["fit"]["fits"] is False
+    wrong = CliRunner().invoke(app, ["plan", str(toy), "--fit", "much"])
+    assert wrong.exit_code == 2
+    assert "--fit: got 'much'" in wrong.output
+
+
+def test_train_can_plan_instead(toy: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(train_app, [str(toy), "--plan"])
+    assert result.exit_code == 0, result.output
+    assert "largest:" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_family_is_refused(toy: Path, mini_sd3: Any) -> None:
+    recipe = load_recipe(toy, [f"model.path={mini_sd3}"])
+    with pytest.raises(RecipeError, match="holds a SD3Transformer2DModel"):
+        open_planner(recipe)
+
+
+def test_out_of_memory_names_the_cheapest_changes_and_keeps_the_checkpoint(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = DiffusionModule.training_step
+
+    def full_at_the_third(self: DiffusionModule, batch: Any, number: int) -> Any:
+        if self.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batch, number)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", full_at_the_third)
+    with pytest.raises(OutOfMemory) as caught:
+        run_here(toy, "train.gradient_checkpointing=none", "train.grad_accumulation=1", "sample.prompts=[]")
+    assert caught.value.exit_code == 6
+    message = str(caught.value)
+    assert "the last checkpoint is whole" in message
+    assert "optimizer.name=adamw_8bit" in message
+    assert "train.gradient_checkpointing=selective" in message
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_the_message_says_where_nothing_is_left_to_change(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_fit, "cheapest_savings", lambda planner: [])
+    recipe: Recipe = load_recipe(toy)
+    assert "a larger card" in plan_fit.out_of_memory(recipe, open_planner(recipe).family)
+
+
+def test_time_is_of_the_products_or_of_the_processor(planner: Planner) -> None:
+    plan = planner.plan()
+    doubled = replace(plan, steps=2 * plan.steps)
+    assert doubled.seconds(100.0)[1] == pytest.approx(2 * plan.seconds(100.0)[1])
+    assert plan.seconds(100.0)[0] == pytest.approx(plan.step_flops / 1e14)
+    assert plan.seconds(1e6)[0] == pytest.approx(plan.step_calls * SECONDS_A_CALL)

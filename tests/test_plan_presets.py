@@ -1,0 +1,36 @@
+"""The recipes for cards of a size: by the plan each fits its card in every phase, and uses what it has."""
+
+import re
+from pathlib import Path
+
+import pytest
+from full_size import write_configurations
+
+from halfbyte.trainer.plan_fit import open_planner
+from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.run_plan import GIB
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+PRESETS = sorted(path for path in FOLDER.glob("*.yaml") if re.search(r"_\d+gb$", path.stem))
+
+
+def test_there_are_presets() -> None:
+    assert {path.stem for path in PRESETS} >= {"flux_8gb", "flux_12gb", "flux_16gb", "flux_24gb"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("full_size")
+    return {name: write_configurations(root / name, name) for name in ("flux", "sd35_large")}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_its_card(path: Path, models: dict[str, Path]) -> None:
+    """With pictures drawn as well: their prompts are the user's, and take nothing from the rest."""
+    model, card = path.stem.rsplit("_", 1)
+    budget = int(card.removesuffix("gb")) * GIB
+    recipe = load_recipe(path, [f"model.path={models[model]}", "sample.prompts=[a dog]"])
+    plan = open_planner(recipe).plan()
+    for phase in plan.phases:
+        assert phase.device_bytes <= budget, phase.name
+    assert plan.largest.device_bytes > 0.7 * budget
