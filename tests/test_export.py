@@ -233,3 +233,13 @@ def test_one_format_alone(run):
     request(run, formats=("comfyui",), check=False)
     names = {p.name for p in (run / "adapter").rglob("*") if p.is_file()}
     assert names == {ADAPTER_FILE, "dog.safetensors"}
+
+
+def test_a_check_that_breaks_off_says_how_to_go_on(run, monkeypatch, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("raise SystemExit('no room on the device')")
+    monkeypatch.setattr(self_check, "_PROGRAM", program)
+    before = listing(run)
+    with pytest.raises(ExportError, match=r"--no-self-check(.|\n)*no room on the device"):
+        request(run)
+    assert listing(run) == before

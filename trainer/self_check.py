@@ -267,6 +267,9 @@ def _answer(work: Path) -> dict[str, Any]:
         raise ExportError(f"export: the self-check took longer than {_TIMEOUT} s and was ended") from error
     if done.returncode != 0:
         last = "\n  ".join(done.stderr.strip().splitlines()[-8:])
-        raise ExportError(f"export: stock diffusers could not load the export:\n  {last}")
+        raise ExportError(
+            "export: stock diffusers could not load the export; nothing was put in place, and the checkpoints are whole"
+            f" (halfbyte export RUN --no-self-check exports them unchecked):\n  {last}"
+        )
     answer: dict[str, Any] = json.loads((work / "answer.json").read_text(encoding="utf-8"))
     return answer
