@@ -85,10 +85,10 @@ _library.impl("qk_norm_rope_backward", _qk_norm_rope_backward, "CompositeExplici
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from halfbyte.kernels import qk_rope_triton
+    from halfbyte.kernels import qk_rope_backward_triton, qk_rope_triton
 
     _library.impl("qk_norm_rope", qk_rope_triton.qk_norm_rope, "CUDA")
-    _library.impl("qk_norm_rope_backward", qk_rope_triton.qk_norm_rope_backward, "CUDA")
+    _library.impl("qk_norm_rope_backward", qk_rope_backward_triton.qk_norm_rope_backward, "CUDA")
 
 
 @torch.library.register_fake("halfbyte::qk_norm_rope", lib=_library)
@@ -252,11 +252,13 @@ def qk_norm_rope_backward(
     if out is not None:
         _check_out(out, streams)
         if eager:
-            qk_rope_triton.qk_norm_rope_backward_into(list(zip(*out, strict=True)), dq, dk, dv, *arguments)
+            qk_rope_backward_triton.qk_norm_rope_backward_into(
+                list(zip(*out, strict=True)), dq, dk, dv, *arguments
+            )
             return list(out)
     run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope_backward.default
     if eager:
-        run = qk_rope_triton.qk_norm_rope_backward
+        run = qk_rope_backward_triton.qk_norm_rope_backward
     grads = run(dq, dk, *arguments)
     count = len(streams)
     dvalues = [part.flatten(2) for part in dv.split(lengths, dim=1)]

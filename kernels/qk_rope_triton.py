@@ -1,4 +1,4 @@
-"""RMSNorm and rope of q and k on CUDA, between the streams' projections and the joint buffers, in one launch.
+"""RMSNorm and rope of q and k on CUDA, from the streams' projections into the joint buffers, in one launch.
 
 A program takes all heads of one token of q, k or v: cos and sin are loaded once for them. A group of heads is a tile,
 with as many groups as the heads fill, so that no lane idles at 24 heads or 38.
@@ -29,7 +29,7 @@ class HeadTile(NamedTuple):
 
 
 @triton.jit
-def _turn(x, cos, sin, GROUP: tl.constexpr, DIM: tl.constexpr, BACK: tl.constexpr):
+def turn(x, cos, sin, GROUP: tl.constexpr, DIM: tl.constexpr, BACK: tl.constexpr):
     """Interleaved pairs (a, b) -> (a cos - b sin, b cos + a sin); `BACK` is the transpose of that."""
     pairs = x * sin if BACK else x
     first, second = tl.split(tl.reshape(pairs, (GROUP, DIM // 2, 2)))
@@ -127,133 +127,14 @@ def _forward_kernel(
                 factor = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
                 x = x * factor[:, None] * weight
             if ROPE:
-                x = _turn(x, cosine, sine, GROUP, DIM, False)
+                x = turn(x, cosine, sine, GROUP, DIM, False)
         tl.store(out + head * HEAD_DIM + column, x.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _backward_kernel(
-    query_grad,
-    key_grad,
-    value_grad,
-    query0,
-    query1,
-    key0,
-    key1,
-    query_norm0,
-    query_norm1,
-    key_norm0,
-    key_norm1,
-    cos,
-    sin,
-    dquery0,
-    dquery1,
-    dkey0,
-    dkey1,
-    dvalue0,
-    dvalue1,
-    first_length,
-    length,
-    query_grad_batch,
-    query_grad_row,
-    query_grad_head,
-    key_grad_batch,
-    key_grad_row,
-    key_grad_head,
-    value_grad_batch,
-    value_grad_row,
-    value_grad_head,
-    query0_batch,
-    query1_batch,
-    key0_batch,
-    key1_batch,
-    out0_batch,
-    out1_batch,
-    eps,
-    QUERY0_ROW: tl.constexpr,
-    QUERY1_ROW: tl.constexpr,
-    KEY0_ROW: tl.constexpr,
-    KEY1_ROW: tl.constexpr,
-    OUT0_ROW: tl.constexpr,
-    OUT1_ROW: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    NORM: tl.constexpr,
-    ROPE: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    token = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    second_stream = token >= first_length
-    row = (token - tl.where(second_stream, first_length, 0)).to(tl.int64)
-    joint = token.to(tl.int64)
-    part = tl.program_id(2)
-    if part == 0:
-        grads = query_grad + batch * query_grad_batch + joint * query_grad_row
-        grad_head = query_grad_head
-        if second_stream:
-            source = query1 + batch * query1_batch + row * QUERY1_ROW
-            norm = query_norm1
-            out = dquery1
-        else:
-            source = query0 + batch * query0_batch + row * QUERY0_ROW
-            norm = query_norm0
-            out = dquery0
-    elif part == 1:
-        grads = key_grad + batch * key_grad_batch + joint * key_grad_row
-        grad_head = key_grad_head
-        if second_stream:
-            source = key1 + batch * key1_batch + row * KEY1_ROW
-            norm = key_norm1
-            out = dkey1
-        else:
-            source = key0 + batch * key0_batch + row * KEY0_ROW
-            norm = key_norm0
-            out = dkey0
-    else:
-        grads = value_grad + batch * value_grad_batch + joint * value_grad_row
-        grad_head = value_grad_head
-        source = key0
-        norm = key_norm0
-        if second_stream:
-            out = dvalue1
-        else:
-            out = dvalue0
-    if second_stream:
-        out += batch * out1_batch + row * OUT1_ROW
-    else:
-        out += batch * out0_batch + row * OUT0_ROW
-    column = tl.arange(0, DIM)[None, :]
-    spread = tl.zeros((GROUP, 1), tl.int32) + column
-    if NORM:
-        weight = tl.load(norm + spread, mask=(spread < HEAD_DIM) & (part < 2), other=0.0).to(tl.float32)
-    if ROPE:
-        cosine = tl.load(cos + joint * HEAD_DIM + spread, mask=(spread < HEAD_DIM) & (part < 2), other=0.0)
-        sine = tl.load(sin + joint * HEAD_DIM + spread, mask=(spread < HEAD_DIM) & (part < 2), other=0.0)
-    for group in tl.static_range(GROUPS):
-        head = group * GROUP + tl.arange(0, GROUP)[:, None]
-        inside = (head < HEADS) & (column < HEAD_DIM)
-        place = grads + head.to(tl.int64) * grad_head + column
-        grad = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        if part < 2:
-            if ROPE:
-                grad = _turn(grad, cosine, sine, GROUP, DIM, True)
-            if NORM:
-                x = tl.load(source + head * HEAD_DIM + column, mask=inside, other=0.0).to(tl.float32)
-                factor = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
-                grad *= weight
-                along = tl.sum(grad * x, axis=1)[:, None] / HEAD_DIM
-                grad = factor * (grad - x * (factor * factor * along))
-        tl.store(out + head * HEAD_DIM + column, grad.to(out.dtype.element_ty), mask=inside)
-
-
 _launch_forward = Launcher(_forward_kernel)
-_launch_backward = Launcher(_backward_kernel)
 
 
-def _tile(heads: int, head_dim: int) -> HeadTile:
+def head_tile(heads: int, head_dim: int) -> HeadTile:
     """The group of heads with the least padding, then the fewest of them."""
     group = min(_GROUPS, key=lambda size: (triton.cdiv(heads, size) * size, -size))
     dim = triton.next_power_of_2(head_dim)
@@ -261,7 +142,7 @@ def _tile(heads: int, head_dim: int) -> HeadTile:
     return HeadTile(group, triton.cdiv(heads, group), dim, warps)
 
 
-def _pair(streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def stream_pair(streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Two readable tensors: of one stream alone, the second is never reached."""
     first = readable(streams[0])
     return first, readable(streams[1]) if len(streams) > 1 else first
@@ -287,13 +168,13 @@ def qk_norm_rope(
     joint = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(3 if values else 2)]
     if joint[0].numel() == 0:
         return joint
-    sources = (*_pair(queries), *_pair(keys), *_pair(values or keys))
-    tile = _tile(heads, head_dim)
+    sources = (*stream_pair(queries), *stream_pair(keys), *stream_pair(values or keys))
+    tile = head_tile(heads, head_dim)
     _launch_forward(
         (length, batch, len(joint)),
         (
             *sources,
-            *((*_pair(query_norms), *_pair(key_norms)) if query_norms else sources[:4]),
+            *((*stream_pair(query_norms), *stream_pair(key_norms)) if query_norms else sources[:4]),
             like if cos is None else cos,
             like if sin is None else sin,
             joint[0],
@@ -317,98 +198,3 @@ def qk_norm_rope(
         num_warps=tile.warps,
     )
     return joint
-
-
-def qk_norm_rope_backward(
-    dq: Tensor,
-    dk: Tensor,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    query_norms: Sequence[Tensor],
-    key_norms: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    """The gradients of the streams' queries, then of their keys, contiguous (B, S_i, H*D_h)."""
-    out = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (*queries, *keys)]
-    count = len(queries)
-    _backward(dq, dk, None, queries, keys, query_norms, key_norms, cos, sin, eps, (out[:count], out[count:]))
-    return out
-
-
-def qk_norm_rope_backward_into(
-    out: Sequence[Sequence[Tensor]],
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    query_norms: Sequence[Tensor],
-    key_norms: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> None:
-    """The gradients of the streams' queries, keys and values into `out`, where one stream's have the same strides."""
-    _backward(dq, dk, dv, queries, keys, query_norms, key_norms, cos, sin, eps, out)
-
-
-def _backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor | None,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    query_norms: Sequence[Tensor],
-    key_norms: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-    out: Sequence[Sequence[Tensor]],
-) -> None:
-    """Fills out[part][stream]; of the values where they are given."""
-    batch, length, heads, head_dim = dq.shape
-    if dq.numel() == 0:
-        return
-    dq, dk = readable(dq), readable(dk)
-    value_grad = dk if dv is None else readable(dv)
-    sources = (*_pair(queries), *_pair(keys))
-    targets = [stream for part in out for stream in (part[0], part[-1])]
-    tile = _tile(heads, head_dim)
-    _launch_backward(
-        (length, batch, len(out)),
-        (
-            dq,
-            dk,
-            value_grad,
-            *sources,
-            *((*_pair(query_norms), *_pair(key_norms)) if query_norms else sources),
-            dq if cos is None else cos,
-            dq if sin is None else sin,
-            *targets,
-            *(targets[:2] if dv is None else ()),
-            queries[0].shape[1],
-            length,
-            *dq.stride()[:3],
-            *dk.stride()[:3],
-            *value_grad.stride()[:3],
-            *(source.stride(0) for source in sources),
-            targets[0].stride(0),
-            targets[1].stride(0),
-            eps,
-        ),
-        (
-            *(source.stride(1) for source in sources),
-            targets[0].stride(1),
-            targets[1].stride(1),
-            heads,
-            head_dim,
-            bool(query_norms),
-            cos is not None,
-            tile.group,
-            tile.groups,
-            tile.dim,
-        ),
-        num_warps=tile.warps,
-    )
