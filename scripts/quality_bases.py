@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from halfbyte.quant.convert import is_skipped, kept_in_fp32, linear_layers
@@ -92,7 +91,7 @@ def _bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
         linear.in_features,
         linear.out_features,
         linear.bias is not None,
-        compute_dtype=torch.bfloat16,
+        compute_dtype=linear.weight.dtype,
         compress_statistics=True,
         quant_type="nf4",
         device="meta",
