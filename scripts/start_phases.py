@@ -1,5 +1,6 @@
 """One start of a training run, watched: seconds, host memory and device memory of each phase up to the first step."""
 
+import gc
 import resource
 import sys
 import threading
@@ -124,6 +125,7 @@ def start(
         from halfbyte.trainer.recipe import load_recipe
 
         _quieten_libraries()
+        gc.freeze()  # as the command does
         recipe = load_recipe(recipe_file, overrides)
         world = read_world()
         if world.device.type == "cuda":

@@ -1,5 +1,6 @@
 """The command line: `train RECIPE [key=value ...]`, and `halfbyte` with everything else."""
 
+import gc
 import logging
 import sys
 import warnings
@@ -57,6 +58,8 @@ def train_command(
         # Slow to import, and a recipe with a mistake should be told at once.
         from halfbyte.trainer.run import run
 
+        # Half a million objects of the libraries, which every full collection would go through again.
+        gc.freeze()
         finished = run(settings, world, console=Console(quiet=not world.leads, soft_wrap=True), resume=resume)
     except HalfbyteError as error:
         _fail(errors, world, str(error), error.exit_code)
