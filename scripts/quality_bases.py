@@ -5,10 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quality_loftq import start_from_error
 from torch import nn
 
 from halfbyte.quant.convert import is_skipped, kept_in_fp32, linear_layers
+from halfbyte.trainer import denoiser as denoiser_module
+from halfbyte.trainer.adapters import ADAPTER, TrainedLayers
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.randomness import generator
+from halfbyte.trainer.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class Base:
     name: str
     settings: Sequence[str]  # over the recipe's
     bitsandbytes: bool = False  # bitsandbytes' layers under stock PEFT instead of ours
+    loftq: bool = False  # the adapters start at the quantization's error
     kept: float = 0.0  # share of the linear weights that stay in bf16, by a skip list
 
 
@@ -44,8 +50,8 @@ STORED = (
 STARTED = (
     _ours("bf16, kaiming", "none", init="kaiming"),
     _ours("nf4, kaiming", "nf4", init="kaiming"),
-    _ours("nf4, loftq", "nf4", init="loftq"),
-    _ours("nf4, scales by mse, loftq", "nf4", _MSE, init="loftq"),
+    replace(_ours("nf4, loftq", "nf4"), loftq=True),
+    replace(_ours("nf4, scales by mse, loftq", "nf4", _MSE), loftq=True),
 )
 
 
@@ -57,11 +63,9 @@ def keeping(name: str, skip: Sequence[str], share: float) -> Base:
 
 @contextmanager
 def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[None]:
-    """Within it, the family loads the transformer as `base` says; `skip` is what bitsandbytes leaves alone."""
-    if not base.bitsandbytes:
-        yield
-        return
+    """Within it, the trainer loads the transformer as `base` says; `skip` is what bitsandbytes leaves alone."""
     load: Callable[..., Any] = family.load_denoiser
+    add: Callable[..., TrainedLayers] = denoiser_module.add_adapters
 
     def load_with_bitsandbytes(self: Family, *arguments: Any, **settings: Any) -> nn.Module:
         denoiser: nn.Module = load(self, *arguments, **settings)
@@ -70,11 +74,23 @@ def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[N
                 denoiser.set_submodule(path, _bitsandbytes_layer(linear))
         return denoiser
 
-    family.load_denoiser = load_with_bitsandbytes  # type: ignore[method-assign]
+    def add_at_the_error(recipe: Recipe, family: Family, denoiser: nn.Module) -> TrainedLayers:
+        trained = add(recipe, family, denoiser)
+        folder = family.source.folder / "transformer"
+        start_from_error(
+            denoiser, folder, ADAPTER, lambda path: generator(recipe.train.seed, f"loftq/{path}")
+        )
+        return trained
+
+    if base.bitsandbytes:
+        family.load_denoiser = load_with_bitsandbytes  # type: ignore[method-assign]
+    if base.loftq:
+        denoiser_module.add_adapters = add_at_the_error
     try:
         yield
     finally:
         family.load_denoiser = load  # type: ignore[method-assign]
+        denoiser_module.add_adapters = add
 
 
 def _bitsandbytes_layer(linear: nn.Linear) -> nn.Module:

@@ -78,20 +78,21 @@ def test_the_whole_bench_on_the_tiny_model(mini_flux, tmp_path, monkeypatch, cap
         "train.grad_accumulation=1",
         "quant.compute_dtype=bfloat16",
     ]
-    options = ["--seeds", "2", "--kinds", "0", "--only", PEER.name]
+    options = ["--seeds", "2", "--kinds", "0", "--only", f"{PEER.name};nf4, loftq"]
     files = ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")]
     monkeypatch.setattr(
         sys, "argv", ["bench_quality.py", "--recipe", str(recipe), *options, *files, *settings]
     )
     bench_quality.main()
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [row["base"] for row in found["trained"]] == [BF16.name, NF4.name, PEER.name]
-    bf16, nf4, peer = found["trained"]
+    assert [row["base"] for row in found["trained"]] == [BF16.name, NF4.name, PEER.name, "nf4, loftq"]
+    bf16, nf4, peer, loftq = found["trained"]
     assert bf16["against_bf16"]["mean"] == 0
     assert bf16["before"] != nf4["before"]
     assert nf4["before"] == pytest.approx(peer["before"], rel=1e-3), "the same codes"
-    assert [run["seed"] for run in found["runs"]] == [0, 1] * 3
+    assert [run["seed"] for run in found["runs"]] == [0, 1] * 4
     assert found["runs"][0]["after"] != found["runs"][1]["after"]
+    assert loftq["before"] != nf4["before"]
     errors = {row["base"]: row["relative"]["mean"] for row in found["untrained"]}
     assert errors[NF4.name] == pytest.approx(errors[PEER.name], rel=0.05)
     assert 0.01 < errors[NF4.name] < 0.5

@@ -1,24 +1,18 @@
 """The start of an adapter at the quantization's error: near the best of its rank, and nearer to the full weights."""
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from quality_loftq import factors_of, start_from_error
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.linear import Linear4bit
-from halfbyte.quant.loftq import factors_of, start_from_error
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, add_lora
-from halfbyte.trainer.errors import HalfbyteError
-from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.randomness import generator
 
 from probe import inputs
-from runs import run_here, write_recipe
 
 CPU = torch.device("cpu")
 
@@ -145,44 +139,8 @@ def test_layers_that_are_not_quantized_keep_their_start(mini_flux):
     )
 
 
-def test_a_run_exports_it_as_a_plain_lora(mini_flux, tmp_path):
-    recipe = write_recipe(tmp_path, mini_flux)
-    settings = ("lora.init=loftq", "train.steps=2", "sample.prompts=[]")
-    folder = run_here(recipe, *settings, "validation.held_out=2")
-    with safe_open(folder / "adapter" / ADAPTER_FILE, "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert metadata["transformer.init_lora_weights"] in (True, "gaussian")
-    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (4, 4)
-    again = run_here(
-        recipe, *settings, "train.steps=1", f"output.dir={tmp_path / 'part'}", "validation.held_out=2"
-    )
-    resumed = run_here(
-        recipe, *settings, f"output.dir={tmp_path / 'part'}", "validation.held_out=2", resume=True
-    )
-    assert again == resumed
-    one, other = (load_file(run / "adapter" / ADAPTER_FILE) for run in (folder, resumed))
-    assert all(one[name].equal(other[name]) for name in one)
-
-
-def test_a_base_that_is_quantized_already_is_refused(mini_flux, tmp_path):
+def test_a_base_without_full_weights_is_refused(mini_flux, tmp_path):
     _, model = adapted(mini_flux, "nf4")
-    recipe = write_recipe(tmp_path, mini_flux)
-    folder = run_here(recipe, "train.steps=1", "train.grad_accumulation=1", "sample.prompts=[]")
+    save_file({"x_embedder.weight": torch.zeros(4, 4)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="full precision"):
-        start_from_error(model, folder / "transformer", ADAPTER, source)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (["quant.type=none"], "lora.init=loftq: got loftq"),
-        (["quant.type=int8"], "lora.init=loftq: got loftq"),
-        (["lora.dora=true"], "lora.init=loftq: got loftq"),
-        (["lora.init_from=."], "lora.init=loftq: got loftq"),
-        (["model.transformer=./run.yaml"], "lora.init=loftq: got loftq"),
-    ],
-)
-def test_other_bases_are_refused(mini_flux, tmp_path, monkeypatch, settings, said):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(HalfbyteError, match=said):
-        run_here(write_recipe(tmp_path, mini_flux), "lora.init=loftq", *settings)
+        start_from_error(model, tmp_path, ADAPTER, source)

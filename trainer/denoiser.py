@@ -1,6 +1,5 @@
 """The transformer of a run: streamed and quantized, with its adapters, ready to train."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,8 @@ from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
-from halfbyte.quant.loftq import start_from_error
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
-from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.families.host_store import HostStore
@@ -21,10 +18,7 @@ from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_start import read_layers, start_from
 from halfbyte.trainer.progress import BYTES, Shown
-from halfbyte.trainer.randomness import generator
 from halfbyte.trainer.recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,23 +59,6 @@ def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
         store=HostStore() if checkpointing == "offload" else None,
         whole=recipe.train.fused_blocks,
         backend=attention,
-    )
-
-
-def _start_from_error(recipe: Recipe, family: Family, denoiser: nn.Module) -> None:
-    try:
-        repair = start_from_error(
-            denoiser,
-            family.source.folder / "transformer",
-            ADAPTER,
-            lambda path: generator(recipe.train.seed, f"loftq/{path}"),
-        )
-    except ValueError as error:
-        raise RecipeError(f"lora.init: loftq: {error}; use gaussian") from error
-    log.info(
-        "the adapters start with %.1f %% of the squared error of %d quantized layers",
-        100 * repair.share,
-        repair.layers,
     )
 
 
@@ -129,8 +106,6 @@ def load_denoiser(
     model: Any = denoiser
     footprint = int(model.get_memory_footprint())
     trained = add_adapters(recipe, family, denoiser)
-    if recipe.lora.init == "loftq":
-        _start_from_error(recipe, family, denoiser)
     has_lengths = False
     if recipe.lora.init_from is not None:
         layers = read_layers(recipe.lora.init_from, family.original_names())

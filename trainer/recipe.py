@@ -53,19 +53,6 @@ class Recipe(Section):
     output: OutputSection
 
     @model_validator(mode="after")
-    def _loftq_has_a_loss_to_start_from(self) -> Self:
-        if self.lora.init == "loftq" and self.quant.type not in ("nf4", "fp4"):
-            raise conflict(
-                "lora.init", f"got loftq, expected gaussian or kaiming where quant.type is {self.quant.type}"
-            )
-        if self.lora.init == "loftq" and self.model.transformer is not None:
-            # It reads the weights a second time, from the folder's own files.
-            raise conflict(
-                "lora.init", "got loftq, expected gaussian or kaiming where model.transformer is given"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
         if self.lr_schedule.warmup_steps > self.train.steps:
             raise conflict(

@@ -172,21 +172,11 @@ class LoraSection(Section):
     targets: Targets = "all-linear"
     """The layers with an adapter: all-linear, attention, a list of module names, or a regular expression over
     whole module names."""
-    init: Literal["gaussian", "kaiming", "loftq"] = "gaussian"
-    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero. loftq: both start
-    at what 4 bits lost of the weight, as far as the rank holds it; the adapter then belongs to the quantized base,
-    and on another one it brings that loss back with the other sign."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
     init_from: FilePath | None = None
     """An adapter to start from instead: a run, or a file or folder of diffusers, PEFT, ComfyUI or kohya. Where the
     run's rank is larger the update is the same; layers without one start as init says. null: none."""
-
-    @model_validator(mode="after")
-    def _loftq_starts_alone(self) -> Self:
-        if self.init == "loftq" and self.dora:
-            raise conflict("init", "got loftq, expected gaussian or kaiming where lora.dora is true")
-        if self.init == "loftq" and self.init_from is not None:
-            raise conflict("init", "got loftq, expected gaussian or kaiming where lora.init_from is given")
-        return self
 
 
 class DataSection(Section):
