@@ -9,6 +9,7 @@ from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.block_parts import BlockSettings, joined
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.flux_blocks import fuse_blocks
+from halfbyte.trainer.families.host_store import HostStore
 
 TEXTS, TOKENS = 6, 16
 
@@ -188,3 +189,16 @@ def test_no_gradient_is_kept_where_none_is_wanted():
         expected = model(**inputs())[0]
     torch.testing.assert_close(model(**inputs())[0], expected)
     assert expected.grad_fn is None
+
+
+def test_inputs_go_to_the_host_only_where_a_backward_will_want_them():
+    store = HostStore()
+    model = denoiser(settings=BlockSettings("inputs", store=store))
+    sent = []
+    store.put = lambda stream, put=store.put: sent.append(stream.shape) or put(stream)
+    with torch.no_grad():
+        model(**inputs())
+    assert sent == []
+    expected, _ = step(denoiser(settings=BlockSettings("inputs")))
+    assert torch.equal(step(model)[0], expected)
+    assert len(sent) == 2 * 2 + 2  # both streams of the dual blocks, one of the single ones

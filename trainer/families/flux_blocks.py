@@ -95,7 +95,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
             (StreamPart.of(groups[:4], clip=True), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
             keep=self.settings.keep,
-            store=self.settings.store,
+            store=self.settings.store if torch.is_grad_enabled() else None,
         )
 
 
@@ -140,7 +140,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             out,
             norm_eps=self.norm.norm.eps,
             keep=self.settings.keep,
-            store=self.settings.store,
+            store=self.settings.store if torch.is_grad_enabled() else None,
         )
 
     def _shared(
