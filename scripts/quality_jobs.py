@@ -37,7 +37,13 @@ class Bench:
 
     def settings(self, base: Base, *more: str) -> Recipe:
         """The recipe with a base's settings, and without what costs time and changes no number."""
-        quiet = ("sample.prompts=[]", "sample.every=0", "output.export_base=false", "output.self_check=false")
+        quiet = (
+            "sample.prompts=[]",
+            "sample.references=null",
+            "sample.every=0",
+            "output.export_base=false",
+            "output.self_check=false",
+        )
         return load_recipe(self.recipe, [*quiet, *self.overrides, *base.settings, *more])
 
 
