@@ -50,7 +50,9 @@ def test_the_backward_needs_no_more_than_output_and_statistics(device, backend):
     grad = torch.ones_like(out)
     again = [part.detach().clone() for part in parts]
     expected = torch.autograd.grad(attention(*parts, backend)[0], parts, grad)
-    for value, wanted in zip(attention_backward(grad, *again, out, statistics, backend), expected, strict=True):
+    for value, wanted in zip(
+        attention_backward(grad, *again, out, statistics, backend), expected, strict=True
+    ):
         # Flash's dQ is summed in no fixed order.
         torch.testing.assert_close(value, wanted, rtol=2e-2, atol=1e-4)
 
