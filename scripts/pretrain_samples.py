@@ -12,8 +12,8 @@ from pretrain_corpus import SIDE, Corpus
 from pretrain_styles import STYLES
 from torch import Tensor
 
-_STEPS = 16
-GUIDANCE = 3.5  # as the recipes sample
+_STEPS = 12
+GUIDANCE = 2.0  # distilled; see pretrain_denoiser.distill_guidance
 _SHOWN = (
     "tiger face", "cat", "owl", "octopus", "red apple", "hamburger", "bicycle", "rocket", "castle", "cactus",
     "umbrella", "wrapped gift", "camera", "mushroom", "sailboat", "robot",
