@@ -120,7 +120,6 @@ def start(
         from halfbyte.trainer import run
         from halfbyte.trainer.callbacks import Recorder
         from halfbyte.trainer.cli import _quieten_libraries
-        from halfbyte.trainer.families.base import Family
         from halfbyte.trainer.launch import read_world
         from halfbyte.trainer.recipe import load_recipe
 
@@ -151,10 +150,12 @@ def start(
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    load, load_base = run.load_denoiser, Family.load_denoiser
+    load = run.load_denoiser
 
     def load_denoiser(*arguments: Any, **options: Any) -> Any:
         """In two phases: the base, and everything that is put on it."""
+        family = type(arguments[1])
+        load_base = family.load_denoiser
         with ExitStack() as rest:
 
             def base(*base_arguments: Any, **base_options: Any) -> Any:
@@ -163,7 +164,7 @@ def start(
                 rest.enter_context(watch.phase("adapters"))
                 return denoiser
 
-            with patch.object(Family, "load_denoiser", base):
+            with patch.object(family, "load_denoiser", base):
                 loaded = load(*arguments, **options)
         measured["bytes"] = loaded.footprint
         return loaded
