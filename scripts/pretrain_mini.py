@@ -178,7 +178,7 @@ def make_samples(workshop: Workshop) -> None:
     picture, distances = draw_sheet(
         pipeline.to(workshop.device), workshop.corpus, seed=workshop.arguments.seed
     )
-    picture.save(workshop.out / "samples.png", optimize=True)
+    picture.save(workshop.out / "samples.jpg", quality=88)
     for style, distance in distances.items():
         print(f"{style}: mean distance {distance:.4f}")
 
