@@ -57,6 +57,7 @@ class PhaseWatch:
         """Everything within counts as one phase."""
         now = Phase(name)
         self.phases.append(now)
+        _note_memory(now)  # at both ends too: a phase may be over before the thread looks
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -64,6 +65,7 @@ class PhaseWatch:
         try:
             yield
         finally:
+            _note_memory(now)
             if on_gpu:
                 torch.cuda.synchronize()
                 now.device_allocated = torch.cuda.max_memory_allocated() / 1e9
@@ -83,12 +85,14 @@ class PhaseWatch:
 
     def _watch(self) -> None:
         while not self._stopped.wait(_SAMPLE_SECONDS):
-            if not self.phases:
-                continue
-            anon, file = resident()
-            now = self.phases[-1]
-            now.host_anon = max(now.host_anon, anon)
-            now.host_file = max(now.host_file, file)
+            if self.phases:
+                _note_memory(self.phases[-1])
+
+
+def _note_memory(phase: Phase) -> None:
+    anon, file = resident()
+    phase.host_anon = max(phase.host_anon, anon)
+    phase.host_file = max(phase.host_file, file)
 
 
 def resident() -> tuple[float, float]:
