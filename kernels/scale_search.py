@@ -29,7 +29,7 @@ _LEAST_GAIN = 1e-5
 _LEAST_SQUARE = 1e-10
 
 
-class _Levels(NamedTuple):
+class Levels(NamedTuple):
     """The values of a 4-bit type in ascending order, zero once."""
 
     values: Tensor  # (L,) fp32
@@ -47,7 +47,8 @@ class _Found(NamedTuple):
 
 
 @functools.cache
-def _levels(quant_type: str, device: torch.device) -> _Levels:
+def levels_of(quant_type: str, device: torch.device) -> Levels:
+    """Those of `nf4` or `fp4`, on `device`."""
     table = reference.CODES[quant_type]
     ascending = table.argsort(stable=True).tolist()
     minus_zero = 8 if quant_type == "fp4" else None
@@ -62,7 +63,7 @@ def _levels(quant_type: str, device: torch.device) -> _Levels:
         values[torch.bucketize(cells, boundaries)],
     )
     with torch.inference_mode(False):
-        return _Levels(*(tensor.to(device) for tensor in tensors))
+        return Levels(*(tensor.to(device) for tensor in tensors))
 
 
 class _Chunk(NamedTuple):
@@ -90,7 +91,7 @@ def _plain_values(packed: Tensor, code: Tensor, shape: torch.Size) -> Tensor:
     return torch.nn.functional.pad(values, (0, shape.numel() - values.numel())).view(shape)
 
 
-def _best_scale(u: Tensor, levels: _Levels) -> Tensor:
+def _best_scale(u: Tensor, levels: Levels) -> Tensor:
     """u (B, blocksize) in [-1, 1] -> (B,) scales near the optimum; 1 where a block is zeros."""
     best = torch.zeros(u.shape[0], device=u.device)
     scale = torch.ones_like(best)
@@ -106,7 +107,7 @@ def _best_scale(u: Tensor, levels: _Levels) -> Tensor:
     return scale
 
 
-def _try(found: _Found, u: Tensor, scale: Tensor, levels: _Levels) -> tuple[_Found, Tensor]:
+def _try(found: _Found, u: Tensor, scale: Tensor, levels: Levels) -> tuple[_Found, Tensor]:
     """`found` with the blocks replaced that `scale` (B,) makes better, and which ones; scales up to 0 make none."""
     ranks = torch.bucketize(u * scale.reciprocal()[:, None], levels.boundaries, out_int32=True)
     error = (levels.values[ranks] * scale[:, None]).sub_(u).square_().sum(dim=1)
@@ -125,7 +126,7 @@ def _start(u: Tensor, chunk: _Chunk, plain_scale: Tensor, code: Tensor) -> _Foun
     return _Found(error, torch.zeros_like(u, dtype=torch.int32), torch.zeros_like(error, dtype=torch.bool))
 
 
-def _write(chunk: _Chunk, found: _Found, levels: _Levels) -> None:
+def _write(chunk: _Chunk, found: _Found, levels: Levels) -> None:
     codes = levels.codes[found.ranks]
     packed = (codes[:, 0::2] << 4) | codes[:, 1::2]
     keep = ~found.improved.repeat_interleave(packed.shape[1])[: chunk.packed.numel()]
@@ -135,7 +136,7 @@ def _write(chunk: _Chunk, found: _Found, levels: _Levels) -> None:
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_4bit`, with searched scales in place of absmax; no block's squared error is larger."""
     packed, absmax = ops.quantize_4bit(weight, quant_type, blocksize)
-    levels = _levels(quant_type, weight.device)
+    levels = levels_of(quant_type, weight.device)
     code = reference.on_device(f"{quant_type.upper()}_CODE", weight.device)
     for chunk in _chunks(weight, packed, blocksize):
         largest = absmax[chunk.blocks].clamp(min=_SMALLEST_SCALE)
@@ -155,7 +156,7 @@ def quantize_4bit_double(
     packed, codes, nested_absmax, offset = ops.quantize_4bit_double(
         weight, quant_type, blocksize, nested_blocksize
     )
-    levels = _levels(quant_type, weight.device)
+    levels = levels_of(quant_type, weight.device)
     code, nested_code, boundaries = (
         reference.on_device(name, weight.device)
         for name in (f"{quant_type.upper()}_CODE", "DYNAMIC_CODE", "DYNAMIC_BOUNDARIES")
