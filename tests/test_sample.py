@@ -1,6 +1,5 @@
 """`halfbyte sample`: what it draws is what training drew, at any strength, and can be drawn again from its file."""
 
-
 import pytest
 from PIL import Image
 from typer.testing import CliRunner

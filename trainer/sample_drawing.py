@@ -94,8 +94,7 @@ class Drawing:
         loading.close()
         if subject.adapter is not None:
             put_on(denoiser, subject.adapter, subject.adapter.name)
-        # A block that runs whole is compiled already; torch compiles what runs layer by layer.
-        family.fuse_blocks(denoiser, BlockSettings("inputs", whole=not self.compiled, backend=self.attention))
+        family.fuse_blocks(denoiser, BlockSettings("inputs", backend=self.attention))
         if self.compiled:
             compile_blocks(denoiser, family)
         return denoiser.eval()

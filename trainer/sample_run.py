@@ -194,7 +194,7 @@ def _opening(
         spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         kind = "DoRA" if adapter.is_dora else "LoRA"
         lines.append(("adapter", f"{adapter.name}: {kind} of rank {spread} on {len(adapter.layers)} layers"))
-    blocks = "compiled layer by layer" if request.compiled else "each as one function where it can be"
+    blocks = "each as one function where it can be" + (", compiled" if request.compiled else "")
     lines += [
         ("attention", attention),
         ("blocks", blocks),
