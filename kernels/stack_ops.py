@@ -42,6 +42,9 @@ def stackable(weight: PackedWeight) -> bool:
     """Whether `stack_weight` can take this weight: CUDA, or meta in its place, and rows of whole words."""
     if weight.packed.is_meta:
         return weight.shape[1] % _WORD == 0
+    if torch.compiler.is_compiling():
+        # Addresses are not to be had there; weights that were not cut out of another tensor lie right.
+        return HAS_TRITON and weight.packed.is_cuda and weight.shape[1] % _WORD == 0
     return HAS_TRITON and stacked_triton.supports(weight)
 
 

@@ -74,7 +74,7 @@ class LinearGroup:
     def lift(self, x: Tensor) -> None:
         """Fills the last columns of x (M, K + extra) with u: all of `forward` that `gradients` needs."""
         if self.extra:
-            torch.mm(x[:, : self.width], self._down(x.dtype).t(), out=x[:, self.width :])
+            _matmul(x[:, : self.width], self._down(x.dtype).t(), x[:, self.width :])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K + extra), whose last columns are filled here with u -> (M, N) in x's dtype."""
@@ -191,9 +191,19 @@ class LinearGroup:
 
 def _affine(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
-        torch.mm(left, right, out=out)
+        _matmul(left, right, out)
+    elif torch.compiler.is_compiling():
+        out.copy_(torch.addmm(bias.to(left.dtype), left, right))
     else:
         torch.addmm(bias.to(left.dtype), left, right, out=out)
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
+    # Dynamo takes no slice for `out`.
+    if torch.compiler.is_compiling():
+        out.copy_(left @ right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _scaled(layer: GroupLayer, dtype: torch.dtype) -> Tensor:

@@ -43,11 +43,16 @@ class QuantizedParameter(nn.Parameter):
         return type(self), (self.data, self.requires_grad, self.statistics)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Tensor.to, with the statistics moved along; a plain tensor where the dtype changes."""
+        """As Tensor.to, with the statistics moved along; a plain tensor where the dtype changes.
+
+        On meta the statistics stay where they are: accelerate's offloading drops a weight by moving it there, and
+        takes all but its values from what it finds there when it brings them back.
+        """
         data = super().to(*args, **kwargs)
         if data.dtype != self.dtype:
             return data
-        statistics = None if self.statistics is None else self.statistics.to(data.device)
+        stays = self.statistics is None or data.is_meta
+        statistics = self.statistics if stays else self.statistics.to(data.device)
         return self.make(data, self.requires_grad, statistics)
 
     def nelement(self) -> int:

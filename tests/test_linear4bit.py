@@ -203,7 +203,8 @@ def test_accelerate_moves_the_parameter_with_its_state():
 
 def test_a_parameter_keeps_its_state_through_to_and_loses_it_with_its_codes():
     weight = layer_of().weight
-    assert weight.to("meta").quant_state.absmax.is_meta
+    # Offloading drops the codes and brings them back; the state is what it finds there.
+    assert weight.to("meta").quant_state is weight.quant_state
     assert type(weight.to(torch.float32)) is torch.Tensor
 
 

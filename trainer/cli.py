@@ -1,21 +1,21 @@
 """The command line: `train RECIPE [key=value ...]`, and `halfbyte` with everything else."""
 
 import gc
-import logging
-import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER, bases, clear, holdings
-from halfbyte.trainer.errors import HalfbyteError, OutOfMemory, RecipeError
+from halfbyte.trainer.cli_sample import sample_command
+from halfbyte.trainer.command_line import INTERRUPTED as _INTERRUPTED
+from halfbyte.trainer.command_line import configure_logging as _configure_logging
+from halfbyte.trainer.command_line import fail as _fail
+from halfbyte.trainer.command_line import quieten_libraries as _quieten_libraries
+from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.launch import World, leave, read_world
 from halfbyte.trainer.recipe import json_schema_text, load_recipe
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     help="QLoRA fine-tuning of FLUX and SD3.",
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command("sample")(sample_command)
 
 
 @app.command("train")
@@ -239,39 +240,6 @@ def quant_report_command(
         _fail(progress_console, None, str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail(progress_console, None, "interrupted", _INTERRUPTED)
-
-
-def _quieten_libraries() -> None:
-    """Progress and notes of the libraries would stand between the lines that matter."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    # Imported first: Lightning sets its own levels and handlers when it is.
-    import lightning.pytorch
-
-    for name in (lightning.pytorch.__name__, "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Lightning wraps the model for DDP on a stream of its own, and torch remarks on it at every start.
-    warnings.filterwarnings("ignore", message=".*AccumulateGrad node's stream.*")
-
-
-def _fail(console: Console, world: World | None, message: str, code: int) -> NoReturn:
-    # One message a machine: what is wrong with a recipe is wrong in every process.
-    if world is None or world.local_rank == 0 or code == OutOfMemory.exit_code:
-        console.print(f"error: {message}", markup=False)
-    raise typer.Exit(code)
-
-
-def _configure_logging(world: World) -> None:
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("halfbyte").setLevel(logging.INFO if world.leads else logging.ERROR)
 
 
 def train() -> None:

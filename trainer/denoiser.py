@@ -11,6 +11,7 @@ from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.families.host_store import HostStore
@@ -108,8 +109,11 @@ def load_denoiser(
     trained = add_adapters(recipe, family, denoiser)
     has_lengths = False
     if recipe.lora.init_from is not None:
-        layers = read_layers(recipe.lora.init_from, family.original_names())
-        has_lengths = start_from(denoiser, layers, ADAPTER, recipe.lora.init_from)
+        try:
+            layers = read_layers(recipe.lora.init_from, family.original_names())
+            has_lengths = start_from(denoiser, layers, ADAPTER, recipe.lora.init_from)
+        except RecipeError as error:
+            raise RecipeError(f"lora.init_from: {error}") from error
     if recipe.lora.dora and not has_lengths:
         keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))

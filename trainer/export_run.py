@@ -4,10 +4,7 @@ The run's folder is only read, but for what is exported into it. A checkpoint's 
 against its checksum, for a run that goes on deletes old checkpoints.
 """
 
-import hashlib
 import json
-import logging
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +16,8 @@ from torch import nn
 from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_cache import BaseCache
-from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
+from halfbyte.trainer.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.checkpoint_copy import copy_adapter
 from halfbyte.trainer.denoiser import DTYPES, quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import (
@@ -43,10 +41,7 @@ from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
 from halfbyte.trainer.text_encoder_export import write_text_encoder
 
-log = logging.getLogger(__name__)
-
 MERGED = "merged"
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         )
     recipe = load_recipe(run.recipe)
     with tempfile.TemporaryDirectory() as copies:
-        checkpoint = _copy(run, request.step, Path(copies))
+        checkpoint = copy_adapter(run, request.step, Path(copies))
         adapter_file = Path(copies) / ADAPTER_FILE
         finished = checkpoint == f"step-{recipe.train.steps:06d}"
         target = run if finished else RunFolder(root / "exports" / checkpoint)
@@ -114,36 +109,6 @@ def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.
     )
     loading.close()
     return denoiser
-
-
-def _copy(run: RunFolder, step: int | None, copies: Path) -> str:
-    """Copies a checkpoint's adapter, whole by its checksum; the checkpoint's name. Raises RecipeError."""
-    saved = folders(run.checkpoints)
-    names = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in saved)
-    if not saved:
-        raise RecipeError(f"{run.root}: has no checkpoint yet; the first comes after checkpoint.every steps")
-    if step is not None:
-        saved = [folder for folder in saved if folder.name == f"step-{step:06d}"]
-        if not saved:
-            raise RecipeError(f"--checkpoint: {run.root} has none of step {step}; it has {names}")
-    for folder in reversed(saved):
-        fault = _copy_whole(folder, copies / ADAPTER_FILE)
-        if fault is None:
-            return folder.name
-        log.warning("checkpoint %s cannot be exported: %s", folder, fault)
-    raise RecipeError(f"{run.checkpoints}: {saved[-1].name} is damaged, and there is no other to export")
-
-
-def _copy_whole(folder: Path, copy: Path) -> str | None:
-    """What is wrong with the checkpoint, None where the copy is whole."""
-    try:
-        wanted = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[ADAPTER_FILE]
-        shutil.copyfile(folder / ADAPTER_FILE, copy)
-    except (OSError, ValueError, KeyError) as error:
-        return f"it is not whole: {error}"
-    with copy.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    return None if found == wanted else f"{ADAPTER_FILE} does not match its checksum"
 
 
 def _export_merged(denoiser: nn.Module, adapter: SavedAdapter, target: RunFolder, console: Console) -> None:

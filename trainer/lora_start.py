@@ -1,4 +1,4 @@
-"""An adapter that a run starts from, in any of the forms that adapters come in: `lora.init_from`."""
+"""An adapter in any of the forms that adapters come in, and a run that starts from one: `lora.init_from`."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
     names: the model's layers by their authors' names. Raises RecipeError for what is no adapter, or one that is not
     LoRA.
     """
-    file = _file(path)
+    file = find_file(path)
     tensors, metadata = read_tensors(file)
     text = [key for key in tensors if key.startswith(_TEXT_PREFIXES)]
     if text:
@@ -46,7 +46,7 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
         )
     own = {key: tensor for key, tensor in tensors.items() if key not in text}
     if not own:
-        raise RecipeError(f"lora.init_from: {file} holds no adapter of a transformer")
+        raise RecipeError(f"{file} holds no adapter of a transformer")
     if metadata.get(METADATA) and all(key.startswith(_DIFFUSERS_PREFIX) for key in tensors):
         return read_saved(file).layers()
     if all(key.startswith(PEFT_PREFIX) for key in own):
@@ -63,13 +63,13 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
         }
     odd = next(key for key in own if not key.startswith((COMFYUI_PREFIX, KOHYA_PREFIX, _DIFFUSERS_PREFIX)))
     raise RecipeError(
-        f"lora.init_from: {file} holds {odd}; accepted: the keys of diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
+        f"{file} holds {odd}; accepted: the keys of diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
         f" ({PEFT_PREFIX}…), ComfyUI ({COMFYUI_PREFIX}…) or kohya ({KOHYA_PREFIX}…), one of them in a file"
     )
 
 
 @torch.no_grad()
-def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path) -> bool:
+def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
     """Gives the adapters on `denoiser` the updates of `layers`, exactly; whether DoRA's lengths came along.
 
     Where the run's rank is larger the rest of A stays as it starts and that of B is zero; layers that have no update
@@ -89,17 +89,17 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
         expected, got = (len(up), down.shape[1]), (len(layer.up), layer.down.shape[1])
         if expected != got:
             raise RecipeError(
-                f"lora.init_from: {path} is for another base: its {name} is {got[0]} x {got[1]}, the model's"
+                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, the model's"
                 f" {expected[0]} x {expected[1]}"
             )
         if layer.rank > len(down):
             highest = max(other.rank for other in layers.values())
             raise RecipeError(
-                f"lora.init_from: {name} has rank {layer.rank} in {path}, and {len(down)} in this run; set"
+                f"{name} has rank {layer.rank} in {path}, and {len(down)} in this run; set"
                 f" lora.rank: {highest}, or a rank for these layers in lora.rank_pattern"
             )
         if layer.lengths is not None and adapter not in module.lora_magnitude_vector:
-            raise RecipeError(f"lora.init_from: {path} is a DoRA adapter; set lora.dora: true")
+            raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
     for name, layer in layers.items():
         module = own[name]
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -113,22 +113,22 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
     return bool(lengths)
 
 
-def _refuse(denoiser: nn.Module, strange: list[str], own: Iterable[str], path: Path) -> None:
+def _refuse(denoiser: nn.Module, strange: list[str], own: Iterable[str], path: Path | str) -> None:
     modules = {name for name, _ in denoiser.named_modules()}
     missing = [name for name in strange if name not in modules]
     if missing:
         raise RecipeError(
-            f"lora.init_from: {path} is for another base: the model has no {missing[0]}"
-            f" ({len(missing)} such layers)"
+            f"{path} is for another base: the model has no {missing[0]} ({len(missing)} such layers)"
         )
     ends = sorted({name.split(".", 2)[-1] for name in (*strange, *own)})
     raise RecipeError(
-        f"lora.init_from: {path} adapts {len(strange)} layers that lora.targets does not, first {strange[0]}; set"
+        f"{path} adapts {len(strange)} layers that lora.targets does not, first {strange[0]}; set"
         f" lora.targets: [{', '.join(ends)}]"
     )
 
 
-def _file(path: Path) -> Path:
+def find_file(path: Path) -> Path:
+    """The file with the adapter at `path`, itself or in its folder. Raises RecipeError where there is none."""
     if path.is_file():
         return path
     for folder in (path, path / "adapter"):
@@ -140,7 +140,7 @@ def _file(path: Path) -> Path:
         return files[0]
     found = ", ".join(file.name for file in files) or "no safetensors file"
     raise RecipeError(
-        f"lora.init_from: {path} holds {found}; expected a run, a folder with {ADAPTER_FILE} or {PEFT_FILE}, or a file"
+        f"{path} holds {found}; expected a run, a folder with {ADAPTER_FILE} or {PEFT_FILE}, or a file"
     )
 
 
@@ -148,11 +148,9 @@ def _peft_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"lora.init_from: {file} cannot be read, and says how the update is scaled: {error}"
-        ) from error
+        raise RecipeError(f"{file} cannot be read, and says how the update is scaled: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "lora_alpha" not in config:
-        raise RecipeError(f"lora.init_from: {file} describes no LoRA; accepted: peft_type LORA")
+        raise RecipeError(f"{file} describes no LoRA; accepted: peft_type LORA")
     return config
 
 
@@ -162,16 +160,14 @@ def _parts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     for key, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
         if ending is None:
-            raise RecipeError(
-                f"lora.init_from: {file} holds {key}; accepted: LoRA alone ({', '.join(_ENDINGS)})"
-            )
+            raise RecipeError(f"{file} holds {key}; accepted: LoRA alone ({', '.join(_ENDINGS)})")
         found.setdefault(key.removesuffix(ending), {})[_ENDINGS[ending]] = tensor
     return found
 
 
 def _layer(file: Path, name: str, part: Mapping[str, Tensor]) -> LoraLayer:
     if "down" not in part or "up" not in part or part["down"].shape[0] != part["up"].shape[1]:
-        raise RecipeError(f"lora.init_from: {file}: {name} has not both halves of a LoRA, of one rank")
+        raise RecipeError(f"{file}: {name} has not both halves of a LoRA, of one rank")
     down = part["down"].float()
     # Without an alpha the update is B A as it is.
     scale = float(part["alpha"]) / len(down) if "alpha" in part else 1.0
@@ -186,13 +182,12 @@ def _split(
     for name, part in parts.items():
         original = known.get(name)
         if original is None:
-            raise RecipeError(f"lora.init_from: {file} is for another base: the model has no {name}")
+            raise RecipeError(f"{file} is for another base: the model has no {name}")
         layer = _layer(file, name, part)
         rows = original.rows or (len(layer.up),)
         if sum(rows) != len(layer.up):
             raise RecipeError(
-                f"lora.init_from: {file} is for another base: {name} has {len(layer.up)} outputs, the model's"
-                f" {sum(rows)}"
+                f"{file} is for another base: {name} has {len(layer.up)} outputs, the model's {sum(rows)}"
             )
         up = swap_halves(layer.up) if original.swapped else layer.up
         for path, block in zip(original.parts, up.split(rows), strict=True):

@@ -1,6 +1,6 @@
 """Sample pictures, drawn with the stock pipeline's own sampler so that training shows what inference will."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,63 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class SampleSettings:
+class PictureSettings:
     """How the pipeline is called."""
 
     steps: int
     guidance_scale: float
     width: int  # pixels
     height: int
+
+
+@dataclass(frozen=True)
+class SampleSettings(PictureSettings):
+    """The same for the pictures of a run."""
+
     seed: int
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """The stock pipeline, and all that it is called with but the caption and the noise."""
+
+    family: Family
+    pipeline: Any
+    empty: TextEmbedding
+    settings: PictureSettings
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def draw(
+        self,
+        text: TextEmbedding,
+        seed: int,
+        *,
+        output_type: str = "pil",
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """A picture, or for the output type `latent` the latents as the pipeline gives them, without the batch."""
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step()
+            return tensors
+
+        inputs = {
+            name: tensor.to(self.device, self.dtype)
+            for name, tensor in self.family.sampling_inputs(text, self.empty).items()
+        }
+        return self.pipeline(
+            **inputs,
+            width=self.settings.width,
+            height=self.settings.height,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance_scale,
+            # On the CPU, so that every device starts from the same noise.
+            generator=torch.Generator().manual_seed(seed),
+            output_type=output_type,
+            callback_on_step_end=after_step,
+        ).images[0]
 
 
 class PictureSampler:
@@ -79,22 +128,11 @@ class PictureSampler:
         )
         pipeline.vae.to(self.device)
         pipeline.set_progress_bar_config(disable=True)
+        call = PipelineCall(self.family, pipeline, self.empty, self.settings, self.device, self.dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for place, prompt in enumerate(self.prompts):
-            inputs = {
-                name: tensor.to(self.device, self.dtype)
-                for name, tensor in self.family.sampling_inputs(prompt.embedding, self.empty).items()
-            }
-            picture: Image.Image = pipeline(
-                **inputs,
-                width=self.settings.width,
-                height=self.settings.height,
-                num_inference_steps=self.settings.steps,
-                guidance_scale=self.settings.guidance_scale,
-                # On the CPU, so that every device starts from the same noise.
-                generator=torch.Generator().manual_seed(self.settings.seed + place),
-            ).images[0]
+            picture: Image.Image = call.draw(prompt.embedding, self.settings.seed + place)
             picture.save(self._path(step, place))
             paths.append(self._path(step, place))
         return paths

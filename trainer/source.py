@@ -138,6 +138,19 @@ def resolve_configurations(
     return source
 
 
+def transformer_class(path: str, revision: str | None) -> str | None:
+    """The class of a pipeline's transformer, by its index alone; None where it has no transformer.
+
+    Raises RecipeError for a folder that is no pipeline, HubError when the Hub refuses or is out of reach.
+    """
+    folder = Path(path)
+    source = ModelSource(path, folder, None) if folder.is_dir() else _download(path, revision, (), ())
+    if not (source.folder / "model_index.json").is_file():
+        raise RecipeError(f"{path}: no model_index.json; expected a pipeline in diffusers' layout")
+    entry = source.pipeline_index().get("transformer") or (None, None)
+    return None if entry[1] is None else str(entry[1])
+
+
 def find_component(path: Path, component: str) -> Path:
     """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
 

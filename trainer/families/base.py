@@ -21,6 +21,7 @@ from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.original_names import OriginalName
 from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle
 from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.placement import Placement
 from halfbyte.trainer.single_file import load_single_file
 from halfbyte.trainer.source import ModelSource, resolve
 
@@ -149,13 +150,21 @@ class Family(ABC):
         return (height // 2) * (width // 2)
 
     def load_encoders(
-        self, *, device: torch.device, dtype: torch.dtype, memo: Path, t5_quant: T5Setting = "auto"
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        memo: Path,
+        t5_quant: T5Setting = "auto",
+        placement: Placement | None = None,
     ) -> Encoders:
         """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
 
-        memo: a folder that remembers digests of the encoders' files.
+        memo: a folder that remembers digests of the encoders' files. placement: where the text encoders are; None:
+        on the device.
         """
-        return PipelineEncoders(self, device=device, dtype=dtype, memo=memo, t5_quant=t5_quant)
+        where = placement or Placement(device)
+        return PipelineEncoders(self, placement=where, dtype=dtype, memo=memo, t5_quant=t5_quant)
 
     def load_denoiser(
         self,
@@ -250,6 +259,11 @@ class Family(ABC):
         """What the stock pipeline is called with for one caption; `empty` is the empty caption's embedding."""
         return {"prompt_embeds": text.prompt_embeds, "pooled_prompt_embeds": text.pooled_prompt_embeds}
 
+    def decodable(self, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """What the VAE decodes, (B, C, H/8, W/8), of what the stock pipeline gives as its latents; sizes in pixels."""
+        scaled: Tensor = latents / self.vae_config["scaling_factor"]
+        return scaled + self.vae_config["shift_factor"]
+
     def describe_guidance(self, guidance_scale: float) -> str:
         """What is made of the recipe's guidance_scale, for the start of the run."""
         return "not used: the model has no guidance embedding"
@@ -262,11 +276,12 @@ class PipelineEncoders(Encoders):
     """
 
     def __init__(
-        self, family: Family, *, device: torch.device, dtype: torch.dtype, memo: Path, t5_quant: T5Setting
+        self, family: Family, *, placement: Placement, dtype: torch.dtype, memo: Path, t5_quant: T5Setting
     ) -> None:
         source, digests = family.source, FileDigests(memo)
         self._family = family
-        self._device = device
+        self._placement = placement
+        self._device = placement.device
         self._dtype = dtype
         self._t5_folder = source.folder / family.t5_component
         self._t5_quant = settle(t5_quant, self._t5_folder)
@@ -295,14 +310,15 @@ class PipelineEncoders(Encoders):
         if self._pipeline is None:
             self._vae = None
             free_unused(self._device)
-            t5 = load_t5(self._t5_folder, self._t5_quant, dtype=self._dtype, device=self._device)
+            t5 = load_t5(self._t5_folder, self._t5_quant, dtype=self._dtype, device=self._placement.loads_on)
             self._pipeline = self._family.pipeline_class.from_pretrained(
                 self._family.source.folder,
                 transformer=None,
                 vae=None,
                 dtype=self._dtype,
                 **{self._family.t5_component: t5},
-            ).to(self._device)
+            )
+            self._placement.place(self._pipeline)
         embedding = self._family.embed(self._pipeline, list(captions), self._device)
         return TextEmbedding(
             embedding.prompt_embeds.to("cpu", torch.bfloat16),

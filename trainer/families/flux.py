@@ -110,6 +110,11 @@ class Flux(Family):
         }
         return {k: v for k, v in self.denoiser_config.items() if k != "quantization_config"} | counts
 
+    def decodable(self, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """See `Family.decodable`; the pipeline's latents are packed."""
+        unpacked = unpack(latents, height // self.vae_scale, width // self.vae_scale)
+        return super().decodable(unpacked, height=height, width=width)
+
     def describe_guidance(self, guidance_scale: float) -> str:
         """See `Family.describe_guidance`."""
         if self.denoiser_config["guidance_embeds"]:

@@ -30,11 +30,12 @@ class WholeBlock:
         self, processor: Any, ours: type[Any], joint_attention_kwargs: dict[str, Any] | None
     ) -> bool:
         """Whether the settings ask for it and attention is what `ours` computes."""
+        # Of a function with a backward of its own compilers see too little; without gradients it is its forward alone.
         return (
             self.settings.whole
             and not joint_attention_kwargs
             and type(processor) is ours
-            and not torch.compiler.is_compiling()
+            and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
         )
 
     def by_layer(self, forward: Callable[..., Any], *inputs: Any) -> Any:

@@ -1,0 +1,136 @@
+"""Drawing a list of pictures: the transformer makes the latents of all and leaves, then the VAE makes pictures of them.
+
+The two never meet on the device, unless the pipeline is offloaded, which then holds both and gives each picture as it
+comes.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.compiled_blocks import compile_blocks
+from halfbyte.trainer.families.base import TextEmbedding, free_unused
+from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.picture_files import Job
+from halfbyte.trainer.placement import Placement
+from halfbyte.trainer.progress import BYTES, Shown
+from halfbyte.trainer.sample_subject import Subject
+from halfbyte.trainer.sampling import PictureSettings, PipelineCall
+from halfbyte.trainer.strength import AdapterStrength, put_on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn."""
+
+    subject: Subject
+    settings: PictureSettings
+    placement: Placement
+    attention: str
+    compiled: bool
+    texts: Mapping[str, TextEmbedding]  # the empty caption's among them
+    console: Console
+
+    def pictures(self, jobs: Sequence[Job], on_step: Callable[[], None]) -> Iterator[tuple[Job, Image.Image]]:
+        """The pictures in the order of the jobs. Ctrl-C ends the drawing, and what was drawn until then comes out."""
+        if self.placement.holds_all:
+            yield from self._drawn(jobs, on_step, "pil")
+            return
+        latents = list(self._drawn(jobs, on_step, "latent"))
+        free_unused(self.placement.device)
+        yield from self._decoded(latents)
+
+    def _drawn(
+        self, jobs: Sequence[Job], on_step: Callable[[], None], output_type: str
+    ) -> Iterator[tuple[Job, Any]]:
+        subject = self.subject
+        denoiser = self._load()
+        strength = None if subject.adapter is None else AdapterStrength(denoiser)
+        call = PipelineCall(
+            subject.family,
+            self._pipeline(denoiser),
+            self.texts[""],
+            self.settings,
+            self.placement.device,
+            subject.dtype,
+        )
+        set_to = None
+        try:
+            for job in jobs:
+                if strength is not None and job.strength is not None and job.strength != set_to:
+                    strength.set(job.strength)
+                    set_to = job.strength
+                drawn = call.draw(self.texts[job.prompt], job.seed, output_type=output_type, on_step=on_step)
+                yield job, drawn.cpu() if isinstance(drawn, Tensor) else drawn
+        except KeyboardInterrupt:
+            log.warning("interrupted; what was drawn is kept")
+
+    def _load(self) -> nn.Module:
+        """The transformer with the adapter, its blocks as they run fastest."""
+        subject, family = self.subject, self.subject.family
+        folder = subject.cache_folder
+        loading = Shown(self.console, "loading the transformer", BYTES)
+        denoiser = family.load_denoiser(
+            subject.quant,
+            device=self.placement.loads_on,
+            dtype=subject.dtype,
+            progress=loading,
+            cache=BaseCache(folder / "bases", FileDigests(folder / "digests"))
+            if subject.cache_base
+            else None,
+        )
+        loading.close()
+        if subject.adapter is not None:
+            put_on(denoiser, subject.adapter, subject.adapter.name)
+        family.fuse_blocks(denoiser, BlockSettings("inputs", backend=self.attention))
+        if self.compiled:
+            compile_blocks(denoiser, family)
+        return denoiser.eval()
+
+    def _pipeline(self, denoiser: nn.Module) -> Any:
+        """The stock pipeline, placed; without text encoders, and without the VAE where that comes later."""
+        family = self.subject.family
+        absent: dict[str, Any] = dict.fromkeys(family.text_components)
+        if not self.placement.holds_all:
+            absent["vae"] = None
+        pipeline: Any = family.pipeline_class.from_pretrained(
+            family.source.folder, transformer=denoiser, dtype=self.subject.dtype, **absent
+        )
+        # Otherwise read off the VAE, or guessed.
+        pipeline.vae_scale_factor = family.vae_scale
+        pipeline.set_progress_bar_config(disable=True)
+        self.placement.place(pipeline)
+        return pipeline
+
+    @torch.no_grad()
+    def _decoded(self, latents: Sequence[tuple[Job, Tensor]]) -> Iterator[tuple[Job, Image.Image]]:
+        if not latents:
+            return
+        family, device = self.subject.family, self.placement.device
+        folder = family.source.folder / "vae"
+        vae: Any = AutoencoderKL.from_pretrained(folder, dtype=self.subject.dtype).to(device)
+        processor = VaeImageProcessor(vae_scale_factor=family.vae_scale)
+        for job, drawn in latents:
+            decodable = family.decodable(
+                drawn[None].to(device), height=self.settings.height, width=self.settings.width
+            )
+            decoded = vae.decode(decodable, return_dict=False)[0]
+            yield job, processor.postprocess(decoded, output_type="pil")[0]
+
+
+def describe_base(subject: Subject) -> str:
+    """How the base is held, for the start of the call."""
+    dtype = str(subject.dtype).removeprefix("torch.")
+    return f"{'not quantized' if subject.quant is None else subject.quant.quant_type}, computed in {dtype}"

@@ -1,0 +1,267 @@
+"""What pictures are drawn with: a base and, from a run or a file, an adapter on it."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.load import empty_model, read_config
+from halfbyte.quant.serialize import read_quantization_config
+from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
+from halfbyte.trainer.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.checkpoint_copy import copy_adapter
+from halfbyte.trainer.denoiser import DTYPES, quant_recipe
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.t5 import T5Setting
+from halfbyte.trainer.lora_formats import PEFT_CONFIG
+from halfbyte.trainer.lora_start import find_file, read_layers
+from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.recipe_folders import is_repository
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.run_folder import RunFolder
+from halfbyte.trainer.sample_request import SampleRequest
+from halfbyte.trainer.sampling import SampleSettings
+from halfbyte.trainer.saved_adapter import LoraLayer
+from halfbyte.trainer.source import transformer_class
+
+_SETTINGS = SampleSettings(steps=28, guidance_scale=3.5, width=1024, height=1024, seed=0)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA by the model's names of the layers."""
+
+    name: str
+    layers: Mapping[str, LoraLayer]
+    sha256: str  # of the file
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether lengths of rows learned as well."""
+        return any(layer.lengths is not None for layer in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that decides the pictures but the prompts, the strengths and the noise."""
+
+    name: str
+    family: Family
+    quant: QuantRecipe | None  # None: as it is stored
+    dtype: torch.dtype
+    text_encoder_quant: T5Setting
+    cache_folder: Path
+    cache_base: bool
+    adapter: Adapter | None
+    settings: SampleSettings
+    prompts: tuple[str, ...] = ()  # a run's own
+    run: Path | None = None
+
+
+def find_subject(request: SampleRequest, device: torch.device) -> Subject:
+    """What the request's source is. Raises RecipeError or HubError; no weights but the adapter's are read."""
+    path = Path(request.source).expanduser()
+    if (path / "recipe.yaml").is_file():
+        subject = _of_run(request, RunFolder(path))
+    else:
+        if request.checkpoint is not None:
+            raise RecipeError(f"--checkpoint: {request.source} is no run; a run's folder holds recipe.yaml")
+        is_pipeline = (path / "model_index.json").is_file()
+        if is_pipeline or (not path.exists() and is_repository(request.source)):
+            subject = _of_pipeline(request, device)
+        elif path.exists():
+            subject = _of_adapter(request, path, device)
+        else:
+            raise RecipeError(
+                f"{request.source}: no such file or folder; expected a run, an adapter or a pipeline, or a Hub"
+                " repository as owner/name"
+            )
+    if request.strengths is not None and subject.adapter is None:
+        raise RecipeError(f"--strength: {request.source} is a pipeline without an adapter to scale")
+    if subject.dtype == torch.float16 and device.type == "cpu":
+        raise RecipeError("--dtype: float16 needs a CUDA device; use bfloat16 or float32")
+    return subject
+
+
+def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
+    for option, value in (("--model", request.model), ("--revision", request.revision)):
+        if value is not None:
+            raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base")
+    recipe = load_recipe(run.recipe, pictures_needed=False)
+    model = recipe.model
+    family = FAMILIES[model.family].open(
+        model.path,
+        model.revision,
+        request.max_sequence_length or model.max_sequence_length,
+        model.transformer,
+    )
+    with tempfile.TemporaryDirectory() as copies:
+        step = copy_adapter(run, request.checkpoint, Path(copies))
+        adapter = _read_adapter(f"{run.root.resolve().name}, {step}", Path(copies) / ADAPTER_FILE, family)
+    dtype = DTYPES[request.dtype or recipe.quant.compute_dtype]
+    sample = recipe.sample
+    return Subject(
+        name=run.root.resolve().name,
+        family=family,
+        quant=_quant(request, family, dtype, quant_recipe(recipe)),
+        dtype=dtype,
+        text_encoder_quant=_text_encoder_quant(request, family, recipe),
+        cache_folder=recipe.data.cache_folder if request.cache is None else request.cache.expanduser(),
+        cache_base=model.cache_base,
+        adapter=adapter,
+        settings=SampleSettings(
+            sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed
+        ),
+        prompts=sample.prompts,
+        run=run.root,
+    )
+
+
+def _of_adapter(request: SampleRequest, path: Path, device: torch.device) -> Subject:
+    file = find_file(path)
+    base, revision = request.model, request.revision
+    if base is None:
+        base, revision = _stated_base(file, request)
+    subject = _of_base(request, base, revision, device)
+    return replace(
+        subject, name=file.stem, adapter=_read_adapter(file.name, file, subject.family, location=path)
+    )
+
+
+def _of_pipeline(request: SampleRequest, device: torch.device) -> Subject:
+    if request.model is not None:
+        raise RecipeError(f"--model: {request.source} is a pipeline itself")
+    return _of_base(request, request.source, request.revision, device)
+
+
+def _of_base(request: SampleRequest, base: str, revision: str | None, device: torch.device) -> Subject:
+    """A pipeline without an adapter."""
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    if not Path(base).is_dir() and not is_repository(base):
+        raise RecipeError(f"--model: {base}: no such folder; expected one, or a Hub repository as owner/name")
+    if revision is not None and Path(base).is_dir():
+        raise RecipeError(f"--revision: {base} is a folder, which has none")
+    try:
+        family = _family(base, revision).open(base, revision, request.max_sequence_length)
+    except RecipeError as error:
+        # There is no recipe here, whose setting the message would name.
+        raise RecipeError(str(error).removeprefix("model.path: ").removeprefix("model.family: ")) from error
+    dtype = DTYPES[request.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    cache = DEFAULT_FOLDER if request.cache is None else request.cache
+    return Subject(
+        name=Path(base).resolve().name if Path(base).is_dir() else base,
+        family=family,
+        quant=_quant(request, family, dtype, QuantRecipe("nf4", compute_dtype=dtype)),
+        dtype=dtype,
+        text_encoder_quant=_text_encoder_quant(request, family, None),
+        cache_folder=cache.expanduser(),
+        cache_base=True,
+        adapter=None,
+        settings=_SETTINGS,
+    )
+
+
+def _family(base: str, revision: str | None) -> type[Family]:
+    """The family of a pipeline by its transformer's class."""
+    found = transformer_class(base, revision)
+    known = {FAMILIES[name].denoiser_class.__name__: FAMILIES[name] for name in FAMILIES.names}
+    if found not in known:
+        raise RecipeError(f"{base} holds a {found}; accepted: {', '.join(known)}")
+    return known[found]
+
+
+def _quant(
+    request: SampleRequest, family: Family, dtype: torch.dtype, default: QuantRecipe | None
+) -> QuantRecipe | None:
+    """How the transformer is held: as asked, as it is stored, or by default."""
+    if family.transformer_file is None:
+        stored = _stored(family.source.folder / "transformer")
+        if stored is not None:
+            if request.quant is not None and request.quant != stored.quant_type:
+                raise RecipeError(
+                    f"--quant: the transformer of {family.source.name} is stored in {stored.quant_type} and is taken as"
+                    " it is; leave out --quant"
+                )
+            return replace(stored, compute_dtype=dtype)
+    if request.quant == "none":
+        return None
+    if request.quant is None or (default is not None and request.quant == default.quant_type):
+        return None if default is None else replace(default, compute_dtype=dtype)
+    return QuantRecipe(request.quant, compute_dtype=dtype, skip=default.skip if default else ())
+
+
+def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe | None) -> T5Setting:
+    asked = cast(T5Setting | None, request.text_encoder_quant)
+    stored = _stored(family.source.folder / family.t5_component)
+    if stored is not None and asked not in (None, "auto", stored.quant_type):
+        raise RecipeError(
+            f"--text-encoder-quant: T5 of {family.source.name} is stored in {stored.quant_type} and is taken as it is"
+        )
+    if asked is not None and (stored is None or asked != stored.quant_type):
+        return asked
+    return "auto" if recipe is None else recipe.model.text_encoder_quant
+
+
+def _stored(folder: Path) -> QuantRecipe | None:
+    """The quantization of a model's folder, None where it has none."""
+    try:
+        stored = read_config(folder).get("quantization_config")
+        return None if stored is None else read_quantization_config(stored, str(folder / "config.json"))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _stated_base(file: Path, request: SampleRequest) -> tuple[str, str | None]:
+    """The base that PEFT's configuration beside an adapter names. Raises RecipeError where none does."""
+    config = file.with_name(PEFT_CONFIG)
+    stated: dict[str, Any] = {}
+    if config.is_file():
+        try:
+            stated = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"{config}: not a JSON file: {error}") from error
+    base = stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
+    if not isinstance(base, str) or not (is_repository(base) or Path(base).is_dir()):
+        raise RecipeError(f"--model: {file} does not say what its base is; name a folder or a Hub repository")
+    revision = None if Path(base).is_dir() else stated.get("revision")
+    return base, request.revision or revision
+
+
+def _read_adapter(name: str, file: Path, family: Family, *, location: Path | None = None) -> Adapter:
+    """The adapter in a file, which fits the family's model. Raises RecipeError, naming `location`."""
+    layers = read_layers(file, family.original_names())
+    _check_fit(layers, family, location or Path(name))
+    with file.open("rb") as stream:
+        return Adapter(name, layers, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _check_fit(layers: Mapping[str, LoraLayer], family: Family, path: Path) -> None:
+    """Raises RecipeError where the model, as its configuration describes it, has not the layers of an adapter."""
+    config = {k: v for k, v in family.denoiser_config.items() if k != "quantization_config"}
+    try:
+        model = empty_model(family.denoiser_class, config, family.source.folder / "transformer")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [name for name in layers if name not in linears]
+    if missing:
+        raise RecipeError(
+            f"{path} is for another base: {family.source.name} has no linear layer {missing[0]} ({len(missing)} such"
+            " layers)"
+        )
+    for name, layer in layers.items():
+        expected = (linears[name].out_features, linears[name].in_features)
+        got = (len(layer.up), layer.down.shape[1])
+        if expected != got:
+            raise RecipeError(
+                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, that of {family.source.name}"
+                f" {expected[0]} x {expected[1]}"
+            )
