@@ -70,7 +70,9 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     """The upper triangle U with U^T U = (H + damping)^-1. Raises ValueError."""
     size = moment.diagonal().mean()
     if not torch.isfinite(moment).all() or size < 0:
-        raise ValueError("calibrated rounding: the inputs' second moment holds NaN, infinite or negative values")
+        raise ValueError(
+            "calibrated rounding: the inputs' second moment holds NaN, infinite or negative values"
+        )
     # Inputs that were all zeros tell nothing: every column counts the same then.
     size = torch.where(size > 0, size, torch.ones_like(size))
     damping = _DAMPING
@@ -83,4 +85,6 @@ def _inverse_factor(moment: Tensor) -> Tensor:
         if not failed:
             return upper
         damping *= 10
-    raise ValueError("calibrated rounding: the inputs' second moment is not positive, whatever is added to it")
+    raise ValueError(
+        "calibrated rounding: the inputs' second moment is not positive, whatever is added to it"
+    )

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_bases import BF16, NF4, STARTED, STORED, Base, keeping
-from quality_jobs import Bench, Trained, Velocities, opened, start_process, train, velocities
+from quality_bases import BF16, CALIBRATED, NF4, STARTED, STORED, Base, keeping
+from quality_jobs import Bench, Trained, Velocities, calibrate, opened, start_process, train, velocities
 from quality_table import page, trained_rows, velocity_row, verdicts
 from rich.console import Console
 
@@ -206,6 +206,12 @@ def main() -> None:
         default=0.1,
         help="share of layers that a run keeps in bf16",
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=256,
+        help="of the recipe's pictures that calibrated bases are rounded for",
+    )
     parser.add_argument("--json", type=Path, help="every measurement and every row")
     parser.add_argument("--markdown", type=Path, help="the tables")
     arguments = parser.parse_args()
@@ -220,12 +226,15 @@ def main() -> None:
         world, family = opened(recipe)
         prepare(recipe, family, world, Console(quiet=True))  # so that the processes find a full cache
         skips = skips_of(bench, arguments.worst)
-        bases = [*STORED, *STARTED, skips.worst]
+        bases = [*STORED, *CALIBRATED, *STARTED, skips.worst]
         if arguments.only:
             names = {BF16.name, NF4.name, *arguments.only.split(";")}
             if unknown := names - {base.name for base in bases}:
                 parser.error(f"--only: no {sorted(unknown)}; there are {[base.name for base in bases]}")
             bases = [base for base in bases if base.name in names]
+        for base in bases:
+            if base.calibrated:
+                calibrate(bench, base, arguments.samples)
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor()
         kept = {base.name: base.kept for base in [*skips.kinds, skips.worst]}
         results = Results(arguments, recipe, device, kept)

@@ -25,6 +25,7 @@ class Base:
     bitsandbytes: bool = False  # bitsandbytes' layers under stock PEFT instead of ours
     loftq: bool = False  # the adapters start at the quantization's error
     kept: float = 0.0  # share of the linear weights that stay in bf16, by a skip list
+    calibrated: bool = False  # rounded for the recipe's pictures, as `halfbyte quantize` does
 
 
 def _ours(name: str, quant_type: str, *settings: str, init: str = "gaussian") -> Base:
@@ -46,6 +47,16 @@ STORED = (
     _ours("nf4, scales by mse", "nf4", _MSE),
     _ours("fp4", "fp4"),
     _ours("int8", "int8"),
+)
+# Skip lists by names, so that they mean something in FLUX alone.
+_OUTER = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
+CALIBRATED = tuple(
+    replace(_ours(name, "nf4", _MSE, f"quant.skip=[{', '.join(skip)}]"), calibrated=True)
+    for name, skip in (
+        ("nf4, calibrated", ()),
+        ("nf4, calibrated, x_embedder in bf16", _OUTER[:1]),
+        ("nf4, calibrated, all but the blocks in bf16", _OUTER),
+    )
 )
 STARTED = (
     _ours("bf16, kaiming", "none", init="kaiming"),

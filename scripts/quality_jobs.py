@@ -21,6 +21,7 @@ from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World, join, read_world
 from halfbyte.trainer.metrics import VALIDATION, read_validation
 from halfbyte.trainer.prepare import prepare
+from halfbyte.trainer.quantize import quantize
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run import run
@@ -44,7 +45,15 @@ class Bench:
             "output.export_base=false",
             "output.self_check=false",
         )
-        return load_recipe(self.recipe, [*quiet, *self.overrides, *base.settings, *more])
+        settings = [*quiet, *self.overrides, *base.settings, *more]
+        made = self.calibrated(base)
+        return load_recipe(
+            self.recipe, settings + [f"model.transformer={made}"] if made.is_dir() else settings
+        )
+
+    def calibrated(self, base: Base) -> Path:
+        """Where the base's transformer is, if it is one that is made once for all runs."""
+        return self.folder / "calibrated" / base.name
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,11 @@ def start_process() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
+def calibrate(bench: Bench, base: Base, samples: int) -> None:
+    """Makes the transformer of a calibrated base, which runs then find."""
+    quantize(bench.settings(base), bench.calibrated(base), samples, read_world(), Console(quiet=True))
+
+
 def train(bench: Bench, base: Base, seed: int) -> Trained:
     """A whole run of the trainer."""
     began = time.perf_counter()
@@ -113,7 +127,9 @@ def opened(recipe: Recipe) -> tuple[World, Family]:
     world = read_world()
     join(world)
     model = recipe.model
-    return world, FAMILIES[model.family].open(model.path, model.revision, model.max_sequence_length)
+    return world, FAMILIES[model.family].open(
+        model.path, model.revision, model.max_sequence_length, model.transformer
+    )
 
 
 def validation_of(bench: Bench, base: Base, recipe: Recipe, family: Family, world: World) -> Validation:

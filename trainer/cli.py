@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER, bases, clear, holdings
+from halfbyte.trainer.cli_quantize import quantize_command
 from halfbyte.trainer.cli_sample import sample_command
 from halfbyte.trainer.command_line import INTERRUPTED as _INTERRUPTED
 from halfbyte.trainer.command_line import configure_logging as _configure_logging
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("sample")(sample_command)
+app.command("quantize")(quantize_command)
 
 
 @app.command("train")

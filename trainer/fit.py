@@ -59,13 +59,7 @@ def fit(
     module = DiffusionModule(
         family,
         denoiser,
-        Objective(
-            recipe.objective.timesteps,
-            recipe.objective.shift,
-            recipe.objective.weighting,
-            recipe.objective.loss,
-            recipe.objective.guidance_scale,
-        ),
+        Objective.of(recipe.objective),
         build_optimizer=recipe.optimizer.build,
         build_weights=_weights(recipe),
         lr_factor=lambda step: recipe.lr_schedule.factor(step, train.steps),

@@ -13,6 +13,7 @@ from halfbyte.trainer.averages import Weights
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.losses import Loss
 from halfbyte.trainer.randomness import generator, key, uniform
+from halfbyte.trainer.recipe_sections import ObjectiveSection
 from halfbyte.trainer.samples import Batch
 from halfbyte.trainer.shift import Shift
 from halfbyte.trainer.timesteps import TimestepScheme
@@ -28,6 +29,11 @@ class Objective:
     weighting: Weighting
     loss: Loss
     guidance_scale: float
+
+    @classmethod
+    def of(cls, section: ObjectiveSection) -> Self:
+        """The one that a recipe asks for."""
+        return cls(section.timesteps, section.shift, section.weighting, section.loss, section.guidance_scale)
 
 
 @dataclass(frozen=True)

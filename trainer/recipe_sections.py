@@ -96,8 +96,9 @@ class ModelSection(Section):
     revision: Text | None = None
     """A branch, tag or commit of the Hub repository; null: its main branch."""
     transformer: FilePath | None = None
-    """One safetensors file to take the transformer's weights from instead (FLUX, as BFL or ComfyUI name layers; bf16
-    or fp8), quantized at each start. The rest, and its config, are path's."""
+    """What to take the transformer's weights from instead: a folder in diffusers' layout, as `halfbyte quantize`
+    writes one, or one safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8). Weights in full precision
+    are quantized at each start. The rest is path's, and so is the architecture."""
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
     """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
     FLUX 512)."""

@@ -209,10 +209,7 @@ def _drawn_with(
 ) -> DrawnWith:
     family, adapter = subject.family, subject.adapter
     digests = FileDigests(subject.cache_folder / "digests")
-    if family.transformer_file is None:
-        weights = family.source.fingerprint(["transformer"], digests)
-    else:
-        weights = digests.of(family.transformer_file)
+    weights = family.denoiser_fingerprint(digests)
     quant = {"quant_type": "none"} if subject.quant is None else asdict(subject.quant)
     return DrawnWith(
         # A folder by its name alone: pictures are shown around, and whose folder it was is nobody's business.

@@ -182,8 +182,8 @@ def _quant(
     request: SampleRequest, family: Family, dtype: torch.dtype, default: QuantRecipe | None
 ) -> QuantRecipe | None:
     """How the transformer is held: as asked, as it is stored, or by default."""
-    if family.transformer_file is None:
-        stored = _stored(family.source.folder / "transformer")
+    if family.denoiser_folder is not None:
+        stored = _stored(family.denoiser_folder)
         if stored is not None:
             if request.quant is not None and request.quant != stored.quant_type:
                 raise RecipeError(

@@ -57,6 +57,10 @@ class TrainingSet(Dataset[TrainingSample]):
         self._caption_dropout = caption_dropout
         self._seed = seed
 
+    def dropping(self, caption_dropout: float) -> "TrainingSet":
+        """The same samples, so large a share of them with an empty caption."""
+        return TrainingSet(self._latents, self._texts, caption_dropout=caption_dropout, seed=self._seed)
+
     def __getitem__(self, entry: Entry) -> TrainingSample:
         """Raises DataError where the cache lacks the entry or cannot be read."""
         moments = self._latents.read(entry.view)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.fill import Progress
-from halfbyte.quant.load import load_quantized
+from halfbyte.quant.load import load_quantized, read_config
+from halfbyte.quant.serialize import CONFIG_FILE
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
@@ -80,14 +81,14 @@ class Family(ABC):
         path: str,
         revision: str | None,
         max_sequence_length: int | None,
-        transformer_file: Path | None = None,
+        transformer: Path | None = None,
     ) -> Self:
-        """The family at a folder or Hub repository, its transformer's weights from `transformer_file` if given.
+        """The family at a folder or Hub repository, its transformer's weights from `transformer` if given.
 
         Raises RecipeError or HubError, see `source.resolve`; a large file that is missing or cut short is told
         here, and not when an hour of encoding is over.
         """
-        config_alone = () if transformer_file is None else ("transformer",)
+        config_alone = () if transformer is None else ("transformer",)
         source = resolve(path, revision, cls.components(), cls.denoiser_class.__name__, config_alone)
         large = {"transformer": WEIGHTS_FILE, cls.t5_component: TEXT_WEIGHTS_FILE}
         try:
@@ -99,8 +100,8 @@ class Family(ABC):
         except ValueError as error:
             raise RecipeError(f"model.path: {error}") from error
         family = cls(source, max_sequence_length)
-        if transformer_file is not None:
-            family.take_transformer(transformer_file)
+        if transformer is not None:
+            family.take_transformer(transformer)
         return family
 
     def __init__(self, source: ModelSource, max_sequence_length: int | None) -> None:
@@ -108,22 +109,65 @@ class Family(ABC):
         self.denoiser_config = source.config("transformer")
         self.vae_config = source.config("vae")
         self.scheduler_config = source.config("scheduler")
-        self.transformer_file: Path | None = None
+        self.transformer_file: Path | None = None  # instead of the source's, and so the folder
+        self.transformer_folder: Path | None = None
         self.max_sequence_length = max_sequence_length or self.default_sequence_length()
 
-    def take_transformer(self, file: Path) -> None:
-        """Has `load_denoiser` read the weights from a file that names layers as the model's authors do.
+    def take_transformer(self, path: Path) -> None:
+        """Has `load_denoiser` read the weights from elsewhere.
 
-        Raises RecipeError where the family knows no such files.
+        path: a folder in diffusers' layout, quantized or not, or one file that names layers as the model's authors do.
+        Raises RecipeError where it is another model's, damaged, or a file of a family that has no such files.
         """
-        raise RecipeError(
-            f"model.transformer: {file}: single files are read for flux alone; expected null, with the transformer in"
-            " the folder of model.path"
+        try:
+            if path.is_dir():
+                self.denoiser_config = self._config_of(path)
+                self.transformer_folder = path
+            else:
+                self.check_file(path)
+                self.transformer_file = path
+        except ValueError as error:
+            raise RecipeError(f"model.transformer: {error}") from error
+
+    def check_file(self, file: Path) -> None:
+        """Raises ValueError where a transformer cannot be read from this one file."""
+        raise ValueError(
+            f"{file}: single files are read for flux alone; expected null, or a folder in diffusers' layout"
         )
+
+    def _config_of(self, folder: Path) -> dict[str, Any]:
+        """The configuration of a transformer that stands in for the source's. Raises ValueError."""
+        config = read_config(folder, self.denoiser_class.__name__)
+        with ShardedWeights(folder):
+            pass
+        own = self.denoiser_config
+        for key in own.keys() & config.keys():
+            if not key.startswith("_") and key != "quantization_config" and config[key] != own[key]:
+                raise ValueError(
+                    f"{folder / CONFIG_FILE}: {key} is {config[key]}, and {own[key]} in that of model.path; expected a"
+                    " transformer of the same model"
+                )
+        return config
 
     @abstractmethod
     def default_sequence_length(self) -> int:
         """T5 tokens a caption is padded to when the recipe does not say."""
+
+    @property
+    def denoiser_folder(self) -> Path | None:
+        """The folder of the transformer's weights, in diffusers' layout; None where one file holds them."""
+        if self.transformer_file is not None:
+            return None
+        return self.transformer_folder or self.source.folder / "transformer"
+
+    def denoiser_fingerprint(self, digests: FileDigests) -> str:
+        """What tells the transformer's weights from all others."""
+        if self.transformer_file is not None:
+            return digests.of(self.transformer_file)
+        if self.transformer_folder is not None:
+            with ShardedWeights(self.transformer_folder) as weights:
+                return ":".join(digests.of(file) for file in weights.files)
+        return self.source.fingerprint(["transformer"], digests)
 
     @property
     def vae_scale(self) -> int:
@@ -181,7 +225,9 @@ class Family(ABC):
         """
         denoiser: nn.Module
         try:
-            if self.transformer_file is not None:
+            folder = self.denoiser_folder
+            if folder is None:
+                assert self.transformer_file is not None
                 denoiser = load_single_file(
                     self.denoiser_class,
                     self.transformer_file,
@@ -192,10 +238,10 @@ class Family(ABC):
                     device=device,
                     progress=progress,
                 )
-            elif cache is None or recipe is None:
+            elif cache is None or recipe is None or self.transformer_folder is not None:
                 denoiser = load_quantized(
                     self.denoiser_class,
-                    self.source.folder / "transformer",
+                    folder,
                     recipe,
                     dtype=dtype,
                     device=device,
@@ -206,7 +252,8 @@ class Family(ABC):
                     self.denoiser_class, self.source, recipe, dtype=dtype, device=device, progress=progress
                 )
         except ValueError as error:
-            setting = "model.path" if self.transformer_file is None else "model.transformer"
+            own = self.denoiser_folder == self.source.folder / "transformer"
+            setting = "model.path" if own else "model.transformer"
             raise RecipeError(f"{setting}: {error}") from error
         free_unused(device)
         return denoiser.requires_grad_(False)

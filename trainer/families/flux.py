@@ -88,13 +88,10 @@ class Flux(Family):
         """See `flux_names`."""
         return tuple(flux_names(self.denoiser_config))
 
-    def take_transformer(self, file: Path) -> None:
-        """See `Family.take_transformer`; a damaged file is told here."""
-        try:
-            with SingleFile(file):
-                self.transformer_file = file
-        except ValueError as error:
-            raise RecipeError(f"model.transformer: {error}") from error
+    def check_file(self, file: Path) -> None:
+        """See `Family.check_file`; a damaged file is told here."""
+        with SingleFile(file):
+            pass
 
     def block_kinds(self) -> tuple[tuple[str, ...], ...]:
         """Dual and single blocks."""

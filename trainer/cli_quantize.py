@@ -1,0 +1,48 @@
+"""`halfbyte quantize`: its options, and how it ends."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from halfbyte.trainer.command_line import INTERRUPTED, configure_logging, fail, quieten_libraries
+from halfbyte.trainer.errors import HalfbyteError
+from halfbyte.trainer.launch import read_world
+from halfbyte.trainer.recipe import load_recipe
+
+
+def quantize_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: its model, quant and data sections count.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings by dotted name, e.g. quant.scale_search=mse.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="A new folder for the transformer.")] = Path("transformer-nf4"),
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Calibrate on so many samples of the recipe's pictures: round weights so that what layers give comes"
+            " out right. 0: round each weight to the nearest, which needs no pictures.",
+        ),
+    ] = 256,
+) -> None:
+    """Write a recipe's quantized transformer, calibrated on its pictures, to train on with model.transformer.
+
+    Exit codes: 0 done, 2 recipe, model or folder, 3 pictures, 4 Hub, 5 launch environment, 130 interrupted.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        world = read_world()
+        configure_logging(world)
+        settings = load_recipe(recipe, overrides or [], pictures_needed=samples > 0)
+        quieten_libraries()
+        # Slow to import, and a recipe with a mistake should be told at once.
+        from halfbyte.trainer.quantize import quantize, quantized_lines
+
+        for line in quantized_lines(quantize(settings, output, samples, world, Console(soft_wrap=True))):
+            typer.echo(line)
+    except HalfbyteError as error:
+        fail(errors, None, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail(errors, None, "interrupted", INTERRUPTED)

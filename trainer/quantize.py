@@ -1,0 +1,116 @@
+"""`halfbyte quantize`: the packed transformer of a recipe as a folder, for `model.transformer` and stock diffusers."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from halfbyte.quant.calibrate import Fit
+from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.load import read_config
+from halfbyte.quant.serialize import save_quantized
+from halfbyte.quant.shards import write_text
+from halfbyte.trainer.calibration import calibrate_for
+from halfbyte.trainer.denoiser import DTYPES, quant_recipe
+from halfbyte.trainer.errors import LaunchError, RecipeError
+from halfbyte.trainer.export import put_in_place, work_folder
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.launch import World, join
+from halfbyte.trainer.prepare import prepare
+from halfbyte.trainer.progress import BYTES, Shown
+from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.registry import FAMILIES
+
+REPORT = "calibration.json"
+_SHOWN = 5  # layers that are furthest from what they gave
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written, and how near it is."""
+
+    folder: Path
+    layers: int  # that are quantized
+    nbytes: int  # of the transformer on a device
+    fits: list[Fit]  # empty where nothing was calibrated
+
+
+def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: Console) -> Quantized:
+    """Writes the recipe's transformer, quantized as the recipe says and rounded for `samples` of its pictures, or 0.
+
+    Raises RecipeError, before anything is loaded, where `folder` holds something, the recipe asks for no 4 bits, or
+    the weights are not there in full precision; DataError for pictures that cannot be used.
+    """
+    settings = quant_recipe(recipe)
+    if world.size > 1:
+        raise LaunchError("halfbyte quantize runs in one process; start it without a launcher")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"{folder}: holds something already; name a new folder")
+    if settings is None:
+        raise RecipeError("quant.type: got none, expected nf4, fp4 or int8")
+    if samples and settings.quant_type == "int8":
+        raise RecipeError(
+            "quant.type: got int8, whose rounding knows no calibration; give --samples 0 or nf4"
+        )
+    model = recipe.model
+    family = FAMILIES[model.family].open(
+        model.path, model.revision, model.max_sequence_length, model.transformer
+    )
+    original = _original(family)
+    if samples and original is None:
+        raise RecipeError(
+            f"model.transformer: {model.transformer} is one file; calibration reads folders in diffusers' layout"
+        )
+    join(world)
+    prepared = prepare(recipe, family, world, console) if samples else None
+    loading = Shown(console, "quantizing the transformer", BYTES)
+    dtype = DTYPES[recipe.quant.compute_dtype]
+    denoiser: Any = family.load_denoiser(settings, device=world.device, dtype=dtype, progress=loading)
+    loading.close()
+    fits: list[Fit] = []
+    if prepared is not None and original is not None:
+        fits = calibrate_for(
+            recipe,
+            family,
+            denoiser,
+            original,
+            prepared,
+            samples=samples,
+            device=world.device,
+            console=console,
+        )
+    with work_folder(folder) as work:
+        save_quantized(denoiser, work)
+        if fits:
+            report = {"samples": samples, "layers": [asdict(fit) for fit in fits]}
+            write_text(json.dumps(report, indent=1) + "\n", work / REPORT)
+        put_in_place(work, folder)
+    layers = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
+    return Quantized(folder, layers, int(denoiser.get_memory_footprint()), fits)
+
+
+def quantized_lines(quantized: Quantized) -> Iterator[str]:
+    """What to tell of it."""
+    yield f"{quantized.layers} layers, {quantized.nbytes / 2**20:,.1f} MiB: {quantized.folder}"
+    fits = quantized.fits
+    if fits:
+        before, after = (torch.tensor([getattr(fit, end) for fit in fits]) for end in ("before", "after"))
+        yield (
+            f"error of a layer's output, median of {len(fits)}: {before.median():.2%} rounded to the nearest,"
+            f" {after.median():.2%} calibrated ({REPORT})"
+        )
+        for fit in sorted(fits, key=lambda fit: -fit.after)[:_SHOWN]:
+            yield f"  {fit.path}: {fit.before:.2%} -> {fit.after:.2%}"
+    yield f"train on it: model.transformer={quantized.folder}"
+
+
+def _original(family: Family) -> Path | None:
+    """The folder of the weights in full precision; None where one file holds them. Raises RecipeError."""
+    folder = family.denoiser_folder
+    if folder is not None and read_config(folder).get("quantization_config") is not None:
+        raise RecipeError(f"{folder}: is quantized already; name the model that it was made from")
+    return folder
