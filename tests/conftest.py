@@ -1,5 +1,6 @@
 """Tiny pipelines on disk, made once for the whole test run."""
 
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
 
+from hub_runs import PROMPTS, hub_with_base, train
 from small_recipe import Write
 
 # At these sizes a second thread gains nothing, and sums in another order would unpin the pinned losses.
@@ -29,6 +31,25 @@ def mini_sd3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini") / "sd3"
     build_sd3_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory, mini_flux):
+    with hub_with_base(tmp_path_factory.mktemp("hub"), mini_flux) as to:
+        yield to
+
+
+@pytest.fixture(scope="session")
+def pushed_run(hub):
+    """A run that has pushed itself to ann/dog when it was done."""
+    return train(
+        hub,
+        f"sample.prompts={json.dumps(PROMPTS)}",
+        "data.caption_prefix=a pic of ",
+        "optimizer.lr=0.02",
+        "validation.held_out=2",
+        "output.push_to_hub=ann/dog",
+    )
 
 
 @pytest.fixture
