@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
-Kind = (
-    int | str
-)  # a status; "drop": no answer to a request that is not done; "lose": none to one that is done
+# A status; "page": a gateway's, in HTML; "drop": no answer to a request that is not done; "lose": none to one that is.
+Kind = int | str
 
 
 @dataclass

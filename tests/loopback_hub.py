@@ -23,13 +23,16 @@ class State:
 
     store: Store
     faults: Faults = field(default_factory=Faults)
-    sent: list[bytes] = field(default_factory=list)  # every body and address that came
+    leaks: list[str] = field(default_factory=list)  # requests with a token in the address or the body
     endpoint: str = ""
 
 
 class _Hub(BaseHTTPRequestHandler):
     state: State
     protocol_version = "HTTP/1.1"
+    # Head and body in one packet: an answer in two waits 40 ms for the first to be acknowledged.
+    wbufsize = -1
+    disable_nagle_algorithm = True
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -53,8 +56,13 @@ class _Hub(BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             return
-        self.body = self._read()
-        self.state.sent += [self.body, self.path.encode()]
+        self.body, self.lost = self._read(), False
+        content = self.path.encode() + self.body
+        if any(token.encode() in content for token in self.state.store.accounts):
+            self.state.leaks.append(path)
+        if fault == "page":
+            self._send(b"<html>Bad Gateway</html>", 502, {"Content-Type": "text/html"})
+            return
         if isinstance(fault, int):
             self._refuse(fault, "", "as the test wants it", self.state.faults.headers)
             return
@@ -211,9 +219,8 @@ class _Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        self.lost = False
-        said = {"X-Error-Code": code, "X-Error-Message": message} if code or message else {}
-        self._send(b"", status, said | dict(headers or {}))
+        said = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
+        self._send(json.dumps({"error": message}).encode(), status, said | dict(headers or {}))
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:
