@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-# A status; "page": a gateway's, in HTML; "drop": no answer to a request that is not done; "lose": none to one that is.
+# A status; "page": a gateway's, in HTML; "stall": no answer for long; "drop": none to a request that is not done;
+# "lose": none to one that is.
 Kind = int | str
 
 

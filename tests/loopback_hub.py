@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ class _Hub(BaseHTTPRequestHandler):
         path = unquote(path)
         fault = self.state.faults.of(f"{self.command} {path}")
         if fault == "drop":
+            self.close_connection = True
+            return
+        if fault == "stall":
+            time.sleep(4)
             self.close_connection = True
             return
         self.body, self.lost = self._read(), False
@@ -170,7 +175,9 @@ class _Hub(BaseHTTPRequestHandler):
             return
         objects = []
         for wanted in json.loads(self.body)["objects"]:
-            address = f"{self.state.endpoint}/upload/{wanted['oid']}?X-Signature=secret"
+            # Another host, as the Hub's storage is.
+            host = self.state.endpoint.replace("127.0.0.1", "localhost")
+            address = f"{host}/upload/{wanted['oid']}?X-Signature=secret"
             there = wanted["oid"] in self.state.store.large
             objects.append(wanted | ({} if there else {"actions": {"upload": {"href": address}}}))
         self._json({"transfer": "basic", "objects": objects})

@@ -78,10 +78,13 @@ def _serve() -> None:
     from huggingface_hub.utils import logging as client_logging
     from typer.testing import CliRunner
 
+    from halfbyte.trainer import hub_client
     from halfbyte.trainer.cli import app
 
     waits: list[float] = []
-    time.sleep = waits.append  # a test need not wait for what passes at once
+    # A test need not wait for what passes at once.
+    time.sleep = waits.append
+    hub_client.STALLED = 1.5
     for line in sys.stdin:
         order = json.loads(line)
         waits.clear()

@@ -52,7 +52,7 @@ def settings_page(hub):
             "hf_nobodyKnows",
             "the Hub answered 401; the token is not valid (any longer): see {tokens}",
         ),
-        ("ann/x", "hf_bröken", "who is logged in: "),
+        ("ann/x", "hf_bröken", "the token holds characters that no token has: see {tokens}"),
         ("ann/x", READER, "the token may only read; make one that may write at {tokens}"),
         ("ann/x", NARROW, "no right to write to repositories of ann; give it repo.write at {tokens}"),
         (

@@ -113,12 +113,29 @@ def test_what_passes_is_waited_for(pushes, outcome):
         assert answer.waits == [8.0 if outcome == 429 else 1.0], where
 
 
+def test_a_connection_that_stalls_is_given_up(pushes):
+    for place in (0, len(pushes.requests) - 1):
+        answer = pushes.fresh(Faults("stall", place))
+        assert (answer.code, answer.waits) == (0, [1.0]), answer.output
+        assert "(ReadTimeout); again in 1 s" in answer.output
+        assert pushes.repository.tree == pushes.tree
+
+
 @pytest.mark.parametrize(("header", "value"), [("Retry-After", "7200"), ("RateLimit", '"api";r=0;t=7200')])
 def test_a_long_ban_is_told_instead_of_waited_for(pushes, header, value):
     (place,) = [n for n, request in enumerate(pushes.requests) if request.endswith("/commit/main")]
     answer = pushes.fresh(Faults(429, place, headers={header: value}))
     assert (answer.code, answer.waits) == (4, [])
     assert "try again in 120 minutes" in answer.output
+
+
+def test_a_storage_that_refuses_is_no_matter_of_rights(pushes):
+    (place, *_) = [n for n, request in enumerate(pushes.requests) if request.startswith("PUT")]
+    answer = pushes.fresh(Faults(403, place))
+    assert answer.code == 4
+    assert "the Hub answered 403" in answer.output
+    assert "push again, and what is uploaded already is not sent twice" in answer.output
+    assert "the right to write" not in answer.output
 
 
 def test_an_interrupted_push_sends_no_large_file_twice(pushes):

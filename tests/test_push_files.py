@@ -132,6 +132,14 @@ def test_a_folder_that_is_no_run_and_names_that_are_none(run, tmp_path):
     assert "output.push_to_hub is null" in CliRunner().invoke(app, ["push", str(run)]).output
 
 
+def test_offline_is_told(run, monkeypatch):
+    """As this process is."""
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    result = CliRunner().invoke(app, ["push", str(run), "--repo", "ann/dog"])
+    assert result.exit_code == 4
+    assert "HF_HUB_OFFLINE is set; unset it" in result.output
+
+
 def test_a_run_that_moved_to_another_machine_is_pushed(run):
     """None of the folders in its recipe need be there."""
     recipe = run / "recipe.yaml"

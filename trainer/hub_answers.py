@@ -112,6 +112,8 @@ def _described(error: Exception) -> str:
     if status is not None:
         said = getattr(error, "server_message", None)
         return f"the Hub answered {status}" + (f" ({_clean(said)})" if said else "")
+    if isinstance(error, UnicodeEncodeError):
+        return "the token holds characters that no token has"
     if isinstance(error, json.JSONDecodeError | KeyError):
         return "the Hub's answer could not be understood"
     if isinstance(error, HTTP_ERROR):
@@ -121,8 +123,13 @@ def _described(error: Exception) -> str:
 
 
 def _advice(error: Exception, repository: str | None) -> str:
+    if isinstance(error, UnicodeEncodeError):
+        return f": see {tokens_page()}, then `hf auth login` or HF_TOKEN"
     status = status_of(error)
     where = constants.ENDPOINT if repository is None else page(repository)
+    if status is not None and status < 500 and _asked_elsewhere(error):
+        # Where files are uploaded to, at an address that holds for a while.
+        return "; push again, and what is uploaded already is not sent twice"
     if status == 401:
         return f"; the token is not valid (any longer): see {tokens_page()}, then `hf auth login` or HF_TOKEN"
     if status == 403:
@@ -141,6 +148,10 @@ def _advice(error: Exception, repository: str | None) -> str:
     if isinstance(error, HTTP_ERROR) and status is None:
         return "; check the connection and try again"
     return f"; see {where}"
+
+
+def _asked_elsewhere(error: Exception) -> bool:
+    return not str(error.response.request.url).startswith(constants.ENDPOINT)  # type: ignore[attr-defined]
 
 
 def _clean(text: str) -> str:

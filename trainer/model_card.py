@@ -134,7 +134,7 @@ def _base(facts: CardFacts) -> str:
         how = (
             f"all {error.weights:,} weights"
             if error.measured == error.weights
-            else f"{error.measured:,} of the {error.weights:,} weights, in whole rows spread evenly"
+            else f"{error.measured:,} of the {error.weights:,} weights, in runs of rows from all over each layer"
         )
         text += (
             f"\nQuantization error: {error.relative:.2%} (RMS of the difference to the weights it was made from,"
@@ -146,11 +146,7 @@ def _base(facts: CardFacts) -> str:
 def _licence(facts: CardFacts) -> str:
     licence = facts.provenance.licence
     if licence is None:
-        return (
-            "## Licence\n\nThe base's card states no licence that could be passed on here; the base's terms apply.\n"
-            if facts.provenance.base_model is not None
-            else ""
-        )
+        return ""
     name = escaped(licence.license_name or licence.license)
     link = licence.license_link
     # Between angle brackets only they, and line ends, are read.

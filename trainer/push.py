@@ -1,17 +1,15 @@
 """`halfbyte push`: a run's adapter, its quantized base and a card, as one commit of a repository on the Hub."""
 
-import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.utils.tqdm import disable_progress_bars
 from rich.console import Console
 
 from halfbyte.trainer.card_facts import CardFacts, read_validation
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.hub_account import require_writer
 from halfbyte.trainer.hub_answers import page
+from halfbyte.trainer.hub_client import prepare_client
 from halfbyte.trainer.hub_repository import change, commit, create, find, require_write
 from halfbyte.trainer.model_card import CARD_FILE, model_card
 from halfbyte.trainer.progress import Announced, sized
@@ -20,8 +18,6 @@ from halfbyte.trainer.push_files import PushFile, adapter_files, base_files, sam
 from halfbyte.trainer.recipe import load_written
 from halfbyte.trainer.recipe_folders import is_repository
 from halfbyte.trainer.run_folder import RunFolder
-
-_QUERY = re.compile(r"\?\S+")
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,7 @@ def _exported(run: RunFolder, step: int) -> RunFolder:
 
 def check_push(repository: str) -> None:
     """Raises HubError where a push there would fail by what can be known before: login, rights, name, and kind."""
+    prepare_client(bars=True)
     require_writer(repository)
     remote = find(repository)
     if remote is not None:
@@ -102,7 +99,7 @@ def check_push(repository: str) -> None:
 
 def push(ready: Push, console: Console) -> None:
     """Makes the repository hold the push, in one commit; what it holds already is not sent. Raises HubError."""
-    _keep_client_quiet(console)
+    prepare_client(bars=console.is_terminal)
     require_writer(ready.repository)
     remote = find(ready.repository)
     if remote is None:
@@ -144,18 +141,3 @@ def listing(ready: Push) -> list[str]:
 
 def _visibility(private: bool) -> str:
     return "private" if private else "public"
-
-
-def _keep_client_quiet(console: Console) -> None:
-    """The client's bars are for terminals; what it logs of a request is shown without the address's signature."""
-    if not console.is_terminal:
-        disable_progress_bars()
-    for handler in logging.getLogger("huggingface_hub").handlers:
-        if not any(isinstance(one, _WithoutQueries) for one in handler.filters):
-            handler.addFilter(_WithoutQueries())
-
-
-class _WithoutQueries(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = _QUERY.sub("", record.getMessage()), ()
-        return True
