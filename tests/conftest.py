@@ -12,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
 
-from hub_runs import PROMPTS, hub_with_base, train
 from small_recipe import Write
 
 # At these sizes a second thread gains nothing, and sums in another order would unpin the pinned losses.
@@ -35,6 +34,9 @@ def mini_sd3(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory, mini_flux):
+    # Slow to import, and most tests do without.
+    from hub_runs import hub_with_base
+
     with hub_with_base(tmp_path_factory.mktemp("hub"), mini_flux) as to:
         yield to
 
@@ -42,6 +44,8 @@ def hub(tmp_path_factory, mini_flux):
 @pytest.fixture(scope="session")
 def pushed_run(hub):
     """A run that has pushed itself to ann/dog when it was done."""
+    from hub_runs import PROMPTS, train
+
     return train(
         hub,
         f"sample.prompts={json.dumps(PROMPTS)}",

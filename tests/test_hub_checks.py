@@ -8,6 +8,7 @@ from hub_faults import Faults
 from hub_runs import BASE, TOKEN
 from hub_store import Blob, Repository, account
 from runs import write_recipe
+from small_recipe import SMALL, problems
 
 READER, NARROW, WIDE, GUEST = "hf_mayOnlyRead", "hf_fineButNotHere", "hf_fineAndHere", "hf_contributor"
 
@@ -78,6 +79,15 @@ def something_else(fresh):
     repository = Repository.new("ann/bert")
     repository.commit(repository.tree | {"pytorch_model.bin": Blob(b"theirs", large=True)})
     fresh.store.add(repository)
+
+
+@pytest.mark.parametrize(
+    "name", ["dog", "ann/dog.git", "ann/a--b", "./ann/dog", "https://huggingface.co/ann/dog", ""]
+)
+def test_a_name_that_is_none_is_told_with_its_line(write, name):
+    recipe = write(SMALL.replace("dir: out", f"dir: out, push_to_hub: '{name}'"))
+    (line,) = problems(recipe)
+    assert line == f"recipe.yaml:3: output.push_to_hub: got '{name}', expected a Hub repository as owner/name"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ _QUERY = re.compile(r"\?\S+")
 
 
 def prepare_client(*, bars: bool) -> None:
-    """Settles how the client connects, what of an address it logs, and whether it may draw bars of what it transfers."""
+    """Settles how the client connects, what of an address it logs, and whether it may draw bars of transfers."""
     huggingface_hub.set_client_factory(_client)
     if not bars:
         disable_progress_bars()
