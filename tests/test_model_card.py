@@ -132,6 +132,7 @@ ANY_TEXT = st.text(min_size=1) | st.lists(st.sampled_from(HOSTILE), min_size=1, 
 @settings(deadline=None, max_examples=60)
 @given(prompt=ANY_TEXT, prefix=st.text() | st.sampled_from(HOSTILE))
 @example(prompt=HOSTILE[0], prefix=HOSTILE[0])
+@example(prompt="a\x85---\x85b", prefix="sks\u2028---\u2028dog")
 def test_no_text_of_a_user_is_read_as_anything(prompt, prefix):
     plain = model_card(facts(["a dog"], data={"caption_prefix": "sks "}))
     card = model_card(facts([prompt], data={"caption_prefix": prefix}))

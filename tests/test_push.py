@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from hub_runs import BASE, TOKEN
@@ -42,7 +43,9 @@ def test_the_base_is_pinned_in_metadata_and_card(hub, pushed_run):
     tree, commit = hub.store.model("ann/dog").tree, hub.store.model(BASE).head
     for name, key in (("adapter_config.json", "revision"), ("halfbyte.json", "revision")):
         assert json.loads(tree[name].content)[key] == commit
-    assert f"base_model_revision: {commit}" in tree["README.md"].content.decode()
+    data = ModelCard(tree["README.md"].content.decode()).data
+    assert (data["base_model"], data["base_model_revision"]) == (BASE, commit)
+    assert data["license_link"] == f"https://huggingface.co/{BASE}/blob/{commit}/LICENSE.md"
     assert f'revision="{commit}"' in tree["README.md"].content.decode()
 
 

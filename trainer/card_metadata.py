@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from halfbyte.trainer.card_facts import CardFacts
+from halfbyte.trainer.recipe_file import RecipeDumper
 
 
 def front_matter(facts: CardFacts) -> str:
@@ -38,4 +40,8 @@ def front_matter(facts: CardFacts) -> str:
         ],
         **more,
     )
-    return f"---\n{data.to_yaml()}\n---\n"
+    # By our own dumper: the library's does not quote line breaks that only YAML knows.
+    written = yaml.dump(
+        data.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
+    return f"---\n{written}---\n"
