@@ -56,17 +56,19 @@ def test_a_second_push_sends_nothing_and_a_change_is_one_more_commit(hub, pushed
     assert (answer.code, "up to date" in answer.output) == (0, True), answer.output
     assert len(repository.commits) == before
     assert [request.split()[0] for request in hub.hub.faults.requests[seen:]] == ["GET"] * 3
-    picture = pushed_run / "samples" / "step-000004-01.png"
-    kept = picture.read_bytes()
+    gone = [pushed_run / name for name in ("samples/step-000004-01.png", "adapter/adapter_config.json")]
+    kept = {path: path.read_bytes() for path in gone}
     try:
-        picture.unlink()
+        for path in gone:
+            path.unlink()
         answer = hub.worker.run("push", str(pushed_run))
         assert "pushed 1 files" in answer.output, answer.output
-        assert "2 deleted" in answer.output
-        assert "samples/01.png" not in repository.tree
+        assert "3 deleted" in answer.output
+        assert not {"samples/01.png", "samples/01-base.png", "adapter_config.json"} & set(repository.tree)
         assert len(repository.commits) == before + 1
     finally:
-        picture.write_bytes(kept)
+        for path, content in kept.items():
+            path.write_bytes(content)
         assert hub.worker.run("push", str(pushed_run)).code == 0
 
 

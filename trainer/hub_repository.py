@@ -11,7 +11,7 @@ from halfbyte.trainer.errors import HubError
 from halfbyte.trainer.hub_answers import page, patiently, status_of, told
 from halfbyte.trainer.progress import Announced
 from halfbyte.trainer.provenance import PROVENANCE_FILE
-from halfbyte.trainer.push_files import FOLDERS, PushFile
+from halfbyte.trainer.push_files import PushFile, is_of_a_push
 
 _NOBODYS = (".gitattributes",)  # what a new repository holds
 _LARGE = 10**7  # bytes; each file from here on is uploaded by itself and told
@@ -29,7 +29,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Change:
-    """What it takes to make a repository hold the files, and no others in the folders of a push."""
+    """What it takes to make a repository hold the files, and no others that an earlier push has left."""
 
     add: tuple[PushFile, ...]
     delete: tuple[str, ...]
@@ -95,7 +95,7 @@ def change(files: Sequence[PushFile], remote: Remote | None) -> Change:
     """What is still to be done; nothing that the repository holds already."""
     there = {} if remote is None else remote.files
     names = {file.name for file in files}
-    stale = (name for name in there if name.startswith(FOLDERS) and name not in names)
+    stale = (name for name in there if is_of_a_push(name) and name not in names)
     return Change(
         tuple(file for file in files if not _same(file, there.get(file.name))), tuple(sorted(stale))
     )

@@ -20,8 +20,7 @@ from halfbyte.trainer.saved_adapter import read_saved
 BASE = "transformer"
 SAMPLES = "samples"
 _OTHER_FORMATS = tuple(kind for kind in FORMATS if kind != "diffusers")
-FOLDERS = tuple(f"{folder}/" for folder in (BASE, SAMPLES, *_OTHER_FORMATS))
-"""The folders that a push owns: what else lies in them is deleted."""
+_FOLDERS = tuple(f"{folder}/" for folder in (BASE, SAMPLES, *_OTHER_FORMATS))
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ class PushFile:
         """What git calls a small file by."""
         content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def is_of_a_push(name: str) -> bool:
+    """Whether the name is one that pushes write, so that what an earlier one left there is deleted."""
+    return name.startswith(_FOLDERS) or name in (PEFT_FILE, PEFT_CONFIG)
 
 
 def adapter_files(run: RunFolder) -> list[PushFile]:
