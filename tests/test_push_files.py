@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from halfbyte.trainer.cli import app
+from halfbyte.trainer.push import PushRequest, prepare_push
 
 from hub_faults import Faults
 from runs import run_here, write_recipe
@@ -130,6 +131,16 @@ def test_a_folder_that_is_no_run_and_names_that_are_none(run, tmp_path):
         assert result.exit_code == 2, name
         assert "expected a Hub repository as owner/name" in result.output
     assert "output.push_to_hub is null" in CliRunner().invoke(app, ["push", str(run)]).output
+
+
+def test_no_byte_names_a_folder_of_the_machine(run, finished, mini_flux):
+    """Of run, pictures, cache or base, all of which are below one."""
+    ready = prepare_push(PushRequest(run, "ann/dog"))
+    below = str(mini_flux.parent.parent).encode()
+    assert str(finished).startswith(below.decode())
+    for file in ready.files:
+        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        assert below not in content, file.name
 
 
 def test_offline_is_told(run, monkeypatch):
