@@ -1,5 +1,6 @@
 """Tiny pipelines on disk, made once for the whole test run."""
 
+import json
 import os
 from pathlib import Path
 
@@ -29,6 +30,30 @@ def mini_sd3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini") / "sd3"
     build_sd3_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory, mini_flux):
+    # Slow to import, and most tests do without.
+    from hub_runs import hub_with_base
+
+    with hub_with_base(tmp_path_factory.mktemp("hub"), mini_flux) as to:
+        yield to
+
+
+@pytest.fixture(scope="session")
+def pushed_run(hub):
+    """A run that has pushed itself to ann/dog when it was done."""
+    from hub_runs import PROMPTS, train
+
+    return train(
+        hub,
+        f"sample.prompts={json.dumps(PROMPTS)}",
+        "data.caption_prefix=a pic of ",
+        "optimizer.lr=0.02",
+        "validation.held_out=2",
+        "output.push_to_hub=ann/dog",
+    )
 
 
 @pytest.fixture

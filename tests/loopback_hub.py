@@ -1,98 +1,268 @@
-"""A Hub on the loopback interface that serves folders as model repositories, read-only; for tests alone."""
+"""A Hub on the loopback interface that speaks what the real client says to it; for tests alone."""
 
-import hashlib
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from hub_faults import Faults
+from hub_store import FIRST as COMMIT
+from hub_store import LARGE, Blob, Repository, Store
+
+KINDS = ("model", "dataset", "space")
+
+
+@dataclass
+class State:
+    """What a server works on; a test may change it between requests."""
+
+    store: Store
+    faults: Faults = field(default_factory=Faults)
+    leaks: list[str] = field(default_factory=list)  # requests with a token in the address or the body
+    endpoint: str = ""
 
 
 class _Hub(BaseHTTPRequestHandler):
-    repositories: dict[str, Path]
-    gated: set[str]
-    requested: list[str]
+    state: State
+    protocol_version = "HTTP/1.1"
+    # Head and body in one packet: an answer in two waits 40 ms for the first to be acknowledged.
+    wbufsize = -1
+    disable_nagle_algorithm = True
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self._answer()
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def _answer(self, *, with_body: bool) -> None:
-        path = unquote(self.path.split("?")[0])
-        self.requested.append(f"{self.command} {path}")
-        if path.startswith("/api/models/"):
-            owner, name, *rest = path.removeprefix("/api/models/").split("/")
-            kind, revision = rest if len(rest) == 2 else ("revision", "main")
-            self._api(f"{owner}/{name}", kind, revision, with_body)
+    def _answer(self) -> None:
+        path, _, self.query = self.path.partition("?")
+        path = unquote(path)
+        fault = self.state.faults.of(f"{self.command} {path}")
+        if fault == "drop":
+            self.close_connection = True
+            return
+        if fault == "stall":
+            time.sleep(4)
+            self.close_connection = True
+            return
+        self.body, self.lost = self._read(), False
+        content = self.path.encode() + self.body
+        if any(token.encode() in content for token in self.state.store.accounts):
+            self.state.leaks.append(path)
+        if fault == "page":
+            self._send(b"<html>Bad Gateway</html>", 502, {"Content-Type": "text/html"})
+            return
+        if isinstance(fault, int):
+            self._refuse(fault, "", "as the test wants it", self.state.faults.headers)
+            return
+        self.lost = fault == "lose"
+        if path.startswith("/api/"):
+            self._api(path.removeprefix("/api/").split("/"))
+        elif path.startswith("/upload/"):
+            self.state.store.large[path.removeprefix("/upload/")] = self.body
+            # The address is signed; a token is none of the storage's business.
+            assert "Authorization" not in self.headers
+            self._send(b"")
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self._batch(path)
         else:
-            owner, name, _, _, *file = path.removeprefix("/").split("/")
-            self._file(f"{owner}/{name}", "/".join(file), with_body)
+            owner, name, _, revision, *file = path.removeprefix("/").split("/")
+            self._file(f"{owner}/{name}", revision, "/".join(file))
 
-    def _api(self, name: str, kind: str, revision: str, with_body: bool) -> None:
-        if name not in self.repositories:
-            self._refuse(404, "RepoNotFound", "Repository not found")
-        elif revision not in ("main", COMMIT):
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        content = b""
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return content
+
+    def _account(self) -> Mapping[str, Any] | None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        return self.state.store.accounts.get(token)
+
+    def _owns(self, name: str) -> bool:
+        account = self._account()
+        if account is None:
+            return False
+        owners = {account["name"]} | {o["name"] for o in account["orgs"] if o["roleInOrg"] != "read"}
+        return name.split("/")[0] in owners and account["auth"]["accessToken"]["role"] != "read"
+
+    def _api(self, parts: list[str]) -> None:
+        if parts == ["whoami-v2"]:
+            account = self._account()
+            if account is None:
+                self._refuse(401, "", "Invalid credentials in Authorization header")
+            else:
+                self._json(account)
+        elif parts == ["repos", "create"]:
+            self._create(json.loads(self.body))
+        elif parts == ["validate-yaml"]:
+            self._json({"errors": [], "warnings": []})
+        else:
+            kind, name = parts[0].removesuffix("s"), "/".join(parts[1:3])
+            repository = self.state.store.repositories.get((kind, name))
+            if repository is None or (repository.private and not self._owns(name)):
+                self._refuse(404, "RepoNotFound", "Repository not found")
+            else:
+                self._repository(repository, parts[3:])
+
+    def _repository(self, repository: Repository, rest: list[str]) -> None:
+        action, revision = [*rest, "info", "main"][:2] if len(rest) < 2 else rest[:2]
+        if action == "auth-check":
+            allowed = len(rest) == 1 or self._owns(repository.name)
+            self._json({}) if allowed else self._refuse(403, "", "no right to write")
+            return
+        found = repository.at("main" if not rest else revision)
+        if found is None:
             self._refuse(404, "RevisionNotFound", "Invalid rev id")
-        elif kind == "tree":
-            sizes = {file: (self.repositories[name] / file).stat().st_size for file in self._names(name)}
-            tree = [
-                {"type": "file", "path": file, "size": size, "oid": COMMIT} for file, size in sizes.items()
-            ]
-            self._send(json.dumps(tree).encode(), with_body)
+        elif action in ("preupload", "commit") and not self._owns(repository.name):
+            self._refuse(403, "", "no right to write")
+        elif action == "preupload":
+            self._preupload(repository)
+        elif action == "commit":
+            self._commit(repository)
+        elif action == "tree":
+            self._json([_entry(path, blob) for path, blob in found[1].items()])
         else:
-            files = [{"rfilename": file} for file in self._names(name)]
-            self._send(json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode(), with_body)
+            files = [{"rfilename": path} for path in found[1]]
+            about = {"id": repository.name, "sha": found[0], "private": repository.private, "siblings": files}
+            self._json(about)
 
-    def _file(self, name: str, file: str, with_body: bool) -> None:
-        if name in self.gated:
+    def _create(self, asked: Mapping[str, Any]) -> None:
+        account = self._account()
+        name = f"{asked['organization'] or (account or {}).get('name')}/{asked['name']}"
+        kind = asked.get("type", "model")
+        if not self._owns(name):
+            self._refuse(403, "", f"no right to create a {kind} under that name")
+        elif (kind, name) in self.state.store.repositories:
+            self._json({"error": "You already created this repo", "url": self._url(name)}, 409)
+        else:
+            private = asked.get("visibility") == "private"
+            self.state.store.add(Repository.new(name, private=private, kind=kind))
+            self._json({"url": self._url(name), "name": name})
+
+    def _preupload(self, repository: Repository) -> None:
+        answers = []
+        for file in json.loads(self.body)["files"]:
+            there = repository.tree.get(file["path"])
+            mode = "lfs" if file["path"].endswith(LARGE) else "regular"
+            answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            answers.append(answer | ({} if there is None else {"oid": there.etag}))
+        self._json({"files": answers})
+
+    def _batch(self, path: str) -> None:
+        if not self._owns(path.removeprefix("/").removesuffix(".git/info/lfs/objects/batch")):
+            self._refuse(403, "", "no right to write")
+            return
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            # Another host, as the Hub's storage is.
+            host = self.state.endpoint.replace("127.0.0.1", "localhost")
+            address = f"{host}/upload/{wanted['oid']}?X-Signature=secret"
+            there = wanted["oid"] in self.state.store.large
+            objects.append(wanted | ({} if there else {"actions": {"upload": {"href": address}}}))
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, repository: Repository) -> None:
+        header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        if header["value"].get("parentCommit") not in (None, repository.head):
+            self._refuse(412, "", "A commit has happened since. Please refresh and try again.")
+            return
+        tree = dict(repository.tree)
+        for operation in operations:
+            self.state.store.apply(tree, operation)
+        made = repository.commit(tree)
+        self._json({"commitUrl": f"{self._url(repository.name)}/commit/{made}", "commitOid": made})
+
+    def _file(self, name: str, revision: str, file: str) -> None:
+        repository = self.state.store.repositories.get(("model", name))
+        if repository is None or (repository.private and not self._owns(name)):
+            self._refuse(404, "RepoNotFound", "Repository not found")
+        elif repository.gated:
             self._refuse(403, "GatedRepo", "Access to this model is restricted")
-        elif file not in self._names(name):
-            self._refuse(404, "EntryNotFound", "Entry not found")
+        elif (found := repository.at(revision)) is None:
+            self._refuse(404, "RevisionNotFound", "Invalid rev id")
+        elif file not in found[1]:
+            self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": found[0]})
         else:
-            self._send((self.repositories[name] / file).read_bytes(), with_body)
+            blob = found[1][file]
+            self._send(blob.content, headers={"ETag": f'"{blob.etag}"', "X-Repo-Commit": found[0]})
 
-    def _names(self, name: str) -> list[str]:
-        folder = self.repositories[name]
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    def _url(self, name: str) -> str:
+        return f"{self.state.endpoint}/{name}"
 
-    def _send(self, content: bytes, with_body: bool) -> None:
-        self.send_response(200)
+    def _json(self, content: Any, status: int = 200) -> None:
+        self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"})
+
+    def _send(self, content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        if self.lost:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
-        if with_body:
+        if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", message)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        said = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
+        self._send(json.dumps({"error": message}).encode(), status, said | dict(headers or {}))
+
+
+def _entry(path: str, blob: Blob) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
+    if blob.large:
+        entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+    return entry
+
+
+@contextmanager
+def serving(store: Store) -> Iterator[State]:
+    """A Hub over the store, which pushes change."""
+    state = State(store)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"state": state}))
+    server.daemon_threads = True
+    state.endpoint = f"http://127.0.0.1:{server.server_port}"
+    # A short poll, for shutdown waits for it.
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextmanager
 def hub(repositories: dict[str, Path], gated: set[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
     """Serves `owner/name` -> folder; gives the endpoint and the list of requests as they come."""
-    requested: list[str] = []
-    state = {"repositories": repositories, "gated": gated, "requested": requested}
-    handler = type("Hub", (_Hub,), state)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requested
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    store = Store()
+    for name, folder in repositories.items():
+        store.add(Repository.of_folder(name, folder, gated=name in gated))
+    with serving(store) as state:
+        yield state.endpoint, state.faults.requests
+
+
+__all__ = ["COMMIT", "Faults", "Repository", "State", "Store", "hub", "serving"]

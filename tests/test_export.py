@@ -20,6 +20,7 @@ from halfbyte.trainer.cli import app
 from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.export_run import ExportRequest, export_run
 from halfbyte.trainer.launch import read_world
+from halfbyte.trainer.provenance import PROVENANCE_FILE
 from halfbyte.trainer.recipe import load_recipe
 
 from judge import stock_bitsandbytes_on_cpu
@@ -56,6 +57,7 @@ def test_a_run_leaves_every_format(finished):
     }
     assert names == {
         ADAPTER_FILE,
+        PROVENANCE_FILE,
         "adapter_model.safetensors",
         "adapter_config.json",
         "comfyui/dog.safetensors",
@@ -232,7 +234,7 @@ def test_the_text_encoder_is_one_that_stock_transformers_loads(run, mini_flux):
 def test_one_format_alone(run):
     request(run, formats=("comfyui",), check=False)
     names = {p.name for p in (run / "adapter").rglob("*") if p.is_file()}
-    assert names == {ADAPTER_FILE, "dog.safetensors"}
+    assert names == {ADAPTER_FILE, PROVENANCE_FILE, "dog.safetensors"}
 
 
 def test_a_check_that_breaks_off_says_how_to_go_on(run, monkeypatch, tmp_path):

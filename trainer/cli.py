@@ -127,6 +127,52 @@ def export_command(
         _fail(errors, world, "interrupted", _INTERRUPTED)
 
 
+@app.command("push")
+def push_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    repo: Annotated[
+        str | None,
+        typer.Option(help="The Hub repository, as owner/name; without it the recipe's output.push_to_hub."),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="How the repository is made where there is none; without it by output.hub_private.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Push what `halfbyte export --checkpoint` wrote of this step instead.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List the files with their sizes, print the card, and send nothing."),
+    ] = False,
+) -> None:
+    """Push a run's adapter, quantized base, samples and model card to the Hub, in one commit.
+
+    The repository is made, private, where there is none. A push that was interrupted goes on where it was when it is
+    repeated. No training pictures and no paths of this machine are sent.
+
+    Exit codes: 0 done, 2 run or option, 4 Hub, 130 interrupted.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        # Slow to import, as above.
+        from halfbyte.trainer.push import PushRequest, listing, prepare_push, push
+
+        ready = prepare_push(PushRequest(run, repo, private, checkpoint))
+        if dry_run:
+            for line in listing(ready):
+                typer.echo(line)
+        else:
+            push(ready, Console(soft_wrap=True))
+    except HalfbyteError as error:
+        _fail(errors, None, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(errors, None, "interrupted", _INTERRUPTED)
+
+
 @app.command("plan")
 def plan_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/flux_lora.yaml.")],

@@ -17,6 +17,7 @@ from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.errors import ExportError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.lora_formats import LoraFormat, formats_for, write_formats
+from halfbyte.trainer.provenance import write_base_error, write_provenance
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
 from halfbyte.trainer.self_check import SelfCheck, self_check
@@ -30,6 +31,7 @@ class ExportSettings:
     formats: tuple[LoraFormat, ...] | None  # None: all that can hold the adapter
     base: bool
     check: bool
+    step: int  # whose adapter it is
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,14 @@ def _export(
     source = family.source
     base = None if source.revision is None else (source.name, source.revision)
     write_formats(adapter, formats, work, family.original_names(), name=settings.name, base=base)
+    write_provenance(family, settings.step, work)
     check = None
     with work_folder(folder.base) as work_base:
         has_base = settings.base and denoiser is not None and is_quantized(denoiser)
         if has_base:
             assert denoiser is not None
             save_quantized(denoiser, work_base)
+            write_base_error(family, denoiser, work_base)
         if settings.check:
             assert denoiser is not None
             with work_folder(folder.root / "check") as work_check:

@@ -81,7 +81,13 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         if request.base or request.merged or request.check:
             denoiser = _base(recipe, family, world, console)
         formats = recipe.output.formats if request.formats is None else tuple(request.formats)
-        settings = ExportSettings(recipe.output.dir.name, formats, request.base, request.check)
+        settings = ExportSettings(
+            recipe.output.dir.name,
+            formats,
+            request.base,
+            request.check,
+            int(checkpoint.removeprefix("step-")),
+        )
         exported = export_saved(family, denoiser, adapter_file, target, settings)
         if request.text_encoder:
             component = target.root / family.t5_component

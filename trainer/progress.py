@@ -106,6 +106,33 @@ class Shown:
             self._progress.close()
 
 
+class Announced:
+    """Progress of a few parts of known sizes: a line as each begins, with what went before it."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console = console
+        self._title = title
+        self._total = total
+        self._done = 0
+
+    def announce(self, part: str, size: int) -> None:
+        """The next part of `size` bytes begins."""
+        self._console.print(
+            f"{self._title} {part} ({sized(size)}), {sized(self._done)} of {sized(self._total)} done",
+            markup=False,
+            highlight=False,
+        )
+        self._done += size
+
+
+def sized(count: int) -> str:
+    """Bytes for a reader, in the units of the Hub's pages."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
 def _clock(seconds: float) -> str:
     if seconds == float("inf"):
         return "unknown"

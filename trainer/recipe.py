@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from halfbyte.trainer.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
-from halfbyte.trainer.recipe_file import KeyPath, RecipeDumper, dotted, read
+from halfbyte.trainer.recipe_file import Document, KeyPath, RecipeDumper, dotted, read
 from halfbyte.trainer.recipe_folders import resolve_folders
 from halfbyte.trainer.recipe_overrides import apply_overrides
 from halfbyte.trainer.recipe_problems import report
@@ -164,6 +164,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_nee
             if not tree.variants(node):
                 document.data[section] = {}
     resolve_folders(document, pictures_needed=pictures_needed)
+    return _validated(document, tree)
+
+
+def load_written(path: Path) -> Recipe:
+    """A recipe as a run wrote it, whose folders may be gone or on another machine. Raises RecipeError."""
+    return _validated(read(path), SchemaTree(json_schema()))
+
+
+def _validated(document: Document, tree: SchemaTree) -> Recipe:
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:

@@ -8,7 +8,7 @@ from halfbyte.trainer.recipe_file import Document, KeyPath
 from halfbyte.trainer.recipe_schema import shown
 
 # owner/name as the Hub accepts it.
-_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9][\w.-]{0,95}/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 
 
 def is_folder(path: str) -> bool:

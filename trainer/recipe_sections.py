@@ -365,6 +365,12 @@ class CheckpointSection(Section):
     """Older ones are deleted."""
 
 
+def _check_repository(name: str) -> str:
+    if not is_repository(name):
+        raise ValueError(f"got {shown(name)}, expected a Hub repository as owner/name")
+    return name
+
+
 Formats = Annotated[tuple[Literal["diffusers", "comfyui", "kohya"], ...], Field(strict=False, min_length=1)]
 
 
@@ -383,3 +389,8 @@ class OutputSection(Section):
     self_check: bool = True
     """Have stock diffusers load what is exported, in a process of its own, and compare its prediction with ours; an
     export that fails is not put in place."""
+    push_to_hub: Annotated[str, AfterValidator(_check_repository)] | None = None
+    """A Hub repository, as owner/name, that the finished run is pushed to as `halfbyte push` does; null: none. Login,
+    rights and name are checked before anything is loaded."""
+    hub_private: bool = True
+    """Whether a push makes a private repository where there is none; one that exists stays as it is."""

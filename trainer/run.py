@@ -1,7 +1,9 @@
 """A training run, from recipe to exported files: each stage needs only what the one before left."""
 
 import logging
+import shlex
 import time
+from pathlib import Path
 
 from rich.console import Console
 from torch import nn
@@ -10,7 +12,7 @@ from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export import ExportSettings, export_trained
 from halfbyte.trainer.export_lines import exported_lines
 from halfbyte.trainer.families.base import Family
@@ -19,6 +21,7 @@ from halfbyte.trainer.launch import World, barrier, join
 from halfbyte.trainer.learned import what_was_learned
 from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
 from halfbyte.trainer.prepare import Prepared, prepare
+from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.report import (
@@ -44,6 +47,9 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     folder = RunFolder(recipe.output.dir)
     claim(folder, recipe, resume=resume)
     _check_precision(recipe, world)
+    repository = recipe.output.push_to_hub
+    if world.leads and repository is not None:
+        check_push(repository)
     model = recipe.model
     family = FAMILIES[model.family].open(
         model.path, model.revision, model.max_sequence_length, model.transformer
@@ -89,7 +95,18 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     if world.leads:
         _export(recipe, family, denoiser, folder, sampler, finished, prepared, console)
     barrier(world)
+    # After the last wait for each other: no process waits for an upload.
+    if world.leads and repository is not None:
+        _push(folder.root, console)
     return True
+
+
+def _push(run: Path, console: Console) -> None:
+    try:
+        push(prepare_push(PushRequest(run)), console)
+    except HubError as error:
+        again = f"halfbyte push {shlex.quote(str(run))}"
+        raise HubError(f"{error}\nThe run is finished and whole in {run}; push it again: {again}") from error
 
 
 def _attention(recipe: Recipe, family: Family, world: World, prepared: Prepared) -> AttentionChoice:
@@ -178,7 +195,9 @@ def _export(
     learned = what_was_learned(name, recipe.train.steps, prepared, sampler, folder)
     output = recipe.output
     console.print("exporting", highlight=False)
-    settings = ExportSettings(output.dir.name, output.formats, output.export_base, output.self_check)
+    settings = ExportSettings(
+        output.dir.name, output.formats, output.export_base, output.self_check, recipe.train.steps
+    )
     exported = export_trained(family, denoiser, folder, settings)
     for line in exported_lines(exported):
         console.print(line, highlight=False)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from halfbyte.trainer.base_licence import CARD_FILE
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.file_digests import FileDigests
 
@@ -177,7 +178,7 @@ def _download(
     name: str, revision: str | None, components: Sequence[str], config_alone: Sequence[str]
 ) -> ModelSource:
     # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
-    wanted = ["model_index.json"]
+    wanted = ["model_index.json", CARD_FILE]
     for part in components:
         endings = _CONFIGURATIONS if part in config_alone else _ALL
         wanted += [f"{part}/*{ending}" for ending in endings]

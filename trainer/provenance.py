@@ -1,0 +1,111 @@
+"""What an export says of where it comes from: the base with its revision and licence, and what the base lost."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfbyte.quant.base_error import BaseError, base_error
+from halfbyte.quant.load import read_config
+from halfbyte.quant.shards import write_text
+from halfbyte.trainer.base_licence import Licence, base_licence
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.base import Family
+
+log = logging.getLogger(__name__)
+
+PROVENANCE_FILE = "halfbyte.json"
+"""Beside the adapter, and at the top of a repository that this trainer has pushed to."""
+BASE_ERROR_FILE = "quantization_error.json"
+"""Beside the quantized base."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Of an exported adapter."""
+
+    halfbyte: str  # the version that exported it
+    step: int
+    pipeline: str  # diffusers' classes
+    transformer: str
+    base_model: str | None  # a Hub repository; None for a folder, whose path is nobody's business
+    revision: str | None  # the commit that was trained on
+    single_file: bool  # whether the transformer's weights were not base_model's but from a file of their own
+    max_sequence_length: int  # T5 tokens
+    licence: Licence | None  # of the base, by its own card
+
+
+def write_provenance(family: Family, step: int, folder: Path) -> None:
+    """Writes the adapter's provenance into its folder."""
+    source = family.source
+    repository = None if source.revision is None else source.name
+    provenance = Provenance(
+        version("halfbyte"),
+        step,
+        family.pipeline_class.__name__,
+        family.denoiser_class.__name__,
+        repository,
+        source.revision,
+        family.transformer_file is not None,
+        family.max_sequence_length,
+        base_licence(source.folder, repository, source.revision),
+    )
+    write_text(json.dumps(asdict(provenance), indent=1) + "\n", folder / PROVENANCE_FILE)
+
+
+def read_provenance(file: Path) -> Provenance:
+    """Raises RecipeError where there is none, or another file."""
+    facts = _read(file)
+    try:
+        licence = facts.pop("licence")
+        return Provenance(**facts, licence=None if licence is None else Licence(**licence))
+    except (KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{file}: not written by an export of this version; export the run again"
+        ) from error
+
+
+def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
+    """Measures what quantization cost the base, and writes that into its folder.
+
+    Nothing is written where that cannot be known: the source was quantized already, or was one file under other
+    names.
+    """
+    source = family.source.folder / "transformer"
+    if family.transformer_file is not None:
+        return
+    try:
+        if read_config(source).get("quantization_config") is not None:
+            return
+        error = base_error(denoiser, source)
+    except (OSError, ValueError) as problem:
+        log.warning("what quantization cost the base is not measured: %s", problem)
+        return
+    write_text(json.dumps(asdict(error), indent=1) + "\n", folder / BASE_ERROR_FILE)
+
+
+def read_base_error(folder: Path) -> BaseError | None:
+    """What `write_base_error` wrote into the folder, None where it wrote nothing. Raises RecipeError."""
+    file = folder / BASE_ERROR_FILE
+    if not file.is_file():
+        return None
+    try:
+        return BaseError(**_read(file))
+    except TypeError as error:
+        raise RecipeError(
+            f"{file}: not written by an export of this version; export the run again"
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise RecipeError(f"{file}: expected a JSON object")
+    return facts
