@@ -48,21 +48,12 @@ STORED = (
     _ours("fp4", "fp4"),
     _ours("int8", "int8"),
 )
-# Skip lists by names, so that they mean something in FLUX alone.
-_OUTER = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
-CALIBRATED = tuple(
-    replace(_ours(name, "nf4", _MSE, f"quant.skip=[{', '.join(skip)}]"), calibrated=True)
-    for name, skip in (
-        ("nf4, calibrated", ()),
-        ("nf4, calibrated, x_embedder in bf16", _OUTER[:1]),
-        ("nf4, calibrated, all but the blocks in bf16", _OUTER),
-    )
-)
-STARTED = (
-    _ours("bf16, kaiming", "none", init="kaiming"),
-    _ours("nf4, kaiming", "nf4", init="kaiming"),
-    replace(_ours("nf4, loftq", "nf4"), loftq=True),
-    replace(_ours("nf4, scales by mse, loftq", "nf4", _MSE), loftq=True),
+CALIBRATED = (
+    replace(_ours("nf4, calibrated", "nf4", _MSE), calibrated=True),
+    # By its name, which FLUX alone has.
+    replace(
+        _ours("nf4, calibrated, x_embedder in bf16", "nf4", _MSE, "quant.skip=[x_embedder]"), calibrated=True
+    ),
 )
 
 

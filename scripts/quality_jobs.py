@@ -47,9 +47,9 @@ class Bench:
         )
         settings = [*quiet, *self.overrides, *base.settings, *more]
         made = self.calibrated(base)
-        return load_recipe(
-            self.recipe, settings + [f"model.transformer={made}"] if made.is_dir() else settings
-        )
+        if made.is_dir():  # its scales have been searched
+            settings += [f"model.transformer={made}", "quant.scale_search=none"]
+        return load_recipe(self.recipe, settings)
 
     def calibrated(self, base: Base) -> Path:
         """Where the base's transformer is, if it is one that is made once for all runs."""

@@ -64,7 +64,7 @@ def facts(prompts=("a dog",), **sections):
             "FluxTransformer2DModel",
             "black-forest-labs/FLUX.1-dev",
             COMMIT,
-            single_file=False,
+            own_transformer=False,
             max_sequence_length=512,
             licence=FLUX,
         ),
@@ -238,7 +238,7 @@ def test_no_path_of_the_machine_is_published():
         lora={"init_from": "/home/ann/other"},
         validation={"path": "/home/ann/held out"},
     )
-    provenance = replace(own.provenance, base_model=None, revision=None, single_file=True)
+    provenance = replace(own.provenance, base_model=None, revision=None, own_transformer=True)
     assert "/home/" not in model_card(replace(own, provenance=provenance))
     published = published_settings(own.recipe)
     assert "path" not in published["model"]

@@ -46,8 +46,8 @@ def _introduction(facts: CardFacts) -> str:
         commit = f"https://huggingface.co/{base}/tree/{revision}"
         on = f"[{escaped(base)}](https://huggingface.co/{base}) at revision [`{revision}`]({commit})"
     text = f"A {_kind(facts.recipe)} for {on}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
-    if facts.provenance.single_file:
-        text += "\nThe transformer's weights were those of one other file, not of that repository.\n"
+    if facts.provenance.own_transformer:
+        text += "\nThe transformer was given apart from that repository, as a folder or a file of its own.\n"
     if prompt := facts.recipe.data.caption_prefix.strip():
         text += f"\nEvery caption began with: {escaped(prompt)}\n"
     return text

@@ -34,7 +34,7 @@ class Provenance:
     transformer: str
     base_model: str | None  # a Hub repository; None for a folder, whose path is nobody's business
     revision: str | None  # the commit that was trained on
-    single_file: bool  # whether the transformer's weights were not base_model's but from a file of their own
+    own_transformer: bool  # whether the transformer was given apart from base_model (model.transformer)
     max_sequence_length: int  # T5 tokens
     licence: Licence | None  # of the base, by its own card
 
@@ -50,7 +50,7 @@ def write_provenance(family: Family, step: int, folder: Path) -> None:
         family.denoiser_class.__name__,
         repository,
         source.revision,
-        family.transformer_file is not None,
+        family.denoiser_folder != source.folder / "transformer",
         family.max_sequence_length,
         base_licence(source.folder, repository, source.revision),
     )
@@ -75,8 +75,8 @@ def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
     Nothing is written where that cannot be known: the source was quantized already, or was one file under other
     names.
     """
-    source = family.source.folder / "transformer"
-    if family.transformer_file is not None:
+    source = family.denoiser_folder
+    if source is None:
         return
     try:
         if read_config(source).get("quantization_config") is not None:
