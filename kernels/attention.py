@@ -8,13 +8,16 @@ as the output does. Where it does not, the gradients are wrong in silence or the
 9.19), so the gradient is brought into that layout here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Backend = Literal["cudnn", "flash", "efficient", "cpu"]
-BACKENDS: tuple[Backend, ...] = ("cudnn", "flash", "efficient", "cpu")
+Backend = Literal["cudnn", "flash", "efficient", "deterministic", "cpu"]
+BACKENDS: tuple[Backend, ...] = ("cudnn", "flash", "efficient", "deterministic", "cpu")
+"""deterministic is flash, or efficient for other types than its own, with a backward that repeats to the bit."""
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("attention(Tensor query, Tensor key, Tensor value, str backend) -> (Tensor, Tensor)")
@@ -31,9 +34,31 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     return "flash" if dtype in (torch.float16, torch.bfloat16) else "efficient"
 
 
+@contextmanager
+def _in_a_fixed_order() -> Iterator[None]:
+    """Within it torch's attention sums its backward in a fixed order; its flag is for all of the process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = False  # all of it is written
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        memory.fill_uninitialized_memory = fills
+
+
+def _kernel(query: Tensor, backend: str) -> str:
+    """The one of torch's that a backend stands for."""
+    return default_backend(query.device, query.dtype) if backend == "deterministic" else backend
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     parts = [part.transpose(1, 2) for part in (query, key, value)]
     aten = torch.ops.aten
+    backend = _kernel(query, backend)
     if backend == "cudnn":
         result = aten._scaled_dot_product_cudnn_attention(*parts, None, True)
     elif backend == "flash":
@@ -53,6 +78,10 @@ def _backward(
     # The output is contiguous as (B, S, H, D), and so must the gradient be: see above.
     parts = [part.transpose(1, 2) for part in (grad.contiguous(), query, key, value, out)]
     tokens, keys = query.shape[1], key.shape[1]
+    if backend == "deterministic":
+        with _in_a_fixed_order():
+            kernel = _kernel(query, backend)
+            return _backward(grad, query, key, value, out, logsumexp, kernel)
     aten = torch.ops.aten
     # Nothing is dropped, so the state of the dropout is asked for and not read.
     state = torch.zeros((), dtype=torch.int64, device=grad.device)
@@ -81,6 +110,7 @@ _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 @torch.library.register_fake("halfbyte::attention", lib=_library)
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = query.shape
+    backend = _kernel(query, backend)
     if backend == "cpu":
         # Strides and dtype as torch's kernel has them.
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -6,7 +6,9 @@ import torch
 from halfbyte.kernels.attention import attention, attention_backward, default_backend
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-ON = [("cpu", "cpu")] + [pytest.param("cuda", name, marks=GPU) for name in ("cudnn", "flash", "efficient")]
+ON = [("cpu", "cpu"), ("cpu", "deterministic")] + [
+    pytest.param("cuda", name, marks=GPU) for name in ("cudnn", "flash", "efficient", "deterministic")
+]
 
 
 def draw(batch, tokens, heads, dim, *, device, dtype, seed=0):
@@ -65,9 +67,38 @@ def test_torch_knows_the_op(device, backend):
     torch.library.opcheck(torch.ops.halfbyte.attention.default, (*parts, backend), test_utils=checks)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_the_deterministic_backward_repeats_to_the_bit(device, dtype):
+    parts = draw(1, 2000, 4, 64, device=device, dtype=dtype)
+    grad = torch.randn(1, 2000, 4, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    first, *others = (
+        torch.autograd.grad(attention(*parts, "deterministic")[0], parts, grad) for _ in range(5)
+    )
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+
+
+def test_torchs_flags_are_left_as_they_were(monkeypatch):
+    parts = draw(1, 8, 1, 8, device="cpu", dtype=torch.float32)
+    seen = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or kernel(*args),
+    )
+    torch.use_deterministic_algorithms(False)
+    torch.autograd.grad(attention(*parts, "deterministic")[0].sum(), parts)
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_an_unknown_backend_is_refused():
     parts = draw(1, 4, 1, 8, device="cpu", dtype=torch.float32)
-    with pytest.raises(ValueError, match="'fast', expected one of cudnn, flash, efficient, cpu"):
+    with pytest.raises(
+        ValueError, match="'fast', expected one of cudnn, flash, efficient, deterministic, cpu"
+    ):
         attention(*parts, "fast")
 
 

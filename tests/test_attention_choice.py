@@ -84,6 +84,14 @@ def test_a_cache_that_cannot_be_written_stops_nothing(probed, tmp_path, caplog):
     assert "cannot remember the attention probe" in caplog.text
 
 
+def test_a_fixed_order_needs_no_probe(probed, tmp_path):
+    calls = probed(FLASH)
+    choice = choose_attention("deterministic", SHAPE, CUDA, tmp_path)
+    assert (choice.backend, calls) == ("deterministic", [])
+    assert choice.reason.startswith("flash, ")
+    assert choose_attention("deterministic", SHAPE, torch.device("cpu"), tmp_path).backend == "cpu"
+
+
 def test_without_cuda_there_is_nothing_to_choose(tmp_path):
     cpu = torch.device("cpu")
     assert choose_attention("auto", SHAPE, cpu, tmp_path).backend == "cpu"
