@@ -167,6 +167,8 @@ def measure(arguments: argparse.Namespace, row: Row, keep: Callable[[list[dict[s
         }
         results.append(found)
         keep(results)
+        # The pipeline calls the transformer a little otherwise, for which blocks are compiled once more.
+        model.picture(px, 2)
         for steps in _numbers(arguments.steps):
             found["pictures_s"][str(steps)] = model.picture(px, steps)
             keep(results)
