@@ -109,7 +109,7 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
     lengths = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
     for name, values in lengths.items():
         own[name].lora_magnitude_vector[adapter].weight.copy_(values)
-    log.info("%d of %d layers start from %s", len(layers), len(own), path)
+    log.info("%d of %d layers have the adapter of %s", len(layers), len(own), path)
     return bool(lengths)
 
 
