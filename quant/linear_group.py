@@ -74,6 +74,7 @@ class LinearGroup:
     def lift(self, x: Tensor) -> None:
         """Fills the last columns of x (M, K + extra) with u: all of `forward` that `gradients` needs."""
         if self.extra:
+            _make_finite(x[:, self.width :])
             _matmul(x[:, : self.width], self._down(x.dtype).t(), x[:, self.width :])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +103,7 @@ class LinearGroup:
         downs: list[Tensor | None] = [None] * len(self.layers)
         ups: list[Tensor | None] = [None] * len(self.layers)
         if self.extra:
+            _make_finite(grad[:, outputs:])
             torch.mm(upstream, self._up(upstream), out=grad[:, outputs:])
             down_grad = _product(grad[:, outputs:].t(), x[:, :width])
             up_grad = _product(upstream.t(), u)
@@ -187,6 +189,16 @@ class LinearGroup:
             return None
         biases = [x.new_zeros(layer.outputs) if layer.bias is None else layer.bias for layer in self.layers]
         return (biases[0] if len(biases) == 1 else torch.cat(biases)).to(x.dtype)
+
+
+def _make_finite(room: Tensor) -> None:
+    """Clears columns behind those that a product reads, where it reads them too.
+
+    oneDNN's bf16 kernel for AMX rounds K up to 32 and multiplies what lies there by zero: NaN, where that is NaN
+    (torch 2.13; K = 100 of rows of 108).
+    """
+    if room.device.type == "cpu":
+        room.zero_()
 
 
 def _affine(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
