@@ -55,6 +55,12 @@ CALIBRATED = (
         _ours("nf4, calibrated, x_embedder in bf16", "nf4", _MSE, "quant.skip=[x_embedder]"), calibrated=True
     ),
 )
+STARTED = (
+    _ours("bf16, kaiming", "none", init="kaiming"),
+    _ours("nf4, kaiming", "nf4", init="kaiming"),
+    replace(_ours("nf4, loftq", "nf4"), loftq=True),
+    replace(_ours("nf4, scales by mse, loftq", "nf4", _MSE), loftq=True),
+)
 
 
 def keeping(name: str, skip: Sequence[str], share: float) -> Base:

@@ -123,11 +123,11 @@ def start(
         # What starting costs includes importing it.
         from halfbyte.trainer import run
         from halfbyte.trainer.callbacks import Recorder
-        from halfbyte.trainer.cli import _quieten_libraries
+        from halfbyte.trainer.command_line import quieten_libraries
         from halfbyte.trainer.launch import read_world
         from halfbyte.trainer.recipe import load_recipe
 
-        _quieten_libraries()
+        quieten_libraries()
         gc.freeze()  # as the command does
         recipe = load_recipe(recipe_file, overrides)
         world = read_world()

@@ -10,10 +10,7 @@ from rich.console import Console
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER, bases, clear, holdings
 from halfbyte.trainer.cli_quantize import quantize_command
 from halfbyte.trainer.cli_sample import sample_command
-from halfbyte.trainer.command_line import INTERRUPTED as _INTERRUPTED
-from halfbyte.trainer.command_line import configure_logging as _configure_logging
-from halfbyte.trainer.command_line import fail as _fail
-from halfbyte.trainer.command_line import quieten_libraries as _quieten_libraries
+from halfbyte.trainer.command_line import INTERRUPTED, configure_logging, fail, quieten_libraries
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.launch import World, leave, read_world
 from halfbyte.trainer.recipe import json_schema_text, load_recipe
@@ -25,8 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command("sample")(sample_command)
-app.command("quantize")(quantize_command)
 
 
 @app.command("train")
@@ -55,9 +50,9 @@ def train_command(
     world: World | None = None
     try:
         world = read_world()
-        _configure_logging(world)
+        configure_logging(world)
         settings = load_recipe(recipe, overrides or [])
-        _quieten_libraries()
+        quieten_libraries()
         # Slow to import, and a recipe with a mistake should be told at once.
         from halfbyte.trainer.run import run
 
@@ -65,14 +60,14 @@ def train_command(
         gc.freeze()
         finished = run(settings, world, console=Console(quiet=not world.leads, soft_wrap=True), resume=resume)
     except HalfbyteError as error:
-        _fail(errors, world, str(error), error.exit_code)
+        fail(errors, world, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail(errors, world, "interrupted", _INTERRUPTED)
+        fail(errors, world, "interrupted", INTERRUPTED)
     finally:
         if world is not None:
             leave(world)
     if not finished:
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command("export")
@@ -110,8 +105,8 @@ def export_command(
     world: World | None = None
     try:
         world = read_world()
-        _configure_logging(world)
-        _quieten_libraries()
+        configure_logging(world)
+        quieten_libraries()
         # Slow to import, as above.
         from halfbyte.trainer.export_lines import exported_lines
         from halfbyte.trainer.export_run import ExportRequest, export_run
@@ -122,9 +117,9 @@ def export_command(
         for line in exported_lines(export_run(run, request, world, Console(soft_wrap=True))):
             typer.echo(line)
     except HalfbyteError as error:
-        _fail(errors, world, str(error), error.exit_code)
+        fail(errors, world, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail(errors, world, "interrupted", _INTERRUPTED)
+        fail(errors, world, "interrupted", INTERRUPTED)
 
 
 @app.command("push")
@@ -168,9 +163,9 @@ def push_command(
         else:
             push(ready, Console(soft_wrap=True))
     except HalfbyteError as error:
-        _fail(errors, None, str(error), error.exit_code)
+        fail(errors, None, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail(errors, None, "interrupted", _INTERRUPTED)
+        fail(errors, None, "interrupted", INTERRUPTED)
 
 
 @app.command("plan")
@@ -191,7 +186,7 @@ def plan_command(
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         settings = load_recipe(recipe, overrides or [], pictures_needed=False)
-        _quieten_libraries()
+        quieten_libraries()
         # Slow to import, as above.
         from halfbyte.trainer.plan_fit import parse_budget
         from halfbyte.trainer.plan_output import show_plan
@@ -199,9 +194,9 @@ def plan_command(
         budget = None if fit is None else parse_budget(fit)
         text, fits = show_plan(settings, budget=budget, as_json=as_json)
     except HalfbyteError as error:
-        _fail(errors, None, str(error), error.exit_code)
+        fail(errors, None, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail(errors, None, "interrupted", _INTERRUPTED)
+        fail(errors, None, "interrupted", INTERRUPTED)
     typer.echo(text)
     if not fits:
         raise typer.Exit(RecipeError.exit_code)
@@ -238,7 +233,7 @@ def cache_command(
         for kind in clear_kinds or []:
             typer.echo(f"deleted {kind}: {clear(root, kind).nbytes / 1e9:.1f} GB")
     except HalfbyteError as error:
-        _fail(errors, None, str(error), error.exit_code)
+        fail(errors, None, str(error), error.exit_code)
     typer.echo(str(root))
     for holding in holdings(root):
         typer.echo(f"  {holding.kind:8} {holding.files:7} files {holding.nbytes / 1e9:8.1f} GB")
@@ -271,7 +266,7 @@ def quant_report_command(
     """
     progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        _quieten_libraries()
+        quieten_libraries()
         # Slow to import, as above.
         from halfbyte.trainer.quant_report_output import run_quant_report
 
@@ -285,9 +280,13 @@ def quant_report_command(
             progress_console=progress_console,
         )
     except HalfbyteError as error:
-        _fail(progress_console, None, str(error), error.exit_code)
+        fail(progress_console, None, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail(progress_console, None, "interrupted", _INTERRUPTED)
+        fail(progress_console, None, "interrupted", INTERRUPTED)
+
+
+app.command("sample")(sample_command)
+app.command("quantize")(quantize_command)
 
 
 def train() -> None:
