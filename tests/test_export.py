@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from diffusers import FluxTransformer2DModel
 from peft import PeftModel
 from rich.console import Console
@@ -49,6 +50,15 @@ def request(root, **settings):
 
 def listing(root):
     return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_run_whose_pictures_are_gone_is_exported_again(run):
+    written = run / "recipe.yaml"
+    gone = yaml.safe_load(written.read_text())
+    gone["data"]["path"] = gone["sample"]["references"] = gone["lora"]["init_from"] = "/nowhere/any/more"
+    gone["sample"]["prompts"] = ["a dog"]
+    written.write_text(yaml.safe_dump(gone))
+    assert request(run, check=False).adapter == run / "adapter" / ADAPTER_FILE
 
 
 def test_a_run_leaves_every_format(finished):

@@ -35,7 +35,7 @@ from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_formats import LoraFormat
 from halfbyte.trainer.merge import merge, total
 from halfbyte.trainer.progress import BYTES, Shown
-from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.recipe import Recipe, load_written
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
@@ -66,7 +66,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         raise RecipeError(
             f"{root}: holds no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
         )
-    recipe = load_recipe(run.recipe)
+    recipe = load_written(run.recipe)
     with tempfile.TemporaryDirectory() as copies:
         checkpoint = copy_adapter(run, request.step, Path(copies))
         adapter_file = Path(copies) / ADAPTER_FILE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from halfbyte.trainer.checkpoint import folders
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe import Recipe, differences, load_recipe
+from halfbyte.trainer.recipe import Recipe, differences, load_written
 
 # Settings that change how a run is watched and kept, not what it computes.
 _FREE = (
@@ -75,7 +75,9 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
             f"output.dir: {root} holds another run ({state}). Go on with it: --resume. Or name a new folder:"
             " output.dir=runs/other"
         )
-    changed = [line for line in differences(load_recipe(folder.recipe), recipe) if not line.startswith(_FREE)]
+    changed = [
+        line for line in differences(load_written(folder.recipe), recipe) if not line.startswith(_FREE)
+    ]
     if changed:
         raise RecipeError(
             "--resume: these settings differ from the run's own recipe, "

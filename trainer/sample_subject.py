@@ -23,7 +23,7 @@ from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.t5 import T5Setting
 from halfbyte.trainer.lora_formats import PEFT_CONFIG
 from halfbyte.trainer.lora_start import find_file, read_layers
-from halfbyte.trainer.recipe import Recipe, load_recipe
+from halfbyte.trainer.recipe import Recipe, load_written
 from halfbyte.trainer.recipe_folders import is_repository
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
@@ -95,7 +95,7 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
     for option, value in (("--model", request.model), ("--revision", request.revision)):
         if value is not None:
             raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base")
-    recipe = load_recipe(run.recipe, pictures_needed=False)
+    recipe = load_written(run.recipe)
     model = recipe.model
     family = FAMILIES[model.family].open(
         model.path,
