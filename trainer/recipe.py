@@ -83,6 +83,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _packed_blocks_stream(self) -> Self:
+        if self.train.stream_blocks and self.quant.type == "none":
+            raise conflict(
+                "train.stream_blocks",
+                "got true, expected false where quant.type is none: only packed weights are streamed",
+            )
+        if self.train.stream_blocks and self.lora.dora:
+            raise conflict(
+                "train.stream_blocks",
+                "got true, expected false where lora.dora is true, which reads the base outside of its blocks",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _dora_is_for_diffusers(self) -> Self:
         if self.lora.dora and self.output.formats not in (None, ("diffusers",)):
             raise conflict(

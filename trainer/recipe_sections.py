@@ -255,6 +255,10 @@ class TrainSection(Section):
     """Run each block as one function with its own backward, where it can be (FLUX; adapters without dropout or
     DoRA, bases of 4 bits or none): faster and smaller, the same up to rounding. Without meaning where
     fused_adapters is false."""
+    stream_blocks: bool = False
+    """Keep the packed weights of the transformer's blocks in page-locked host memory (FLUX.1 5.7 GB, a process), and
+    copy each block to the device ahead of its use, twice a micro-batch: what cards of 6 GB and less need. The same to
+    the bit; how much slower depends on the bus."""
     seed: Seed = 0
     """Everything random follows from it."""
 

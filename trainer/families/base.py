@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.fill import Progress
+from halfbyte.quant.fill import Place, Progress
 from halfbyte.quant.load import load_quantized
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
 from halfbyte.trainer.base_cache import BaseCache
@@ -165,12 +165,14 @@ class Family(ABC):
         dtype: torch.dtype,
         progress: Progress | None = None,
         cache: BaseCache | None = None,
+        place: Place | None = None,
     ) -> nn.Module:
         """The transformer, quantized while it streams from disk, or as `cache` kept it; frozen.
 
-        Raises RecipeError for damaged files.
+        place: what becomes of each quantized layer as it comes, see `fill`. Raises RecipeError for damaged files.
         """
         denoiser: nn.Module
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress, "place": place}
         try:
             if self.transformer_file is not None:
                 denoiser = load_single_file(
@@ -179,23 +181,14 @@ class Family(ABC):
                     self.denoiser_config,
                     self.original_names(),
                     recipe,
-                    dtype=dtype,
-                    device=device,
-                    progress=progress,
+                    **how,
                 )
             elif cache is None or recipe is None:
                 denoiser = load_quantized(
-                    self.denoiser_class,
-                    self.source.folder / "transformer",
-                    recipe,
-                    dtype=dtype,
-                    device=device,
-                    progress=progress,
+                    self.denoiser_class, self.source.folder / "transformer", recipe, **how
                 )
             else:
-                denoiser = cache.load(
-                    self.denoiser_class, self.source, recipe, dtype=dtype, device=device, progress=progress
-                )
+                denoiser = cache.load(self.denoiser_class, self.source, recipe, **how)
         except ValueError as error:
             setting = "model.path" if self.transformer_file is None else "model.transformer"
             raise RecipeError(f"{setting}: {error}") from error
