@@ -15,11 +15,11 @@ from halfbyte.quant.on_host import held_tensors, hold_on_host
 from halfbyte.quant.quantized_layer import QuantizedLayer
 from halfbyte.quant.serialize import base_tensors
 from halfbyte.trainer.adapters import add_lora, trained_parameters
-from halfbyte.trainer.denoiser import streamed_blocks
+from halfbyte.trainer.denoiser import block_names
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import DirectCopies
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
-from halfbyte.trainer.families.block_stream import ROOMS, BlockStream, packed_bytes
+from halfbyte.trainer.families.block_stream import ROOMS, BlockStream, Visitors, packed_blocks
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.families.sd3 import SD3
@@ -109,7 +109,7 @@ def streamed(
     stream_class: type[BlockStream] = Poisoning,
 ) -> BlockStream:
     """The denoiser's blocks made to visit, from host memory that cannot be read as it is."""
-    blocks = streamed_blocks(family, denoiser)
+    blocks = packed_blocks(denoiser, block_names(family))
     for block in blocks:
         for layer in block.modules():
             if isinstance(layer, QuantizedLayer):
@@ -160,7 +160,7 @@ def test_streamed_steps_are_the_others_to_the_bit(
     stream = streamed(family, visiting)
     assert_equal(steps(family, visiting), steps(family, plain))
     # More than there is room for, in each of five forwards.
-    assert len(streamed_blocks(family, visiting)) > ROOMS
+    assert len(packed_blocks(visiting, block_names(family))) > ROOMS
     assert stream.copied > 5 * stream.host_bytes
 
 
@@ -261,6 +261,7 @@ def test_copies_of_a_step_are_what_is_not_there_already(mini_flux: Any) -> None:
         module.loss(batch_for(family)).backward()
     # Forward and backward each begin with two that are there.
     assert stream.copied - before == sum(blocks[2:]) + sum(blocks[:-2])
+    assert stream.copied - before == Visitors(denoiser, block_names(family)).copied
     with torch.no_grad():
         module.loss(batch_for(family))
         before = stream.copied
@@ -272,7 +273,7 @@ def test_copies_of_a_step_are_what_is_not_there_already(mini_flux: Any) -> None:
 def test_a_room_is_as_large_as_the_largest_block(mini_flux: Any) -> None:
     family = family_at(mini_flux)
     denoiser = loaded(family, SETTINGS["full"])
-    sizes = [packed_bytes(block) for block in streamed_blocks(family, denoiser)]
+    sizes = Visitors(denoiser, block_names(family)).sizes
     stream = streamed(family, denoiser)
     assert len(set(sizes)) == 2  # dual and single blocks
     assert [block.nbytes for block in stream._blocks] == sizes
@@ -312,7 +313,7 @@ def test_what_is_moved_leaves_the_packed_weights_of_blocks_where_they_are(mini_f
     denoiser = loaded(family, SETTINGS["full"])
     footprint = denoiser.get_memory_footprint()  # type: ignore[operator]
     expected = {name: tensor.clone() for name, tensor in base_tensors(denoiser).items()}
-    blocks = streamed_blocks(family, denoiser)
+    blocks = packed_blocks(denoiser, block_names(family))
     streamed(family, denoiser, DirectCopies(CPU), BlockStream)  # the host's bytes as they are
     module_of(family, denoiser, torch.float32).loss(batch_for(family)).backward()
     assert denoiser.get_memory_footprint() == footprint  # type: ignore[operator]

@@ -9,15 +9,12 @@ from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
-from halfbyte.quant.fill import Place
-from halfbyte.quant.on_host import hold_on_host
-from halfbyte.quant.quantized_layer import QuantizedLayer
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
-from halfbyte.trainer.families.block_stream import BlockStream
+from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
 from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
@@ -68,25 +65,9 @@ def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
     )
 
 
-def streamed_blocks(family: Family, denoiser: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks that hold packed weights, in the order in which they are called."""
-    names = {name for kind in family.block_kinds() for name in kind}
-    return [
-        block
-        for name, block in denoiser.named_modules()
-        if name in names and any(isinstance(module, QuantizedLinear) for module in block.modules())
-    ]
-
-
-def _on_host(family: Family) -> Place:
-    """Brings the packed layers of the blocks to the host as they come, so that the device never holds them all."""
-    blocks = tuple(f"{name}." for kind in family.block_kinds() for name in kind)
-
-    def place(path: str, layer: QuantizedLayer) -> None:
-        if path.startswith(blocks):
-            hold_on_host(layer)
-
-    return place
+def block_names(family: Family) -> list[str]:
+    """Of all the transformer's blocks."""
+    return [name for kind in family.block_kinds() for name in kind]
 
 
 def _base_cache(recipe: Recipe) -> BaseCache | None:
@@ -128,7 +109,7 @@ def load_denoiser(
         dtype=DTYPES[recipe.quant.compute_dtype],
         progress=loading,
         cache=_base_cache(recipe),
-        place=_on_host(family) if recipe.train.stream_blocks else None,
+        place=keep_on_host(block_names(family)) if recipe.train.stream_blocks else None,
     )
     loading.close()
     model: Any = denoiser
@@ -145,6 +126,7 @@ def load_denoiser(
     if recipe.train.stream_blocks:
         # PEFT puts adapters where it finds the weights.
         denoiser.to(world.device)
-        stream = BlockStream(streamed_blocks(family, denoiser), copies_to(world.device))
+        blocks = packed_blocks(denoiser, block_names(family))
+        stream = BlockStream(blocks, copies_to(world.device))
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return Loaded(denoiser.eval(), trained, quantized, footprint, stream)

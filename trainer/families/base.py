@@ -149,13 +149,22 @@ class Family(ABC):
         return (height // 2) * (width // 2)
 
     def load_encoders(
-        self, *, device: torch.device, dtype: torch.dtype, memo: Path, t5_quant: T5Setting = "auto"
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        memo: Path,
+        t5_quant: T5Setting = "auto",
+        stream_t5: bool = False,
     ) -> Encoders:
         """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
 
-        memo: a folder that remembers digests of the encoders' files.
+        memo: a folder that remembers digests of the encoders' files. stream_t5: its blocks visit the device one by
+        one, see `BlockStream`.
         """
-        return PipelineEncoders(self, device=device, dtype=dtype, memo=memo, t5_quant=t5_quant)
+        return PipelineEncoders(
+            self, device=device, dtype=dtype, memo=memo, t5_quant=t5_quant, stream_t5=stream_t5
+        )
 
     def load_denoiser(
         self,
@@ -255,7 +264,14 @@ class PipelineEncoders(Encoders):
     """
 
     def __init__(
-        self, family: Family, *, device: torch.device, dtype: torch.dtype, memo: Path, t5_quant: T5Setting
+        self,
+        family: Family,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        memo: Path,
+        t5_quant: T5Setting,
+        stream_t5: bool,
     ) -> None:
         source, digests = family.source, FileDigests(memo)
         self._family = family
@@ -263,6 +279,7 @@ class PipelineEncoders(Encoders):
         self._dtype = dtype
         self._t5_folder = source.folder / family.t5_component
         self._t5_quant = settle(t5_quant, self._t5_folder)
+        self._stream_t5 = stream_t5
         self._vae: Any = None
         self._pipeline: Any = None
         # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
@@ -288,7 +305,13 @@ class PipelineEncoders(Encoders):
         if self._pipeline is None:
             self._vae = None
             free_unused(self._device)
-            t5 = load_t5(self._t5_folder, self._t5_quant, dtype=self._dtype, device=self._device)
+            t5 = load_t5(
+                self._t5_folder,
+                self._t5_quant,
+                dtype=self._dtype,
+                device=self._device,
+                stream=self._stream_t5,
+            )
             self._pipeline = self._family.pipeline_class.from_pretrained(
                 self._family.source.folder,
                 transformer=None,

@@ -9,7 +9,7 @@ autograd among them, reads through it what is there at the time. Which block com
 the time of a copy and no more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.on_host import held_tensors
+from halfbyte.quant.fill import Place
+from halfbyte.quant.on_host import held_tensors, hold_on_host
 from halfbyte.quant.quantized_layer import QuantizedLayer
 from halfbyte.trainer.families.block_copies import BlockCopies, Mark
 
@@ -25,16 +26,31 @@ ROOMS = 2
 _ALIGNMENT = 256  # bytes, more than any kernel asks of a pointer
 
 
-def packed_bytes(block: nn.Module) -> int:
-    """What the packed weights of a block take in one piece."""
-    return _laid_out(_tensors(block))[1]
+def keep_on_host(blocks: Sequence[str]) -> Place:
+    """For loading: brings the packed layers of the blocks of these names to the host as they come."""
+    prefixes = tuple(f"{name}." for name in blocks)
+
+    def place(path: str, layer: QuantizedLayer) -> None:
+        if path.startswith(prefixes):
+            hold_on_host(layer)
+
+    return place
+
+
+def packed_blocks(model: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """The blocks of these names that hold packed weights, in the model's order, in which they are called."""
+    return [
+        block
+        for name, block in model.named_modules()
+        if name in names and any(map(_is_packed, block.modules()))
+    ]
 
 
 class _HeldBlock:
     """The packed weights of one block: their tensors, and where each has its bytes."""
 
     def __init__(self, block: nn.Module, copies: BlockCopies) -> None:
-        self._tensors = _tensors(block)
+        self._tensors = packed_tensors(block)
         self._offsets, self.nbytes = _laid_out(self._tensors)
         self._memory = copies.locked(self.nbytes)
         self._on_host = self.views(self.bytes)
@@ -165,6 +181,29 @@ class BlockStream:
         return parts if isinstance(output, tuple) else parts[0]
 
 
+class Visitors:
+    """What a model on meta would take if its blocks were streamed; nothing where there are none."""
+
+    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
+        blocks = [packed_tensors(block) for block in packed_blocks(model, names)]
+        self.sizes = [_laid_out(tensors)[1] for tensors in blocks]
+        self.tensors = {id(tensor) for tensors in blocks for tensor in tensors}
+        self.rooms = [
+            torch.empty(max(self.sizes), dtype=torch.uint8, device="meta")
+            for _ in range(ROOMS if blocks else 0)
+        ]
+
+    @property
+    def host_bytes(self) -> int:
+        """Page-locked memory."""
+        return sum(self.sizes)
+
+    @property
+    def copied(self) -> int:
+        """Bytes that a forward with its backward copies: each way begins with the blocks that are there."""
+        return sum(self.sizes[ROOMS:]) + sum(self.sizes[:-ROOMS])
+
+
 class _AheadOfBackward(torch.autograd.Function):
     """What a block gives, as it is; `begin` is called when the backward gets there.
 
@@ -183,9 +222,14 @@ class _AheadOfBackward(torch.autograd.Function):
         return None, *grads
 
 
-def _tensors(block: nn.Module) -> list[Tensor]:
+def packed_tensors(block: nn.Module) -> list[Tensor]:
+    """All that comes and goes with a block."""
     layers = (module for module in block.modules() if isinstance(module, QuantizedLayer))
     return [tensor for layer in layers for tensor in held_tensors(layer)]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLayer)
 
 
 def _laid_out(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
