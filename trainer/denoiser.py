@@ -115,6 +115,8 @@ def load_denoiser(
     model: Any = denoiser
     footprint = int(model.get_memory_footprint())
     trained = add_adapters(recipe, family, denoiser)
+    # PEFT puts adapters where it finds the weights, and streamed ones lie on the host.
+    denoiser.to(world.device)
     has_lengths = False
     if recipe.lora.init_from is not None:
         layers = read_layers(recipe.lora.init_from, family.original_names())
@@ -124,8 +126,6 @@ def load_denoiser(
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     stream = None
     if recipe.train.stream_blocks:
-        # PEFT puts adapters where it finds the weights.
-        denoiser.to(world.device)
         blocks = packed_blocks(denoiser, block_names(family))
         stream = BlockStream(blocks, copies_to(world.device))
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())

@@ -105,9 +105,8 @@ class ModelSection(Section):
     """How T5, the large text encoder, is held while captions are encoded: none in bf16 (T5-XXL 9.5 GB), int8
     (5.2 GB) or nf4 (4.4 GB, at seven times int8's error); auto: int8 above a billion parameters, else none."""
     stream_text_encoder: bool = False
-    """Keep T5's packed blocks in page-locked host memory while captions are encoded (T5-XXL in int8 4.3 GB), and copy
-    each to the device ahead of its use: what SD3's encoders need on a card of 6 GB, and FLUX's on one of 4. The same
-    embeddings, to the bit."""
+    """Keep T5's packed blocks in page-locked host memory while captions are encoded (T5-XXL in int8: 4.3 GB), each
+    copied to the device ahead of its use: for SD3 on a card of 6 GB, FLUX on one of 4. Embeddings are the same."""
     cache_base: bool = True
     """Keep the quantized base beside data.cache_dir's latents, so that the next start need not quantize again."""
 
