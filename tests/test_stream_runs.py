@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from halfbyte.quant.quantized_layer import QuantizedLayer
 from halfbyte.quant.serialize import save_quantized
+from halfbyte.trainer import export
 from halfbyte.trainer.denoiser import load_denoiser, quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import ADAPTER_FILE
+from halfbyte.trainer.export_run import ExportRequest, export_run
 from halfbyte.trainer.families.sd3_blocks import JointTransformerBlock
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.recipe import load_recipe
@@ -44,14 +46,33 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("family", "fixture"), [("flux", "mini_flux"), ("sd3", "mini_sd3")])
 def test_a_streamed_run_leaves_the_same_files(
-    request: pytest.FixtureRequest, tmp_path: Path, family: str, fixture: str
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    fixture: str,
 ) -> None:
     """Trained, resumed in the middle, validated, drawn and exported."""
     model = request.getfixturevalue(fixture)
     plain = run_here(write_recipe(tmp_path, model, family=family, name="plain"), *LONGER)
     recipe = write_recipe(tmp_path, model, family=family, name="streamed")
     run_here(recipe, *LONGER, STREAMED, "train.steps=2")
-    assert content(run_here(recipe, *LONGER, STREAMED, resume=True)) == content(plain)
+    streamed = run_here(recipe, *LONGER, STREAMED, resume=True)
+    assert content(streamed) == content(plain)
+    # Exported once more, from what never was on the device either.
+    (streamed / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    held = []
+    save = export.save_quantized
+
+    def noted(model: Any, folder: Path) -> None:
+        layers = [part for part in model.modules() if isinstance(part, QuantizedLayer)]
+        held.append(sum(layer.on_host for layer in layers) / len(layers))
+        save(model, folder)
+
+    monkeypatch.setattr(export, "save_quantized", noted)
+    export_run(streamed, ExportRequest(base=True, check=False), CPU, Console(quiet=True))
+    assert content(streamed) == content(plain)
+    assert 0.8 < held[0] < 1
 
 
 @pytest.mark.parametrize("start", ["folder", "cache", "cache again", "packed folder"])
