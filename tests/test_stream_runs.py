@@ -119,3 +119,11 @@ def test_what_cannot_be_streamed_is_refused(mini_flux: Any, tmp_path: Path, othe
     recipe = write_recipe(tmp_path, mini_flux)
     with pytest.raises(RecipeError, match=r"train\.stream_blocks(=true)?: got true, expected false where"):
         load_recipe(recipe, [STREAMED, other])
+
+
+def test_blocks_without_packed_layers_are_refused(mini_flux: Any, tmp_path: Path) -> None:
+    skip = "quant.skip=[transformer_blocks, single_transformer_blocks]"
+    recipe = load_recipe(write_recipe(tmp_path, mini_flux), [STREAMED, skip, "model.cache_base=false"])
+    family = FAMILIES["flux"].open(recipe.model.path, None, 24)
+    with pytest.raises(RecipeError, match=r"train\.stream_blocks: got true, but quant\.skip leaves nothing"):
+        load_denoiser(recipe, family, CPU, Console(quiet=True))

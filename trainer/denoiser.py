@@ -11,6 +11,7 @@ from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
@@ -98,6 +99,15 @@ def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> Trained
     )
 
 
+def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
+    blocks = packed_blocks(denoiser, block_names(family))
+    if not blocks:
+        raise RecipeError(
+            "train.stream_blocks: got true, but quant.skip leaves nothing packed in the blocks; expected false"
+        )
+    return BlockStream(blocks, copies_to(world.device))
+
+
 def load_denoiser(
     recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
 ) -> Loaded:
@@ -124,9 +134,6 @@ def load_denoiser(
     if recipe.lora.dora and not has_lengths:
         keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
-    stream = None
-    if recipe.train.stream_blocks:
-        blocks = packed_blocks(denoiser, block_names(family))
-        stream = BlockStream(blocks, copies_to(world.device))
+    stream = _stream(family, denoiser, world) if recipe.train.stream_blocks else None
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return Loaded(denoiser.eval(), trained, quantized, footprint, stream)
