@@ -123,12 +123,12 @@ def streamed(
 
 
 def steps(family: Family, denoiser: nn.Module) -> Iterator[Tensor]:
-    """Losses and gradients of two optimizer steps of two micro-batches, and what is predicted behind them."""
+    """Losses and gradients of a step of two micro-batches and of one, and what is predicted behind each."""
     module = module_of(family, denoiser, torch.float32)
     parameters = list(trained_parameters(denoiser).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     for step in range(2):
-        for micro in range(2):
+        for micro in range(2 - step):
             torch.manual_seed(step)
             loss = module.loss(batch_for(family, (4 * step + micro, 7)))
             loss.backward()
@@ -159,9 +159,9 @@ def test_streamed_steps_are_the_others_to_the_bit(
     plain, visiting = (loaded(family, SETTINGS[name]) for _ in range(2))
     stream = streamed(family, visiting)
     assert_equal(steps(family, visiting), steps(family, plain))
-    # More than there is room for, in each of five forwards.
+    # More than there is room for, so that rooms were used again.
     assert len(packed_blocks(visiting, block_names(family))) > ROOMS
-    assert stream.copied > 5 * stream.host_bytes
+    assert stream.copied > 3 * stream.host_bytes
 
 
 @each_family
@@ -247,7 +247,7 @@ def test_no_room_is_read_before_its_copy_or_overwritten_while_it_is_read(
         found = list(steps(family, visiting))
     assert_equal(iter(found), iter(expected))
     assert watched.reading > 100
-    assert device.issued >= 5 * len(stream._blocks)
+    assert device.issued > 3 * len(stream._blocks)
 
 
 def test_copies_of_a_step_are_what_is_not_there_already(mini_flux: Any) -> None:
