@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.quant.file_digest import file_digest
+from halfbyte.quant.quantized_layer import QuantizedLayer
 from halfbyte.quant.read_ahead import FileRead, ReadAhead
 from halfbyte.quant.serialize import split_statistic
 from halfbyte.quant.shards import ShardedWeights
@@ -17,6 +18,9 @@ Progress = Callable[[int, int], None]
 
 Finish = Callable[[str, Tensor], Tensor]
 """What a tensor as it was read becomes, by its name."""
+
+Place = Callable[[str, QuantizedLayer], None]
+"""Called with each quantized layer, by its path, when it has its weight; may put that elsewhere."""
 
 Statistics = Mapping[str, Mapping[str, str]]
 """The weight of a packed layer -> the statistics beside it, by suffix -> their names in the file."""
@@ -38,10 +42,12 @@ def fill(
     progress: Progress | None = None,
     on_file: FileRead | None = None,
     finish: Finish | None = None,
+    place: Place | None = None,
 ) -> None:
     """Give every parameter and buffer of `model` its value on `device`, in `dtype` where it is not packed.
 
     packed: the weights of quantized layers are packed in the files; else they are quantized here.
+    place: what becomes of a quantized layer, one by one, so that not all of them need be on `device`.
     finish: what is still to be done to a tensor that is not packed, by its name, once it has been read.
     in_fp32: names of modules that stay in fp32. leave_out: what of the files or the model's own names is passed
     over; all others must be in both.
@@ -78,6 +84,8 @@ def fill(
                 _place(module, leaf, tensor.to(tensor_dtype) if own[name].is_floating_point() else tensor)
         except ValueError as error:
             raise ValueError(f"{weights.path(name)}: {error}") from error
+        if place is not None and isinstance(module, QuantizedLinear) and leaf == "weight":
+            place(path, module)
         done += sum(_nbytes(weights, part) for part in (name, *parts))
         if progress is not None:
             progress(done, total)

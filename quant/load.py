@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 
 from halfbyte.quant.convert import QuantRecipe, convert, kept_in_fp32
-from halfbyte.quant.fill import Progress, fill
+from halfbyte.quant.fill import Place, Progress, fill
 from halfbyte.quant.read_ahead import FileRead
 from halfbyte.quant.serialize import CONFIG_FILE, quantization_config, read_quantization_config
 from halfbyte.quant.shards import ShardedWeights
@@ -36,13 +36,15 @@ def load_quantized(
     device: torch.device | str,
     progress: Progress | None = None,
     on_file: FileRead | None = None,
+    place: Place | None = None,
 ) -> Model:
     """The model of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
 
     Weights are cast to `dtype` before they are quantized, and so is everything that is not quantized, as
     `from_pretrained(torch_dtype=dtype)` does. Where the folder is quantized already, its own settings hold,
     all but `recipe.compute_dtype`. On the CPU such a folder is mapped, and must stay as it is while the model
-    lives. `on_file` is told the digest of each file of weights once it has been read.
+    lives. `on_file` is told the digest of each file of weights once it has been read, `place` gets each quantized
+    layer when it has its weight.
 
     Raises ValueError, naming the file or the tensor, where files or tensors are missing, left over, damaged or
     of another shape, or belong to another class of model.
@@ -69,6 +71,7 @@ def load_quantized(
             in_fp32=kept_in_fp32(model),
             progress=progress,
             on_file=on_file,
+            place=place,
         )
     # Buffers that are no part of the checkpoint were computed when the model was built.
     return model.to(device).eval()

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, linear_layers
-from halfbyte.quant.fill import Progress, fill
+from halfbyte.quant.fill import Place, Progress, fill
 from halfbyte.quant.load import default_dtype, read_config
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config, split_statistic
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, ShardedWeights
@@ -30,12 +30,14 @@ def load_text_encoder(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: Progress | None = None,
+    place: Place | None = None,
 ) -> TextEncoder:
     """The encoder of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
 
     In 4 bits the modules that transformers would keep in fp32 stay in `dtype` (T5's forward casts what goes into
     its `wo` to the weight's dtype, and packed codes have none that could be meant); in int8 they are quantized
-    too. Where the folder is quantized already it is taken as it is.
+    too. Where the folder is quantized already it is taken as it is. `place` gets each quantized layer when it has
+    its weight.
 
     Raises ValueError, naming the file or the tensor, where files or tensors are missing, damaged or of another
     shape.
@@ -76,6 +78,7 @@ def load_text_encoder(
             device=device,
             leave_out={*surplus, *tied},
             progress=progress,
+            place=place,
         )
     for target, source in tied.items():
         _share(model, target, source)

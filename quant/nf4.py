@@ -1,6 +1,7 @@
 """One quantized weight: its packed codes, what it takes to read them, and the way there and back."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -75,35 +76,36 @@ class QuantState:
         return self.nested
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        nested = self.nested
+        return [self.absmax, self.code] + (
+            [] if nested is None else [nested.absmax, nested.code, nested.offset]
+        )
+
+    @property
     def nbytes(self) -> int:
         """Bytes held on the device besides the packed codes."""
-        tensors = [self.absmax, self.code]
-        if self.nested is not None:
-            tensors += [self.nested.absmax, self.nested.code, self.nested.offset]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "QuantState":
+        """The same state over what `change` makes of each tensor."""
+        nested = self.nested
+        if nested is not None:
+            nested = replace(
+                nested,
+                absmax=change(nested.absmax),
+                code=change(nested.code),
+                offset=change(nested.offset),
+            )
+        return replace(self, code=change(self.code), absmax=change(self.absmax), nested=nested)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "QuantState":
         """The same state on `device`; dtypes never change, whatever the module around it is cast to."""
         device = torch.device(device)
         if self.absmax.device == device:
             return self
-        nested = self.nested
-        if nested is not None:
-            nested = NestedState(
-                absmax=nested.absmax.to(device, non_blocking=non_blocking),
-                code=nested.code.to(device, non_blocking=non_blocking),
-                offset=nested.offset.to(device, non_blocking=non_blocking),
-                blocksize=nested.blocksize,
-            )
-        return QuantState(
-            quant_type=self.quant_type,
-            shape=self.shape,
-            dtype=self.dtype,
-            blocksize=self.blocksize,
-            code=self.code.to(device, non_blocking=non_blocking),
-            absmax=self.absmax.to(device, non_blocking=non_blocking),
-            nested=nested,
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Tensor, QuantState]:

@@ -76,6 +76,8 @@ class QuantizedLayer(nn.Linear):
     code_dtype: ClassVar[torch.dtype]
     statistic_keys: ClassVar[Mapping[str, str]]
     """Where a state dict has the weight's statistics, below the layer, and what `load_packed` calls them."""
+    on_host: bool = False
+    """Whether the weight stays where it is when the layer is moved, see `quant.on_host`."""
 
     def __init__(
         self,
@@ -146,6 +148,8 @@ class QuantizedLayer(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_codes(tensor: Tensor) -> Tensor:
+            if self.on_host and tensor is self.weight:
+                return tensor.detach()
             # Detached it is a plain tensor, the only kind that nn.Module can wrap again.
             moved = fn(tensor).detach()
             # Module.type() would cast the codes as well.

@@ -3,9 +3,10 @@
     python scripts/bench_plan.py --measure plan.json      # where there is a GPU
     python scripts/bench_plan.py plan.json                # anywhere: the table with the errors
 
-Random weights of the real shapes, one model for all settings of its family. Each setting takes two optimizer steps in
-Lightning's order (forward, gradients dropped, backward, clipping, optimizer); measured is
-`torch.cuda.max_memory_allocated` over the second. Where halfbyte is not installed, see `bench_train`.
+Random weights of the real shapes, one model for all settings of its family, and another for those whose blocks are
+streamed. Each setting takes two optimizer steps in Lightning's order (forward, gradients dropped, backward, clipping,
+optimizer); measured is `torch.cuda.max_memory_allocated` over the second. Where halfbyte is not installed, see
+`bench_train`.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from halfbyte.trainer.adapters import trained_parameters
-from halfbyte.trainer.denoiser import add_adapters, block_settings
+from halfbyte.trainer.denoiser import add_adapters, block_names, block_settings
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_copies import copies_to
+from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.rehearsal import training_module
 from halfbyte.trainer.run_plan import Planner
@@ -33,6 +36,7 @@ from halfbyte.trainer.samples import Batch
 _RECIPES = Path(__file__).parent.parent / "recipes"
 _NAMES = {"flux": "flux_lora", "sd35_large": "sd35_large_lora", "sd35_medium": "sd3_lora"}
 _GIB = 2**30
+_STREAMED = ("train.stream_blocks=true",)
 
 
 class Setting(NamedTuple):
@@ -74,9 +78,13 @@ GRID = (
     Setting("flux", 512, 1, 16, "full", "schedule_free_adamw", "flash", ("train.grad_accumulation=2",)),
     Setting("flux", 1024, 1, 64, "full"),
     Setting("flux", 512, 1, 64, "full", "adamw_8bit"),
+    Setting("flux", 1024, 1, 16, "full", "adamw", "flash", _STREAMED),
+    Setting("flux", 1024, 1, 16, "offload", "adamw_8bit", "flash", _STREAMED),
+    Setting("flux", 1024, 1, 32, "full", "adamw_8bit", "flash", _STREAMED),
     Setting("sd35_large", 1024, 1, 16, "full"),
     Setting("sd35_large", 1024, 1, 16, "none"),
     Setting("sd35_large", 768, 2, 16, "selective", "adamw_8bit"),
+    Setting("sd35_large", 1024, 1, 32, "selective", "adamw_8bit", "flash", _STREAMED),
     Setting("sd35_medium", 1024, 1, 16, "full"),
     Setting("sd35_medium", 1024, 2, 16, "none"),
     Setting("sd35_medium", 512, 2, 64, "full"),
@@ -122,28 +130,43 @@ def measured(setting: Setting, family: Family, denoiser: nn.Module) -> dict[str,
 
 
 def measure(models: list[str]) -> Iterator[dict[str, Any]]:
-    """Each setting's numbers, every model built once."""
-    device = torch.device("cuda")
+    """Each setting's numbers, every model built once, and once more for settings whose blocks are streamed."""
     for model in models:
-        family = bench_train.family_of(model)
-        denoiser: Any = bench_train.random_denoiser(model, family, "ours", device)
-        rank = None
-        for setting in (setting for setting in GRID if setting.model == model):
-            if setting.rank != rank:
-                if rank is not None:
-                    denoiser.delete_adapters("default")
-                add_adapters(setting.recipe(), family, denoiser)
-                denoiser.to(device)
-                rank = setting.rank
+        for streamed in (False, True):
+            settings = [
+                setting
+                for setting in GRID
+                if setting.model == model and (setting.extra == _STREAMED) == streamed
+            ]
+            yield from _measure(model, settings, streamed)
             gc.collect()
             torch.cuda.empty_cache()
-            try:
-                yield setting._asdict() | measured(setting, family, denoiser)
-            except torch.OutOfMemoryError as error:
-                print(f"{setting}: {error}", flush=True)
-        del denoiser
+
+
+def _measure(model: str, settings: list[Setting], streamed: bool) -> Iterator[dict[str, Any]]:
+    if not settings:
+        return
+    device = torch.device("cuda")
+    family = bench_train.family_of(model)
+    names = block_names(family)
+    place = keep_on_host(names) if streamed else None
+    denoiser: Any = bench_train.random_denoiser(model, family, "ours", device, place)
+    if streamed:
+        BlockStream(packed_blocks(denoiser, names), copies_to(device))
+    rank = None
+    for setting in settings:
+        if setting.rank != rank:
+            if rank is not None:
+                denoiser.delete_adapters("default")
+            add_adapters(setting.recipe(), family, denoiser)
+            denoiser.to(device)
+            rank = setting.rank
         gc.collect()
         torch.cuda.empty_cache()
+        try:
+            yield setting._asdict() | measured(setting, family, denoiser)
+        except torch.OutOfMemoryError as error:
+            print(f"{setting}: {error}", flush=True)
 
 
 def compare(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,12 +1,16 @@
 """Seconds and memory of one training step at full size, ours beside what a user would pick instead.
 
     python scripts/bench_train.py --rows ours,bf16 --px 1024,512 --checkpoint none,selective,full,offload
+    python scripts/bench_train.py --rows ours --checkpoint full,offload --stream --optimizer adamw_8bit --budget 6
     python scripts/bench_train.py --rows peer --px 1024 --compile --json step.json
 
-Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW. `ours` is the NF4 base with
-double quantization in our layers, `bf16` the same adapters over an unquantized base, `peer` diffusers with
-bitsandbytes' layers and stock PEFT. Each step is forward, backward and optimizer; medians after warm-up. The mini
-model (`--model flux_mini`) runs on the CPU as well. Where halfbyte is not installed, put a folder on PYTHONPATH that
+Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW unless `--optimizer` says
+another. `ours` is the NF4 base with double quantization in our layers, `bf16` the same adapters over an unquantized
+base, `peer` diffusers with bitsandbytes' layers and stock PEFT. Each step is forward, backward and optimizer; medians
+after warm-up. The mini model (`--model flux_mini`) runs on the CPU as well.
+
+`--stream` leaves the packed blocks on the host, and rows then say how fast they came. `--budget` holds the allocator
+to what a card of so many GB has besides a context. Where halfbyte is not installed, put a folder on PYTHONPATH that
 holds it as `.typing` does (scripts/typecheck makes it).
 """
 
@@ -25,16 +29,22 @@ from torch import nn
 
 from halfbyte.kernels.attention import BACKENDS
 from halfbyte.quant.convert import QuantRecipe, convert
+from halfbyte.quant.fill import Place
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
+from halfbyte.trainer.denoiser import block_names
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.losses import MSE
 from halfbyte.trainer.mini import build_flux_pipeline
 from halfbyte.trainer.module import DiffusionModule, Objective
+from halfbyte.trainer.optimizers import OPTIMIZERS
+from halfbyte.trainer.run_plan import CONTEXT_BYTES
 from halfbyte.trainer.samples import Batch
 from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.source import ModelSource
@@ -109,8 +119,13 @@ def family_of(model: str) -> Family:
     return family(ModelSource(model, folder, None), tokens)
 
 
-def random_denoiser(model: str, family: Family, row: str, device: torch.device) -> nn.Module:
-    """A transformer of the real shapes, filled layer by layer on the device: the whole never exists in bf16."""
+def random_denoiser(
+    model: str, family: Family, row: str, device: torch.device, place: Place | None = None
+) -> nn.Module:
+    """A transformer of the real shapes, filled layer by layer on the device: the whole never exists in bf16.
+
+    place: what becomes of each quantized layer, see `quant.fill`.
+    """
     with torch.device("meta"):
         denoiser = family.denoiser_class.from_config(family.denoiser_config).to(torch.bfloat16)
     skip = _MODELS[model][2]
@@ -126,6 +141,8 @@ def random_denoiser(model: str, family: Family, row: str, device: torch.device) 
             shape = parameter.shape
             if isinstance(module, Linear4bit) and name == "weight":
                 module.quantize(drawn(torch.Size((module.out_features, module.in_features))), path)
+                if place is not None:
+                    place(path, module)
             elif (
                 row == "peer"
                 and isinstance(module, nn.Linear)
@@ -171,10 +188,13 @@ def _bitsandbytes_layer(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
 class TrainedModel:
     """One row's model with its adapters and optimizer, to take steps of any size with."""
 
-    def __init__(self, model: str, row: str, rank: int, device: torch.device) -> None:
+    def __init__(
+        self, model: str, row: str, rank: int, device: torch.device, *, stream: bool, optimizer: str
+    ) -> None:
         self.model, self.row, self.device = model, row, device
         self.family = family_of(model)
-        denoiser: Any = random_denoiser(model, self.family, row, device)
+        place = keep_on_host(block_names(self.family)) if stream else None
+        denoiser: Any = random_denoiser(model, self.family, row, device, place)
         self.base = _gib(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
         add_lora(
             denoiser,
@@ -187,8 +207,11 @@ class TrainedModel:
             fused=row != "peer",
         )
         self.denoiser = denoiser.to(device)
-        parameters = list(trained_parameters(denoiser).values())
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+        self.stream: BlockStream | None = None
+        if stream:
+            self.stream = BlockStream(packed_blocks(denoiser, block_names(self.family)), copies_to(device))
+        choice = OPTIMIZERS[optimizer].model_validate({"name": optimizer})
+        self.optimizer = choice.build(list(trained_parameters(denoiser).items()))
         self.module = DiffusionModule(
             self.family,
             denoiser,
@@ -260,6 +283,7 @@ class TrainedModel:
             self.step(number, px)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        copied = self.copied
         times = [self.step(number, px) for number in range(3, 3 + steps)]
         return {
             "model": self.model,
@@ -270,12 +294,25 @@ class TrainedModel:
             "first_s": first,
             "base_gib": self.base,
             "peak_gib": _gib(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0),
+            "copied_gb": (self.copied - copied) / steps / 1e9,
         }
+
+    @property
+    def copied(self) -> int:
+        """Bytes of blocks that came to the device so far."""
+        return 0 if self.stream is None else self.stream.copied
 
 
 def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> None:
     """Measures a row in all the settings asked for, over one model, and prints each as it comes."""
-    model = TrainedModel(arguments.model, row, arguments.rank, device)
+    model = TrainedModel(
+        arguments.model,
+        row,
+        arguments.rank,
+        device,
+        stream=arguments.stream,
+        optimizer=arguments.optimizer,
+    )
     for checkpoint in arguments.checkpoint.split(","):
         settings = {"whole": arguments.whole, "compiled": arguments.compile, "attention": arguments.attention}
         model.settle(checkpoint, **settings)
@@ -287,6 +324,12 @@ def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> No
                 f" peak {result['peak_gib']:.2f} GiB",
                 flush=True,
             )
+            if model.stream is not None:
+                print(
+                    f"      {_gib(model.stream.host_bytes):.2f} GiB of blocks on the host, {result['copied_gb']:.2f} GB"
+                    f" copied a step, {result['copied_gb'] / result['median_s']:.1f} GB/s",
+                    flush=True,
+                )
             if arguments.profile:
                 kinds, kernels = profiled(lambda px=px: model.step(9, px))  # type: ignore[misc]
                 print("      ms: " + ", ".join(f"{kind} {taken:.1f}" for kind, taken in kinds.items()))
@@ -329,10 +372,20 @@ def main() -> None:
         "--profile", type=int, default=0, help="show where a step goes, and this many kernels"
     )
     parser.add_argument("--json", type=Path, help="append each row to this file, one JSON object a line")
+    parser.add_argument(
+        "--stream", action="store_true", help="packed blocks on the host, as train.stream_blocks"
+    )
+    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS.classes), default="adamw")
+    parser.add_argument("--budget", type=float, help="GB of a card to stay within, its context included")
     arguments = parser.parse_args()
+    if arguments.stream and (arguments.rows != "ours" or arguments.compile):
+        parser.error("--stream is for --rows ours without --compile")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # cuDNN's attention faults in FLUX's backward.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if arguments.budget:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((arguments.budget * 2**30 - CONTEXT_BYTES) / total)
     for row in arguments.rows.split(","):
         run_row(arguments, row, device)
         gc.collect()

@@ -64,8 +64,9 @@ def observed(self, batch):
 
 module.DiffusionModule.loss = observed
 world = read_world()
-# The base's export takes the adapters off.
+# The base's export takes the adapters off. Streamed blocks lie elsewhere than the parameters that are shared.
 overrides = [f"train.steps={steps}", "train.grad_accumulation=1", "output.export_base=false", "ema.decay=0.9"]
+overrides += ["train.stream_blocks=true"]
 run.run(load_recipe(recipe, overrides), world, console=Console(quiet=True), resume=False)
 (trained,) = modules
 digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in adapter_state(trained.denoiser).items()}

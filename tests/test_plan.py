@@ -78,6 +78,38 @@ def test_settings_are_chosen_for_a_card_the_cheapest_first(planner: Planner) -> 
     assert "fits 8 GB with:" in "\n".join(fit_lines(fitted, 8 * GIB))
 
 
+def test_a_small_card_streams_blocks_instead_of_activations(planner: Planner) -> None:
+    fitted = fit(planner, 6 * GIB)
+    assert fitted.fits
+    made = [change.settings for change in fitted.changes]
+    # Offloading came first, did not do, and is taken back.
+    assert made == [
+        ["optimizer.name=adamw_8bit"],
+        ["train.stream_blocks=true", "train.gradient_checkpointing=full"],
+    ]
+    assert fitted.recipe.train.gradient_checkpointing == "full"
+    # All of the base but embeddings and head, and one forward and backward of it a step.
+    step = fitted.plan.phase("step")
+    assert step.host["packed blocks, page-locked"] / GIB == pytest.approx(5.69, abs=0.02)
+    assert fitted.plan.step_copies / GIB == pytest.approx(10.9, abs=0.1)
+    assert step.allocated / GIB < 4.5
+    assert "of packed blocks come to the device a step" in "\n".join(plan_lines(fitted.plan))
+    smaller = fit(planner, 4 * GIB)
+    assert smaller.fits
+    assert smaller.recipe.model.stream_text_encoder
+    # What is left of T5 on the device: the embedding, and two blocks.
+    texts = smaller.plan.phase("encode texts")
+    assert texts.device["text_encoder_2"] / GIB == pytest.approx(0.6, abs=0.05)
+    assert texts.host["packed blocks, page-locked"] / GIB == pytest.approx(4.32, abs=0.02)
+
+
+def test_sd3s_encoders_fit_a_small_card_if_t5_is_streamed(tmp_path: Path) -> None:
+    folder = write_configurations(tmp_path / "sd35_medium", "sd35_medium")
+    fitted = fit(open_planner(load_recipe(FOLDER / "sd3_lora.yaml", [f"model.path={folder}"])), 6 * GIB)
+    assert fitted.fits
+    assert [change.settings for change in fitted.changes] == [["model.stream_text_encoder=true"]]
+
+
 def test_what_cannot_fit_says_so_with_the_nearest_that_does(toy: Path) -> None:
     budget = CONTEXT_BYTES
     fitted = fit(open_planner(load_recipe(toy)), budget)

@@ -15,7 +15,7 @@ PRESETS = sorted(path for path in FOLDER.glob("*.yaml") if re.search(r"_\d+gb$",
 
 
 def test_there_are_presets() -> None:
-    assert {path.stem for path in PRESETS} >= {"flux_8gb", "flux_12gb", "flux_16gb", "flux_24gb"}
+    assert {path.stem for path in PRESETS} >= {f"flux_{card}gb" for card in (4, 6, 8, 12, 16, 24)}
 
 
 @pytest.fixture(scope="module")

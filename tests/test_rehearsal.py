@@ -4,17 +4,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.trainer.adapters import trained_parameters
-from halfbyte.trainer.denoiser import add_adapters, block_settings, quant_recipe
+from halfbyte.trainer.denoiser import add_adapters, block_settings, load_denoiser, quant_recipe
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.kernel_memory import inside
+from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.live_bytes import INSIDE, WORKING, LiveBytes, allocated
 from halfbyte.trainer.optimizers import OPTIMIZERS, OptimizerChoice
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.registry import FAMILIES
-from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, Rehearsal, training_module
+from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, VISITING, Rehearsal, training_module
 from halfbyte.trainer.samples import Batch
 
 from runs import write_recipe
@@ -151,6 +154,28 @@ def test_what_is_kept_shrinks_and_work_grows_with_checkpointing(folders: dict[st
     assert steps["full"].host == 0
     assert GRADIENTS in steps["full"].peak.by_kind
     assert sum(steps["full"].peak.by_kind.values()) == steps["full"].peak.nbytes
+
+
+@pytest.mark.parametrize("family_name", ["flux", "sd3"])
+def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], family_name: str) -> None:
+    settings = ["quant.compute_dtype=bfloat16", "train.gradient_checkpointing=none"]
+    recipe = load_recipe(folders[family_name], settings)
+    streamed = load_recipe(folders[family_name], [*settings, "train.stream_blocks=true"])
+    all_there, visiting = Rehearsal(recipe, opened(recipe)), Rehearsal(streamed, opened(recipe))
+    family = opened(streamed)
+    world = read_world({"ACCELERATE_USE_CPU": "true"})
+    stream = load_denoiser(streamed, family, world, Console(quiet=True)).stream
+    assert stream is not None
+    assert visiting.visitors.host_bytes == stream.host_bytes
+    assert visiting.held()[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
+    rest = {kind: nbytes for kind, nbytes in visiting.held().items() if kind != VISITING}
+    # What lies on the host is as much, but for the ends of tensors and the tables that all layers share.
+    layers = sum(isinstance(module, QuantizedLinear) for module in visiting.denoiser.modules())
+    moved = sum(all_there.held().values()) - sum(rest.values())
+    assert moved == pytest.approx(stream.host_bytes, abs=2048 * layers)
+    one, other = (rehearsal.step(streamed, SIDE, SIDE) for rehearsal in (all_there, visiting))
+    assert one.peak.nbytes - other.peak.nbytes == moved - visiting.held()[VISITING]
+    assert one.kept == other.kept
 
 
 def test_a_second_rehearsal_is_the_first(folders: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.linear8bit import Linear8bit
@@ -96,6 +97,49 @@ def test_the_vae_and_the_text_encoders_are_never_held_together(mini_flux, tmp_pa
     assert vae() is None
     assert torch.equal(first.prompt_embeds, again.prompt_embeds)
     assert torch.equal(latents.mean, encoders.encode_images(PIXELS).mean)
+
+
+def test_a_streamed_t5_gives_the_same_embeddings(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(num_layers=5, d_model=64, d_ff=128, num_heads=4, d_kv=16, vocab_size=50)
+    T5EncoderModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "t5")
+    how = {"quant": "int8", "dtype": torch.bfloat16, "device": CPU}
+    plain, streamed = (t5.load_t5(tmp_path / "t5", **how, stream=stream) for stream in (False, True))
+    packed = [layer for layer in streamed.modules() if isinstance(layer, QuantizedLinear)]
+    assert len(packed) == 5 * 6
+    assert all(layer.on_host for layer in packed)
+    tokens = torch.arange(20)[None] % 50
+    with torch.no_grad():
+        expected = plain(tokens).last_hidden_state
+        assert all(torch.equal(streamed(tokens).last_hidden_state, expected) for _ in range(2))
+        for layer in packed:  # what is read there has been copied from here
+            layer.weight.data.zero_()
+        assert not torch.equal(streamed(tokens).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(("family", "name"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
+def test_encoders_with_a_streamed_t5_encode_the_same(family, name, request, tmp_path):
+    folder = request.getfixturevalue(name)
+    opened = family.open(str(folder), None, 24)
+    how = {"device": CPU, "dtype": torch.bfloat16, "memo": tmp_path / "memo", "t5_quant": "int8"}
+    plain, streamed = (opened.load_encoders(**how, stream_t5=stream) for stream in (False, True))
+    expected, found = plain.encode_texts(CAPTIONS), streamed.encode_texts(CAPTIONS)
+    assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
+    assert torch.equal(found.pooled_prompt_embeds, expected.pooled_prompt_embeds)
+    # The same entries of the cache are theirs.
+    assert streamed.text_fingerprint == plain.text_fingerprint
+
+
+def test_a_t5_that_is_not_packed_is_not_streamed(mini_flux, tmp_path):
+    opened = Flux.open(str(mini_flux), None, 24)
+    encoders = opened.load_encoders(device=CPU, dtype=torch.bfloat16, memo=tmp_path, stream_t5=True)
+    with pytest.raises(RecipeError, match=r"model\.stream_text_encoder: got true, but T5 is held unpacked"):
+        encoders.encode_texts(CAPTIONS)
+    with pytest.raises(RecipeError, match=r"expected false where model\.text_encoder_quant is none"):
+        load_recipe(
+            write_recipe(tmp_path, mini_flux),
+            ["model.stream_text_encoder=true", "model.text_encoder_quant=none"],
+        )
 
 
 @pytest.mark.gpu

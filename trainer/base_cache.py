@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.file_digest import file_digest
-from halfbyte.quant.fill import Progress
+from halfbyte.quant.fill import Place, Progress
 from halfbyte.quant.load import load_quantized, read_config
 from halfbyte.quant.serialize import CONFIG_FILE, save_quantized
 from halfbyte.quant.shards import ShardedWeights, flush, write_text
@@ -54,6 +55,7 @@ class BaseCache:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        place: Place | None = None,
     ) -> nn.Module:
         """As `load_quantized` of the source's transformer: the kept one, or made anew and kept for the next start.
 
@@ -61,8 +63,9 @@ class BaseCache:
         cannot be loaded.
         """
         folder = source.folder / "transformer"
+        load = partial(load_quantized, model_cls, dtype=dtype, device=device, progress=progress, place=place)
         if read_config(folder, model_cls.__name__).get("quantization_config") is not None:
-            return load_quantized(model_cls, folder, recipe, dtype=dtype, device=device, progress=progress)
+            return load(folder, recipe)
         settings = {
             "format": _FORMAT,
             "model": model_cls.__name__,
@@ -75,13 +78,13 @@ class BaseCache:
         fingerprint = self._known_fingerprint(source)
         if fingerprint is not None and (entry := self._entry(settings, fingerprint)).is_dir():
             try:
-                model = self._read(entry, model_cls, recipe, dtype, device, progress)
+                model = self._read(entry, recipe, load)
                 log.info("the packed base is %s", entry)
                 return model
             except (ValueError, OSError) as error:
                 log.warning("the packed base %s is damaged and made anew: %s", entry, error)
                 damaged = _identity(entry)
-        model = self._quantized(model_cls, source, recipe, dtype, device, progress)
+        model = self._quantized(source, recipe, load)
         fingerprint = self._known_fingerprint(source)
         if fingerprint is None:
             log.warning("the packed base is not kept: %s changed while it was read", folder)
@@ -109,39 +112,21 @@ class BaseCache:
         return digest.hexdigest()
 
     def _quantized(
-        self,
-        model_cls: type[ModelMixin],
-        source: ModelSource,
-        recipe: QuantRecipe,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress | None,
+        self, source: ModelSource, recipe: QuantRecipe, load: Callable[..., nn.Module]
     ) -> nn.Module:
         """The model from its source, whose digests are noted on the way: its bytes are read once for both."""
         folder = source.folder / "transformer"
         if source.revision is not None:
-            return load_quantized(model_cls, folder, recipe, dtype=dtype, device=device, progress=progress)
+            return load(folder, recipe)
         with ShardedWeights(folder) as weights:
             before = {file: file.stat() for file in weights.files}
-        return load_quantized(
-            model_cls,
+        return load(
             folder,
             recipe,
-            dtype=dtype,
-            device=device,
-            progress=progress,
             on_file=lambda file, digest: self._digests.remember(file, before[file], digest),
         )
 
-    def _read(
-        self,
-        entry: Path,
-        model_cls: type[ModelMixin],
-        recipe: QuantRecipe,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress | None,
-    ) -> nn.Module:
+    def _read(self, entry: Path, recipe: QuantRecipe, load: Callable[..., nn.Module]) -> nn.Module:
         """The model of an entry. Raises ValueError where a file is not what the manifest says."""
         files = _read_manifest(entry / _MANIFEST)
         for name, (size, _) in files.items():
@@ -149,14 +134,10 @@ class BaseCache:
             if found != size:
                 raise ValueError(f"{entry / name}: {found} bytes, not {size}")
         read = {CONFIG_FILE: file_digest(entry / CONFIG_FILE)}
-        model = load_quantized(
-            model_cls,
+        model = load(
             entry,
             # The files do not say how their scales were found.
             replace(recipe, scale_search=None),
-            dtype=dtype,
-            device=device,
-            progress=progress,
             on_file=lambda file, digest: read.__setitem__(file.name, digest),
         )
         for name, digest in read.items():

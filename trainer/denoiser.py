@@ -13,7 +13,9 @@ from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_l
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
 from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
@@ -44,6 +46,7 @@ class Loaded:
     trained: TrainedLayers
     quantized_layers: int
     footprint: int
+    stream: BlockStream | None  # where the blocks visit the device
 
 
 def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
@@ -61,6 +64,11 @@ def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
         whole=recipe.train.fused_blocks,
         backend=attention,
     )
+
+
+def block_names(family: Family) -> list[str]:
+    """Of all the transformer's blocks."""
+    return [name for kind in family.block_kinds() for name in kind]
 
 
 def _base_cache(recipe: Recipe) -> BaseCache | None:
@@ -91,6 +99,15 @@ def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> Trained
     )
 
 
+def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
+    blocks = packed_blocks(denoiser, block_names(family))
+    if not blocks:
+        raise RecipeError(
+            "train.stream_blocks: got true, but quant.skip leaves nothing packed in the blocks; expected false"
+        )
+    return BlockStream(blocks, copies_to(world.device))
+
+
 def load_denoiser(
     recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
 ) -> Loaded:
@@ -102,11 +119,14 @@ def load_denoiser(
         dtype=DTYPES[recipe.quant.compute_dtype],
         progress=loading,
         cache=_base_cache(recipe),
+        place=keep_on_host(block_names(family)) if recipe.train.stream_blocks else None,
     )
     loading.close()
     model: Any = denoiser
     footprint = int(model.get_memory_footprint())
     trained = add_adapters(recipe, family, denoiser)
+    # PEFT puts adapters where it finds the weights, and streamed ones lie on the host.
+    denoiser.to(world.device)
     has_lengths = False
     if recipe.lora.init_from is not None:
         try:
@@ -117,5 +137,6 @@ def load_denoiser(
     if recipe.lora.dora and not has_lengths:
         keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
+    stream = _stream(family, denoiser, world) if recipe.train.stream_blocks else None
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
-    return Loaded(denoiser.eval(), trained, quantized, footprint)
+    return Loaded(denoiser.eval(), trained, quantized, footprint, stream)

@@ -16,16 +16,20 @@ from halfbyte.quant.load_text_encoder import text_encoder_on_meta
 from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
-from halfbyte.trainer.families.t5 import T5Setting, settle
+from halfbyte.trainer.families.block_stream import Visitors
+from halfbyte.trainer.families.t5 import T5Setting, block_names, settle
 from halfbyte.trainer.live_bytes import LiveBytes
 
 _DTYPE = torch.bfloat16  # as `prepare` holds them
 
 
-def text_encoder_bytes(family: Family, t5_quant: T5Setting) -> dict[str, int]:
-    """Bytes of each text encoder. Raises RecipeError for a configuration that describes none."""
+def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> tuple[dict[str, int], int]:
+    """Bytes of each text encoder on the device, and those of T5 that stay on the host.
+
+    Raises RecipeError for a configuration that describes none.
+    """
     listed = family.source.pipeline_index()
-    sizes = {}
+    sizes, on_host = {}, 0
     for component in family.text_components:
         if component.startswith("tokenizer"):
             continue
@@ -35,8 +39,12 @@ def text_encoder_bytes(family: Family, t5_quant: T5Setting) -> dict[str, int]:
         if component == family.t5_component:
             quant = settle(t5_quant, folder)
             recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=_DTYPE)
-        sizes[component] = _weights(_encoder(model_cls, folder, recipe))
-    return sizes
+        encoder = _encoder(model_cls, folder, recipe)
+        streamed = stream_t5 and component == family.t5_component
+        visitors = Visitors(encoder, block_names(encoder) if streamed else ())
+        sizes[component] = _weights(encoder, visitors)
+        on_host += visitors.host_bytes
+    return sizes, on_host
 
 
 def text_working_bytes(family: Family) -> int:
@@ -70,9 +78,11 @@ def _encoder(model_cls: Any, folder: Path, recipe: QuantRecipe | None) -> nn.Mod
     return encoder
 
 
-def _weights(model: nn.Module) -> int:
+def _weights(model: nn.Module, visitors: Visitors | None = None) -> int:
+    visitors = visitors or Visitors(model, ())
     tensors = [tensor for module in model.modules() for tensor in weight_tensors(module)]
-    return LiveBytes().hold((tensor for tensor in tensors if tensor.is_meta), "weights")
+    held = [tensor for tensor in tensors if tensor.is_meta and id(tensor) not in visitors.tensors]
+    return LiveBytes().hold([*held, *visitors.rooms], "weights")
 
 
 def _working(run: Callable[[], object]) -> int:

@@ -18,7 +18,7 @@ from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.checkpoint_copy import copy_adapter
-from halfbyte.trainer.denoiser import DTYPES, quant_recipe
+from halfbyte.trainer.denoiser import DTYPES, block_names, quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import (
     Exported,
@@ -30,6 +30,7 @@ from halfbyte.trainer.export import (
 )
 from halfbyte.trainer.export_lines import MERGE_REPORT, merge_lines
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_stream import keep_on_host
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_formats import LoraFormat
@@ -112,6 +113,8 @@ def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.
         dtype=DTYPES[recipe.quant.compute_dtype],
         progress=loading,
         cache=cache,
+        # On the card that the run was made for there is no room for all of it.
+        place=keep_on_host(block_names(family)) if recipe.train.stream_blocks else None,
     )
     loading.close()
     return denoiser

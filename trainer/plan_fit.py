@@ -8,7 +8,7 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.optimizers import AdamW, AdamW8Bit
 from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.recipe_sections import Section
+from halfbyte.trainer.recipe_fields import Section
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_plan import GIB, Planner, RunPlan
 from halfbyte.trainer.source import resolve_configurations
@@ -26,6 +26,7 @@ class Change:
     settings: Sequence[str]  # as the command line takes them
     cost: str
     recipe: Recipe
+    instead_of: str | None = None  # a setting of an earlier change, which this one takes back
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def fit(planner: Planner, budget: int) -> Fit:
         change = next(_changes(planner, recipe, plan.largest.name), None)
         if change is None:
             return Fit(recipe, plan, made, fits=False)
+        made = [earlier for earlier in made if change.instead_of not in earlier.settings]
         made.append(change)
         recipe = change.recipe
         plan = planner.plan(recipe)
@@ -120,6 +122,7 @@ def _step_changes(planner: Planner, recipe: Recipe) -> Iterator[Change]:
         _optimizer,
         _batch,
         _checkpointing,
+        _streaming,
         _rank,
         _resolution,
     )
@@ -167,6 +170,25 @@ def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[Change]:
         yield Change([f"train.gradient_checkpointing={name}"], cost, smaller)
 
 
+def _streaming(planner: Planner, recipe: Recipe) -> Iterator[Change]:
+    """Blocks in the host's memory; then activations need not be there as well."""
+    if recipe.train.stream_blocks or recipe.quant.type == "none" or recipe.lora.dora:
+        return
+    settings, changed = ["train.stream_blocks=true"], dict[str, object](stream_blocks=True)
+    if recipe.train.gradient_checkpointing == "offload":
+        settings.append("train.gradient_checkpointing=full")
+        changed["gradient_checkpointing"] = "full"
+    smaller = _with(recipe, "train", **changed)
+    visitors = planner.rehearsal(smaller).visitors
+    copied = visitors.copied * recipe.train.grad_accumulation
+    yield Change(
+        settings,
+        f"{visitors.host_bytes / GIB:.1f} GB of page-locked host memory, {copied / GIB:.1f} GB copied from it a step",
+        smaller,
+        instead_of="train.gradient_checkpointing=offload",
+    )
+
+
 def _rank(_: Planner, recipe: Recipe) -> Iterator[Change]:
     rank = recipe.lora.rank
     if rank >= 2 * _LEAST_RANK:
@@ -191,17 +213,19 @@ def _resolution(planner: Planner, recipe: Recipe) -> Iterator[Change]:
 
 
 def _text_changes(recipe: Recipe) -> Iterator[Change]:
-    for setting, cost in (
-        ("int8", "embeddings 1 % off"),
-        ("nf4", "ten times int8's error in the embeddings"),
-    ):
-        held = recipe.model.text_encoder_quant
-        if held == "none" or (held in ("auto", "int8") and setting == "nf4"):
-            yield Change(
-                [f"model.text_encoder_quant={setting}"],
-                cost,
-                _with(recipe, "model", text_encoder_quant=setting),
-            )
+    held, streamed = recipe.model.text_encoder_quant, recipe.model.stream_text_encoder
+    if held == "none":
+        yield _text_change(recipe, "text_encoder_quant", "int8", "embeddings 1 % off")
+    elif not streamed:
+        cost = "T5's blocks in page-locked host memory, copied to the device for each caption"
+        yield _text_change(recipe, "stream_text_encoder", True, cost)
+    if held in ("auto", "int8") and not streamed:
+        yield _text_change(recipe, "text_encoder_quant", "nf4", "ten times int8's error in the embeddings")
+
+
+def _text_change(recipe: Recipe, field: str, value: object, cost: str) -> Change:
+    written = str(value).lower()
+    return Change([f"model.{field}={written}"], cost, _with(recipe, "model", **{field: value}))
 
 
 def _sample_changes(recipe: Recipe) -> Iterator[Change]:

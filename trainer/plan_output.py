@@ -17,6 +17,8 @@ from halfbyte.trainer.run_plan import (
     RunPlan,
 )
 
+_BUS = 22  # GB/s, not measured here
+
 
 def show_plan(recipe: Recipe, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
     """The plan of a recipe, fitted to `budget` bytes if there is one; and whether it fits."""
@@ -53,6 +55,12 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         f" at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached, or {plan.step_calls} operations where its"
         " processor took longer; other machines differ"
     )
+    if plan.step_copies:
+        at_least = plan.step_copies / (GIB * _BUS)
+        yield (
+            f"{_gib(plan.step_copies)} of packed blocks come to the device a step, beside its work: at least"
+            f" {at_least:.2f} s at {_BUS} GB/s, about what PCIe 4.0 gives at full width"
+        )
     yield from plan.notes
 
 
@@ -114,6 +122,7 @@ def _json(plan: RunPlan, fitted: Fit | None, budget: int | None) -> str:
         "pictures_seen": plan.seen,
         "step_flops": plan.step_flops,
         "step_calls": plan.step_calls,
+        "step_copies_bytes": plan.step_copies,
         "seconds_a_step": plan.seconds(MEASURED_RATE)[0],
         "seconds": plan.seconds(MEASURED_RATE)[1],
         "rate_tflops": MEASURED_RATE,

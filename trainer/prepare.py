@@ -79,6 +79,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         dtype=torch.bfloat16,
         memo=data.cache_folder / "digests",
         t5_quant=recipe.model.text_encoder_quant,
+        stream_t5=recipe.model.stream_text_encoder,
     )
     latents, texts = fill(
         data.cache_folder,

@@ -10,24 +10,26 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from halfbyte.trainer.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
+from halfbyte.trainer.recipe_fields import Section
 from halfbyte.trainer.recipe_file import Document, KeyPath, RecipeDumper, dotted, read
 from halfbyte.trainer.recipe_folders import resolve_folders
+from halfbyte.trainer.recipe_output_sections import (
+    CheckpointSection,
+    EmaSection,
+    OutputSection,
+    SampleSection,
+    ValidationSection,
+)
 from halfbyte.trainer.recipe_overrides import apply_overrides
 from halfbyte.trainer.recipe_problems import report
 from halfbyte.trainer.recipe_schema import SchemaTree, shown
 from halfbyte.trainer.recipe_sections import (
-    CheckpointSection,
     DataSection,
-    EmaSection,
     LoraSection,
     ModelSection,
     ObjectiveSection,
-    OutputSection,
     QuantSection,
-    SampleSection,
-    Section,
     TrainSection,
-    ValidationSection,
 )
 from halfbyte.trainer.registry import conflict
 from halfbyte.trainer.schedules import SCHEDULES, Constant, Schedule
@@ -79,6 +81,20 @@ class Recipe(Section):
             raise conflict(
                 "train.fused_adapters",
                 "got false, expected true where lora.dora is true: PEFT's own layers unpack the base by bitsandbytes",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_blocks_stream(self) -> Self:
+        if self.train.stream_blocks and self.quant.type == "none":
+            raise conflict(
+                "train.stream_blocks",
+                "got true, expected false where quant.type is none: only packed weights are streamed",
+            )
+        if self.train.stream_blocks and self.lora.dora:
+            raise conflict(
+                "train.stream_blocks",
+                "got true, expected false where lora.dora is true, which reads the base outside of its blocks",
             )
         return self
 

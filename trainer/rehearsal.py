@@ -17,8 +17,15 @@ from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.quant.meta_autocast import autocast_on_meta
 from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
 from halfbyte.trainer.adapters import trained_parameters
-from halfbyte.trainer.denoiser import DTYPES, add_adapters, block_settings, quant_recipe
+from halfbyte.trainer.denoiser import (
+    DTYPES,
+    add_adapters,
+    block_names,
+    block_settings,
+    quant_recipe,
+)
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.block_stream import Visitors
 from halfbyte.trainer.families.host_store import Held, HostStore
 from halfbyte.trainer.live_bytes import LiveBytes, Peak
 from halfbyte.trainer.module import DiffusionModule, Objective
@@ -29,6 +36,7 @@ ADAPTERS = "adapters"
 GRADIENTS = "gradients"
 KEPT = "kept for the backward"
 BATCH = "batch"
+VISITING = "packed: blocks on their visit"
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Rehearsal:
         add_adapters(recipe, family, denoiser)
         self.denoiser: Any = denoiser
         self.adapters = trained_parameters(denoiser)
+        self.visitors = Visitors(denoiser, block_names(family) if recipe.train.stream_blocks else ())
 
     def held(self) -> dict[str, int]:
         """Bytes of the base by kind of layer, and of the adapters."""
@@ -141,12 +150,14 @@ class Rehearsal:
             parameter.grad = None
 
     def _hold_base(self, live: LiveBytes) -> dict[str, int]:
-        kinds: dict[str, list[Tensor]] = {}
+        kinds: dict[str, list[Tensor]] = {VISITING: [*self.visitors.rooms]}
         for path, module in self.denoiser.named_modules():
             if "lora_" in path:
                 continue
             quantized = isinstance(module, QuantizedLinear)
-            kinds.setdefault(layer_kind(path, quantized=quantized), []).extend(weight_tensors(module))
+            kinds.setdefault(layer_kind(path, quantized=quantized), []).extend(
+                tensor for tensor in weight_tensors(module) if id(tensor) not in self.visitors.tensors
+            )
         return {kind: held for kind, tensors in kinds.items() if (held := live.hold(tensors, kind))}
 
     def _batch(self, size: int, width: int, height: int) -> Batch:

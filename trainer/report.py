@@ -27,7 +27,8 @@ class Opening:
     world: World
     trained: TrainedLayers
     quantized_layers: int
-    footprint: int  # bytes of the frozen base on the device
+    footprint: int  # bytes of the frozen base
+    streamed: int  # those of them that stay in the host's memory
     pictures: int
     views: int  # cached crops and mirrors of them
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
@@ -43,6 +44,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         base = f"not quantized, {quant.compute_dtype}"
     else:
         base = f"{_storage(quant)}, {opening.quantized_layers} layers, computed in {quant.compute_dtype}"
+    where = f", {_bytes(opening.streamed)} of it streamed from host memory" if opening.streamed else ""
     revision = f" @ {family.source.revision[:12]}" if family.source.revision else ""
     objective = recipe.objective
     tokens = sorted(
@@ -52,7 +54,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     step = train.batch_size * train.grad_accumulation * world.size
     return [
         ("model", f"{family.source.name}{revision} ({recipe.model.family})"),
-        ("base", f"{base}; {_bytes(opening.footprint)}"),
+        ("base", f"{base}; {_bytes(opening.footprint)}{where}"),
         (
             "trains",
             f"{_adapter_kind(recipe)} rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"

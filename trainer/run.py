@@ -166,6 +166,7 @@ def _opening(
         loaded.trained,
         quantized_layers=loaded.quantized_layers,
         footprint=loaded.footprint,
+        streamed=0 if loaded.stream is None else loaded.stream.host_bytes,
         pictures=len(prepared.samples),
         views=prepared.views,
         sizes=prepared.sizes,

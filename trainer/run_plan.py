@@ -80,6 +80,7 @@ class RunPlan:
     step_calls: int
     draws: int  # pictures that are drawn
     draw_flops: int  # for each
+    step_copies: int  # bytes of streamed blocks that come to the device
     notes: Sequence[str] = field(default=())
 
     @property
@@ -162,6 +163,7 @@ class Planner:
             step_calls=step.calls * train.grad_accumulation,
             draws=drawings * len(recipe.sample.prompts),
             draw_flops=sampling[1] if sampling else 0,
+            step_copies=self.rehearsal(recipe).visitors.copied * train.grad_accumulation,
             notes=notes,
         )
 
@@ -191,7 +193,12 @@ class Planner:
 
     @staticmethod
     def _layers(recipe: Recipe) -> tuple[object, ...]:
-        return (recipe.quant, recipe.lora.model_dump_json(), recipe.train.fused_adapters)
+        return (
+            recipe.quant,
+            recipe.lora.model_dump_json(),
+            recipe.train.fused_adapters,
+            recipe.train.stream_blocks,
+        )
 
     def training_bytes(self, recipe: Recipe) -> int:
         """Bytes that tensors take at the peak of a training step: what most changes are about."""
@@ -213,14 +220,21 @@ class Planner:
         optimizer = recipe.optimizer.memory(self.rehearsal(recipe).shapes)
         updating = {**kept, GRADIENTS: kept[ADAPTERS], "within the optimizer": optimizer.working}
         largest = max(rehearsed, updating, key=lambda parts: sum(parts.values()))
-        return Phase("step", largest, {"activations put aside": step.host})
+        return Phase("step", largest, {"activations put aside": step.host, **self._on_host(recipe)})
+
+    def _on_host(self, recipe: Recipe) -> dict[str, int]:
+        """What stays in the host's memory from loading to the end."""
+        return {"packed blocks, page-locked": self.rehearsal(recipe).visitors.host_bytes}
 
     def _encode_texts(self, recipe: Recipe) -> Phase:
-        quant = recipe.model.text_encoder_quant
-        if quant not in self._encoders:
-            parts = text_encoder_bytes(self.family, quant) | {WORKING: text_working_bytes(self.family)}
-            self._encoders[quant] = Phase("encode texts", parts, {"read ahead": _READ_AHEAD})
-        return self._encoders[quant]
+        model = recipe.model
+        key = (model.text_encoder_quant, model.stream_text_encoder)
+        if key not in self._encoders:
+            parts, on_host = text_encoder_bytes(self.family, *key)
+            host = {"read ahead": _READ_AHEAD, "packed blocks, page-locked": on_host}
+            device = parts | {WORKING: text_working_bytes(self.family)}
+            self._encoders[key] = Phase("encode texts", device, host)
+        return self._encoders[key]
 
     def _encode_pictures(self, size: Size) -> Phase:
         if size not in self._encoders:
@@ -234,9 +248,8 @@ class Planner:
         held = {kind: nbytes for kind, nbytes in rehearsal.held().items() if kind != ADAPTERS}
         # The largest weight as it is stored, its copy in the compute dtype, and the next ones under way.
         arriving = 3 * rehearsal.largest_weight * 2 + _READ_AHEAD
-        return Phase(
-            "load and quantize", {**held, "weights on their way": arriving}, {"read ahead": _READ_AHEAD}
-        )
+        host = {"read ahead": _READ_AHEAD, **self._on_host(recipe)}
+        return Phase("load and quantize", {**held, "weights on their way": arriving}, host)
 
     def _sample(self, recipe: Recipe) -> tuple[Phase, int] | None:
         sample = recipe.sample
@@ -256,7 +269,7 @@ class Planner:
             "vae": weights,
             WORKING: max(decoding, predicting),
         }
-        return Phase("sample", parts, {}), drawn.flops * sample.steps
+        return Phase("sample", parts, self._on_host(recipe)), drawn.flops * sample.steps
 
     def _guided(self, recipe: Recipe) -> int:
         """How many predictions a sampling step takes: two with classifier-free guidance."""
@@ -274,7 +287,7 @@ class Planner:
         held = self.rehearsal(recipe).held()
         base = sum(nbytes for kind, nbytes in held.items() if kind != ADAPTERS)
         # The adapter as it is written and as it is read back; a shard of the base at a time.
-        host = {ADAPTERS: 2 * held[ADAPTERS]}
+        host = {ADAPTERS: 2 * held[ADAPTERS], **self._on_host(recipe)}
         if recipe.output.export_base and recipe.quant.type != "none":
             host["a shard of the base"] = min(base, _SHARD)
         return Phase("export", kept, host)

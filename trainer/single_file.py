@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe, convert, kept_in_fp32
-from halfbyte.quant.fill import Progress, fill
+from halfbyte.quant.fill import Place, Progress, fill
 from halfbyte.quant.load import empty_model
 from halfbyte.quant.serialize import quantization_config
 from halfbyte.quant.single_file import Rows, SingleFile
@@ -39,6 +39,7 @@ def load_single_file(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    place: Place | None = None,
 ) -> nn.Module:
     """The model that `config` describes with the weights of `file`; see `load_quantized`.
 
@@ -69,6 +70,7 @@ def load_single_file(
             in_fp32=kept_in_fp32(model),
             progress=progress,
             finish=finished,
+            place=place,
         )
     loaded: nn.Module = model.to(device).eval()
     return loaded

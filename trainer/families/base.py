@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.fill import Progress
+from halfbyte.quant.fill import Place, Progress
 from halfbyte.quant.load import load_quantized, read_config
 from halfbyte.quant.serialize import CONFIG_FILE
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
@@ -201,14 +201,17 @@ class Family(ABC):
         memo: Path,
         t5_quant: T5Setting = "auto",
         placement: Placement | None = None,
+        stream_t5: bool = False,
     ) -> Encoders:
         """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
 
         memo: a folder that remembers digests of the encoders' files. placement: where the text encoders are; None:
-        on the device.
+        on the device. stream_t5: T5's blocks visit the device one by one, see `BlockStream`.
         """
         where = placement or Placement(device)
-        return PipelineEncoders(self, placement=where, dtype=dtype, memo=memo, t5_quant=t5_quant)
+        return PipelineEncoders(
+            self, placement=where, dtype=dtype, memo=memo, t5_quant=t5_quant, stream_t5=stream_t5
+        )
 
     def load_denoiser(
         self,
@@ -218,12 +221,14 @@ class Family(ABC):
         dtype: torch.dtype,
         progress: Progress | None = None,
         cache: BaseCache | None = None,
+        place: Place | None = None,
     ) -> nn.Module:
         """The transformer, quantized while it streams from disk, or as `cache` kept it; frozen.
 
-        Raises RecipeError for damaged files.
+        place: what becomes of each quantized layer as it comes, see `fill`. Raises RecipeError for damaged files.
         """
         denoiser: nn.Module
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress, "place": place}
         try:
             folder = self.denoiser_folder
             if folder is None:
@@ -234,23 +239,12 @@ class Family(ABC):
                     self.denoiser_config,
                     self.original_names(),
                     recipe,
-                    dtype=dtype,
-                    device=device,
-                    progress=progress,
+                    **how,
                 )
             elif cache is None or recipe is None or self.transformer_folder is not None:
-                denoiser = load_quantized(
-                    self.denoiser_class,
-                    folder,
-                    recipe,
-                    dtype=dtype,
-                    device=device,
-                    progress=progress,
-                )
+                denoiser = load_quantized(self.denoiser_class, folder, recipe, **how)
             else:
-                denoiser = cache.load(
-                    self.denoiser_class, self.source, recipe, dtype=dtype, device=device, progress=progress
-                )
+                denoiser = cache.load(self.denoiser_class, self.source, recipe, **how)
         except ValueError as error:
             own = self.denoiser_folder == self.source.folder / "transformer"
             setting = "model.path" if own else "model.transformer"
@@ -323,7 +317,14 @@ class PipelineEncoders(Encoders):
     """
 
     def __init__(
-        self, family: Family, *, placement: Placement, dtype: torch.dtype, memo: Path, t5_quant: T5Setting
+        self,
+        family: Family,
+        *,
+        placement: Placement,
+        dtype: torch.dtype,
+        memo: Path,
+        t5_quant: T5Setting,
+        stream_t5: bool,
     ) -> None:
         source, digests = family.source, FileDigests(memo)
         self._family = family
@@ -332,6 +333,7 @@ class PipelineEncoders(Encoders):
         self._dtype = dtype
         self._t5_folder = source.folder / family.t5_component
         self._t5_quant = settle(t5_quant, self._t5_folder)
+        self._stream_t5 = stream_t5
         self._vae: Any = None
         self._pipeline: Any = None
         # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
@@ -357,7 +359,13 @@ class PipelineEncoders(Encoders):
         if self._pipeline is None:
             self._vae = None
             free_unused(self._device)
-            t5 = load_t5(self._t5_folder, self._t5_quant, dtype=self._dtype, device=self._placement.loads_on)
+            t5 = load_t5(
+                self._t5_folder,
+                self._t5_quant,
+                dtype=self._dtype,
+                device=self._placement.loads_on,
+                stream=self._stream_t5,
+            )
             self._pipeline = self._family.pipeline_class.from_pretrained(
                 self._family.source.folder,
                 transformer=None,

@@ -7,11 +7,18 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Block
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import read_config
-from halfbyte.quant.load_text_encoder import count_parameters, load_text_encoder
+from halfbyte.quant.load_text_encoder import (
+    count_parameters,
+    load_text_encoder,
+    text_encoder_on_meta,
+)
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.block_copies import copies_to
+from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +47,33 @@ def settle(setting: T5Setting, folder: Path) -> T5Quant:
         raise RecipeError(f"model.path: {error}") from error
 
 
-def load_t5(folder: Path, quant: T5Quant, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The T5 in `folder`, streamed to the device. Raises RecipeError for damaged files."""
+def block_names(encoder: nn.Module) -> list[str]:
+    """Of the encoder's blocks."""
+    found = (name for name, module in encoder.named_modules() if isinstance(module, T5Block))
+    return list(found)
+
+
+def load_t5(
+    folder: Path, quant: T5Quant, *, dtype: torch.dtype, device: torch.device, stream: bool = False
+) -> nn.Module:
+    """The T5 in `folder`, streamed from disk to the device, or, block by block as it computes, from the host's memory.
+
+    Raises RecipeError for damaged files, and where there is nothing packed to stream.
+    """
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=dtype)
     log.info("loading T5 from %s, held %s", folder, "as it is stored" if recipe is None else f"in {quant}")
     try:
-        return load_text_encoder(T5EncoderModel, folder, recipe, dtype=dtype, device=device)
+        names = block_names(text_encoder_on_meta(T5EncoderModel, folder, None, dtype)) if stream else ()
+        place = keep_on_host(names) if stream else None
+        encoder = load_text_encoder(T5EncoderModel, folder, recipe, dtype=dtype, device=device, place=place)
     except ValueError as error:
         raise RecipeError(f"model.path: {error}") from error
+    if stream:
+        blocks = packed_blocks(encoder, names)
+        if not blocks:
+            raise RecipeError(
+                "model.stream_text_encoder: got true, but T5 is held unpacked, and only packed blocks are streamed;"
+                " expected false, or model.text_encoder_quant int8 or nf4"
+            )
+        BlockStream(blocks, copies_to(device))
+    return encoder

@@ -1,0 +1,20 @@
+"""What the recipe's sections have in common: their base, and the types of fields that several of them have."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from halfbyte.trainer.registry import SETTINGS
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+PictureSide = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+FilePath = Annotated[Path, Field(strict=False)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A part of the recipe."""
+
+    model_config = SETTINGS
