@@ -29,7 +29,8 @@ def quantize_command(
 ) -> None:
     """Write a recipe's quantized transformer, calibrated on its pictures, to train on with model.transformer.
 
-    Exit codes: 0 done, 2 recipe, model or folder, 3 pictures, 4 Hub, 5 launch environment, 130 interrupted.
+    Exit codes: 0 done, 2 recipe, model or folder, 3 pictures, 4 Hub, 5 launch environment, 6 out of memory,
+    130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:

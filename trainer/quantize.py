@@ -16,7 +16,7 @@ from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import write_text
 from halfbyte.trainer.calibration import calibrate_for
 from halfbyte.trainer.denoiser import DTYPES, quant_recipe
-from halfbyte.trainer.errors import LaunchError, RecipeError
+from halfbyte.trainer.errors import LaunchError, OutOfMemory, RecipeError
 from halfbyte.trainer.export import put_in_place, work_folder
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World, join
@@ -43,7 +43,7 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
     """Writes the recipe's transformer, quantized as the recipe says and rounded for `samples` of its pictures, or 0.
 
     Raises RecipeError, before anything is loaded, where `folder` holds something, the recipe asks for no 4 bits, or
-    the weights are not there in full precision; DataError for pictures that cannot be used.
+    the weights are not there in full precision; DataError for pictures that cannot be used; OutOfMemory.
     """
     settings = quant_recipe(recipe)
     if world.size > 1:
@@ -66,23 +66,12 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
             f"model.transformer: {model.transformer} is one file; calibration reads folders in diffusers' layout"
         )
     join(world)
-    prepared = prepare(recipe, family, world, console) if samples else None
-    loading = Shown(console, "quantizing the transformer", BYTES)
-    dtype = DTYPES[recipe.quant.compute_dtype]
-    denoiser: Any = family.load_denoiser(settings, device=world.device, dtype=dtype, progress=loading)
-    loading.close()
-    fits: list[Fit] = []
-    if prepared is not None and original is not None:
-        fits = calibrate_for(
-            recipe,
-            family,
-            denoiser,
-            original,
-            prepared,
-            samples=samples,
-            device=world.device,
-            console=console,
-        )
+    try:
+        denoiser, fits = _quantized(recipe, family, original, samples, world, console)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the device is full ({error}); try a smaller data.resolution, or train.batch_size=1. Nothing was written"
+        ) from error
     with work_folder(folder) as work:
         save_quantized(denoiser, work)
         if fits:
@@ -91,6 +80,30 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
         put_in_place(work, folder)
     layers = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
     return Quantized(folder, layers, int(denoiser.get_memory_footprint()), fits)
+
+
+def _quantized(
+    recipe: Recipe, family: Family, original: Path | None, samples: int, world: World, console: Console
+) -> tuple[Any, list[Fit]]:
+    """The transformer, and how its layers fit; `original` is the folder of its weights in full precision."""
+    prepared = prepare(recipe, family, world, console) if samples else None
+    loading = Shown(console, "quantizing the transformer", BYTES)
+    dtype = DTYPES[recipe.quant.compute_dtype]
+    denoiser = family.load_denoiser(quant_recipe(recipe), device=world.device, dtype=dtype, progress=loading)
+    loading.close()
+    if prepared is None or original is None:
+        return denoiser, []
+    fits = calibrate_for(
+        recipe,
+        family,
+        denoiser,
+        original,
+        prepared,
+        samples=samples,
+        device=world.device,
+        console=console,
+    )
+    return denoiser, fits
 
 
 def quantized_lines(quantized: Quantized) -> Iterator[str]:
