@@ -35,35 +35,45 @@ class Fit:
 def calibrate(
     model: nn.Module,
     weights: Weights,
-    run: Callable[[], None],
+    forwards: Sequence[Callable[[], None]],
     *,
     moment_bytes: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Fit]:
-    """Rounds the 4-bit layers of `model` anew, in place, for the inputs that `run` gives them; a Fit for each.
+    """Rounds the 4-bit layers of `model` anew, in place, for the inputs that `forwards` give them; a Fit for each.
 
-    run: sends the data through the model; called as often as it takes to hold no more than `moment_bytes` of second
-    moments at a time, though at least one layer's, 4 K^2 bytes. Layers that get no input keep their codes and have no
-    Fit. progress: called with (layers done, layers in all). Raises ValueError for inputs that are not finite.
+    forwards: each sends some of the data through the model; all are called as often as it takes to hold no more than
+    `moment_bytes` of second moments at a time, though at least one layer's, 4 K^2 bytes. Layers that get no input keep
+    their codes and have no Fit. progress: called with (steps done, steps in all), of which each forward is one, and
+    each layer. Raises ValueError for inputs that are not finite.
     """
     layers = {
         path: layer
         for path, layer in model.named_modules()
         if isinstance(layer, Linear4bit) and layer.in_features % layer.spec.blocksize == 0
     }
-    fits: list[Fit] = []
+    windows = list(_windows(layers, moment_bytes))
+    total = len(windows) * len(forwards) + len(layers)
     done = 0
-    for paths in _windows(layers, moment_bytes):
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    fits: list[Fit] = []
+    for paths in windows:
         with _watched({path: layers[path] for path in paths}) as seen:
-            run()
+            for forward in forwards:
+                forward()
+                step()
         for path in paths:
             moment = seen.pop(path)
             if moment.inputs:
                 fits.append(_refit(path, layers[path], weights(path), moment))
             del moment  # as large as the layer's weight, or larger
-            done += 1
-            if progress is not None:
-                progress(done, len(layers))
+            step()
     return fits
 
 

@@ -6,7 +6,8 @@ the whole range, whatever the run trains most: sampling goes through all of them
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -51,12 +52,14 @@ def calibrate_for(
     modules = list(_modules(recipe, family, denoiser))
     denoiser.eval()
 
-    def run() -> None:
-        for number, batch in enumerate(batches):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                modules[number % len(modules)].loss(batch.to(device))
+    def forward(module: DiffusionModule, batch: Batch) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            module.loss(batch.to(device))
 
-    shown = Shown(console, "calibrating", "layer")
+    forwards = [
+        partial(forward, module, batch) for module, batch in zip(cycle(modules), batches, strict=False)
+    ]
+    shown = Shown(console, "calibrating", "step")
     try:
         with ShardedWeights(original) as weights:
 
@@ -64,7 +67,7 @@ def calibrate_for(
                 # Rounded to the compute dtype first, as it is when it is quantized.
                 return weights.read(f"{path}.weight").to(device, dtype)
 
-            return calibrate(denoiser, weight, run, moment_bytes=_room(device), progress=shown)
+            return calibrate(denoiser, weight, forwards, moment_bytes=_room(device), progress=shown)
     finally:
         shown.close()
 
