@@ -9,6 +9,7 @@ from halfbyte.kernels import reference
 from halfbyte.kernels.calibrated_rounding import output_error, round_calibrated
 from halfbyte.quant.nf4 import QuantSpec, dequantize, quantize
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 both_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 
 
@@ -90,6 +91,25 @@ def test_without_anything_to_go_by_each_weight_takes_the_nearest_value(quant_typ
         assert ((values - weight).abs() - nearest).abs().max() < 1e-6
         # bitsandbytes' boundaries are half way between nf4's values, but not between all of fp4's.
         assert quant_type == "fp4" or torch.equal(values, before)
+
+
+@pytest.mark.gpu
+@GPU
+@both_types
+def test_a_gpu_rounds_as_well(quant_type):
+    weight = gaussian(512, 3072)
+    x = correlated(4096, 3072, seed=3)
+    moment = x.t() @ x
+    _, state, _ = plain(weight, quant_type)
+    packed = [
+        round_calibrated(weight.to(device), moment.to(device), state.absmax.to(device), quant_type, 64).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    errors = [
+        output_error(weight - dequantize(codes, state, torch.float32), moment).item() for codes in packed
+    ]
+    # Sums come in another order, and what falls to the other side of a boundary changes the rest of its row.
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
 def test_the_error_is_that_of_the_outputs():
