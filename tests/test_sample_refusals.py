@@ -116,6 +116,13 @@ def test_files_that_hold_no_adapter(mini_flux, tmp_path):
         assert "lora.init_from" not in output, "there is no recipe"
 
 
+def test_a_run_that_is_not_there_is_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, output = refusal("runs/dog", "--prompt", "a")
+    assert (code, "runs/dog: no such file or folder" in output) == (2, True), output
+
+
 def test_an_adapter_that_does_not_say_its_base(tmp_path):
     code, output = refusal(write_adapter(tmp_path / "cat.safetensors"), "--prompt", "a")
     assert (code, "--model" in output) == (2, True)

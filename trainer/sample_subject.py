@@ -75,7 +75,9 @@ def find_subject(request: SampleRequest, device: torch.device) -> Subject:
         if request.checkpoint is not None:
             raise RecipeError(f"--checkpoint: {request.source} is no run; a run's folder holds recipe.yaml")
         is_pipeline = (path / "model_index.json").is_file()
-        if is_pipeline or (not path.exists() and is_repository(request.source)):
+        # runs/dog is no repository where there is a folder runs.
+        is_elsewhere = not path.exists() and not path.parent.is_dir() and is_repository(request.source)
+        if is_pipeline or is_elsewhere:
             subject = _of_pipeline(request, device)
         elif path.exists():
             subject = _of_adapter(request, path, device)
