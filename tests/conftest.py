@@ -18,6 +18,15 @@ from small_recipe import Write
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The mark `gpu` is for tests that need a CUDA device; scripts/test_gpu runs those alone."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def mini_flux(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini") / "flux"

@@ -120,7 +120,6 @@ def test_a_parameter_without_a_gradient_stays():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernel_is_the_reference():
     ours, theirs = named("cuda"), named()
     optimizers = AdamW8bit(ours, **SETTINGS), AdamW8bit(theirs, **SETTINGS)

@@ -5,7 +5,7 @@ import torch
 
 from halfbyte.kernels.attention import attention, attention_backward, default_backend
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.mark.gpu
 ON = [("cpu", "cpu"), ("cpu", "deterministic")] + [
     pytest.param("cuda", name, marks=GPU) for name in ("cudnn", "flash", "efficient", "deterministic")
 ]

@@ -111,7 +111,7 @@ def test_a_process_that_dies_leaves_what_it_had_printed(monkeypatch):
     assert run_probe(SHAPE, torch.device("cpu")) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_on_a_device_one_backend_at_least_is_right(tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     choice = choose_attention("auto", SHAPE, device, tmp_path)

@@ -33,10 +33,7 @@ from halfbyte.trainer.run import run
 
 from runs import write_recipe
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 _CYCLES = 1_000_000  # half a millisecond, longer than any of these blocks computes
 MIB = 2**20

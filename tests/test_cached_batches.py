@@ -80,7 +80,6 @@ class TestBatches:
         assert all(tensor.is_meta for tensor in tensors)
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_a_pinned_batch_arrives_whole(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
         plain = self.loaded(groups, tmp_path / "cache")
         pinned = DataLoader(

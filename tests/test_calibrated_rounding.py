@@ -9,7 +9,7 @@ from halfbyte.kernels import reference
 from halfbyte.kernels.calibrated_rounding import output_error, round_calibrated
 from halfbyte.quant.nf4 import QuantSpec, dequantize, quantize
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.mark.gpu
 both_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 
 
@@ -94,7 +94,6 @@ def test_without_anything_to_go_by_each_weight_takes_the_nearest_value(quant_typ
 
 
 @pytest.mark.gpu
-@GPU
 @both_types
 def test_a_gpu_rounds_as_well(quant_type):
     weight = gaussian(512, 3072)

@@ -7,7 +7,7 @@ import torch
 
 from halfbyte.trainer.families.host_store import HostStore
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 

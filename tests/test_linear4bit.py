@@ -287,7 +287,6 @@ def test_footprint_counts_codes_and_statistics():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_holds_the_same_weight_and_gives_it_back():
     layer = layer_of()
     expected = layer.dequantize()

@@ -297,7 +297,6 @@ def test_dora_finds_the_norms_of_int8_weights():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_the_gpu_computes_what_the_cpu_computes(threshold):
     layer = layer_of(256, 192, threshold=threshold)

@@ -7,7 +7,7 @@ from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.linear_group import GroupLayer, LinearGroup
 from halfbyte.quant.nf4 import QuantSpec
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+GPU = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 BOUND = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
 

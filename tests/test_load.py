@@ -168,7 +168,6 @@ def test_no_second_full_weight_is_held_while_loading(mini_sd3, monkeypatch, reci
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_the_gpu_quantizes_to_the_codes_of_the_cpu(mini_sd3, double_quant):
     recipe = QuantRecipe(double_quant=double_quant)

@@ -388,7 +388,6 @@ def test_nothing_merges_into_4_bits():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [1, 2, 4, 16, 40])
 def test_on_the_gpu_few_rows_and_many(rows):
     layer = adapt(base_of(512, 320, dtype=torch.bfloat16)).cuda()

@@ -184,7 +184,6 @@ def test_schedule_free_averages_with_the_warmups_rates():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_choice
 def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
     whole, cpu = Toy(choice, "cuda").steps(6), Toy(choice).steps(6)
@@ -198,7 +197,6 @@ def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_choice
 def test_scaled_gradients_are_unscaled_first(choice):
     """As float16 trains: what is clipped has its true size, and a step with infinite gradients is left out."""

@@ -154,7 +154,6 @@ def test_files_are_written_as_safetensors_writes_them(tensors, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_gets_the_same_bytes_while_it_computes(folder, tensors, small_chunks):
     device = torch.device("cuda")
     with ShardedWeights(folder) as weights:

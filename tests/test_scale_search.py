@@ -208,7 +208,6 @@ def test_an_unknown_search_is_refused_and_recipes_pass_it_on():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @both_types
 @single_and_double
 def test_the_gpu_finds_scales_as_good_and_the_same_every_time(quant_type, double_quant):

@@ -143,7 +143,6 @@ def test_a_t5_that_is_not_packed_is_not_streamed(mini_flux, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("setting", ["none", "int8", "nf4"])
 def test_nothing_of_the_encoders_is_left_on_the_gpu(mini_flux, tmp_path, setting):
     file = write_recipe(tmp_path, mini_flux)
@@ -161,7 +160,6 @@ def test_nothing_of_the_encoders_is_left_on_the_gpu(mini_flux, tmp_path, setting
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_loading_leaves_the_packed_model_alone_on_the_gpu(mini_flux, tmp_path):
     device = torch.device("cuda")
     opened = Flux.open(str(mini_flux), None, 24)

@@ -179,7 +179,6 @@ def test_the_path_and_its_velocity(mini_flux):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
 def test_cuda_gradients_are_the_cpus(request, family_class, fixture, settings):

@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_licence import Licence, base_licence
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def write_provenance(family: Family, step: int, folder: Path) -> None:
     source = family.source
     repository = None if source.revision is None else source.name
     provenance = Provenance(
-        version("halfbyte"),
+        halfbyte_version(),
         step,
         family.pipeline_class.__name__,
         family.denoiser_class.__name__,

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from halfbyte.trainer.sample_drawing import Drawing, describe_base
 from halfbyte.trainer.sample_request import SampleRequest
 from halfbyte.trainer.sample_subject import Subject, find_subject
 from halfbyte.trainer.sampling import PictureSettings
+from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def _drawn_with(
         compiled=request.compiled,
         offload=request.offload,
         device_map=request.device_map,
-        halfbyte=version("halfbyte"),
+        halfbyte=halfbyte_version(),
     )
 
 
