@@ -23,7 +23,7 @@ def round_calibrated(
     """Packed codes uint8 (N * K / 2, 1) of a weight (N, K) for inputs with this second moment.
 
     moment: (K, K) fp32, symmetric; its own scale does not matter. scale: (N * K / blocksize,) fp32, as it is read back
-    from 8 bits. All on one device. Works in fp32 and takes some 4 K^2 + 3 N K numbers besides.
+    from 8 bits. All on one device. Works in fp32 and takes some 3 K^2 + 3 N K numbers besides.
 
     Raises ValueError where blocks go over the ends of rows, or the moment is none.
     """
@@ -67,9 +67,13 @@ def _round_columns(left: Tensor, scales: Tensor, factor: Tensor, levels: Levels,
 
 
 def _inverse_factor(moment: Tensor) -> Tensor:
-    """The upper triangle U with U^T U = (H + damping)^-1. Raises ValueError."""
-    size = moment.diagonal().mean()
-    if not torch.isfinite(moment).all() or size < 0:
+    """The upper triangle U with U^T U = (H + damping)^-1; writes over `moment`. Raises ValueError.
+
+    Three matrices of its size are held at most, `moment` among them: 2.8 GB for the widest of FLUX's layers.
+    """
+    diagonal = moment.diagonal().clone()
+    size = diagonal.mean()
+    if not torch.isfinite(diagonal).all() or size < 0:
         raise ValueError(
             "calibrated rounding: the inputs' second moment holds NaN, infinite or negative values"
         )
@@ -77,13 +81,14 @@ def _inverse_factor(moment: Tensor) -> Tensor:
     size = torch.where(size > 0, size, torch.ones_like(size))
     damping = _DAMPING
     for _ in range(_DAMPINGS):
-        damped = moment.clone()
-        damped.diagonal().add_(damping * size)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        moment.diagonal().copy_(diagonal + damping * size)
+        lower, failed = torch.linalg.cholesky_ex(moment)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
         damping *= 10
     raise ValueError(
         "calibrated rounding: the inputs' second moment is not positive, whatever is added to it"

@@ -149,6 +149,23 @@ def test_scales_that_eight_bits_made_zero_stand_for_zeros():
     assert (blocks[3] != 7).any()
 
 
+def test_a_moment_that_rounding_made_indefinite_is_damped_until_it_is_not():
+    weight = gaussian(16, 128)
+    direction = gaussian(128)
+    moment = torch.outer(direction, direction)
+    moment -= 0.05 * moment.diagonal().mean() * torch.eye(128)
+    values = calibrated(weight, moment)
+    assert values.isfinite().all()
+    assert (values - weight).norm() < 0.3 * weight.norm()
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    moment = torch.eye(64)
+    moment[3, 5] = moment[5, 3] = float("nan")
+    with pytest.raises(ValueError, match="second moment"):
+        round_calibrated(gaussian(2, 64), moment, torch.ones(2), "nf4", 64)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_a_moment_that_is_none_is_refused(bad):
     moment = torch.eye(64)
