@@ -45,6 +45,24 @@ def test_bytes_are_told_as_gigabytes_with_the_time_left(clock):
     ]
 
 
+@pytest.mark.parametrize(
+    ("total", "told"),
+    [
+        (6_400_000, "loading 6.4/6.4 MB  0.64 MB/s  0:00 left"),
+        (1500, "loading 1.5/1.5 kB  0.15 kB/s  0:00 left"),
+        (0, "loading 0.0/0.0 B  0.00 B/s  0:00 left"),
+    ],
+)
+def test_few_bytes_are_told_in_smaller_units(clock, total, told):
+    def show(console):
+        loading = Progress(console, "loading", total=total, unit=BYTES)
+        clock.now += 10
+        loading.advance(total)
+        loading.close()
+
+    assert lines_of(show)[0].replace("unknown", "0:00") == told
+
+
 def test_other_units_are_counted(clock):
     def show(console):
         counted = Shown(console, "reading", "picture")

@@ -17,7 +17,7 @@ from halfbyte.trainer.metrics import StepMetrics
 
 _LOG_SECONDS = 10.0
 BYTES = "B"
-"""The unit whose numbers are shown as GB."""
+"""The unit whose numbers are shown as GB, MB or kB, by the total."""
 
 
 class Progress:
@@ -52,7 +52,10 @@ class Progress:
         """`done` units of the total are finished."""
         now = time.perf_counter()
         pace = (done - self._first) / max(now - self._began, 1e-9)
-        note = f"{pace / 1e9:.2f} GB/s" if self.unit == BYTES else f"{pace:.2f} {self.unit}/s"
+        note = f"{pace:.2f} {self.unit}/s"
+        if self.unit == BYTES:
+            name, size = _byte_unit(self.total)
+            note = f"{pace / size:.2f} {name}/s"
         if metrics is not None:
             note = f"loss {metrics.loss:.4f}  {self._validation}{note}"
         if self._bar is not None and self._task is not None:
@@ -77,7 +80,8 @@ class Progress:
 
     def _share(self, done: int) -> str:
         if self.unit == BYTES:
-            return f"{done / 1e9:.1f}/{self.total / 1e9:.1f} GB"
+            name, size = _byte_unit(self.total)
+            return f"{done / size:.1f}/{self.total / size:.1f} {name}"
         return f"{done}/{self.total}"
 
     def close(self) -> None:
@@ -127,10 +131,14 @@ class Announced:
 
 def sized(count: int) -> str:
     """Bytes for a reader, in the units of the Hub's pages."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+    name, size = _byte_unit(count)
+    return f"{count} B" if size == 1 else f"{count / size:.1f} {name}"
+
+
+def _byte_unit(count: int) -> tuple[str, int]:
+    """The largest unit that `count` is one of at least."""
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+    return next((unit for unit in units if count >= unit[1]), ("B", 1))
 
 
 def _clock(seconds: float) -> str:
