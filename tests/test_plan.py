@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from full_size import write_configurations
+from rich.console import Console
 from typer.testing import CliRunner
 
 from halfbyte.trainer import plan_fit
 from halfbyte.trainer.cli import app, train_app
 from halfbyte.trainer.errors import OutOfMemory, RecipeError
+from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.module import DiffusionModule
 from halfbyte.trainer.plan_fit import cheapest_savings, fit, open_planner, parse_budget
 from halfbyte.trainer.plan_output import fit_lines, plan_lines
+from halfbyte.trainer.quantize import quantize
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.run_plan import CONTEXT_BYTES, GIB, SECONDS_A_CALL, Planner
 
@@ -39,6 +42,19 @@ def planner(flux: Path) -> Planner:
 @pytest.fixture
 def toy(tmp_path: Path, mini_flux: Any) -> Path:
     return write_recipe(tmp_path, mini_flux)
+
+
+def test_a_base_that_is_quantized_already_is_planned_as_it_is_stored(toy: Path, tmp_path: Path) -> None:
+    def packed(*overrides: str) -> dict[str, int]:
+        return open_planner(load_recipe(toy, overrides)).plan().phase("step").device
+
+    quiet = Console(quiet=True)
+    as_int8 = load_recipe(toy, ["quant.type=int8"])
+    quantize(as_int8, tmp_path / "int8", 0, read_world({"ACCELERATE_USE_CPU": "true"}), quiet)
+    assert packed(f"model.transformer={tmp_path / 'int8'}") == packed("quant.type=int8")
+    assert packed(f"model.transformer={tmp_path / 'int8'}") != packed()
+    with pytest.raises(RecipeError, match=r"model\.transformer"):
+        packed(f"model.transformer={tmp_path}")
 
 
 def test_the_plan_of_flux_has_the_known_sizes_and_work(planner: Planner) -> None:

@@ -1,6 +1,6 @@
 """The transformer of a run: streamed and quantized, with its adapters, ready to train."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
+from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
@@ -38,6 +39,19 @@ def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
         llm_int8_threshold=recipe.quant.llm_int8_threshold,
         scale_search=None if recipe.quant.scale_search == "none" else recipe.quant.scale_search,
     )
+
+
+def base_recipe(recipe: Recipe, family: Family) -> QuantRecipe | None:
+    """How the family's base is held: as the recipe says, or as it is stored where it is quantized already.
+
+    Raises ValueError where it is stored in a form that is not read.
+    """
+    asked = quant_recipe(recipe)
+    stored = family.denoiser_config.get("quantization_config")
+    if stored is None or family.denoiser_folder is None:
+        return asked
+    own = read_quantization_config(stored, str(family.denoiser_folder / CONFIG_FILE))
+    return replace(own, compute_dtype=DTYPES[recipe.quant.compute_dtype])
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,11 @@ def _sample_changes(recipe: Recipe) -> Iterator[Change]:
 
 def open_planner(recipe: Recipe) -> Planner:
     """The planner of a recipe. Raises RecipeError or HubError, see `source.resolve_configurations`."""
-    model, family = recipe.model, FAMILIES[recipe.model.family]
+    model, family_class = recipe.model, FAMILIES[recipe.model.family]
     source = resolve_configurations(
-        model.path, model.revision, family.components(), family.denoiser_class.__name__
+        model.path, model.revision, family_class.components(), family_class.denoiser_class.__name__
     )
-    return Planner(recipe, family(source, model.max_sequence_length))
+    family = family_class(source, model.max_sequence_length)
+    if model.transformer is not None:
+        family.take_transformer(model.transformer)
+    return Planner(recipe, family)

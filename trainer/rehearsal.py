@@ -20,9 +20,9 @@ from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.denoiser import (
     DTYPES,
     add_adapters,
+    base_recipe,
     block_names,
     block_settings,
-    quant_recipe,
 )
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_stream import Visitors
@@ -72,7 +72,7 @@ class Rehearsal:
         self.family = family
         self.dtype = DTYPES[recipe.quant.compute_dtype]
         denoiser = model_on_meta(
-            family.denoiser_class, family.denoiser_config, quant_recipe(recipe), self.dtype
+            family.denoiser_class, family.denoiser_config, base_recipe(recipe, family), self.dtype
         )
         add_adapters(recipe, family, denoiser)
         self.denoiser: Any = denoiser
