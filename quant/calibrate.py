@@ -45,7 +45,7 @@ def calibrate(
     forwards: each sends some of the data through the model; all are called as often as it takes to hold no more than
     `moment_bytes` of second moments at a time, though at least one layer's, 4 K^2 bytes. Layers that get no input keep
     their codes and have no Fit. progress: called with (steps done, steps in all), of which each forward is one, and
-    each layer. Raises ValueError for inputs that are not finite.
+    each layer. Raises ValueError, naming the layer, for inputs that are not finite.
     """
     layers = {
         path: layer
@@ -134,16 +134,19 @@ def _refit(path: str, layer: Linear4bit, weight: Tensor, moment: _Moment) -> Fit
     assert state is not None
     weight = weight.to(layer.weight.device)
     scale = _scales(state)
-    packed = round_calibrated(weight, moment.sum, scale, state.quant_type, state.blocksize)
+    try:
+        packed = round_calibrated(weight, moment.sum, scale, state.quant_type, state.blocksize)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     whole = output_error(weight, moment.sum)
 
-    def error() -> float:
+    def relative() -> float:
         missing = weight.float() - layer.dequantize(torch.float32)
         return (output_error(missing, moment.sum) / whole).clamp_(min=0).sqrt().item() if whole > 0 else 0.0
 
-    before, plain = error(), layer.weight
+    before, plain = relative(), layer.weight
     layer.weight = Params4bit(packed, quant_state=state)
-    after = error()
+    after = relative()
     if after >= before:
         layer.weight, after = plain, before
     return Fit(path, moment.inputs, before, after)

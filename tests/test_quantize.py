@@ -220,3 +220,19 @@ def test_a_full_device_is_told_and_nothing_is_written(mini_flux, tmp_path, monke
     with pytest.raises(OutOfMemory, match=r"smaller data\.resolution"):
         written(write_recipe(tmp_path, mini_flux), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_inputs_that_are_no_numbers_name_the_layer(mini_flux, tmp_path, monkeypatch):
+    load = Flux.load_denoiser
+
+    def damaged(self, *arguments, **settings):
+        denoiser = load(self, *arguments, **settings)
+        denoiser.x_embedder.bias.data.fill_(float("nan"))
+        return denoiser
+
+    monkeypatch.setattr(Flux, "load_denoiser", damaged)
+    with pytest.raises(
+        RecipeError, match=r"calibration: .*transformer_blocks\.0\.attn\.to_q: .*second moment"
+    ):
+        written(write_recipe(tmp_path, mini_flux), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -4,8 +4,7 @@ The samples are those that the run itself begins with, captions and noise includ
 the whole range, whatever the run trains most: sampling goes through all of them.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,16 +17,18 @@ from halfbyte.quant.calibrate import Fit, calibrate
 from halfbyte.quant.shards import ShardedWeights
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.families.base import Family
-from halfbyte.trainer.module import DiffusionModule, Objective
+from halfbyte.trainer.module import DiffusionModule
+from halfbyte.trainer.plan import Entry
 from halfbyte.trainer.prepare import Prepared
 from halfbyte.trainer.progress import Shown
 from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.samples import Batch, collate
+from halfbyte.trainer.rehearsal import training_module
+from halfbyte.trainer.samples import collate
 from halfbyte.trainer.shift import NoShift
 from halfbyte.trainer.timesteps import Uniform
 
 _HOST_BYTES = 2 * 10**9  # of second moments, where there is no device
-_DEVICE_SHARE = 0.4  # of the device's free memory: rounding a layer takes four times its moment for a while
+_DEVICE_SHARE = 0.4  # of the device's free memory: rounding a layer takes three times its moment besides
 # Sampling with classifier-free guidance asks for the empty caption half of the time.
 _LEAST_CAPTION_DROPOUT = 0.1
 
@@ -45,19 +46,22 @@ def calibrate_for(
 ) -> list[Fit]:
     """Rounds the 4-bit layers of `denoiser` anew for `samples` of the recipe's; see `calibrate`.
 
-    original: the folder of the weights in full precision.
+    original: the folder of the weights in full precision. Raises ValueError where layers get NaN or infinite inputs.
     """
     dtype = DTYPES[recipe.quant.compute_dtype]
-    batches = list(_batches(recipe, prepared, samples))
-    modules = list(_modules(recipe, family, denoiser))
+    modules = list(_modules(recipe, family, denoiser, dtype))
+    pictures = prepared.training_set.dropping(max(recipe.data.caption_dropout, _LEAST_CAPTION_DROPOUT))
     denoiser.eval()
 
-    def forward(module: DiffusionModule, batch: Batch) -> None:
+    def forward(module: DiffusionModule, entries: Sequence[Entry]) -> None:
+        # Read from the cache each time: all samples at once may be gigabytes.
+        batch = collate([pictures[entry] for entry in entries]).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            module.loss(batch.to(device))
+            module.loss(batch)
 
+    batches = islice(prepared.plan.micro_batches(), -(-samples // recipe.train.batch_size))
     forwards = [
-        partial(forward, module, batch) for module, batch in zip(cycle(modules), batches, strict=False)
+        partial(forward, module, entries) for module, entries in zip(cycle(modules), batches, strict=False)
     ]
     shown = Shown(console, "calibrating", "step")
     try:
@@ -72,31 +76,18 @@ def calibrate_for(
         shown.close()
 
 
-def _batches(recipe: Recipe, prepared: Prepared, samples: int) -> Iterator[Batch]:
-    pictures = prepared.training_set.dropping(max(recipe.data.caption_dropout, _LEAST_CAPTION_DROPOUT))
-    count = -(-samples // recipe.train.batch_size)
-    for entries in islice(prepared.plan.micro_batches(), count):
-        yield collate([pictures[entry] for entry in entries])
-
-
-def _modules(recipe: Recipe, family: Family, denoiser: nn.Module) -> Iterator[DiffusionModule]:
+def _modules(
+    recipe: Recipe, family: Family, denoiser: nn.Module, dtype: torch.dtype
+) -> Iterator[DiffusionModule]:
     """The training step at each guidance scale that the model will be told, where it is told any."""
     for scale in dict.fromkeys((recipe.objective.guidance_scale, recipe.sample.guidance_scale)):
-        yield DiffusionModule(
-            family,
-            denoiser,
-            replace(
-                Objective.of(recipe.objective),
-                timesteps=Uniform(name="uniform"),
-                shift=NoShift(name="none"),
-                guidance_scale=scale,
-            ),
-            build_optimizer=recipe.optimizer.build,
-            lr_factor=lambda _: 1.0,
-            compute_dtype=DTYPES[recipe.quant.compute_dtype],
-            max_grad_norm=None,
-            seed=recipe.train.seed,
-        )
+        changed = {
+            "timesteps": Uniform(name="uniform"),
+            "shift": NoShift(name="none"),
+            "guidance_scale": scale,
+        }
+        objective = recipe.objective.model_copy(update=changed)
+        yield training_module(recipe.model_copy(update={"objective": objective}), family, denoiser, dtype)
 
 
 def _room(device: torch.device) -> int:

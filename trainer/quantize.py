@@ -11,12 +11,11 @@ from rich.console import Console
 
 from halfbyte.quant.calibrate import Fit
 from halfbyte.quant.convert import QuantizedLinear
-from halfbyte.quant.load import read_config
 from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import write_text
 from halfbyte.trainer.calibration import calibrate_for
 from halfbyte.trainer.denoiser import DTYPES, quant_recipe
-from halfbyte.trainer.errors import LaunchError, OutOfMemory, RecipeError
+from halfbyte.trainer.errors import HalfbyteError, LaunchError, OutOfMemory, RecipeError
 from halfbyte.trainer.export import put_in_place, work_folder
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.launch import World, join
@@ -93,16 +92,21 @@ def _quantized(
     loading.close()
     if prepared is None or original is None:
         return denoiser, []
-    fits = calibrate_for(
-        recipe,
-        family,
-        denoiser,
-        original,
-        prepared,
-        samples=samples,
-        device=world.device,
-        console=console,
-    )
+    try:
+        fits = calibrate_for(
+            recipe,
+            family,
+            denoiser,
+            original,
+            prepared,
+            samples=samples,
+            device=world.device,
+            console=console,
+        )
+    except HalfbyteError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"calibration: {error}; try another quant.compute_dtype, or --samples 0") from error
     return denoiser, fits
 
 
@@ -124,6 +128,6 @@ def quantized_lines(quantized: Quantized) -> Iterator[str]:
 def _original(family: Family) -> Path | None:
     """The folder of the weights in full precision; None where one file holds them. Raises RecipeError."""
     folder = family.denoiser_folder
-    if folder is not None and read_config(folder).get("quantization_config") is not None:
+    if folder is not None and family.denoiser_config.get("quantization_config") is not None:
         raise RecipeError(f"{folder}: is quantized already; name the model that it was made from")
     return folder

@@ -216,17 +216,11 @@ def _autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
 def training_module(
     recipe: Recipe, family: Family, denoiser: nn.Module, dtype: torch.dtype
 ) -> DiffusionModule:
-    objective = recipe.objective
+    """The recipe's training step, outside of a run."""
     return DiffusionModule(
         family,
         denoiser,
-        Objective(
-            objective.timesteps,
-            objective.shift,
-            objective.weighting,
-            objective.loss,
-            objective.guidance_scale,
-        ),
+        Objective.of(recipe.objective),
         build_optimizer=recipe.optimizer.build,
         lr_factor=lambda step: 1.0,
         compute_dtype=dtype,
