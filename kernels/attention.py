@@ -34,6 +34,14 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     return "flash" if dtype in (torch.float16, torch.bfloat16) else "efficient"
 
 
+def trainable_backend(query: Tensor) -> Backend | None:
+    """What to train with where nobody chose: torch's own choice on a GPU may be cuDNN without the layout that its
+    backward needs. None where that choice is as good as any."""
+    if query.is_cuda and torch.is_grad_enabled():
+        return default_backend(query.device, query.dtype)
+    return None
+
+
 @contextmanager
 def _in_a_fixed_order() -> Iterator[None]:
     """Within it torch's attention sums its backward in a fixed order; its flag is for all of the process."""

@@ -129,7 +129,7 @@ def distill_guidance(pipeline: DiffusionPipeline, stage: Stage) -> float:
     student = stage.kind.denoiser(pipeline).to(stage.table.device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     if stage.compiled:
-        teacher.transformer.compile_repeated_blocks(fullgraph=True)
+        _compile_blocks(teacher.transformer)
     empty_t5, empty_clip = (ids.long().expand(stage.batch, -1) for ids in stage.table.empty)
 
     def loss(noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor, _: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _fit(
     denoiser.train().requires_grad_(True)
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
     if stage.compiled:
-        denoiser.transformer.compile_repeated_blocks(fullgraph=True)
+        _compile_blocks(denoiser.transformer)
     weights, averages = list(denoiser.parameters()), list(averaged.parameters())
     scaling = Scaling.of(pipeline)
     take = OptimizerStep(weights, loss, learning_rate=learning_rate)
@@ -180,6 +180,14 @@ def _fit(
     _leave(pipeline, averaged)
     stage.save()
     return mean_loss.item()
+
+
+def _compile_blocks(transformer: nn.Module) -> None:
+    """Each block as one graph; diffusers' own method knows no blocks of SD3's."""
+    for blocks in transformer.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.compile(fullgraph=True)
 
 
 def _leave(pipeline: DiffusionPipeline, averaged: nn.Module) -> None:

@@ -114,13 +114,14 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+_REPEATS = "deterministic"
 SETTINGS = {
-    "full": lambda: BlockSettings("inputs"),
-    "offload": lambda: BlockSettings("inputs", store=HostStore()),
-    "selective": lambda: BlockSettings("attention"),
-    "none": lambda: BlockSettings("everything"),
-    "full by layer": lambda: BlockSettings("inputs", whole=False),
-    "none by layer": lambda: BlockSettings("everything", whole=False),
+    "full": lambda: BlockSettings("inputs", backend=_REPEATS),
+    "offload": lambda: BlockSettings("inputs", store=HostStore(), backend=_REPEATS),
+    "selective": lambda: BlockSettings("attention", backend=_REPEATS),
+    "none": lambda: BlockSettings("everything", backend=_REPEATS),
+    "full by layer": lambda: BlockSettings("inputs", whole=False, backend=_REPEATS),
+    "none by layer": lambda: BlockSettings("everything", whole=False, backend=_REPEATS),
 }
 
 
@@ -140,8 +141,8 @@ def test_streamed_steps_are_the_others_to_the_bit(
 @pytest.mark.parametrize("broken", [Unawaited, Unmarked])
 def test_the_slow_ones_show_what_is_not_waited_for(mini_flux: Path, broken: type[CudaCopies]) -> None:
     family = Flux.open(str(mini_flux), None, 24)
-    expected = steps(family, loaded(family, BlockSettings("inputs"), None))
-    assert not equal(steps(family, loaded(family, BlockSettings("inputs"), broken)), expected)
+    expected = steps(family, loaded(family, SETTINGS["full"](), None))
+    assert not equal(steps(family, loaded(family, SETTINGS["full"](), broken)), expected)
 
 
 def test_page_locked_memory_is_what_it_says_and_comes_and_goes() -> None:

@@ -52,7 +52,7 @@ def test_against_float64(shape, rows, double, dtype):
     bias = torch.randn(shape[0], device="cuda").to(dtype)
     exact = x.double() @ weight.dequantize(dtype).double().t()
     limit = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
-    assert few_rows_triton.supports(weight, x)
+    assert few_rows_triton.supports(weight, x) == (rows > 1)  # one row is multiplied right, but not fastest
     assert error(few_rows_triton.linear_rows(x, weight, None), exact) < limit
     assert error(few_rows_triton.linear_rows(x, weight, bias), exact + bias.double()) < limit
 

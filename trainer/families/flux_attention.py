@@ -11,7 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
-from halfbyte.kernels.attention import attention
+from halfbyte.kernels.attention import attention, trainable_backend
 from halfbyte.quant.lora import lora_linears
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (S, head_dim) fp32
@@ -22,7 +22,8 @@ class SharedInputAttention(transformer_flux.FluxAttnProcessor):
     """Queries, keys and values of a stream from one pass over its tokens."""
 
     def __init__(self, backend: str | None = None) -> None:
-        """`backend`: one of `halfbyte.kernels.attention`'s; None leaves the choice to diffusers."""
+        """`backend`: one of `halfbyte.kernels.attention`'s; None leaves the choice to diffusers, save where that would
+        train with cuDNN."""
         super().__init__()
         self.backend = backend
 
@@ -66,8 +67,11 @@ class SharedInputAttention(transformer_flux.FluxAttnProcessor):
             value = torch.cat((text_value, value), dim=1)
         if rotary is not None:
             query, key = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (query, key))
-        if mask is None and self.backend is not None:
-            return attention(query, key, value, self.backend)[0].flatten(2, 3)
+        backend = self.backend
+        if backend is None and self._attention_backend is None:
+            backend = trainable_backend(query)
+        if mask is None and backend is not None:
+            return attention(query, key, value, backend)[0].flatten(2, 3)
         mixed = dispatch_attention_fn(
             query,
             key,

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from halfbyte.kernels.attention import attention
+from halfbyte.kernels.attention import attention, trainable_backend
 from halfbyte.quant.lora import lora_linears
 
 
@@ -17,7 +17,8 @@ class SharedInputAttention(JointAttnProcessor2_0):
     """Queries, keys and values of a stream from one pass over its tokens."""
 
     def __init__(self, backend: str | None = None) -> None:
-        """`backend`: one of `halfbyte.kernels.attention`'s; None leaves the choice to torch."""
+        """`backend`: one of `halfbyte.kernels.attention`'s; None leaves the choice to torch, save where that would
+        train with cuDNN."""
         super().__init__()
         self.backend = backend
 
@@ -49,11 +50,12 @@ class SharedInputAttention(JointAttnProcessor2_0):
             query, key, value = (
                 torch.cat(pair, dim=2) for pair in zip((query, key, value), text, strict=True)
             )
-        if self.backend is None:
+        backend = self.backend or trainable_backend(query)
+        if backend is None:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         else:
             mixed, _ = attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.backend
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), backend
             )
         mixed = mixed.flatten(2).to(query.dtype)
         projected, dropout = module.to_out
