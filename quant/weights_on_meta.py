@@ -35,7 +35,7 @@ def model_on_meta(
 
 
 def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Collection[str] = ()) -> None:
-    """Gives every parameter of a model on meta the dtype and size that loading would give it.
+    """Gives every parameter and stored buffer of a model on meta the dtype and size that loading would give it.
 
     `dtype` is that of what is not quantized, but for modules with a name of `in_fp32`.
     """
@@ -50,6 +50,10 @@ def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Coll
                     value = torch.empty(parameter.shape, dtype=own_dtype, device="meta")
                     placed[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 module._parameters[name] = placed[id(parameter)]
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            # What no file holds stays as the model makes it.
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=own_dtype, device="meta")
 
 
 def weight_tensors(module: nn.Module) -> list[Tensor]:

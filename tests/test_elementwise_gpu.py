@@ -32,7 +32,9 @@ def assert_close(actual, expected):
         norm = theirs.double().norm().clamp_min(1e-30).item()
         error = (ours.double() - theirs.double()).norm().item() / norm
         # Of few values a single neighbour is a larger share.
-        neighbour = torch.finfo(theirs.dtype).eps * theirs.abs().max().item() / norm if theirs.numel() else 0.0
+        neighbour = (
+            torch.finfo(theirs.dtype).eps * theirs.abs().max().item() / norm if theirs.numel() else 0.0
+        )
         limit = max(LARGEST_ERROR[theirs.dtype], neighbour)
         assert error <= limit, f"result {number} is off by {error:.1e}, at most {limit:.1e} expected"
 

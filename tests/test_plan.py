@@ -12,9 +12,14 @@ from full_size import write_configurations
 from rich.console import Console
 from typer.testing import CliRunner
 
+from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.weights_on_meta import model_on_meta
 from halfbyte.trainer import plan_fit
 from halfbyte.trainer.cli import app, train_app
 from halfbyte.trainer.errors import OutOfMemory, RecipeError
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.flux import Flux
+from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.module import DiffusionModule
 from halfbyte.trainer.plan_fit import cheapest_savings, fit, open_planner, parse_budget
@@ -55,6 +60,23 @@ def test_a_base_that_is_quantized_already_is_planned_as_it_is_stored(toy: Path, 
     assert packed(f"model.transformer={tmp_path / 'int8'}") != packed()
     with pytest.raises(RecipeError, match=r"model\.transformer"):
         packed(f"model.transformer={tmp_path}")
+
+
+@pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
+def test_the_model_on_meta_is_the_loaded_one(
+    family_class: type[Family], fixture: str, request: pytest.FixtureRequest
+) -> None:
+    """SD3's table of positions, 0.4 GB of SD3.5 medium in bf16, is a buffer."""
+    family = family_class.open(str(request.getfixturevalue(fixture)), None, 24)
+    recipe = QuantRecipe(compute_dtype=torch.bfloat16)
+    loaded = family.load_denoiser(recipe, device=torch.device("cpu"), dtype=torch.bfloat16)
+    on_meta = model_on_meta(family.denoiser_class, family.denoiser_config, recipe, torch.bfloat16)
+
+    def sizes(model: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
+
+    assert sizes(on_meta) == sizes(loaded)
 
 
 def test_the_plan_of_flux_has_the_known_sizes_and_work(planner: Planner) -> None:

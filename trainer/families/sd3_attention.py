@@ -54,9 +54,7 @@ class SharedInputAttention(JointAttnProcessor2_0):
         if backend is None:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         else:
-            mixed, _ = attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), backend
-            )
+            mixed, _ = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), backend)
         mixed = mixed.flatten(2).to(query.dtype)
         projected, dropout = module.to_out
         if encoder_hidden_states is None:
