@@ -20,6 +20,7 @@ from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.ema import Ema
 from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.graphed_denoiser import GraphedDenoiser
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import MetricsWriter
 from halfbyte.trainer.module import DiffusionModule, Objective
@@ -56,6 +57,7 @@ def fit(
 ) -> Finished:
     train = recipe.train
     first_step = saved.position.step if saved else 0
+    graphed = GraphedDenoiser(denoiser) if records_graphs(recipe, world) else None
     module = DiffusionModule(
         family,
         denoiser,
@@ -67,6 +69,7 @@ def fit(
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         first_step=first_step,
+        called=graphed,
     )
     if world.leads:
         for line in recipe.optimizer.advice():
@@ -140,6 +143,8 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(out_of_memory(recipe, family)) from error
     finally:
+        if graphed is not None:
+            graphed.release()  # the last pictures need the memory
         if shown is not None:
             shown.close()
         if writer is not None:
@@ -150,6 +155,11 @@ def fit(
     return Finished(
         done, module.step if first_step < train.steps else first_step, time.perf_counter() - began
     )
+
+
+def records_graphs(recipe: Recipe, world: World) -> bool:
+    """Whether steps run as CUDA graphs here."""
+    return recipe.train.cuda_graphs and world.device.type == "cuda"
 
 
 def _weights(recipe: Recipe) -> Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights]:
