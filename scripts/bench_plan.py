@@ -58,6 +58,7 @@ class Setting(NamedTuple):
             f"train.batch_size={self.batch}",
             f"lora.rank={self.rank}",
             f"train.gradient_checkpointing={self.checkpointing}",
+            "train.cuda_graphs=false",
             f"optimizer={{name: {self.optimizer}}}",
             *self.extra,
         ]

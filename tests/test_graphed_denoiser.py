@@ -8,20 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from test_training_step import adapted, batch_for, family_at, module_of
 from torch import Tensor, nn
 
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.averages import OptimizerAverage
 from halfbyte.trainer.ema import Ema
-from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
-from halfbyte.trainer.graphed_denoiser import MOST_SHAPES, GraphedDenoiser
+from halfbyte.trainer.graphed_denoiser import MOST_SHAPES, GraphedDenoiser, warm_up
 from halfbyte.trainer.joined_optimizer import JoinedOptimizer, all_in_one
+from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.optimizers import OPTIMIZERS
+from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.run import run
 from halfbyte.trainer.samples import Batch
+
+from runs import write_recipe
+from small_recipe import SMALL, Write, problems
 
 CPU = torch.device("cpu")
 FAMILIES = pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
@@ -201,6 +208,31 @@ def test_every_optimizer_moves_what_was_recorded(mini_flux: Path, name: str) -> 
     assert len(recorders.made) == 1
 
 
+@FAMILIES
+def test_after_a_warm_up_each_first_step_is_recorded(
+    request: pytest.FixtureRequest, family_class: type[Family], fixture: str
+) -> None:
+    family, recorders = family_at(request.getfixturevalue(fixture), family_class), Recorders()
+    setup = Setup(family, recorders=recorders, dtype=torch.bfloat16)
+    plain = Setup(family, recorders=None, dtype=torch.bfloat16)
+    first, second = batches(family, 2, (8, 12))
+    scale = family.vae_scale
+    warm_up(
+        setup.graphed,
+        family,
+        [(8 * scale, 8 * scale), (12 * scale, 8 * scale)],
+        TextEmbedding(first.prompt_embeds, first.pooled_prompt_embeds),
+        guidance_scale=setup.module.objective.guidance_scale,
+        compute_dtype=torch.bfloat16,
+    )
+    assert recorders.counts == (0, 0)
+    assert setup.gradients() == []
+    for batch in (first, second):
+        assert torch.equal(setup.backward(batch), plain.backward(batch))
+    assert recorders.counts == (4, 4)
+    assert same(setup.gradients(), plain.gradients())
+
+
 def test_gradients_are_not_the_recordings_own_memory(mini_flux: Path) -> None:
     family = family_at(mini_flux, Flux)
     setup = Setup(family, recorders=Recorders())
@@ -364,3 +396,33 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(
     ]
     assert setup.graphed.shapes == 0
     assert recorders.counts[0] == nth - 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.stream_blocks=true"], "where train.stream_blocks is true"),
+        (["train.gradient_checkpointing=offload"], "where train.gradient_checkpointing is offload"),
+        (["train.fused_blocks=false"], "where train.fused_blocks is false"),
+        (["train.fused_adapters=false"], "where train.fused_adapters is false"),
+        (["lora.dora=true", "output.formats=[diffusers]"], "where lora.dora is true: "),
+        (["lora.dropout=0.1"], "where lora.dropout is not 0: "),
+        (["quant.type=int8"], "where quant.type is int8: "),
+    ],
+)
+def test_what_is_not_recorded_is_refused(write: Write, overrides: list[str], said: str) -> None:
+    recipe = write(SMALL)
+    load_recipe(recipe, overrides)
+    (line,) = problems(recipe, "train.cuda_graphs=true", *overrides)
+    assert "train.cuda_graphs" in line
+    assert f"got true, expected false {said}" in line
+
+
+def test_on_the_cpu_a_run_says_that_nothing_is_recorded(mini_flux: Path, tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    world = read_world({"ACCELERATE_USE_CPU": "true"})
+    settings = load_recipe(write_recipe(tmp_path, mini_flux), ["train.cuda_graphs=true", "train.steps=1"])
+    assert run(settings, world, console=console, resume=False)
+    assert (
+        "launches    operation by operation: train.cuda_graphs means nothing on cpu" in console.export_text()
+    )

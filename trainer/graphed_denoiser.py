@@ -5,11 +5,12 @@ graph they are launched at once, and are the very same kernels.
 
 The first step of a shape runs as ever, which compiles what it needs; the next one is recorded. All recordings share
 one piece of memory, which stays theirs: a backward has to come before the next forward, or that one runs as ever.
+`warm_up` runs all shapes ahead of the first recording, lest any runs as ever beside that memory.
 """
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from halfbyte.quant.autocast import autocast_dtype
 from halfbyte.trainer.adapters import trained_parameters
-from halfbyte.trainer.families.base import free_unused
+from halfbyte.trainer.buckets import Size
+from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
 from halfbyte.trainer.recorded_step import CudaRecorder, Gradients, RecordedStep, Recorder, Turn
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,11 @@ class GraphedDenoiser:
         self._held: list[Tensor] = []
         self._places: list[tuple[int, bool]] = []
         self._turn: Callable[[], Turn | None] = lambda: None
+
+    def drop_gradients(self) -> None:
+        """Of the parameters that learn."""
+        for parameter in trained_parameters(self._denoiser).values():
+            parameter.grad = None
 
     def __call__(self, **inputs: Any) -> tuple[Tensor]:
         """What the denoiser gives, with `return_dict=False`."""
@@ -131,6 +138,31 @@ class GraphedDenoiser:
         self.release()
         free_unused(device)
         return None
+
+
+def warm_up(
+    graphed: GraphedDenoiser,
+    family: Family,
+    sizes: Sequence[Size],
+    text: TextEmbedding,
+    *,
+    guidance_scale: float,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Runs forward and backward once for each size of picture, and leaves nothing of it.
+
+    text: of a whole batch, on the denoiser's device in the compute dtype.
+    """
+    device, batch = text.prompt_embeds.device, len(text.prompt_embeds)
+    channels, scale = family.vae_config["latent_channels"], family.vae_scale
+    for width, height in sizes:
+        shape = (batch, channels, height // scale, width // scale)
+        noisy = torch.zeros(shape, device=device, dtype=compute_dtype)
+        sigma = torch.ones(batch, device=device)
+        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+            velocity = family.predict(graphed, noisy, sigma, text, guidance_scale)
+        velocity.sum().backward()
+        graphed.drop_gradients()
 
 
 def _key(inputs: Mapping[str, Any]) -> _Key:

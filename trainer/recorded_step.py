@@ -124,7 +124,9 @@ class RecordedStep:
         device_type = self._parameters[0].device.type
         # Leaves of their own over the same memory. The parameters' own end in what adds gradients up and tells DDP of
         # them, on the stream of an ordinary step: both would get into the recording.
-        leaves = {name: nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
+        leaves: dict[str, Tensor] = {
+            name: nn.Parameter(parameter.detach()) for name, parameter in parameters.items()
+        }
         outputs: list[Tensor] = []
 
         def forward() -> Tensor:

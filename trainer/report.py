@@ -89,7 +89,7 @@ def _launches(recipe: Recipe, world: World) -> str:
         return "kernel by kernel (train.cuda_graphs: false)"
     if world.device.type != "cuda":
         return f"operation by operation: train.cuda_graphs means nothing on {world.device.type}"
-    return "as CUDA graphs, recorded at the second step of each size"
+    return "as CUDA graphs, recorded at the first step of each size"
 
 
 def _adapter_kind(recipe: Recipe) -> str:
