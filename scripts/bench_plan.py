@@ -18,8 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_train
 import torch
+from bench_models import family_of, random_denoiser
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -58,6 +58,7 @@ class Setting(NamedTuple):
             f"train.batch_size={self.batch}",
             f"lora.rank={self.rank}",
             f"train.gradient_checkpointing={self.checkpointing}",
+            "train.cuda_graphs=false",
             f"optimizer={{name: {self.optimizer}}}",
             *self.extra,
         ]
@@ -147,10 +148,10 @@ def _measure(model: str, settings: list[Setting], streamed: bool) -> Iterator[di
     if not settings:
         return
     device = torch.device("cuda")
-    family = bench_train.family_of(model)
+    family = family_of(model)
     names = block_names(family)
     place = keep_on_host(names) if streamed else None
-    denoiser: Any = bench_train.random_denoiser(model, family, "ours", device, place)
+    denoiser: Any = random_denoiser(model, family, "ours", device, place)
     if streamed:
         BlockStream(packed_blocks(denoiser, names), copies_to(device))
     rank = None
@@ -179,7 +180,7 @@ def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
         setting = Setting(**{name: row[name] for name in Setting._fields})
         recipe = setting.recipe()
         if setting.model not in planners:
-            planners[setting.model] = Planner(recipe, bench_train.family_of(setting.model))
+            planners[setting.model] = Planner(recipe, family_of(setting.model))
         planner = planners[setting.model]
         assert planner.size(recipe) == (setting.px, setting.px), "the recipe's pictures fill no square"
         foretold = planner.training_bytes(recipe) / _GIB

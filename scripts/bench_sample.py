@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_train import family_of, random_denoiser
+from bench_models import family_of, random_denoiser
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from make_checkpoint import SIZES, empty_pipeline
 from step_profile import profiled
@@ -49,7 +49,7 @@ class Row:
     """One way to hold the base and run the blocks."""
 
     name: str
-    base: str  # as bench_train's rows: ours, bf16 or peer
+    base: str  # as bench_models has it: ours, bf16 or peer
     ours: bool = True  # our blocks and adapters, or diffusers' and PEFT's
     whole: bool = True  # each block as one function
     compiled: bool = False

@@ -2,6 +2,7 @@
 
     python scripts/bench_train.py --rows ours,bf16 --px 1024,512 --checkpoint none,selective,full,offload
     python scripts/bench_train.py --rows ours --checkpoint full,offload --stream --optimizer adamw_8bit --budget 6
+    python scripts/bench_train.py --rows ours,bf16 --px 1024,512 --checkpoint none,selective,full --graphs
     python scripts/bench_train.py --rows peer --px 1024 --compile --json step.json
 
 Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW unless `--optimizer` says
@@ -9,180 +10,48 @@ another. `ours` is the NF4 base with double quantization in our layers, `bf16` t
 base, `peer` diffusers with bitsandbytes' layers and stock PEFT. Each step is forward, backward and optimizer; medians
 after warm-up. The mini model (`--model flux_mini`) runs on the CPU as well.
 
-`--stream` leaves the packed blocks on the host, and rows then say how fast they came. `--budget` holds the allocator
-to what a card of so many GB has besides a context. Where halfbyte is not installed, put a folder on PYTHONPATH that
-holds it as `.typing` does (scripts/typecheck makes it).
+`--graphs` records a step of each size and launches it as a whole. Its memory counts as allocated only while it is
+recorded, so the peak of such rows is what the allocator has reserved. `--stream` leaves the packed blocks on the host,
+and rows then say how fast they came. `--budget` holds the allocator to what a card of so many GB has besides a context.
+Where halfbyte is not installed, put a folder on PYTHONPATH that holds it as `.typing` does (scripts/typecheck makes
+it).
 """
 
 import argparse
 import gc
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_models import MODELS, family_of, random_denoiser
 from step_profile import profiled
-from torch import nn
 
 from halfbyte.kernels.attention import BACKENDS
-from halfbyte.quant.convert import QuantRecipe, convert
-from halfbyte.quant.fill import Place
-from halfbyte.quant.linear import Linear4bit
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.denoiser import block_names
-from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
 from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
-from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.host_store import HostStore
-from halfbyte.trainer.families.sd3 import SD3
+from halfbyte.trainer.graphed_denoiser import GraphedDenoiser
 from halfbyte.trainer.losses import MSE
-from halfbyte.trainer.mini import build_flux_pipeline
 from halfbyte.trainer.module import DiffusionModule, Objective
 from halfbyte.trainer.optimizers import OPTIMIZERS
 from halfbyte.trainer.run_plan import CONTEXT_BYTES
 from halfbyte.trainer.samples import Batch
 from halfbyte.trainer.shift import ResolutionShift
-from halfbyte.trainer.source import ModelSource
 from halfbyte.trainer.timesteps import LogitNormal
 from halfbyte.trainer.weighting import NoWeighting
 
-_VAE = {
-    "latent_channels": 16,
-    "block_out_channels": [1, 1, 1, 1],
-    "shift_factor": 0.1,
-    "scaling_factor": 0.36,
-}
-_FLUX = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}
-_SD35_LARGE = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 38,
-    "attention_head_dim": 64,
-    "num_attention_heads": 38,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 2432,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-    "qk_norm": "rms_norm",
-}
-_SD35_MEDIUM = _SD35_LARGE | {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-}
 _KEEP: dict[str, Keep] = {
     "none": "everything",
     "selective": "attention",
     "full": "inputs",
     "offload": "inputs",
 }
-# Family, transformer, skip list, text tokens.
-_MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
-    "flux": (Flux, _FLUX, (), 512),
-    "sd35_large": (SD3, _SD35_LARGE, ("proj_out",), 333),
-    "sd35_medium": (SD3, _SD35_MEDIUM, ("proj_out",), 333),
-    "flux_mini": (Flux, dict(build_flux_pipeline().transformer.config), (), 64),
-}
-
-
-def family_of(model: str) -> Family:
-    """The family over a folder that holds configurations alone."""
-    family, config, _, tokens = _MODELS[model]
-    folder = Path(tempfile.mkdtemp())
-    for part, name, content in (
-        ("transformer", "config.json", config),
-        ("vae", "config.json", _VAE),
-        ("scheduler", "scheduler_config.json", {"use_dynamic_shifting": True}),
-    ):
-        (folder / part).mkdir()
-        (folder / part / name).write_text(json.dumps(content, default=list))
-    return family(ModelSource(model, folder, None), tokens)
-
-
-def random_denoiser(
-    model: str, family: Family, row: str, device: torch.device, place: Place | None = None
-) -> nn.Module:
-    """A transformer of the real shapes, filled layer by layer on the device: the whole never exists in bf16.
-
-    place: what becomes of each quantized layer, see `quant.fill`.
-    """
-    with torch.device("meta"):
-        denoiser = family.denoiser_class.from_config(family.denoiser_config).to(torch.bfloat16)
-    skip = _MODELS[model][2]
-    if row == "ours":
-        convert(denoiser, QuantRecipe(skip=skip))
-    draws = torch.Generator(device).manual_seed(0)
-
-    def drawn(shape: torch.Size, std: float = 0.02) -> torch.Tensor:
-        return (torch.randn(shape, device=device, generator=draws) * std).bfloat16()
-
-    for path, module in list(denoiser.named_modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            shape = parameter.shape
-            if isinstance(module, Linear4bit) and name == "weight":
-                module.quantize(drawn(torch.Size((module.out_features, module.in_features))), path)
-                if place is not None:
-                    place(path, module)
-            elif (
-                row == "peer"
-                and isinstance(module, nn.Linear)
-                and name == "weight"
-                and not _skipped(path, skip)
-            ):
-                continue
-            else:
-                value = torch.ones(shape, device=device).bfloat16() if len(shape) < 2 else drawn(shape)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                module.register_buffer(name, drawn(buffer.shape), persistent=False)
-        if row == "peer" and isinstance(module, nn.Linear) and not _skipped(path, skip):
-            denoiser.set_submodule(path, _bitsandbytes_layer(module, drawn(module.weight.shape)))
-    return denoiser.requires_grad_(False)
-
-
-def _skipped(path: str, skip: tuple[str, ...]) -> bool:
-    return path.rpartition(".")[2] in skip
-
-
-def _bitsandbytes_layer(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
-    import bitsandbytes
-
-    layer = bitsandbytes.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        compute_dtype=torch.bfloat16,
-        compress_statistics=True,
-        quant_type="nf4",
-        device="meta",
-    )
-    layer.weight = bitsandbytes.nn.Params4bit(
-        weight.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
-    )
-    if linear.bias is not None:
-        layer.bias = nn.Parameter(torch.ones(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
-    return layer.to(weight.device)
 
 
 class TrainedModel:
@@ -253,7 +122,7 @@ class TrainedModel:
     def batch(self, number: int, px: int) -> Batch:
         """One sample; its values do not matter, its sizes are the real ones."""
         config, side = self.family.denoiser_config, px // self.family.vae_scale
-        tokens, channels = _MODELS[self.model][3], self.family.vae_config["latent_channels"]
+        tokens, channels = MODELS[self.model][3], self.family.vae_config["latent_channels"]
         return Batch(
             (number,),
             torch.zeros(1, channels, side, side),
@@ -276,8 +145,9 @@ class TrainedModel:
         assert torch.isfinite(loss), f"{self.row}: the loss is {loss.item()}"
         return time.perf_counter() - began
 
-    def measure(self, px: int, steps: int) -> dict[str, Any]:
-        """Times and peaks of some steps behind three that warm up."""
+    def measure(self, px: int, steps: int, *, graphs: bool) -> dict[str, Any]:
+        """Times and peaks of some steps behind three that warm up, the second of which is recorded with `graphs`."""
+        self.module.called = GraphedDenoiser(self.denoiser) if graphs else None
         first = self.step(0, px)
         for number in range(1, 3):
             self.step(number, px)
@@ -293,9 +163,15 @@ class TrainedModel:
             "min_s": min(times),
             "first_s": first,
             "base_gib": self.base,
-            "peak_gib": _gib(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0),
+            "peak_gib": _gib(self._peak(graphs)),
+            "graphs": 0 if self.module.called is None else self.module.called.shapes,
             "copied_gb": (self.copied - copied) / steps / 1e9,
         }
+
+    def _peak(self, graphs: bool) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
 
     @property
     def copied(self) -> int:
@@ -317,11 +193,12 @@ def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> No
         settings = {"whole": arguments.whole, "compiled": arguments.compile, "attention": arguments.attention}
         model.settle(checkpoint, **settings)
         for px in map(int, arguments.px.split(",")):
-            result = model.measure(px, arguments.steps) | {"checkpoint": checkpoint, **settings}
+            result = model.measure(px, arguments.steps, graphs=arguments.graphs)
+            result |= {"checkpoint": checkpoint, **settings}
             print(
                 f"{row:5} {px} px, checkpointing {checkpoint}: {result['median_s']:.3f} s"
                 f" (min {result['min_s']:.3f}, first {result['first_s']:.1f}), base {result['base_gib']:.2f},"
-                f" peak {result['peak_gib']:.2f} GiB",
+                f" peak {result['peak_gib']:.2f} GiB" + _graphs_note(arguments.graphs, result["graphs"]),
                 flush=True,
             )
             if model.stream is not None:
@@ -341,6 +218,12 @@ def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> No
                     file.write(json.dumps(result) + "\n")
 
 
+def _graphs_note(asked: bool, recorded: int) -> str:
+    if not asked:
+        return ""
+    return " reserved, CUDA graphs" if recorded else " reserved, CUDA graphs NOT recorded"
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -355,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=_MODELS, default="flux")
+    parser.add_argument("--model", choices=MODELS, default="flux")
     parser.add_argument("--rows", default="ours,bf16,peer", help="which of ours, bf16 and peer")
     parser.add_argument("--px", default="1024", help="sides of the picture, one or several with commas")
     parser.add_argument("--rank", type=int, default=16)
@@ -375,12 +258,23 @@ def main() -> None:
     parser.add_argument(
         "--stream", action="store_true", help="packed blocks on the host, as train.stream_blocks"
     )
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs, as train.cuda_graphs")
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS.classes), default="adamw")
     parser.add_argument("--budget", type=float, help="GB of a card to stay within, its context included")
     arguments = parser.parse_args()
     if arguments.stream and (arguments.rows != "ours" or arguments.compile):
         parser.error("--stream is for --rows ours without --compile")
+    if arguments.graphs and (
+        arguments.stream
+        or arguments.compile
+        or not arguments.whole
+        or "peer" in arguments.rows
+        or "offload" in arguments.checkpoint
+    ):
+        parser.error("--graphs is for ours and bf16, without --stream, --compile, --no-whole and offload")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.graphs and device.type != "cuda":
+        parser.error("--graphs needs a CUDA device")
     # cuDNN's attention faults in FLUX's backward.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.budget:

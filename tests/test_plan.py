@@ -26,7 +26,15 @@ from halfbyte.trainer.plan_fit import cheapest_savings, fit, open_planner, parse
 from halfbyte.trainer.plan_output import fit_lines, plan_lines
 from halfbyte.trainer.quantize import quantize
 from halfbyte.trainer.recipe import Recipe, load_recipe
-from halfbyte.trainer.run_plan import CONTEXT_BYTES, GIB, SECONDS_A_CALL, Planner
+from halfbyte.trainer.run_plan import (
+    CONTEXT_BYTES,
+    GATHERED,
+    GIB,
+    PRODUCTS_BYTES,
+    RECORDED,
+    SECONDS_A_CALL,
+    Planner,
+)
 
 from runs import run_here, write_recipe
 
@@ -40,8 +48,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planner(flux: Path) -> Planner:
-    """FLUX.1-dev as flux_lora trains it; rehearsed once for all tests."""
-    return open_planner(load_recipe(FOLDER / "flux_lora.yaml", [f"model.path={flux}"]))
+    """FLUX.1-dev as flux_lora trains it, kernel by kernel; rehearsed once for all tests."""
+    settings = [f"model.path={flux}", "train.cuda_graphs=false"]
+    return open_planner(load_recipe(FOLDER / "flux_lora.yaml", settings))
+
+
+def with_graphs(recipe: Recipe) -> Recipe:
+    """The same, recorded."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"cuda_graphs": True})})
 
 
 @pytest.fixture
@@ -139,6 +153,66 @@ def test_a_small_card_streams_blocks_instead_of_activations(planner: Planner) ->
     texts = smaller.plan.phase("encode texts")
     assert texts.device["text_encoder_2"] / GIB == pytest.approx(0.6, abs=0.05)
     assert texts.host["packed blocks, page-locked"] / GIB == pytest.approx(4.32, abs=0.02)
+
+
+def test_recorded_steps_keep_their_memory(planner: Planner) -> None:
+    plain, recorded = planner.plan(), planner.plan(with_graphs(planner.recipe))
+    step, before = recorded.phase("step"), plain.phase("step")
+    adapters = before.device["adapters"]
+    # What a step computes in, its gradients, and those that are gathered from them; then those that the run adds up.
+    parts = ("kept for the backward", "working memory", "inside a kernel", "gradients")
+    assert step.device[RECORDED] == sum(before.device.get(part, 0) for part in parts) + PRODUCTS_BYTES
+    assert step.device[GATHERED] == step.device["gradients"] == adapters
+    assert recorded.phase("encode texts") == plain.phase("encode texts")
+    # Where pictures are drawn in between, nothing of it is free for them.
+    sampled = planner.recipe.model_copy(
+        update={"sample": planner.recipe.sample.model_copy(update={"prompts": ("a dog",), "every": 100})}
+    )
+    drawn = planner.plan(with_graphs(sampled)).phase("sample").allocated
+    taken = step.device[RECORDED] + adapters
+    assert drawn == planner.plan(sampled).phase("sample").allocated + taken
+    after = sampled.model_copy(update={"sample": sampled.sample.model_copy(update={"every": 0})})
+    assert planner.plan(with_graphs(after)).phase("sample") == planner.plan(after).phase("sample")
+    # The processor is no limit then.
+    assert recorded.seconds(1e6)[0] == pytest.approx(recorded.step_flops / 1e18)
+    assert "operations where its processor" not in "\n".join(plan_lines(recorded))
+
+
+def test_graphs_are_given_up_ahead_of_what_they_exclude(planner: Planner, flux: Path) -> None:
+    def made(budget: int) -> list[str]:
+        other = open_planner(with_graphs(planner.recipe))
+        other._rehearsals, other._steps = planner._rehearsals, planner._steps
+        fitted = fit(other, budget)
+        assert fitted.fits
+        # What the command line would make of it is no contradiction.
+        settings = [setting for change in fitted.changes for setting in change.settings]
+        load_recipe(
+            FOLDER / "flux_lora.yaml", [f"model.path={flux}", *(s for s in settings if "optimizer" not in s)]
+        )
+        return [change.settings[0] for change in fitted.changes]
+
+    assert made(12 * GIB) == []
+    assert made(8 * GIB) == [
+        "optimizer.name=adamw_8bit",
+        "train.cuda_graphs=false",
+        "train.gradient_checkpointing=offload",
+    ]
+    assert made(6 * GIB) == [
+        "optimizer.name=adamw_8bit",
+        "train.cuda_graphs=false",
+        "train.stream_blocks=true",
+    ]
+
+
+def test_more_sizes_than_are_recorded_run_beside_the_others(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = open_planner(load_recipe(toy, ["train.cuda_graphs=true", "train.grad_accumulation=1"]))
+    few = planner.plan().phase("step")
+    monkeypatch.setattr("halfbyte.trainer.run_plan.MOST_SHAPES", 0)
+    many = planner.plan().phase("step")
+    assert many.allocated > few.allocated
+    assert many.device[RECORDED] == few.device[RECORDED]
 
 
 def test_sd3s_encoders_fit_a_small_card_if_t5_is_streamed(tmp_path: Path) -> None:

@@ -147,13 +147,20 @@ class Recorder(StepCallback):
                 " bfloat16 instead of float16"
             )
         device = self.world.device
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+        memory = _peak_bytes(module, device) / 2**30 if device.type == "cuda" else 0.0
         lr = self.rate(trainer.optimizers[0])
         self.last = StepMetrics(step, value, lr, grad_norm, pace, memory, validation_loss)
         if self.writer is not None:
             self.writer.write(self.last)
         if self.progress is not None:
             self.progress.advance(step, self.last)
+
+
+def _peak_bytes(module: DiffusionModule, device: torch.device) -> int:
+    """What a recorded step computes in is taken throughout, and counts as allocated only while it is recorded."""
+    if module.called is not None:
+        return torch.cuda.max_memory_reserved(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 class Checkpointer(StepCallback):

@@ -19,7 +19,8 @@ from halfbyte.trainer.callbacks import Averager, Checkpointer, Interruption, Rec
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.ema import Ema
 from halfbyte.trainer.errors import OutOfMemory
-from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.graphed_denoiser import GraphedDenoiser, warm_up
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import MetricsWriter
 from halfbyte.trainer.module import DiffusionModule, Objective
@@ -56,6 +57,7 @@ def fit(
 ) -> Finished:
     train = recipe.train
     first_step = saved.position.step if saved else 0
+    graphed = GraphedDenoiser(denoiser) if records_graphs(recipe, world) else None
     module = DiffusionModule(
         family,
         denoiser,
@@ -67,6 +69,7 @@ def fit(
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         first_step=first_step,
+        called=graphed,
     )
     if world.leads:
         for line in recipe.optimizer.advice():
@@ -136,10 +139,14 @@ def fit(
             with warnings.catch_warnings():
                 # The cache is read faster than a worker process could hand it over.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+                if graphed is not None:
+                    _warm_up(graphed, recipe, family, prepared, world)
                 trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(out_of_memory(recipe, family)) from error
     finally:
+        if graphed is not None:
+            graphed.release()  # the last pictures need the memory
         if shown is not None:
             shown.close()
         if writer is not None:
@@ -149,6 +156,29 @@ def fit(
     done = first_step >= train.steps or not interruption.stopped or module.step >= train.steps
     return Finished(
         done, module.step if first_step < train.steps else first_step, time.perf_counter() - began
+    )
+
+
+def records_graphs(recipe: Recipe, world: World) -> bool:
+    """Whether steps run as CUDA graphs here."""
+    return recipe.train.cuda_graphs and world.device.type == "cuda"
+
+
+def _warm_up(
+    graphed: GraphedDenoiser, recipe: Recipe, family: Family, prepared: Prepared, world: World
+) -> None:
+    dtype, size = DTYPES[recipe.quant.compute_dtype], recipe.train.batch_size
+    empty = [
+        part.to(world.device, dtype).expand(size, *part.shape[1:]).contiguous()
+        for part in (prepared.empty.prompt_embeds, prepared.empty.pooled_prompt_embeds)
+    ]
+    warm_up(
+        graphed,
+        family,
+        prepared.sizes,
+        TextEmbedding(*empty),
+        guidance_scale=recipe.objective.guidance_scale,
+        compute_dtype=dtype,
     )
 
 

@@ -20,7 +20,7 @@ class StepMetrics:
     lr: float
     grad_norm: float  # before clipping
     samples_per_second: float
-    memory_gib: float  # peak allocated on the device so far; 0 on the CPU
+    memory_gib: float  # peak allocated on the device so far, reserved with CUDA graphs; 0 on the CPU
     validation_loss: float | None = None  # None where it was not measured
 
 

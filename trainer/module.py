@@ -61,11 +61,14 @@ class DiffusionModule(LightningModule):
         seed: int,
         first_step: int = 0,
         build_weights: Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights] | None = None,
+        called: Callable[..., Any] | None = None,
     ) -> None:
-        """`build_weights` makes the average that is looked at in place of the weights that train."""
+        """`build_weights` makes the average that is looked at in place of the weights that train; `called` is called
+        in place of the denoiser, see `GraphedDenoiser`."""
         super().__init__()
         self.family = family
         self.denoiser = denoiser.train()  # adapters' dropout; Lightning leaves the mode as it is
+        self.called = called
         self.objective = objective
         self.build_optimizer = build_optimizer
         self.build_weights = build_weights
@@ -114,7 +117,7 @@ class DiffusionModule(LightningModule):
             batch.prompt_embeds.to(self.compute_dtype), batch.pooled_prompt_embeds.to(self.compute_dtype)
         )
         velocity = self.family.predict(
-            self.denoiser,
+            self.denoiser if self.called is None else self.called,
             point.noisy.to(self.compute_dtype),
             point.sigma,
             text,

@@ -110,6 +110,7 @@ def _changes(planner: Planner, recipe: Recipe, phase: str) -> Iterator[Change]:
     if phase == "encode texts":
         yield from _text_changes(recipe)
     elif phase == "sample":
+        yield from _graphs(planner, recipe)
         yield from _sample_changes(recipe)
     if phase == "encode pictures":
         yield from _resolution(planner, recipe)
@@ -122,6 +123,7 @@ def _step_changes(planner: Planner, recipe: Recipe) -> Iterator[Change]:
         _optimizer,
         _batch,
         _checkpointing,
+        _graphs,
         _streaming,
         _rank,
         _resolution,
@@ -160,6 +162,8 @@ def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[Change]:
     flops = planner.step(recipe).flops
     bytes_now = planner.training_bytes(recipe)
     for name in _KEEPING[now + 1 :]:
+        if name == "offload" and recipe.train.cuda_graphs:
+            continue  # those go first
         smaller = _with(recipe, "train", gradient_checkpointing=name)
         step = planner.step(smaller)
         if planner.training_bytes(smaller) >= bytes_now:
@@ -170,9 +174,20 @@ def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[Change]:
         yield Change([f"train.gradient_checkpointing={name}"], cost, smaller)
 
 
+def _graphs(_: Planner, recipe: Recipe) -> Iterator[Change]:
+    if recipe.train.cuda_graphs:
+        yield Change(
+            ["train.cuda_graphs=false"],
+            "kernels launched one by one: slower where the device waits for the processor",
+            _with(recipe, "train", cuda_graphs=False),
+        )
+
+
 def _streaming(planner: Planner, recipe: Recipe) -> Iterator[Change]:
     """Blocks in the host's memory; then activations need not be there as well."""
-    if recipe.train.stream_blocks or recipe.quant.type == "none" or recipe.lora.dora:
+    if recipe.train.cuda_graphs or recipe.train.stream_blocks:
+        return
+    if recipe.quant.type == "none" or recipe.lora.dora:
         return
     settings, changed = ["train.stream_blocks=true"], dict[str, object](stream_blocks=True)
     if recipe.train.gradient_checkpointing == "offload":

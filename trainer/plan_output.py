@@ -50,10 +50,10 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     pictures = "" if plan.pictures is None else f", {plan.pictures} pictures {_times(plan)} each"
     yield f"{plan.steps} steps at up to {width}x{height}{pictures}"
     step, whole = plan.seconds(MEASURED_RATE)
+    launches = f", or {plan.step_calls} operations where its processor took longer" if plan.step_calls else ""
     yield (
         f"an estimate: {step:.2f} s a step, {_duration(whole)} in all, from {plan.step_flops / 1e12:.0f} TFLOP a step"
-        f" at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached, or {plan.step_calls} operations where its"
-        " processor took longer; other machines differ"
+        f" at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached{launches}; other machines differ"
     )
     if plan.step_copies:
         at_least = plan.step_copies / (GIB * _BUS)

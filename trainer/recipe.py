@@ -99,6 +99,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _whole_blocks_are_recorded(self) -> Self:
+        excluded = {
+            "lora.dora is true": self.lora.dora,
+            "lora.dropout is not 0": self.lora.dropout > 0,
+            "quant.type is int8": self.quant.type == "int8",
+        }
+        for where, holds in excluded.items():
+            if self.train.cuda_graphs and holds:
+                raise conflict(
+                    "train.cuda_graphs",
+                    f"got true, expected false where {where}: those blocks do not run as one function",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _dora_is_for_diffusers(self) -> Self:
         if self.lora.dora and self.output.formats not in (None, ("diffusers",)):
             raise conflict(

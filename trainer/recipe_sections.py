@@ -261,5 +261,22 @@ class TrainSection(Section):
     """Keep the packed weights of the transformer's blocks in page-locked host memory (FLUX.1 5.7 GB, a process), and
     copy each block to the device ahead of its use, twice a micro-batch: what cards of 6 GB and less need. The same to
     the bit; how much slower depends on the bus."""
+    cuda_graphs: bool = False
+    """Record a step's kernels once for each size of picture, and launch them as a whole from then on: where the
+    processor is slower at launching than the device at computing, as at 512 px. The same to the bit. A step's working
+    memory stays taken, while pictures are drawn too. For blocks that run as one function, on CUDA alone."""
     seed: Seed = 0
     """Everything random follows from it."""
+
+    @model_validator(mode="after")
+    def _whole_blocks_are_recorded(self) -> Self:
+        excluded = {
+            "stream_blocks": (self.stream_blocks, "true"),
+            "gradient_checkpointing": (self.gradient_checkpointing == "offload", "offload"),
+            "fused_blocks": (not self.fused_blocks, "false"),
+            "fused_adapters": (not self.fused_adapters, "false"),
+        }
+        for name, (holds, value) in excluded.items():
+            if self.cuda_graphs and holds:
+                raise conflict("cuda_graphs", f"got true, expected false where train.{name} is {value}")
+        return self

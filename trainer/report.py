@@ -67,6 +67,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ),
         ("validation", _validation_plan(recipe, opening.held_out)),
         ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
+        ("launches", _launches(recipe, world)),
         ("timesteps", objective.timesteps.describe()),
         ("shift", f"{objective.shift.describe()}; {_shift_note(opening, tokens)}"),
         ("weighting", f"{objective.weighting.describe()}; loss {objective.loss.describe()}"),
@@ -80,6 +81,15 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
         ),
     ]
+
+
+def _launches(recipe: Recipe, world: World) -> str:
+    """How a step's kernels get to the device."""
+    if not recipe.train.cuda_graphs:
+        return "kernel by kernel (train.cuda_graphs: false)"
+    if world.device.type != "cuda":
+        return f"operation by operation: train.cuda_graphs means nothing on {world.device.type}"
+    return "as CUDA graphs, recorded at the first step of each size"
 
 
 def _adapter_kind(recipe: Recipe) -> str:

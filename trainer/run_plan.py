@@ -21,12 +21,16 @@ from halfbyte.trainer.encoder_memory import (
 )
 from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.graphed_denoiser import MOST_SHAPES
 from halfbyte.trainer.live_bytes import INSIDE, WORKING
 from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, Rehearsal, RehearsedStep
+from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, KEPT, Rehearsal, RehearsedStep
 
 GIB = 2**30
 MIB = 2**20
+
+RECORDED = "cuda graphs: a step's memory"
+GATHERED = "cuda graphs: gradients"
 
 # Assumed, and not measured: what a process takes on the device before its first tensor, and what the allocator's blocks
 # leave unused between them.
@@ -77,7 +81,7 @@ class RunPlan:
     pictures: int | None  # None: unknown before the pictures are there
     seen: int  # pictures over the whole run, repetitions counted
     step_flops: int
-    step_calls: int
+    step_calls: int  # 0 where the processor launches them as a whole
     draws: int  # pictures that are drawn
     draw_flops: int  # for each
     step_copies: int  # bytes of streamed blocks that come to the device
@@ -114,19 +118,24 @@ class Planner:
     @cached_property
     def pictures(self) -> tuple[int | None, Size, tuple[str, ...]]:
         """How many are trained on, their largest size, and what there is to say of it."""
+        count, sizes, notes = self._sizes
+        return count, max(sizes, key=lambda size: (size[0] * size[1], size)), notes
+
+    @cached_property
+    def _sizes(self) -> tuple[int | None, set[Size], tuple[str, ...]]:
+        """The same with all sizes; where there are no pictures yet, the square alone."""
         data = self.recipe.data
         square = (data.resolution, data.resolution)
         cropping = Cropping(data.resolution, self.family.size_multiple, data.aspect_buckets)
         if not data.path.exists():
-            return None, square, (f"data.path: {data.path} is not there; planned at data.resolution",)
+            return None, {square}, (f"data.path: {data.path} is not there; planned at data.resolution",)
         try:
             samples = read_samples(data.path, data.caption_prefix, is_decoded=lambda _: True)
         except DataError as error:
             first = str(error).splitlines()[0]
-            return None, square, (f"data.path: {first}; planned at data.resolution",)
+            return None, {square}, (f"data.path: {first}; planned at data.resolution",)
         sizes = cropping.sizes()
-        found = {nearest_size(sample.width, sample.height, sizes) for sample in samples}
-        return len(samples), max(found, key=lambda size: (size[0] * size[1], size)), ()
+        return len(samples), {nearest_size(sample.width, sample.height, sizes) for sample in samples}, ()
 
     def size(self, recipe: Recipe) -> Size:
         """The largest size at the recipe's resolution, in pixels."""
@@ -160,7 +169,7 @@ class Planner:
             pictures=None if count is None else count - held_out,
             seen=train.steps * train.batch_size * train.grad_accumulation,
             step_flops=step.flops * train.grad_accumulation,
-            step_calls=step.calls * train.grad_accumulation,
+            step_calls=0 if train.cuda_graphs else step.calls * train.grad_accumulation,
             draws=drawings * len(recipe.sample.prompts),
             draw_flops=sampling[1] if sampling else 0,
             step_copies=self.rehearsal(recipe).visitors.copied * train.grad_accumulation,
@@ -214,13 +223,36 @@ class Planner:
             parts["ema"] = held[ADAPTERS]
         return {**parts, "cuBLAS workspace": PRODUCTS_BYTES}
 
+    def _recorded(self, recipe: Recipe) -> dict[str, int]:
+        """What CUDA graphs hold from the second step to the last."""
+        if not recipe.train.cuda_graphs:
+            return {}
+        train = recipe.train.model_copy(update={"grad_accumulation": 1})
+        within = self.step(recipe.model_copy(update={"train": train})).peak.by_kind
+        memory = sum(within.get(kind, 0) for kind in (KEPT, WORKING, INSIDE, GRADIENTS))
+        # cuBLAS has a workspace for the stream of the recording too.
+        return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held()[ADAPTERS]}
+
     def _train(self, recipe: Recipe, step: RehearsedStep) -> Phase:
-        kept = self._kept(recipe)
-        rehearsed = {**kept, **step.peak.by_kind}
+        kept, recorded = self._kept(recipe), self._recorded(recipe)
         optimizer = recipe.optimizer.memory(self.rehearsal(recipe).shapes)
-        updating = {**kept, GRADIENTS: kept[ADAPTERS], "within the optimizer": optimizer.working}
-        largest = max(rehearsed, updating, key=lambda parts: sum(parts.values()))
+        held = {**kept, **recorded, GRADIENTS: kept[ADAPTERS]}
+        moments: list[Mapping[str, int]] = [{**held, "within the optimizer": optimizer.working}]
+        # All sizes run once ahead of the first recording; those beyond the most run beside what is recorded.
+        beside = recorded if self._more_than_recorded(recipe) else {}
+        moments.append({**kept, **beside, **step.peak.by_kind})
+        if recorded and recipe.train.grad_accumulation > 1:
+            moments.append({**held, GRADIENTS: 2 * kept[ADAPTERS]})
+        if recorded and recipe.validation.every:
+            predicted = self.rehearsal(recipe).prediction(recipe.train.batch_size, *self.size(recipe))
+            moments.append({**held, **_working(predicted)})
+        largest = max(moments, key=lambda parts: sum(parts.values()))
         return Phase("step", largest, {"activations put aside": step.host, **self._on_host(recipe)})
+
+    def _more_than_recorded(self, recipe: Recipe) -> bool:
+        """Whether pictures come in more sizes than CUDA graphs are kept of."""
+        _, sizes, _ = self._sizes
+        return recipe.data.aspect_buckets and len(sizes) > MOST_SHAPES
 
     def _on_host(self, recipe: Recipe) -> dict[str, int]:
         """What stays in the host's memory from loading to the end."""
@@ -259,10 +291,11 @@ class Planner:
         weights, decoding = decoder_bytes(
             self.family, DTYPES[recipe.quant.compute_dtype], sample.width, sample.height
         )
-        predicting = drawn.peak.by_kind.get(WORKING, 0) + drawn.peak.by_kind.get(INSIDE, 0)
+        predicting = sum(_working(drawn).values())
         kept = self._kept(recipe)
         parts = {
             **kept,
+            **(self._recorded(recipe) if sample.every else {}),
             # The last step's, until the next one is in its backward.
             GRADIENTS: kept[ADAPTERS] if sample.every else 0,
             "weights that train, put aside": kept[ADAPTERS] if self._averages(recipe) else 0,
@@ -291,6 +324,11 @@ class Planner:
         if recipe.output.export_base and recipe.quant.type != "none":
             host["a shard of the base"] = min(base, _SHARD)
         return Phase("export", kept, host)
+
+
+def _working(step: RehearsedStep) -> dict[str, int]:
+    """What a step without a backward takes for as long as it computes."""
+    return {kind: step.peak.by_kind.get(kind, 0) for kind in (WORKING, INSIDE)}
 
 
 _READ_AHEAD = 2 * READING_THREADS * CHUNK_BYTES

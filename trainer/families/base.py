@@ -2,7 +2,7 @@
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -269,10 +269,16 @@ class Family(ABC):
 
     @abstractmethod
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float
+        self,
+        denoiser: Callable[..., Any],
+        noisy: Tensor,
+        sigma: Tensor,
+        text: TextEmbedding,
+        guidance_scale: float,
     ) -> Tensor:
         """The predicted velocity, noise - x0.
 
+        denoiser: the transformer, or what is called in its place: with inputs by name, for a tuple.
         noisy: (B, C, H/8, W/8) in the compute dtype; sigma: (B,) fp32 in (0, 1]. Returns noisy's shape.
         """
 

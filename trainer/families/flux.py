@@ -1,6 +1,6 @@
 """FLUX.1: dev, schnell and what shares their transformer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,12 @@ class Flux(Family):
         return sigma.to(dtype).float()
 
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float
+        self,
+        denoiser: Callable[..., Any],
+        noisy: Tensor,
+        sigma: Tensor,
+        text: TextEmbedding,
+        guidance_scale: float,
     ) -> Tensor:
         """The predicted velocity; see `Family.predict`."""
         batch, _, height, width = noisy.shape

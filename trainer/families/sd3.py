@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,16 +63,22 @@ class SD3(Family):
         fuse_blocks(denoiser, settings)
 
     def predict(
-        self, denoiser: nn.Module, noisy: Tensor, sigma: Tensor, text: TextEmbedding, guidance_scale: float
+        self,
+        denoiser: Callable[..., Any],
+        noisy: Tensor,
+        sigma: Tensor,
+        text: TextEmbedding,
+        guidance_scale: float,
     ) -> Tensor:
         """The predicted velocity; see `Family.predict`. SD3 has no guidance input."""
-        return denoiser(
+        velocity: Tensor = denoiser(
             hidden_states=noisy,
             encoder_hidden_states=text.prompt_embeds,
             pooled_projections=text.pooled_prompt_embeds,
             timestep=sigma * 1000,
             return_dict=False,
         )[0]
+        return velocity
 
     def original_names(self) -> tuple[OriginalName, ...]:
         """See `sd3_names`."""

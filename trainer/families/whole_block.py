@@ -42,4 +42,6 @@ class WholeBlock:
         """`forward(*inputs)`, run again in the backward unless everything is kept."""
         if self.settings.keep == "everything" or not torch.is_grad_enabled():
             return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        # Random state cannot be read while a CUDA graph is recorded, and what draws is not recorded.
+        recorded = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=not recorded)

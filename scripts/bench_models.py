@@ -1,0 +1,146 @@
+"""Models of the real shapes with random weights, for the benches: no file of theirs is needed."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.quant.convert import QuantRecipe, convert
+from halfbyte.quant.fill import Place
+from halfbyte.quant.linear import Linear4bit
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.flux import Flux
+from halfbyte.trainer.families.sd3 import SD3
+from halfbyte.trainer.mini import build_flux_pipeline
+from halfbyte.trainer.source import ModelSource
+
+_VAE = {
+    "latent_channels": 16,
+    "block_out_channels": [1, 1, 1, 1],
+    "shift_factor": 0.1,
+    "scaling_factor": 0.36,
+}
+_FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+_SD35_LARGE = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 38,
+    "attention_head_dim": 64,
+    "num_attention_heads": 38,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 2432,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+_SD35_MEDIUM = _SD35_LARGE | {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+}
+# By name: family, transformer, skip list, text tokens.
+MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
+    "flux": (Flux, _FLUX, (), 512),
+    "sd35_large": (SD3, _SD35_LARGE, ("proj_out",), 333),
+    "sd35_medium": (SD3, _SD35_MEDIUM, ("proj_out",), 333),
+    "flux_mini": (Flux, dict(build_flux_pipeline().transformer.config), (), 64),
+}
+
+
+def family_of(model: str) -> Family:
+    """The family over a folder that holds configurations alone."""
+    family, config, _, tokens = MODELS[model]
+    folder = Path(tempfile.mkdtemp())
+    for part, name, content in (
+        ("transformer", "config.json", config),
+        ("vae", "config.json", _VAE),
+        ("scheduler", "scheduler_config.json", {"use_dynamic_shifting": True}),
+    ):
+        (folder / part).mkdir()
+        (folder / part / name).write_text(json.dumps(content, default=list))
+    return family(ModelSource(model, folder, None), tokens)
+
+
+def random_denoiser(
+    model: str, family: Family, row: str, device: torch.device, place: Place | None = None
+) -> nn.Module:
+    """A transformer of the real shapes, filled layer by layer on the device: the whole never exists in bf16.
+
+    row: how the linears are held: `ours` in 4 bits, `bf16`, or `peer` as bitsandbytes has them.
+    place: what becomes of each quantized layer, see `quant.fill`.
+    """
+    with torch.device("meta"):
+        denoiser = family.denoiser_class.from_config(family.denoiser_config).to(torch.bfloat16)
+    skip = MODELS[model][2]
+    if row == "ours":
+        convert(denoiser, QuantRecipe(skip=skip))
+    draws = torch.Generator(device).manual_seed(0)
+
+    def drawn(shape: torch.Size, std: float = 0.02) -> torch.Tensor:
+        return (torch.randn(shape, device=device, generator=draws) * std).bfloat16()
+
+    for path, module in list(denoiser.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            shape = parameter.shape
+            if isinstance(module, Linear4bit) and name == "weight":
+                module.quantize(drawn(torch.Size((module.out_features, module.in_features))), path)
+                if place is not None:
+                    place(path, module)
+            elif (
+                row == "peer"
+                and isinstance(module, nn.Linear)
+                and name == "weight"
+                and not _skipped(path, skip)
+            ):
+                continue
+            else:
+                value = torch.ones(shape, device=device).bfloat16() if len(shape) < 2 else drawn(shape)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, drawn(buffer.shape), persistent=False)
+        if row == "peer" and isinstance(module, nn.Linear) and not _skipped(path, skip):
+            denoiser.set_submodule(path, _bitsandbytes_layer(module, drawn(module.weight.shape)))
+    return denoiser.requires_grad_(False)
+
+
+def _skipped(path: str, skip: tuple[str, ...]) -> bool:
+    return path.rpartition(".")[2] in skip
+
+
+def _bitsandbytes_layer(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+    )
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(torch.ones(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
+    return layer.to(weight.device)

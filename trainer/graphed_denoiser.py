@@ -1,0 +1,186 @@
+"""The denoiser of a training step as CUDA graphs, recorded once for each shape of its inputs.
+
+A FLUX step is some 6000 kernels. Launched one by one from Python they take longer than a GPU computes at 512 px; as a
+graph they are launched at once, and are the very same kernels.
+
+The first step of a shape runs as ever, which compiles what it needs; the next one is recorded. All recordings share
+one piece of memory, which stays theirs: a backward has to come before the next forward, or that one runs as ever.
+`warm_up` runs all shapes ahead of the first recording, lest any runs as ever beside that memory.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.quant.autocast import autocast_dtype
+from halfbyte.trainer.adapters import trained_parameters
+from halfbyte.trainer.buckets import Size
+from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
+from halfbyte.trainer.recorded_step import CudaRecorder, Gradients, RecordedStep, Recorder, Turn
+
+log = logging.getLogger(__name__)
+
+MOST_SHAPES = 16  # each takes some MiB of the device beside the shared memory, and seconds to record
+
+_Key = tuple[object, ...]
+
+
+class GraphedDenoiser:
+    """Is called in place of the denoiser; records and replays where the call is one of a training step."""
+
+    def __init__(
+        self, denoiser: nn.Module, *, recorder: Callable[[torch.device], Recorder] = CudaRecorder
+    ) -> None:
+        self._denoiser = denoiser
+        self._new_recorder = recorder
+        self._warm: set[_Key] = set()  # run once, with their backward
+        self._works = True
+        self._told = False
+        self.release()
+
+    @property
+    def shapes(self) -> int:
+        """How many are recorded."""
+        return len(self._steps)
+
+    def release(self) -> None:
+        """Gives up what is recorded, with its memory; a later step records anew."""
+        self._steps: dict[_Key, RecordedStep] = {}
+        self._recorder: Recorder | None = None
+        self._gradients: Gradients | None = None
+        self._held: list[Tensor] = []
+        self._places: list[tuple[int, bool]] = []
+        self._turn: Callable[[], Turn | None] = lambda: None
+
+    def drop_gradients(self) -> None:
+        """Of the parameters that learn."""
+        for parameter in trained_parameters(self._denoiser).values():
+            parameter.grad = None
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor]:
+        """What the denoiser gives, with `return_dict=False`."""
+        if not self._is_for_training(inputs):
+            return self._plain(inputs)
+        key = _key(inputs)
+        self._check_places()
+        turn = self._turn()
+        step = self._steps.get(key)
+        if turn is not None and not turn.over:
+            return self._plain(inputs)  # the backward of another one would find this one's activations
+        if step is None and key in self._warm and self._has_room():
+            step = self._record(key, inputs)
+        if step is None:
+            output = self._plain(inputs)
+            output[0].register_hook(partial(self._warmed, key))
+            return output
+        turn = Turn()
+        self._turn = weakref.ref(turn)
+        return (step(turn, inputs),)
+
+    def _plain(self, inputs: Mapping[str, Any]) -> tuple[Tensor]:
+        output: tuple[Tensor] = self._denoiser(**inputs)
+        return output
+
+    def _is_for_training(self, inputs: Mapping[str, Any]) -> bool:
+        return (
+            self._works
+            and self._denoiser.training
+            and torch.is_grad_enabled()
+            and not any(isinstance(given, Tensor) and given.requires_grad for given in inputs.values())
+        )
+
+    def _warmed(self, key: _Key, _: Tensor) -> None:
+        self._warm.add(key)
+
+    def _check_places(self) -> None:
+        """Kernels that are recorded read weights where these were then: elsewhere, they are recorded anew."""
+        if self._places and self._places != _places(self._held):
+            self.release()
+
+    def _has_room(self) -> bool:
+        if len(self._steps) < MOST_SHAPES:
+            return True
+        if not self._told:
+            log.info("train.cuda_graphs: %d sizes are recorded; others run kernel by kernel", MOST_SHAPES)
+            self._told = True
+        return False
+
+    def _record(self, key: _Key, inputs: Mapping[str, Any]) -> RecordedStep | None:
+        """None where it cannot be done, which is told, and not tried again."""
+        parameters = trained_parameters(self._denoiser)
+        device = next(iter(parameters.values())).device
+        free_unused(device)
+        try:
+            if self._recorder is None or self._gradients is None:
+                self._recorder = self._new_recorder(device)
+                self._gradients = Gradients(list(parameters.values()))
+                self._held = [*self._denoiser.parameters(), *self._denoiser.buffers()]
+                self._places = _places(self._held)
+            self._steps[key] = RecordedStep(
+                self._denoiser,
+                parameters,
+                inputs,
+                self._recorder,
+                self._gradients,
+                autocast=autocast_dtype(device.type),
+            )
+            return self._steps[key]
+        except RuntimeError as error:
+            reason = _reason(error)
+        # Behind the exception, whose frames hold what was taken.
+        log.warning("train.cuda_graphs: steps run kernel by kernel, for recording failed: %s", reason)
+        self._works = False
+        self.release()
+        free_unused(device)
+        return None
+
+
+def warm_up(
+    graphed: GraphedDenoiser,
+    family: Family,
+    sizes: Sequence[Size],
+    text: TextEmbedding,
+    *,
+    guidance_scale: float,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Runs forward and backward once for each size of picture, and leaves nothing of it.
+
+    text: of a whole batch, on the denoiser's device in the compute dtype.
+    """
+    device, batch = text.prompt_embeds.device, len(text.prompt_embeds)
+    channels, scale = family.vae_config["latent_channels"], family.vae_scale
+    for width, height in sizes:
+        shape = (batch, channels, height // scale, width // scale)
+        noisy = torch.zeros(shape, device=device, dtype=compute_dtype)
+        sigma = torch.ones(batch, device=device)
+        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+            velocity = family.predict(graphed, noisy, sigma, text, guidance_scale)
+        velocity.sum().backward()
+        graphed.drop_gradients()
+
+
+def _key(inputs: Mapping[str, Any]) -> _Key:
+    """What a recording is good for."""
+    device = next(given.device for given in inputs.values() if isinstance(given, Tensor))
+    facts = [
+        (name, *((given.shape, given.dtype, given.device) if isinstance(given, Tensor) else (given,)))
+        for name, given in sorted(inputs.items())
+    ]
+    return (autocast_dtype(device.type), *facts)
+
+
+def _places(tensors: list[Tensor]) -> list[tuple[int, bool]]:
+    return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: the end of a recording that broke raises once more, and tells nothing."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().split("\n", 1)[0]
