@@ -9,10 +9,10 @@ export's self-check, come one after the other and are not held. Prints the peaks
 
 import sys
 
-import torch
-
-from halfbyte.trainer.cli import train_app
+from halfbyte.trainer.cli import train_app  # first: it readies torch's allocator
 from halfbyte.trainer.run_plan import CONTEXT_BYTES
+
+import torch  # isort: skip
 
 
 def main() -> None:

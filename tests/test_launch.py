@@ -1,5 +1,9 @@
 """The environments that launchers leave: what trains, and what is refused because it would train alone."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -70,3 +74,24 @@ def test_any_process_in_a_world_of_one():
     world = read_world({})
     assert any_process(world, True)
     assert not any_process(world, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_the_allocator_is_told_before_torch_comes_unless_the_user_told_it(given, expected):
+    program = (
+        "import os, sys, halfbyte.trainer.cli; assert 'torch' in sys.modules; "
+        "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == str(expected)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.weights_on_meta import model_on_meta
-from halfbyte.trainer import plan_fit
+from halfbyte.trainer import full_device
 from halfbyte.trainer.cli import app, train_app
 from halfbyte.trainer.errors import OutOfMemory, RecipeError
 from halfbyte.trainer.families.base import Family
@@ -320,9 +320,45 @@ def test_out_of_memory_names_the_cheapest_changes_and_keeps_the_checkpoint(
 
 
 def test_the_message_says_where_nothing_is_left_to_change(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_fit, "cheapest_savings", lambda planner: [])
+    monkeypatch.setattr(full_device, "cheapest_savings", lambda planner, phase: [])
     recipe: Recipe = load_recipe(toy)
-    assert "a larger card" in plan_fit.out_of_memory(recipe, open_planner(recipe).family)
+    message = full_device.out_of_memory(recipe, open_planner(recipe).family, "in training", "step")
+    assert "a larger card" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "change"),
+    [
+        (
+            "families.base.PipelineEncoders.encode_texts",
+            r"in encoding.*\(encode ",
+            "model.text_encoder_quant=int8",
+        ),
+        ("families.base.PipelineEncoders.encode_images", r"in encoding.*\(encode ", ""),
+        ("run.load_denoiser", r"in loading.*\(load and quantize\)", ""),
+        ("run.export_trained", r"behind the last step.*\((export|sample)\)", ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_wherever_the_device_is_full_one_message_says_so(
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    said: str,
+    change: str,
+    error: Exception,
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(f"halfbyte.trainer.{place}", full)
+    with pytest.raises(OutOfMemory, match=said) as caught:
+        run_here(toy, "model.text_encoder_quant=none", f"data.cache_dir={tmp_path / 'cache'}")
+    assert caught.value.exit_code == 6
+    assert change in str(caught.value)
 
 
 def test_time_is_of_the_products_or_of_the_processor(planner: Planner) -> None:

@@ -18,13 +18,12 @@ from halfbyte.trainer.averages import Weights
 from halfbyte.trainer.callbacks import Averager, Checkpointer, Interruption, Recorder, Sampler, Validator
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.ema import Ema
-from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.graphed_denoiser import GraphedDenoiser, warm_up
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import MetricsWriter
 from halfbyte.trainer.module import DiffusionModule, Objective
-from halfbyte.trainer.plan_fit import out_of_memory
 from halfbyte.trainer.prepare import Prepared
 from halfbyte.trainer.progress import Progress
 from halfbyte.trainer.recipe import Recipe
@@ -34,6 +33,7 @@ from halfbyte.trainer.validation import Validation
 
 log = logging.getLogger(__name__)
 
+_WHEN_FULL = "in training; the last checkpoint is whole"
 _PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
 
@@ -136,14 +136,12 @@ def fit(
     began = time.perf_counter()
     try:
         if first_step < train.steps:
-            with warnings.catch_warnings():
+            with told_when_full(recipe, family, _WHEN_FULL, "step"), warnings.catch_warnings():
                 # The cache is read faster than a worker process could hand it over.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
                 if graphed is not None:
                     _warm_up(graphed, recipe, family, prepared, world)
                 trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(out_of_memory(recipe, family)) from error
     finally:
         if graphed is not None:
             graphed.release()  # the last pictures need the memory

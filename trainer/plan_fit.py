@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.optimizers import AdamW, AdamW8Bit
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.recipe_fields import Section
@@ -76,33 +75,24 @@ def fit(planner: Planner, budget: int) -> Fit:
     return Fit(recipe, plan, made, fits=True)
 
 
-def cheapest_savings(planner: Planner, count: int = 3) -> list[Saving]:
-    """The cheapest single changes of the recipe that make its training step smaller."""
+def cheapest_savings(planner: Planner, phase: str = "step", count: int = 3) -> list[Saving]:
+    """The cheapest single changes of the recipe that make a phase of its plan smaller."""
+
+    def taken(recipe: Recipe) -> int:
+        return (
+            planner.training_bytes(recipe) if phase == "step" else planner.plan(recipe).phase(phase).allocated
+        )
+
     recipe = planner.recipe
-    before = planner.training_bytes(recipe)
+    before = taken(recipe)
     found: list[Saving] = []
-    for change in _step_changes(planner, recipe):
-        saved = before - planner.training_bytes(change.recipe)
+    for change in _changes(planner, recipe, phase):
+        saved = before - taken(change.recipe)
         if saved > 0:
             found.append(Saving(change, saved))
         if len(found) == count:
             break
     return found
-
-
-def out_of_memory(recipe: Recipe, family: Family) -> str:
-    """What is said when the device is full in training: the cheapest changes, as the plan ranks them."""
-    planner = Planner(recipe, family)
-    changes = [
-        f"{' '.join(saving.change.settings)} ({saving.saved / GIB:.1f} GB less; {saving.change.cost})"
-        for saving in cheapest_savings(planner)
-    ]
-    planned = planner.plan().phase("step").device_bytes / GIB
-    listed = ", ".join(changes) or "none that is known here; a larger card"
-    return (
-        f"the device ran out of memory in training; the last checkpoint is whole. A step is planned at {planned:.1f} GB"
-        f" of the card. The cheapest changes: {listed}; halfbyte plan RECIPE --fit 8GB finds settings for a card"
-    )
 
 
 def _changes(planner: Planner, recipe: Recipe, phase: str) -> Iterator[Change]:

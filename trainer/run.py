@@ -17,6 +17,7 @@ from halfbyte.trainer.export import ExportSettings, export_trained
 from halfbyte.trainer.export_lines import exported_lines
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.fit import Finished, fit
+from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.launch import World, barrier, join
 from halfbyte.trainer.learned import what_was_learned
 from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
@@ -37,6 +38,9 @@ from halfbyte.trainer.sampling import PictureSampler, SampleSettings
 
 log = logging.getLogger(__name__)
 
+_ENCODING = ("encode texts", "encode pictures")
+_WHEN_FULL_AT_THE_END = "behind the last step, whose checkpoint is whole; `halfbyte export` exports it"
+
 
 def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool:
     """Trains and exports; True when the run is finished, False when it was interrupted and can be resumed.
@@ -55,12 +59,14 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         model.path, model.revision, model.max_sequence_length, model.transformer
     )
     join(world)
-    prepared = prepare(recipe, family, world, console)
+    with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
+        prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None
     first_step = saved.position.step if saved else 0
 
     attention = _attention(recipe, family, world, prepared)
-    loaded = load_denoiser(recipe, family, world, console, attention=attention.backend)
+    with told_when_full(recipe, family, "in loading the transformer", "load and quantize"):
+        loaded = load_denoiser(recipe, family, world, console, attention=attention.backend)
     denoiser = loaded.denoiser
     barrier(world)  # no process may find the folder of another one's start
     write_lines(console, opening_lines(_opening(recipe, family, world, loaded, prepared, attention)))
@@ -78,7 +84,8 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
         if saved is None:
-            sampler.draw(0)
+            with told_when_full(recipe, family, "in drawing the first pictures", *_drawing(recipe)):
+                sampler.draw(0)
     barrier(world)
     if saved is not None:
         load_adapter_state(denoiser, saved.adapter)
@@ -93,12 +100,18 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         )
         return False
     if world.leads:
-        _export(recipe, family, denoiser, folder, sampler, finished, prepared, console)
+        with told_when_full(recipe, family, _WHEN_FULL_AT_THE_END, *_drawing(recipe)):
+            _export(recipe, family, denoiser, folder, sampler, finished, prepared, console)
     barrier(world)
     # After the last wait for each other: no process waits for an upload.
     if world.leads and repository is not None:
         _push(folder.root, console)
     return True
+
+
+def _drawing(recipe: Recipe) -> tuple[str, ...]:
+    """The phases of the plan behind and ahead of the steps."""
+    return ("sample", "export") if recipe.sample.prompts else ("export",)
 
 
 def _push(run: Path, console: Console) -> None:
