@@ -39,6 +39,8 @@ SLACK = 0.03
 # Measured on an H200 with torch 2.11: what cuBLAS keeps for itself, in torch's own count (of the two threads that call
 # it, forward and backward), and Python, torch and diffusers in a process that has loaded nothing (bench_start.py).
 PRODUCTS_BYTES = 66 * MIB
+# Measured likewise: what the memory of CUDA graphs has between its blocks, 0.6 to 1.3 GiB of FLUX's (bench_plan.md).
+RECORDED_GAPS = GIB
 PROCESS_BYTES = 1100 * MIB
 # On an H200 (scripts/bench_train.py): a FLUX.1-dev step at 1024 px with full checkpointing, 225 TFLOP, took 0.479 s; at
 # 512 px the processor decides, which gave out some 29,000 operations of a step in 0.365 s.
@@ -230,6 +232,7 @@ class Planner:
         train = recipe.train.model_copy(update={"grad_accumulation": 1})
         within = self.step(recipe.model_copy(update={"train": train})).peak.by_kind
         memory = sum(within.get(kind, 0) for kind in (KEPT, WORKING, INSIDE, GRADIENTS))
+        memory += min(memory, RECORDED_GAPS)
         # cuBLAS has a workspace for the stream of the recording too.
         return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held()[ADAPTERS]}
 
