@@ -78,6 +78,8 @@ class QuantizedLayer(nn.Linear):
     """Where a state dict has the weight's statistics, below the layer, and what `load_packed` calls them."""
     on_host: bool = False
     """Whether the weight stays where it is when the layer is moved, see `quant.on_host`."""
+    exact: Tensor | None
+    """The weight (out, in) in full precision, where products are to be exact; in no file. See `quant.exact`."""
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class QuantizedLayer(nn.Linear):
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
         self.weight = self._parameter(self.weight.data, None)
         self.compute_dtype = compute_dtype
+        self.register_buffer("exact", None, persistent=False)
         self.requires_grad_(False)
 
     def quantize(self, weight: Tensor, name: str = "weight") -> None:
@@ -113,7 +116,11 @@ class QuantizedLayer(nn.Linear):
         autocast = autocast_dtype(input.device.type)
         compute_dtype = self.compute_dtype if autocast is None else autocast
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        output = self._product(input.to(compute_dtype), bias)
+        x = input.to(compute_dtype)
+        if self.exact is None:
+            output = self._product(x, bias)
+        else:
+            output = nn.functional.linear(x, self.exact.to(compute_dtype), bias)
         return output.to(input.dtype if autocast is None else autocast)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_bases import BF16, CALIBRATED, NF4, STARTED, STORED, Base, keeping
+from quality_bases import BF16, CALIBRATED, EXACT, NF4, STARTED, STORED, Base, keeping
 from quality_jobs import Bench, Trained, Velocities, calibrate, opened, start_process, train, velocities
 from quality_table import page, trained_rows, velocity_row, verdicts
 from rich.console import Console
@@ -226,7 +226,7 @@ def main() -> None:
         world, family = opened(recipe)
         prepare(recipe, family, world, Console(quiet=True))  # so that the processes find a full cache
         skips = skips_of(bench, arguments.worst)
-        bases = [*STORED, *CALIBRATED, *STARTED, skips.worst]
+        bases = [*STORED, *CALIBRATED, *EXACT, *STARTED, skips.worst]
         if arguments.only:
             names = {BF16.name, NF4.name, *arguments.only.split(";")}
             if unknown := names - {base.name for base in bases}:

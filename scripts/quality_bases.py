@@ -55,6 +55,21 @@ CALIBRATED = (
         _ours("nf4, calibrated, x_embedder in bf16", "nf4", _MSE, "quant.skip=[x_embedder]"), calibrated=True
     ),
 )
+EXACT = (
+    _ours(
+        "nf4, x_embedder in bf16, proj_out exact", "nf4", "quant.skip=[x_embedder]", "quant.exact=[proj_out]"
+    ),
+    replace(
+        _ours(
+            "nf4, calibrated, x_embedder in bf16, proj_out exact",
+            "nf4",
+            _MSE,
+            "quant.skip=[x_embedder]",
+            "quant.exact=[proj_out]",
+        ),
+        calibrated=True,
+    ),
+)
 STARTED = (
     _ours("bf16, kaiming", "none", init="kaiming"),
     _ours("nf4, kaiming", "nf4", init="kaiming"),

@@ -1,14 +1,16 @@
 """The transformer of a run: streamed and quantized, with its adapters, ready to train."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
+from halfbyte.quant.exact import exact_weights, hold_exact
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
@@ -113,6 +115,31 @@ def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> Trained
     )
 
 
+def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> None:
+    """Has the layers at `paths` multiply by their weights in full precision; see `hold_exact`. Raises RecipeError."""
+    if not paths or not any(isinstance(module, QuantizedLinear) for module in denoiser.modules()):
+        return
+    folder = family.denoiser_folder
+    if folder is None:
+        raise RecipeError(
+            f"quant.exact: got {list(paths)}, but {family.transformer_file} is one file; expected []"
+        )
+    try:
+        with exact_weights(folder) as weights:
+
+            def read(name: str) -> Tensor:
+                if name not in weights.names or not weights.stored(name).dtype.is_floating_point:
+                    raise ValueError(
+                        f"{folder} does not hold {name} in full precision; quantize the model anew with halfbyte"
+                        " quantize and this setting, or give []"
+                    )
+                return weights.read(name)
+
+            hold_exact(denoiser, paths, read)
+    except ValueError as error:
+        raise RecipeError(f"quant.exact: {error}") from error
+
+
 def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
     blocks = packed_blocks(denoiser, block_names(family))
     if not blocks:
@@ -139,6 +166,7 @@ def load_denoiser(
     model: Any = denoiser
     footprint = int(model.get_memory_footprint())
     trained = add_adapters(recipe, family, denoiser)
+    keep_exact(family, denoiser, recipe.quant.exact)
     # PEFT puts adapters where it finds the weights, and streamed ones lie on the host.
     denoiser.to(world.device)
     has_lengths = False

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from halfbyte.quant.calibrate import Fit
 from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.exact import write_exact
 from halfbyte.quant.serialize import save_quantized
-from halfbyte.quant.shards import write_text
+from halfbyte.quant.shards import ShardedWeights, write_text
 from halfbyte.trainer.calibration import calibrate_for
-from halfbyte.trainer.denoiser import DTYPES, quant_recipe
+from halfbyte.trainer.denoiser import DTYPES, keep_exact, quant_recipe
 from halfbyte.trainer.errors import HalfbyteError, LaunchError, OutOfMemory, RecipeError
 from halfbyte.trainer.export import put_in_place, work_folder
 from halfbyte.trainer.families.base import Family
@@ -73,6 +74,8 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
         ) from error
     with work_folder(folder) as work:
         save_quantized(denoiser, work)
+        if recipe.quant.exact:
+            _write_exact(recipe, denoiser, original, work)
         if fits:
             report = {"samples": samples, "layers": [asdict(fit) for fit in fits]}
             write_text(json.dumps(report, indent=1) + "\n", work / REPORT)
@@ -90,6 +93,7 @@ def _quantized(
     dtype = DTYPES[recipe.quant.compute_dtype]
     denoiser = family.load_denoiser(quant_recipe(recipe), device=world.device, dtype=dtype, progress=loading)
     loading.close()
+    keep_exact(family, denoiser, recipe.quant.exact)  # refuses before calibrating what runs would refuse
     if prepared is None or original is None:
         return denoiser, []
     try:
@@ -108,6 +112,17 @@ def _quantized(
     except ValueError as error:
         raise RecipeError(f"calibration: {error}; try another quant.compute_dtype, or --samples 0") from error
     return denoiser, fits
+
+
+def _write_exact(recipe: Recipe, denoiser: Any, original: Path | None, work: Path) -> None:
+    """Puts the exact weights beside the packed ones, which runs on the folder then find."""
+    packed = [
+        path for path in recipe.quant.exact if isinstance(denoiser.get_submodule(path), QuantizedLinear)
+    ]
+    if packed:
+        assert original is not None, "refused for single files"
+        with ShardedWeights(original) as weights:
+            write_exact(packed, weights, work, DTYPES[recipe.quant.compute_dtype])
 
 
 def quantized_lines(quantized: Quantized) -> Iterator[str]:

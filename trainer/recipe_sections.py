@@ -139,6 +139,10 @@ class QuantSection(Section):
     skip: Texts = ()
     """Names of modules to keep in compute_dtype, matched as diffusers matches them: the last part of a path,
     or any part followed by a dot."""
+    exact: Texts = ()
+    """Whole paths of layers outside the blocks that are multiplied by their weights in full precision here, though
+    files hold them packed: for layers that skip cannot name alone, as FLUX's proj_out. Their weights must be at hand
+    in full precision, in the model's folder or beside the packed ones, where halfbyte quantize puts them."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """The precision of activations and of every weight that is not quantized."""
 

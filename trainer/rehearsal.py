@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.exact import hold_exact
 from halfbyte.quant.meta_autocast import autocast_on_meta
 from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
 from halfbyte.trainer.adapters import trained_parameters
@@ -24,6 +25,7 @@ from halfbyte.trainer.denoiser import (
     block_names,
     block_settings,
 )
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_stream import Visitors
 from halfbyte.trainer.families.host_store import Held, HostStore
@@ -76,6 +78,7 @@ class Rehearsal:
         )
         add_adapters(recipe, family, denoiser)
         self.denoiser: Any = denoiser
+        self._hold_exact()
         self.adapters = trained_parameters(denoiser)
         self.visitors = Visitors(denoiser, block_names(family) if recipe.train.stream_blocks else ())
 
@@ -135,6 +138,16 @@ class Rehearsal:
             live.restart()
             module.loss(batch)
         return RehearsedStep(live.peak, live.flops, live.calls, 0, 0)
+
+    def _hold_exact(self) -> None:
+        def on_meta(name: str) -> Tensor:
+            layer = self.denoiser.get_submodule(name.removesuffix(".weight"))
+            return torch.empty(layer.out_features, layer.in_features, device="meta")
+
+        try:
+            hold_exact(self.denoiser, self.recipe.quant.exact, on_meta)
+        except ValueError as error:
+            raise RecipeError(f"quant.exact: {error}") from error
 
     def _fuse(self, recipe: Recipe, live: LiveBytes) -> None:
         settings = block_settings(recipe, _BACKEND)

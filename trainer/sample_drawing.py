@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.compiled_blocks import compile_blocks
+from halfbyte.trainer.denoiser import keep_exact
 from halfbyte.trainer.families.base import TextEmbedding, free_unused
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.file_digests import FileDigests
@@ -92,6 +93,7 @@ class Drawing:
             else None,
         )
         loading.close()
+        keep_exact(family, denoiser, subject.exact)
         if subject.adapter is not None:
             put_on(denoiser, subject.adapter, subject.adapter.name)
         family.fuse_blocks(denoiser, BlockSettings("inputs", backend=self.attention))

@@ -63,6 +63,7 @@ class Subject:
     adapter: Adapter | None
     settings: SampleSettings
     prompts: tuple[str, ...] = ()  # a run's own
+    exact: tuple[str, ...] = ()  # layers that multiply in full precision
     run: Path | None = None
 
 
@@ -123,6 +124,7 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
             sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed
         ),
         prompts=sample.prompts,
+        exact=recipe.quant.exact,
         run=run.root,
     )
 
