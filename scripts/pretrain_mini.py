@@ -8,6 +8,11 @@
 
 vae, denoiser and guidance are trained and want one GPU; they run on a CPU too, for a few --steps. Each ends by its
 own clock, or after as many steps as its clock once gave. `denoiser --continue` goes on from what is in OUT.
+
+The SD3 has FLUX's VAE, and no guidance to distil; both commands need its name:
+
+    mkdir -p OUT && cp -r recipes/mini/flux/vae OUT/
+    $P denoiser samples --family sd3 --minutes 7.2 --batch 256 --compile
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The miniature SD3: SD3.5's classes, four joint blocks, 8 million parameters in all."""
+"""The miniature SD3: SD3.5's classes, four joint blocks, 7 million parameters in all."""
 
 import torch
 from diffusers import (

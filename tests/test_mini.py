@@ -1,25 +1,17 @@
 """The small pipelines: complete, loadable by stock diffusers, alive in every part."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
-from safetensors.torch import load_file
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from halfbyte.trainer.buckets import Cropping, views_of
-from halfbyte.trainer.data import load_pixels, read_samples
-from halfbyte.trainer.families.base import TextEmbedding
-from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
 from halfbyte.trainer.mini_tokenizers import clip_tokenizer, t5_tokenizer
-from halfbyte.trainer.randomness import generator
 
 BUILDERS = {"flux": build_flux_pipeline, "sd3": build_sd3_pipeline}
 CLASSES = {"flux": FluxPipeline, "sd3": StableDiffusion3Pipeline}
-MINI = Path(__file__).parents[1] / "recipes" / "mini"
 CAPTIONS = ("A photo of a cat; its eyes are green.", "A photo of a rocket at night.")
 
 
@@ -86,66 +78,6 @@ def test_a_few_sampling_steps_stay_finite_and_of_order_one(kind: str) -> None:
     ).images
     assert latents.isfinite().all()
     assert 0.3 < latents.float().std() < 10
-
-
-class TestShippedSD3:
-    """What scripts/make_mini.py writes; tests/test_shipped_mini.py has the pretrained FLUX."""
-
-    def test_it_is_what_the_script_makes_and_small(self) -> None:
-        folder = MINI / "sd3"
-        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3e6
-        shipped = weights(StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
-        built = weights(build_sd3_pipeline(0))
-        assert {key: tensor.shape for key, tensor in shipped.items()} == {
-            key: tensor.shape for key, tensor in built.items()
-        }
-        texts = [key for key in built if key.startswith("text_encoder")]
-        assert all(torch.equal(shipped[key], built[key]) for key in texts)
-        for tokenizer in folder.glob("tokenizer*/tokenizer.json"):
-            built_tokenizer = getattr(build_sd3_pipeline(0), tokenizer.parent.name)
-            saved = json.loads(tokenizer.read_text(encoding="utf-8"))
-            assert saved["model"] == json.loads(built_tokenizer.backend_tokenizer.to_str())["model"]
-
-    def test_no_path_of_the_machine_it_was_made_on(self) -> None:
-        configs = [json.loads(file.read_text("utf-8")) for file in (MINI / "sd3").rglob("config.json")]
-        assert [config.get("_name_or_path", "") for config in configs] == [""] * len(configs)
-
-    def test_every_tensor_is_bf16(self) -> None:
-        for file in (MINI / "sd3").rglob("*.safetensors"):
-            assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
-
-    def test_the_vae_keeps_the_photographs(self) -> None:
-        vae = AutoencoderKL.from_pretrained(MINI / "sd3" / "vae", torch_dtype=torch.float32)
-        views = views_of(read_samples(MINI.parent / "photos"), Cropping(64, 16), seed=0)
-        latents: list[Tensor] = []
-        for (view,) in views[:8]:
-            pixels = load_pixels(view.sample, view.box, (view.width, view.height), view.flip)[None]
-            with torch.no_grad():
-                posterior = vae.encode(pixels).latent_dist
-                decoded = vae.decode(posterior.mean).sample
-            colors = nn.functional.avg_pool2d(pixels, 16)
-            assert nn.functional.avg_pool2d(decoded - pixels, 16).abs().mean() < 0.25 * colors.std()
-            assert (decoded - pixels).std() < 0.6 * pixels.std(), "a flat picture would have 1"
-            assert 0.01 < posterior.std.mean() < 0.3
-            latents.append((posterior.mean - vae.config.shift_factor) * vae.config.scaling_factor)
-        assert 0.7 < torch.cat([latent.flatten() for latent in latents]).std() < 1.4
-
-    def test_its_transformer_has_learned_from_photographs(self, tmp_path: Path) -> None:
-        family = SD3.open(str(MINI / "sd3"), None, 64)
-        encoders = family.load_encoders(device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path)
-        text = encoders.encode_texts(["A photo."])
-        text = TextEmbedding(text.prompt_embeds.float(), text.pooled_prompt_embeds.float())
-        denoiser = SD3.denoiser_class.from_pretrained(MINI / "sd3" / "transformer")
-        losses: list[float] = []
-        for (view,) in views_of(read_samples(MINI.parent / "photos"), Cropping(64, 16), seed=0):
-            pixels = load_pixels(view.sample, view.box, (view.width, view.height), view.flip)
-            latents = family.scale_latents(encoders.encode_images(pixels[None]).mean)
-            noise = torch.randn(latents.shape, generator=generator(0, "noise", view.sample.index))
-            sigma = torch.tensor([0.5])
-            with torch.no_grad():
-                velocity = family.predict(denoiser, (latents + noise) / 2, sigma, text, 1.0)
-            losses.append(nn.functional.mse_loss(velocity, noise - latents).item())
-        assert sum(losses) / len(losses) < 1.0, "no prediction at all has a loss of 2"
 
 
 def test_clip_reads_any_text_without_loss_up_to_case_and_spaces() -> None:

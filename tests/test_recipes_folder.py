@@ -39,7 +39,7 @@ def test_every_recipe_loads_from_any_folder(
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path)
     assert recipe.output.dir == tmp_path / "runs" / path.stem
-    pictures = "blueprints/train" if path.stem == "flux_mini" else "photos"
+    pictures = "blueprints/train" if path.stem.endswith("_mini") else "photos"
     assert recipe.data.path == FOLDER / pictures
 
 
