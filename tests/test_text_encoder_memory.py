@@ -142,6 +142,9 @@ def test_a_t5_that_is_not_packed_is_not_streamed(mini_flux, tmp_path):
         )
 
 
+_PAGE = 2 << 20  # bytes
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", ["none", "int8", "nf4"])
 def test_nothing_of_the_encoders_is_left_on_the_gpu(mini_flux, tmp_path, setting):
@@ -156,7 +159,9 @@ def test_nothing_of_the_encoders_is_left_on_the_gpu(mini_flux, tmp_path, setting
         torch.cuda.reset_peak_memory_stats()
         prepare(load_recipe(file, overrides), family, world, Console(quiet=True))
         assert torch.cuda.max_memory_allocated() > before[0] + 10**5, "nothing was encoded"
-    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert torch.cuda.memory_allocated() == before[0]
+    # What stays for good may lie on other pages than before, which segments that grow give back one by one.
+    assert torch.cuda.memory_reserved() <= before[1] + 10 * _PAGE
 
 
 @pytest.mark.gpu
