@@ -57,6 +57,19 @@ def test_bars(nf4, peer, held):
     assert [verdict.held for verdict in verdicts(rows_of(nf4, peer))] == held
 
 
+def test_the_best_that_was_made_of_nf4_is_judged_as_well():
+    bf16 = [0.50, 0.60, 0.70]
+    results = [
+        *runs(BF16.name, bf16),
+        *runs(NF4.name, [0.53, 0.63, 0.73]),
+        *runs("nf4, calibrated", [0.52, 0.62, 0.72]),
+        *runs("nf4, calibrated, x_embedder in bf16", [0.503, 0.602, 0.703]),
+    ]
+    verdict = verdicts(trained_rows(results))[1]
+    assert verdict.bar.startswith("nf4, calibrated, x_embedder in bf16")
+    assert verdict.held
+
+
 def test_velocity_errors_are_relative_to_bf16_by_level():
     levels = [0.1, 0.9, 0.1, 0.9]
     exact = Velocities("bf16", levels, [numpy.array([3.0, 4.0])] * 4, 1.0)
