@@ -19,11 +19,12 @@ from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
-from halfbyte.trainer.graphed_denoiser import MOST_SHAPES, GraphedDenoiser, warm_up
+from halfbyte.trainer.graphed_denoiser import MOST_SHAPES, GraphedDenoiser
 from halfbyte.trainer.joined_optimizer import JoinedOptimizer, all_in_one
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.optimizers import OPTIMIZERS
 from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.recorded_warm_up import warm_up
 from halfbyte.trainer.run import run
 from halfbyte.trainer.samples import Batch
 
@@ -68,6 +69,22 @@ class Broken(Rerun):
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
+
+
+class Stale(Rerun):
+    """Gives again what it gave at first, as if it read casts of the adapters made then."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        made, again = super().record(work)
+        kept: list[Tensor] = []
+
+        def stale() -> None:
+            again()
+            if not kept:
+                kept.append(made.clone())
+            made.copy_(kept[0])
+
+        return made, stale
 
 
 class Recorders:
@@ -208,29 +225,61 @@ def test_every_optimizer_moves_what_was_recorded(mini_flux: Path, name: str) -> 
     assert len(recorders.made) == 1
 
 
+def warmed(setup: Setup, batch: Batch) -> None:
+    """A warm-up of pictures 8 and 12 latents high."""
+    scale = setup.family.vae_scale
+    warm_up(
+        setup.graphed,
+        setup.family,
+        [(8 * scale, 8 * scale), (12 * scale, 8 * scale)],
+        TextEmbedding(batch.prompt_embeds, batch.pooled_prompt_embeds),
+        guidance_scale=setup.module.objective.guidance_scale,
+        compute_dtype=setup.dtype,
+    )
+
+
 @FAMILIES
-def test_after_a_warm_up_each_first_step_is_recorded(
+def test_a_warm_up_records_each_size_and_leaves_nothing_else(
     request: pytest.FixtureRequest, family_class: type[Family], fixture: str
 ) -> None:
     family, recorders = family_at(request.getfixturevalue(fixture), family_class), Recorders()
     setup = Setup(family, recorders=recorders, dtype=torch.bfloat16)
     plain = Setup(family, recorders=None, dtype=torch.bfloat16)
     first, second = batches(family, 2, (8, 12))
-    scale = family.vae_scale
-    warm_up(
-        setup.graphed,
-        family,
-        [(8 * scale, 8 * scale), (12 * scale, 8 * scale)],
-        TextEmbedding(first.prompt_embeds, first.pooled_prompt_embeds),
-        guidance_scale=setup.module.objective.guidance_scale,
-        compute_dtype=torch.bfloat16,
-    )
-    assert recorders.counts == (0, 0)
+    before = torch.get_rng_state()
+    warmed(setup, first)
+    assert torch.equal(torch.get_rng_state(), before)
     assert setup.gradients() == []
+    assert same(list(setup.parameters.values()), list(plain.parameters.values()))
+    assert recorders.counts == (4, 8)
     for batch in (first, second):
         assert torch.equal(setup.backward(batch), plain.backward(batch))
-    assert recorders.counts == (4, 4)
+    assert recorders.counts == (4, 12)
     assert same(setup.gradients(), plain.gradients())
+
+
+def test_a_recording_that_does_not_follow_the_adapters_is_not_trained_with(
+    mini_flux: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family, recorders = family_at(mini_flux, Flux), Recorders(Stale)
+    setup, plain = Setup(family, recorders=recorders), Setup(family, recorders=None)
+    (batch,) = batches(family, 1, (8,))
+    warmed(setup, batch)
+    assert "steps run kernel by kernel, for a recorded step of" in caplog.text
+    assert not setup.graphed.works
+    assert same(list(setup.parameters.values()), list(plain.parameters.values()))
+    assert torch.equal(setup.backward(batch), plain.backward(batch))
+    assert same(setup.gradients(), plain.gradients())
+
+
+def test_a_warm_up_ends_where_nothing_can_be_recorded(
+    mini_flux: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = Setup(family_at(mini_flux, Flux), recorders=Recorders(Broken))
+    (batch,) = batches(setup.family, 1, (8,))
+    warmed(setup, batch)
+    assert caplog.text.count("kernel by kernel") == 1
+    assert setup.gradients() == []
 
 
 def test_gradients_are_not_the_recordings_own_memory(mini_flux: Path) -> None:

@@ -20,13 +20,14 @@ from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.ema import Ema
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.full_device import told_when_full
-from halfbyte.trainer.graphed_denoiser import GraphedDenoiser, warm_up
+from halfbyte.trainer.graphed_denoiser import GraphedDenoiser
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import MetricsWriter
 from halfbyte.trainer.module import DiffusionModule, Objective
 from halfbyte.trainer.prepare import Prepared
 from halfbyte.trainer.progress import Progress
 from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.recorded_warm_up import warm_up
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.sampling import PictureSampler
 from halfbyte.trainer.validation import Validation

@@ -5,12 +5,12 @@ graph they are launched at once, and are the very same kernels.
 
 The first step of a shape runs as ever, which compiles what it needs; the next one is recorded. All recordings share
 one piece of memory, which stays theirs: a backward has to come before the next forward, or that one runs as ever.
-`warm_up` runs all shapes ahead of the first recording, lest any runs as ever beside that memory.
+`recorded_warm_up` runs all shapes ahead of the first recording, lest any runs as ever beside that memory.
 """
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from halfbyte.quant.autocast import autocast_dtype
 from halfbyte.trainer.adapters import trained_parameters
-from halfbyte.trainer.buckets import Size
-from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
+from halfbyte.trainer.families.base import free_unused
 from halfbyte.trainer.recorded_step import CudaRecorder, Gradients, RecordedStep, Recorder, Turn
 
 log = logging.getLogger(__name__)
@@ -57,9 +56,26 @@ class GraphedDenoiser:
         self._places: list[tuple[int, bool]] = []
         self._turn: Callable[[], Turn | None] = lambda: None
 
+    @property
+    def works(self) -> bool:
+        """Whether steps are recorded still."""
+        return self._works
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that learn."""
+        return list(trained_parameters(self._denoiser).values())
+
+    def give_up(self, reason: str) -> None:
+        """Runs every step as ever from now on, and says why."""
+        log.warning("train.cuda_graphs: steps run kernel by kernel, for %s", reason)
+        self._works = False
+        self.release()
+        free_unused(self.parameters[0].device)
+
     def drop_gradients(self) -> None:
         """Of the parameters that learn."""
-        for parameter in trained_parameters(self._denoiser).values():
+        for parameter in self.parameters:
             parameter.grad = None
 
     def __call__(self, **inputs: Any) -> tuple[Tensor]:
@@ -133,36 +149,8 @@ class GraphedDenoiser:
         except RuntimeError as error:
             reason = _reason(error)
         # Behind the exception, whose frames hold what was taken.
-        log.warning("train.cuda_graphs: steps run kernel by kernel, for recording failed: %s", reason)
-        self._works = False
-        self.release()
-        free_unused(device)
+        self.give_up(f"recording failed: {reason}")
         return None
-
-
-def warm_up(
-    graphed: GraphedDenoiser,
-    family: Family,
-    sizes: Sequence[Size],
-    text: TextEmbedding,
-    *,
-    guidance_scale: float,
-    compute_dtype: torch.dtype,
-) -> None:
-    """Runs forward and backward once for each size of picture, and leaves nothing of it.
-
-    text: of a whole batch, on the denoiser's device in the compute dtype.
-    """
-    device, batch = text.prompt_embeds.device, len(text.prompt_embeds)
-    channels, scale = family.vae_config["latent_channels"], family.vae_scale
-    for width, height in sizes:
-        shape = (batch, channels, height // scale, width // scale)
-        noisy = torch.zeros(shape, device=device, dtype=compute_dtype)
-        sigma = torch.ones(batch, device=device)
-        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-            velocity = family.predict(graphed, noisy, sigma, text, guidance_scale)
-        velocity.sum().backward()
-        graphed.drop_gradients()
 
 
 def _key(inputs: Mapping[str, Any]) -> _Key:
