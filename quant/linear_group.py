@@ -105,8 +105,8 @@ class LinearGroup:
         if self.extra:
             _make_finite(grad[:, outputs:])
             torch.mm(upstream, self._up(upstream), out=grad[:, outputs:])
-            down_grad = _product(grad[:, outputs:].t(), x[:, :width])
-            up_grad = _product(upstream.t(), u)
+            down_grad = product_in_fp32(grad[:, outputs:].t(), x[:, :width])
+            up_grad = product_in_fp32(upstream.t(), u)
             row = first = 0
             for index, layer in enumerate(self.layers):
                 if layer.rank:
@@ -223,8 +223,8 @@ def _scaled(layer: GroupLayer, dtype: torch.dtype) -> Tensor:
     return (layer.up if layer.scale == 1 else layer.up.float() * layer.scale).to(dtype)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, not rounded on the way: gradients of fp32 parameters."""
+def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, not rounded on the way; of 16-bit matrices on CUDA at their own speed."""
     # On meta as on CUDA, whose memory is planned there.
     if (left.is_cuda or left.is_meta) and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfbyte.quant.linear import Linear4bit
-from halfbyte.quant.linear_group import GroupLayer, LinearGroup
+from halfbyte.quant.linear_group import GroupLayer, LinearGroup, product_in_fp32
 from halfbyte.quant.nf4 import QuantSpec
 
 GPU = pytest.mark.gpu
@@ -132,3 +132,13 @@ def test_stacked_weights_are_the_dequantized_ones_to_the_bit(quant_type):
         kept = min(rank, columns - 2)
         expected[:, 2 : 2 + kept] = (up[:, :kept] * 0.5).bfloat16()
         assert torch.equal(out[:, width:], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_short_numbers_on_a_gpu_are_summed_in_fp32(dtype):
+    x = torch.randn(4608, 512, device="cuda").to(dtype)
+    exact = x.double().t() @ x.double()
+    product = product_in_fp32(x.t(), x)
+    assert product.dtype == torch.float32
+    assert ((product - exact).norm() / exact.norm()).item() < 1e-5
