@@ -10,11 +10,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from test_training_step import adapted, family_at
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.trainer import sample_run
+from halfbyte.trainer.compiled_blocks import compile_blocks
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
@@ -240,6 +243,36 @@ def test_the_denoiser_is_itself_again(denoiser: Any) -> None:
     assert torch.equal(forward(denoiser), before)
 
 
+@FAMILIES
+def test_nothing_is_compiled_while_it_is_recorded(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    family_class: type[Family],
+    fixture: str,
+) -> None:
+    """A compiler at work would break a CUDA graph: blocks must find in the recording what the first call compiled."""
+
+    def compile_block(block: Any, fullgraph: bool) -> None:
+        compiled = torch.compile(block._call_impl, backend="aot_eager", fullgraph=fullgraph)
+        block._compiled_call_impl = compiled
+
+    monkeypatch.setattr(nn.Module, "compile", compile_block)
+    torch._dynamo.reset()
+    family = family_at(request.getfixturevalue(fixture), family_class)
+    denoiser = denoiser_of(family)
+    compile_blocks(denoiser, family)
+    found: list[int] = []
+    recorders = Recorders()
+    with recorded_forwards(denoiser, recorders):
+        call_of(family, denoiser).draw(
+            text_of(family, 1), 1, on_step=lambda: found.append(counters["stats"]["unique_graphs"])
+        )
+    torch._dynamo.reset()
+    assert recorders.counts == (1, 2)
+    assert found[0] > 0
+    assert found == [found[0]] * 3
+
+
 @pytest.mark.parametrize("nth", [1, 2])
 def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(
     flux: Family,
@@ -293,6 +326,16 @@ def test_a_denoiser_that_is_moved_is_not_recorded(flux: Family, placement: Place
     expected = reference.draw(text_of(flux, 1), 1, output_type="latent")
     assert (picture - expected).norm() < 1e-4 * expected.norm()
     assert "forward" in vars(denoiser), "accelerate's own is there again"
+
+
+def test_a_denoiser_with_accelerates_hooks_is_not_recorded(denoiser: nn.Module) -> None:
+    recorders = Recorders(Tape)
+    expected = forward(denoiser)
+    add_hook_to_module(denoiser, ModelHook())
+    with recorded_forwards(denoiser, recorders):
+        for _ in range(3):
+            assert torch.equal(forward(denoiser), expected)
+    assert recorders.made == []
 
 
 @pytest.mark.parametrize(
