@@ -3,6 +3,9 @@
     python scripts/bench_sample.py --json sample.json --markdown sample.md
     python scripts/bench_sample.py --rows "ours nf4, compiled;bitsandbytes nf4, compiled" --px 1024,512
 
+What of ours is compiled is recorded as CUDA graphs too, as `halfbyte sample --compile` does, unless the row says
+otherwise; its peak is then what the process has reserved, for what a graph works with is no allocation.
+
 Random weights of FLUX.1-dev's shapes, 1024 px, batch 1, LoRA of rank 16 on every linear of the blocks, no gradients;
 whole pictures by the stock pipeline, VAE included. Each row runs in a process of its own: one that fails, faults or
 hangs is told, and the others still run; what is known is in the JSON file after every row. Rows that need a CUDA device
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from halfbyte.trainer.compiled_blocks import compile_blocks
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import pack
+from halfbyte.trainer.recorded_forward import RecordedForwards, recorded_forwards
 from halfbyte.trainer.sampling import PictureSettings, PipelineCall
 
 # 74.4 TFLOP at the 790 TFLOP/s of an H200's matrix units, and what was asked for.
@@ -53,6 +58,7 @@ class Row:
     ours: bool = True  # our blocks and adapters, or diffusers' and PEFT's
     whole: bool = True  # each block as one function
     compiled: bool = False
+    recorded: bool = False  # forwards are CUDA graphs
 
     @property
     def needs_cuda(self) -> bool:
@@ -61,15 +67,16 @@ class Row:
 
 
 ROWS = (
-    Row("ours nf4, compiled", "ours", compiled=True),
+    Row("ours nf4, compiled", "ours", compiled=True, recorded=True),
+    Row("ours nf4, compiled, launched one by one", "ours", compiled=True),
     Row("ours nf4", "ours"),
     Row("bitsandbytes nf4, compiled", "peer", ours=False, compiled=True),
     Row("bitsandbytes nf4", "peer", ours=False),
     Row("diffusers bf16, compiled", "bf16", ours=False, compiled=True),
     Row("diffusers bf16", "bf16", ours=False),
-    Row("ours nf4 by layer, compiled", "ours", whole=False, compiled=True),
+    Row("ours nf4 by layer, compiled", "ours", whole=False, compiled=True, recorded=True),
     Row("ours nf4 by layer", "ours", whole=False),
-    Row("ours bf16, compiled", "bf16", compiled=True),
+    Row("ours bf16, compiled", "bf16", compiled=True, recorded=True),
     Row("ours bf16", "bf16"),
 )
 _BY_NAME = {row.name: row for row in ROWS}
@@ -149,7 +156,17 @@ def measure(arguments: argparse.Namespace, row: Row, keep: Callable[[list[dict[s
     """Measures a row at every size, in this process; `keep` is given what is known each time that is more."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SampledModel(arguments.model, row, arguments.rank, arguments.attention, device)
-    results: list[dict[str, Any]] = []
+    with recorded_forwards(model.denoiser) if row.recorded else nullcontext() as forwards:
+        _measure(arguments, model, forwards, keep)
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    model: SampledModel,
+    forwards: RecordedForwards | None,
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    device, results = model.device, list[dict[str, Any]]()
     for px in _numbers(arguments.px):
         first = model.forward(px)
         for _ in range(2):
@@ -162,7 +179,8 @@ def measure(arguments: argparse.Namespace, row: Row, keep: Callable[[list[dict[s
             "forward_ms": 1e3 * statistics.median(times),
             "fastest_ms": 1e3 * min(times),
             "first_s": first,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            "peak_gib": _peak(recorded=forwards is not None) / 2**30 if device.type == "cuda" else None,
+            "graphs": None if forwards is None else forwards.shapes,
             "pictures_s": {},
         }
         results.append(found)
@@ -175,6 +193,10 @@ def measure(arguments: argparse.Namespace, row: Row, keep: Callable[[list[dict[s
         if device.type == "cuda":
             found["profile_ms"] = dict(profiled(lambda px=px: model.forward(px))[0])  # type: ignore[misc]
             keep(results)
+
+
+def _peak(*, recorded: bool) -> int:
+    return torch.cuda.max_memory_reserved() if recorded else torch.cuda.max_memory_allocated()
 
 
 def run_apart(command: Sequence[str], found: Path, seconds: float) -> tuple[str, list[dict[str, Any]]]:
@@ -252,10 +274,16 @@ def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
                 lines.append(f"| {row['row']} | {row['state']} |{' |' * (len(heads) - 2)}")
                 continue
             forwards[row["row"]] = result["forward_ms"]
-            note = "" if row["state"] == "done" else f" ({row['state']})"
+            note = _graphs_note(result) + ("" if row["state"] == "done" else f" ({row['state']})")
             lines.append(f"| {row['row']}{note} | {' | '.join(_cells(result, steps))} |")
         lines += ["", *_verdicts(arguments.model, px, forwards), ""]
     return "\n".join(lines)
+
+
+def _graphs_note(result: dict[str, Any]) -> str:
+    if result["graphs"] is None:
+        return ""
+    return ", CUDA graphs" if result["graphs"] else ", CUDA graphs NOT recorded"
 
 
 def _cells(result: dict[str, Any], steps: Sequence[int]) -> list[str]:
@@ -264,8 +292,12 @@ def _cells(result: dict[str, Any], steps: Sequence[int]) -> list[str]:
         f"{result['forward_ms']:.1f} ms (fastest {result['fastest_ms']:.1f})",
         *("not measured" if seconds is None else f"{seconds:.2f} s" for seconds in pictures),
         f"{result['first_s']:.1f} s",
-        "" if result["peak_gib"] is None else f"{result['peak_gib']:.1f} GiB",
+        "" if result["peak_gib"] is None else f"{result['peak_gib']:.1f} GiB{_reserved(result)}",
     ]
+
+
+def _reserved(result: dict[str, Any]) -> str:
+    return "" if result["graphs"] is None else " reserved"
 
 
 def _verdicts(model: str, px: int, forwards: dict[str, float]) -> list[str]:
@@ -292,7 +324,8 @@ def _verdicts(model: str, px: int, forwards: dict[str, float]) -> list[str]:
 
 def _told(result: dict[str, Any]) -> str:
     pictures = ", ".join(f"{steps} steps {seconds:.2f} s" for steps, seconds in result["pictures_s"].items())
-    return f"{result['px']} px {result['forward_ms']:.1f} ms a forward, {pictures or 'no picture'}"
+    forward = f"{result['forward_ms']:.1f} ms a forward{_graphs_note(result)}"
+    return f"{result['px']} px {forward}, {pictures or 'no picture'}"
 
 
 def _rows(names: str | None) -> list[Row]:

@@ -60,13 +60,14 @@ def test_a_row_that_fails_is_told_with_what_it_had_found(tmp_path, does, state):
     assert bench_sample.run_apart([sys.executable, "-c", writes + does], found, seconds) == (state, [1])
 
 
-def row(name, forward_ms, state="done"):
+def row(name, forward_ms, state="done", graphs=None):
     result = {
         "px": 1024,
         "forward_ms": forward_ms,
         "fastest_ms": forward_ms,
         "first_s": 1.0,
         "peak_gib": 9.0,
+        "graphs": graphs,
         "pictures_s": {"28": 5.0},
     }
     return {"row": name, "state": state, "results": [result]}
@@ -84,3 +85,19 @@ def test_the_verdicts(ours, told):
     assert verdicts == told
     assert "(failed (1): later)" in text
     assert "| 5.00 s | not measured |" in text
+
+
+@pytest.mark.parametrize(
+    ("graphs", "label", "peak"),
+    [
+        (None, "ours nf4, compiled |", "9.0 GiB |"),
+        (2, "ours nf4, compiled, CUDA graphs |", "9.0 GiB reserved |"),
+        (0, "ours nf4, compiled, CUDA graphs NOT recorded |", "9.0 GiB reserved |"),
+    ],
+)
+def test_the_table_says_what_was_recorded_and_which_memory_it_means(graphs, label, peak):
+    arguments = bench_sample.argparse.Namespace(model="flux", px="1024", steps="28")
+    text = bench_sample.table(arguments, [row("ours nf4, compiled", 140.0, graphs=graphs)])
+    (line,) = [line for line in text.splitlines() if "ours nf4" in line]
+    assert line.startswith(f"| {label}")
+    assert line.endswith(peak)

@@ -28,47 +28,11 @@ from halfbyte.trainer.recorded_warm_up import warm_up
 from halfbyte.trainer.run import run
 from halfbyte.trainer.samples import Batch
 
+from fake_recorders import Broken, Recorders, Rerun
 from runs import write_recipe
 from small_recipe import SMALL, Write, problems
 
-CPU = torch.device("cpu")
 FAMILIES = pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
-
-
-class Rerun:
-    """A recorder that runs the work again, over the memory of the first time."""
-
-    def __init__(self, device: torch.device) -> None:
-        assert device == CPU
-        self.recorded = 0
-        self.replayed = 0
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        self.recorded += 1
-        made = work()
-
-        def again() -> None:
-            self.replayed += 1
-            with torch.enable_grad():
-                anew = work()
-            if anew is not made:
-                made.copy_(anew)
-
-        return made, again
-
-
-class Broken(Rerun):
-    """Fails at the `nth` recording, and once more when that is ended, as torch does."""
-
-    nth = 1
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        if self.recorded + 1 < self.nth:
-            return super().record(work)
-        try:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
 
 
 class Stale(Rerun):
@@ -85,22 +49,6 @@ class Stale(Rerun):
             made.copy_(kept[0])
 
         return made, stale
-
-
-class Recorders:
-    """Makes them, and counts over all that it made."""
-
-    def __init__(self, kind: type[Rerun] = Rerun) -> None:
-        self.kind = kind
-        self.made: list[Rerun] = []
-
-    def __call__(self, device: torch.device) -> Rerun:
-        self.made.append(self.kind(device))
-        return self.made[-1]
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        return sum(one.recorded for one in self.made), sum(one.replayed for one in self.made)
 
 
 class Setup:

@@ -79,7 +79,12 @@ def sample_command(
         str | None, typer.Option(help="Spread each model: auto (devices, then host memory) or balanced.")
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer's blocks: slow to start, then faster.")
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the transformer's blocks and, on a GPU without --offload, record its forward as a CUDA"
+            " graph: slow to start, then faster.",
+        ),
     ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="For embeddings and packed bases. [the run's, else ~/.cache/halfbyte]")

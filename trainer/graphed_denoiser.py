@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from halfbyte.quant.autocast import autocast_dtype
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.families.base import free_unused
-from halfbyte.trainer.recorded_step import CudaRecorder, Gradients, RecordedStep, Recorder, Turn
+from halfbyte.trainer.recorded_step import Gradients, RecordedStep, Turn
+from halfbyte.trainer.recording import CudaRecorder, Key, Recorder, input_key, places_of, unless_it_fails
 
 log = logging.getLogger(__name__)
 
 MOST_SHAPES = 16  # each takes some MiB of the device beside the shared memory, and seconds to record
-
-_Key = tuple[object, ...]
 
 
 class GraphedDenoiser:
@@ -37,7 +36,7 @@ class GraphedDenoiser:
     ) -> None:
         self._denoiser = denoiser
         self._new_recorder = recorder
-        self._warm: set[_Key] = set()  # run once, with their backward
+        self._warm: set[Key] = set()  # run once, with their backward
         self._works = True
         self._told = False
         self.release()
@@ -49,7 +48,7 @@ class GraphedDenoiser:
 
     def release(self) -> None:
         """Gives up what is recorded, with its memory; a later step records anew."""
-        self._steps: dict[_Key, RecordedStep] = {}
+        self._steps: dict[Key, RecordedStep] = {}
         self._recorder: Recorder | None = None
         self._gradients: Gradients | None = None
         self._held: list[Tensor] = []
@@ -69,9 +68,7 @@ class GraphedDenoiser:
     def give_up(self, reason: str) -> None:
         """Runs every step as ever from now on, and says why."""
         log.warning("train.cuda_graphs: steps run kernel by kernel, for %s", reason)
-        self._works = False
-        self.release()
-        free_unused(self.parameters[0].device)
+        self._stop()
 
     def drop_gradients(self) -> None:
         """Of the parameters that learn."""
@@ -82,7 +79,7 @@ class GraphedDenoiser:
         """What the denoiser gives, with `return_dict=False`."""
         if not self._is_for_training(inputs):
             return self._plain(inputs)
-        key = _key(inputs)
+        key = input_key(inputs)
         self._check_places()
         turn = self._turn()
         step = self._steps.get(key)
@@ -110,12 +107,12 @@ class GraphedDenoiser:
             and not any(isinstance(given, Tensor) and given.requires_grad for given in inputs.values())
         )
 
-    def _warmed(self, key: _Key, _: Tensor) -> None:
+    def _warmed(self, key: Key, _: Tensor) -> None:
         self._warm.add(key)
 
     def _check_places(self) -> None:
         """Kernels that are recorded read weights where these were then: elsewhere, they are recorded anew."""
-        if self._places and self._places != _places(self._held):
+        if self._places and self._places != places_of(self._held):
             self.release()
 
     def _has_room(self) -> bool:
@@ -126,18 +123,18 @@ class GraphedDenoiser:
             self._told = True
         return False
 
-    def _record(self, key: _Key, inputs: Mapping[str, Any]) -> RecordedStep | None:
+    def _record(self, key: Key, inputs: Mapping[str, Any]) -> RecordedStep | None:
         """None where it cannot be done, which is told, and not tried again."""
         parameters = trained_parameters(self._denoiser)
         device = next(iter(parameters.values())).device
-        free_unused(device)
-        try:
+
+        def record() -> RecordedStep:
             if self._recorder is None or self._gradients is None:
                 self._recorder = self._new_recorder(device)
                 self._gradients = Gradients(list(parameters.values()))
                 self._held = [*self._denoiser.parameters(), *self._denoiser.buffers()]
-                self._places = _places(self._held)
-            self._steps[key] = RecordedStep(
+                self._places = places_of(self._held)
+            return RecordedStep(
                 self._denoiser,
                 parameters,
                 inputs,
@@ -145,30 +142,15 @@ class GraphedDenoiser:
                 self._gradients,
                 autocast=autocast_dtype(device.type),
             )
-            return self._steps[key]
-        except RuntimeError as error:
-            reason = _reason(error)
-        # Behind the exception, whose frames hold what was taken.
-        self.give_up(f"recording failed: {reason}")
-        return None
 
+        step = unless_it_fails(record, device, "train.cuda_graphs: steps")
+        if step is None:
+            self._stop()
+        else:
+            self._steps[key] = step
+        return step
 
-def _key(inputs: Mapping[str, Any]) -> _Key:
-    """What a recording is good for."""
-    device = next(given.device for given in inputs.values() if isinstance(given, Tensor))
-    facts = [
-        (name, *((given.shape, given.dtype, given.device) if isinstance(given, Tensor) else (given,)))
-        for name, given in sorted(inputs.items())
-    ]
-    return (autocast_dtype(device.type), *facts)
-
-
-def _places(tensors: list[Tensor]) -> list[tuple[int, bool]]:
-    return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong first: the end of a recording that broke raises once more, and tells nothing."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).strip().split("\n", 1)[0]
+    def _stop(self) -> None:
+        self._works = False
+        self.release()
+        free_unused(self.parameters[0].device)

@@ -41,6 +41,11 @@ class Placement:
         return self.offload == "sequential" or self.device_map is not None
 
     @property
+    def stays(self) -> bool:
+        """Whether a model lies whole on the device once it is placed."""
+        return self.offload == "none" and self.device_map is None
+
+    @property
     def holds_all(self) -> bool:
         """Whether a pipeline may have all of its models at once, since those at rest are in host memory."""
         return self.offload != "none"

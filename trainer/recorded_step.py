@@ -5,60 +5,15 @@ the parameters' `.grad`, so that the sum over micro-batches is overwritten by ea
 recording is copied out of it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-Again = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """Notes what is given to the device."""
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Again]:
-        """Runs `work` once for its notes, whose results need not be there yet.
-
-        Gives the tensor that `work` made, and what computes it again: from what its inputs then hold, into the same
-        memory.
-        """
-
-
-class CudaRecorder:
-    """Records CUDA graphs. All of one recorder share memory: each may overwrite what another one has left."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Again]:
-        """See `Recorder`. Raises RuntimeError where something of it cannot be recorded."""
-        graph = torch.cuda.CUDAGraph()
-        # Where a recording breaks, torch leaves its stream the current one; the context around it takes that back.
-        # thread_local: NCCL's watchdog asks after events all the time, which is forbidden where all threads count.
-        try:
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.stream(torch.cuda.current_stream(self._device)),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
-                made = work()
-        except RuntimeError:
-            self._take_back()
-            raise
-        return made, graph.replay
-
-    def _take_back(self) -> None:
-        """Ends what torch does not where the end of a recording raises: its allocator would wait for it for ever, and
-        keep the memory."""
-        bindings: Any = torch._C
-        with suppress(RuntimeError):  # it had ended
-            bindings._cuda_endAllocateToPool(self._device.index, self._pool)
-            bindings._cuda_releasePool(self._device.index, self._pool)
+from halfbyte.trainer.recording import HeldInputs, Recorder
 
 
 class Gradients:
@@ -116,9 +71,7 @@ class RecordedStep:
         The model is called with `inputs` by name, and gives a tuple of one tensor.
         """
         self._parameters = tuple(parameters.values())
-        self._inputs = {
-            name: given.clone() if isinstance(given, Tensor) else given for name, given in inputs.items()
-        }
+        self._inputs = HeldInputs(inputs)
         self._gradients = gradients
         self._has_gradient: list[bool] = []
         device_type = self._parameters[0].device.type
@@ -132,7 +85,7 @@ class RecordedStep:
         def forward() -> Tensor:
             # A cast of an adapter that was cached outside would be read for ever.
             with torch.autocast(device_type, autocast, enabled=autocast is not None, cache_enabled=False):
-                outputs[:] = functional_call(model, leaves, kwargs=self._inputs)
+                outputs[:] = functional_call(model, leaves, kwargs=self._inputs.held)
             (output,) = outputs
             return output.detach()
 
@@ -157,9 +110,7 @@ class RecordedStep:
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
         """The output, a tensor of its own."""
-        for name, held in self._inputs.items():
-            if isinstance(held, Tensor):
-                held.copy_(inputs[name])
+        self._inputs.take(inputs)
         self._forward_again()
         return self._output.clone()
 

@@ -6,6 +6,7 @@ comes.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.picture_files import Job
 from halfbyte.trainer.placement import Placement
 from halfbyte.trainer.progress import BYTES, Shown
+from halfbyte.trainer.recorded_forward import NewRecorder, recorded_forwards
 from halfbyte.trainer.sample_subject import Subject
 from halfbyte.trainer.sampling import PictureSettings, PipelineCall
 from halfbyte.trainer.strength import AdapterStrength, put_on
@@ -41,6 +43,7 @@ class Drawing:
     placement: Placement
     attention: str
     compiled: bool
+    recorder: NewRecorder | None  # None: the transformer's kernels are launched one by one
     texts: Mapping[str, TextEmbedding]  # the empty caption's among them
     console: Console
 
@@ -68,13 +71,16 @@ class Drawing:
             subject.dtype,
         )
         set_to = None
+        recorder = self.recorder
         try:
-            for job in jobs:
-                if strength is not None and job.strength is not None and job.strength != set_to:
-                    strength.set(job.strength)
-                    set_to = job.strength
-                drawn = call.draw(self.texts[job.prompt], job.seed, output_type=output_type, on_step=on_step)
-                yield job, drawn.cpu() if isinstance(drawn, Tensor) else drawn
+            with nullcontext() if recorder is None else recorded_forwards(denoiser, recorder):
+                for job in jobs:
+                    if strength is not None and job.strength is not None and job.strength != set_to:
+                        strength.set(job.strength)
+                        set_to = job.strength
+                    text = self.texts[job.prompt]
+                    drawn = call.draw(text, job.seed, output_type=output_type, on_step=on_step)
+                    yield job, drawn.cpu() if isinstance(drawn, Tensor) else drawn
         except KeyboardInterrupt:
             log.warning("interrupted; what was drawn is kept")
 

@@ -20,6 +20,7 @@ from halfbyte.trainer.launch import World, join
 from halfbyte.trainer.picture_files import DrawnWith, Job, PictureFolder
 from halfbyte.trainer.placement import Placement
 from halfbyte.trainer.progress import Progress, Shown
+from halfbyte.trainer.recording import CudaRecorder
 from halfbyte.trainer.report import write_lines
 from halfbyte.trainer.sample_drawing import Drawing, describe_base
 from halfbyte.trainer.sample_request import SampleRequest
@@ -111,11 +112,29 @@ def _draw(
         family.image_tokens(height, width) + family.text_tokens, *family.attention_heads, subject.dtype
     )
     attention = choose_attention("auto", shape, placement.device, subject.cache_folder)
+    one_by_one = _why_one_by_one(request, subject, placement)
     write_lines(
-        console, _opening(request, subject, settings, jobs, f"{attention.backend}: {attention.reason}")
+        console,
+        _opening(
+            request,
+            subject,
+            settings,
+            jobs,
+            attention=f"{attention.backend}: {attention.reason}",
+            launches=one_by_one or "as CUDA graphs, recorded at the second step",
+        ),
     )
     texts = _encode(subject, jobs, placement, console)
-    drawing = Drawing(subject, settings, placement, attention.backend, request.compiled, texts, console)
+    drawing = Drawing(
+        subject,
+        settings,
+        placement,
+        attention.backend,
+        request.compiled,
+        CudaRecorder if one_by_one is None else None,
+        texts,
+        console,
+    )
     drawn_with: dict[str, Any] | None = None
     steps = _Steps(console, len(jobs) * settings.steps)
     began, count = time.perf_counter(), 0
@@ -179,12 +198,27 @@ def _encode(
     return {prompt: texts.read(prompt) for prompt in (*prompts, "")}
 
 
+def _why_one_by_one(request: SampleRequest, subject: Subject, placement: Placement) -> str | None:
+    """How kernels are launched where the transformer's forward is not recorded, and why; None where it is."""
+    if not request.compiled:
+        return "kernel by kernel (no --compile)"
+    if placement.device.type != "cuda":
+        return f"operation by operation: nothing is recorded on {placement.device.type}"
+    if not placement.stays:
+        return f"kernel by kernel: --offload {request.offload} moves the transformer"
+    if subject.quant is not None and subject.quant.quant_type == "int8":
+        return "kernel by kernel: int8 waits in every layer for a count of outliers"
+    return None
+
+
 def _opening(
     request: SampleRequest,
     subject: Subject,
     settings: PictureSettings,
     jobs: Sequence[Job],
+    *,
     attention: str,
+    launches: str,
 ) -> list[tuple[str, str]]:
     source, adapter = subject.family.source, subject.adapter
     revision = f" @ {source.revision[:12]}" if source.revision else ""
@@ -198,6 +232,7 @@ def _opening(
     lines += [
         ("attention", attention),
         ("blocks", blocks),
+        ("launches", launches),
         ("guidance", subject.family.describe_guidance(settings.guidance_scale)),
         ("pictures", f"{len(jobs)} of {settings.width}x{settings.height}, {settings.steps} steps each"),
     ]
