@@ -101,3 +101,16 @@ class _Operations(TorchDispatchMode):
                 # Views and what is changed in place are there already.
                 if isinstance(held, Tensor) and held.data_ptr() != anew.data_ptr():
                     held.copy_(anew)
+
+
+class Wrong(Rerun):
+    """Gives a little more than it should."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        made, again = super().record(work)
+
+        def wrong() -> None:
+            again()
+            made.mul_(1.05)
+
+        return made, wrong

@@ -6,7 +6,6 @@ Where an equality does not hold, what differs and by how much is in the message.
 import gc
 import io
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -375,22 +374,3 @@ def test_a_whole_run_with_graphs_is_the_one_without(
         pytest.skip(f"without graphs a repeat is not the same here: {repeat}")
     assert difference(left["graphs"], left["plain"]) == ""
     assert difference(left["resumed"], left["plain"]) == ""
-
-
-def test_a_graph_is_launched_in_less_time_than_its_kernels(mini_flux: Path) -> None:
-    """By much: the miniature's kernels take nothing, and their launches all the time."""
-    family = Flux.open(str(mini_flux), None, 24)
-    seconds = []
-    for graphs in (False, True):
-        steps = Steps(family, loaded(family, "everything", torch.bfloat16), graphs=graphs)
-        steps.take([8] * 3)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
-        for mark in marks:
-            steps.loss(0, 8).backward()
-            mark.record()
-        torch.cuda.synchronize()
-        times = sorted(first.elapsed_time(second) for first, second in pairwise(marks))
-        seconds.append(times[len(times) // 2])
-    assert seconds[1] < 0.7 * seconds[0], (
-        f"{seconds[0]:.1f} ms launched one by one, {seconds[1]:.1f} as graphs"
-    )

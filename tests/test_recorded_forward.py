@@ -28,7 +28,7 @@ from halfbyte.trainer.sample_request import SampleRequest
 from halfbyte.trainer.sampling import PictureSettings, PipelineCall
 from halfbyte.trainer.strength import AdapterStrength
 
-from fake_recorders import Broken, Recorders, Tape
+from fake_recorders import Broken, Recorders, Tape, Wrong
 from probe import inputs
 from runs import run_here, write_recipe
 from sample_calls import drawn_pixels, invoke
@@ -96,7 +96,7 @@ def test_pictures_are_the_plain_ones_at_every_strength(
     assert all(numpy.array_equal(one, other) for one, other in zip(recorded, plain, strict=True))
     assert len({picture.tobytes() for picture in plain}) == 6
     # Of 21 forwards three ran as ever: adapters went on, off and on.
-    assert recorders.counts == (3, 18)
+    assert recorders.counts == (3, 21)
 
 
 def test_adapters_that_change_in_place_are_seen_and_others_are_recorded_anew(
@@ -129,7 +129,7 @@ def test_a_recording_reads_the_inputs_of_each_call_and_its_output_stays(denoiser
         found = [forward(denoiser, **one) for one in given]
         assert forwards.shapes == 1
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert recorders.counts == (1, 3)
+    assert recorders.counts == (1, 4)
 
 
 def test_shapes_are_recorded_each_for_itself_and_the_oldest_goes() -> None:
@@ -138,7 +138,7 @@ def test_shapes_are_recorded_each_for_itself_and_the_oldest_goes() -> None:
         for rows in range(1, MOST_SHAPES + 1):
             for _ in range(2):
                 scaled(model, rows)
-        assert (forwards.shapes, recorders.counts) == (MOST_SHAPES, (MOST_SHAPES, MOST_SHAPES))
+        assert (forwards.shapes, recorders.counts) == (MOST_SHAPES, (MOST_SHAPES, 2 * MOST_SHAPES))
         scaled(model, 1)
         for _ in range(2):
             scaled(model, MOST_SHAPES + 1)
@@ -217,7 +217,7 @@ def test_weights_that_moved_are_recorded_anew(denoiser: Any) -> None:
         denoiser.norm_out.linear.bias.data = denoiser.norm_out.linear.bias.data + 1.0
         found = [forward(denoiser) for _ in range(2)]
     assert all(torch.equal(one, forward(denoiser)) for one in found)
-    assert (len(recorders.made), recorders.counts) == (2, (2, 2))
+    assert (len(recorders.made), recorders.counts) == (2, (2, 4))
 
 
 def test_the_denoiser_is_itself_again(denoiser: Any) -> None:
@@ -268,9 +268,19 @@ def test_nothing_is_compiled_while_it_is_recorded(
             text_of(family, 1), 1, on_step=lambda: found.append(counters["stats"]["unique_graphs"])
         )
     torch._dynamo.reset()
-    assert recorders.counts == (1, 2)
+    assert recorders.counts == (1, 3)
     assert found[0] > 0
     assert found == [found[0]] * 3
+
+
+def test_a_recording_that_gives_something_else_is_not_used(
+    denoiser: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = forward(denoiser)
+    with recorded_forwards(denoiser, Recorders(Wrong)) as forwards:
+        assert all(torch.equal(forward(denoiser), expected) for _ in range(3))
+        assert forwards.shapes == 0
+    assert "what was recorded gives something else, by 5.0%" in caplog.text
 
 
 @pytest.mark.parametrize("nth", [1, 2])

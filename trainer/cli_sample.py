@@ -82,8 +82,8 @@ def sample_command(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the transformer's blocks and, on a GPU without --offload, record its forward as a CUDA"
-            " graph: slow to start, then faster.",
+            help="On a GPU, record the transformer's forward as a CUDA graph; where it cannot be (--offload, int8), or"
+            " on a CPU, compile its blocks: slow to start, then faster.",
         ),
     ] = False,
     cache: Annotated[

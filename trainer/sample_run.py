@@ -121,6 +121,7 @@ def _draw(
             settings,
             jobs,
             attention=f"{attention.backend}: {attention.reason}",
+            compiles=_compiles(request, subject, one_by_one),
             launches=one_by_one or "as CUDA graphs, recorded at the second step",
         ),
     )
@@ -130,7 +131,7 @@ def _draw(
         settings,
         placement,
         attention.backend,
-        request.compiled,
+        _compiles(request, subject, one_by_one),
         CudaRecorder if one_by_one is None else None,
         texts,
         console,
@@ -211,6 +212,13 @@ def _why_one_by_one(request: SampleRequest, subject: Subject, placement: Placeme
     return None
 
 
+def _compiles(request: SampleRequest, subject: Subject, one_by_one: str | None) -> bool:
+    """Whether torch compiles the blocks. Not where they are recorded and run whole, as all but DoRA's do: compiled,
+    each part's result is copied to where the next one wants it, which our own functions write at once."""
+    whole = subject.adapter is None or not subject.adapter.is_dora
+    return request.compiled and not (one_by_one is None and whole)
+
+
 def _opening(
     request: SampleRequest,
     subject: Subject,
@@ -218,6 +226,7 @@ def _opening(
     jobs: Sequence[Job],
     *,
     attention: str,
+    compiles: bool,
     launches: str,
 ) -> list[tuple[str, str]]:
     source, adapter = subject.family.source, subject.adapter
@@ -228,7 +237,7 @@ def _opening(
         spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         kind = "DoRA" if adapter.is_dora else "LoRA"
         lines.append(("adapter", f"{adapter.name}: {kind} of rank {spread} on {len(adapter.layers)} layers"))
-    blocks = "each as one function where it can be" + (", compiled" if request.compiled else "")
+    blocks = "each as one function where it can be" + (", compiled" if compiles else "")
     lines += [
         ("attention", attention),
         ("blocks", blocks),
