@@ -47,8 +47,8 @@ class Mini:
 
 
 MINIS = (
-    Mini("flux", steps=130, loss_left=0.4, level_left=0.8, distance_left=0.4, kept=0.06),
-    Mini("sd3", steps=80, loss_left=0.1, level_left=0.25, distance_left=0.4, kept=0.07),
+    Mini("flux", steps=200, loss_left=0.4, level_left=0.8, distance_left=0.4, kept=0.06),
+    Mini("sd3", steps=120, loss_left=0.1, level_left=0.25, distance_left=0.4, kept=0.07),
 )
 
 # Drawn by the runs below: true pictures of the first four are known and never trained on, the last has no style.
