@@ -23,7 +23,7 @@ _VAE = {
     "shift_factor": 0.1,
     "scaling_factor": 0.36,
 }
-_FLUX = {
+FLUX = {
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,
@@ -58,7 +58,7 @@ _SD35_MEDIUM = _SD35_LARGE | {
 }
 # By name: family, transformer, skip list, text tokens.
 MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
-    "flux": (Flux, _FLUX, (), 512),
+    "flux": (Flux, FLUX, (), 512),
     "sd35_large": (SD3, _SD35_LARGE, ("proj_out",), 333),
     "sd35_medium": (SD3, _SD35_MEDIUM, ("proj_out",), 333),
     "flux_mini": (Flux, dict(build_flux_pipeline().transformer.config), (), 64),
@@ -144,3 +144,10 @@ def _bitsandbytes_layer(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
     if linear.bias is not None:
         layer.bias = nn.Parameter(torch.ones(linear.out_features, dtype=torch.bfloat16), requires_grad=False)
     return layer.to(weight.device)
+
+
+def graphs_note(recorded: int | None) -> str:
+    """What a row says of its CUDA graphs: how many were recorded; None where none were asked for."""
+    if recorded is None:
+        return ""
+    return "CUDA graphs" if recorded else "CUDA graphs NOT recorded"

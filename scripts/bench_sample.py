@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import family_of, random_denoiser
+from bench_models import family_of, graphs_note, random_denoiser
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from make_checkpoint import SIZES, empty_pipeline
 from step_profile import profiled
@@ -283,9 +283,8 @@ def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _graphs_note(result: dict[str, Any]) -> str:
-    if result["graphs"] is None:
-        return ""
-    return ", CUDA graphs" if result["graphs"] else ", CUDA graphs NOT recorded"
+    note = graphs_note(result["graphs"])
+    return f", {note}" if note else ""
 
 
 def _cells(result: dict[str, Any], steps: Sequence[int]) -> list[str]:

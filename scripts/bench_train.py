@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import MODELS, family_of, random_denoiser
+from bench_models import MODELS, family_of, graphs_note, random_denoiser
 from step_profile import profiled
 
 from halfbyte.kernels.attention import BACKENDS
@@ -195,10 +195,12 @@ def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> No
         for px in map(int, arguments.px.split(",")):
             result = model.measure(px, arguments.steps, graphs=arguments.graphs)
             result |= {"checkpoint": checkpoint, **settings}
+            note = f" reserved, {graphs_note(result['graphs'])}" if arguments.graphs else ""
             print(
                 f"{row:5} {px} px, checkpointing {checkpoint}: {result['median_s']:.3f} s"
                 f" (min {result['min_s']:.3f}, first {result['first_s']:.1f}), base {result['base_gib']:.2f},"
-                f" peak {result['peak_gib']:.2f} GiB" + _graphs_note(arguments.graphs, result["graphs"]),
+                f" peak {result['peak_gib']:.2f} GiB"
+                + (f" reserved, {graphs_note(result['graphs'])}" if arguments.graphs else ""),
                 flush=True,
             )
             if model.stream is not None:
@@ -216,12 +218,6 @@ def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> No
             if arguments.json:
                 with arguments.json.open("a") as file:
                     file.write(json.dumps(result) + "\n")
-
-
-def _graphs_note(asked: bool, recorded: int) -> str:
-    if not asked:
-        return ""
-    return " reserved, CUDA graphs" if recorded else " reserved, CUDA graphs NOT recorded"
 
 
 def _wait(device: torch.device) -> None:

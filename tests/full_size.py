@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_models
+
 _VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
@@ -62,19 +64,7 @@ def _joint(layers: int, heads: int, positions: int, *, dual: int) -> dict[str, A
     }
 
 
-_FLUX = {
-    "_class_name": "FluxTransformer2DModel",
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}
+_FLUX = {"_class_name": "FluxTransformer2DModel", **bench_models.FLUX}
 _FLUX_TEXTS = {
     "text_encoder": ("CLIPTextModel", _clip(768, 12, 12)),
     "text_encoder_2": ("T5EncoderModel", _T5),

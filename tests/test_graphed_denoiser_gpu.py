@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_memory import hands_blocks_back, reserved
 from rich.console import Console
 from safetensors.torch import load_file
 from test_training_step import batch_for, module_of
@@ -274,11 +275,6 @@ def test_memory_is_taken_once_for_all_sizes_and_given_back(mini_flux: Path) -> N
     family = Flux.open(str(mini_flux), None, 24)
     steps = Steps(family, loaded(family, "everything", torch.bfloat16), graphs=True)
 
-    def reserved() -> int:
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-
     steps.take([2048, 2048])
     steps.graphed.release()
     before = reserved()  # with the workspaces that libraries keep
@@ -319,11 +315,7 @@ def test_what_cannot_be_recorded_is_told_once_and_trained_all_the_same(
     assert torch.cuda.current_stream() == stream
     assert difference(found, expected) == "", line
     # The allocator still hands blocks back, and another model can be recorded.
-    kept = torch.empty(64 * 2**20, dtype=torch.uint8, device=CUDA)
-    held = torch.cuda.memory_reserved()
-    del kept
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() < held
+    assert hands_blocks_back()
     monkeypatch.undo()
     caplog.clear()
     other = Steps(family, loaded(family, "inputs", torch.bfloat16), graphs=True)

@@ -3,7 +3,6 @@
 Where an equality does not hold, which picture and by how much is in the message.
 """
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from device_memory import hands_blocks_back, reserved
 from test_recorded_forward import text_of
 from torch import Tensor, nn
 
@@ -145,11 +145,6 @@ def test_memory_is_given_back_and_two_sizes_share_it(mini_flux: Path) -> None:
     sampler = Sampler(Flux.open(str(mini_flux), None, 24))
     one = [(1.0, 1)]
 
-    def reserved() -> int:
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-
     def draw() -> None:
         for px in (1024, 512):
             sampler.latents(one, px=px, steps=2)
@@ -194,11 +189,7 @@ def test_what_cannot_be_recorded_is_told_once_and_drawn_all_the_same(
     assert torch.cuda.current_stream() == stream
     assert difference(found, expected, jobs) == "", line
     # The allocator still hands blocks back, and another time it is recorded.
-    kept = torch.empty(64 * 2**20, dtype=torch.uint8, device=CUDA)
-    held = torch.cuda.memory_reserved()
-    del kept
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() < held
+    assert hands_blocks_back()
     monkeypatch.undo()
     caplog.clear()
     with recorded_forwards(sampler.denoiser) as forwards:

@@ -267,9 +267,9 @@ class TrainSection(Section):
     the bit; how much slower depends on the bus."""
     cuda_graphs: bool = False
     """Record a step's kernels once for each size of picture, and launch them as a whole from then on: where the
-    processor is slower at launching than the device at computing, as at 512 px. The same kernels; each recording is
-    compared with the step itself before it is trained with. A step's working memory stays taken, while pictures are
-    drawn too. For blocks that run as one function, on CUDA alone."""
+    processor is slower at launching than the device at computing, as at 512 px. The same kernels; what is
+    recorded ahead of training is compared with the step itself first. A step's working memory stays taken, while
+    pictures are drawn too. For blocks that run as one function, on CUDA alone."""
     seed: Seed = 0
     """Everything random follows from it."""
 

@@ -25,6 +25,7 @@ from halfbyte.trainer.recording import (
     Recorder,
     input_key,
     places_of,
+    relative_difference,
     unless_it_fails,
 )
 
@@ -140,7 +141,7 @@ class RecordedForwards:
             if self._recorder is None:
                 self._recorder = self._new_recorder(self._device)
             forward = RecordedForward(self._plain, inputs, self._recorder)
-            off = (forward(inputs).float() - expected.float()).norm() / expected.float().norm()
+            off = relative_difference(forward(inputs), expected)
             if not off <= _LARGEST_DIFFERENCE:
                 raise RuntimeError(f"what was recorded gives something else, by {off:.1%}")
             return forward

@@ -14,6 +14,7 @@ from torch import Tensor
 from halfbyte.trainer.buckets import Size
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.graphed_denoiser import MOST_SHAPES, GraphedDenoiser
+from halfbyte.trainer.recording import relative_difference
 
 # Attention's backward sums in no fixed order, which in bf16 is some 1e-3; what is read or written in a wrong place is
 # off by its own size.
@@ -94,8 +95,5 @@ def _noisy(family: Family, batch: int, size: Size) -> Tensor:
 
 def _difference(ours: _Step, theirs: _Step) -> float:
     """The larger of the relative differences; NaN where something is not finite."""
-    found = [
-        (one - other).norm() / other.norm().clamp_min(torch.finfo(other.dtype).tiny)
-        for one, other in zip(ours, theirs, strict=True)
-    ]
+    found = [relative_difference(one, other) for one, other in zip(ours, theirs, strict=True)]
     return torch.stack(found).max().item()

@@ -94,6 +94,12 @@ def places_of(tensors: Sequence[Tensor]) -> list[tuple[int, bool]]:
     return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
 
 
+def relative_difference(ours: Tensor, theirs: Tensor) -> Tensor:
+    """() of what a recording gave from what it should have given; NaN where something is not finite."""
+    ours, theirs = ours.float(), theirs.float()
+    return (ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def unless_it_fails(record: Callable[[], T], device: torch.device, what: str) -> T | None:
     """What `record` gives; None where something of it cannot be recorded, which is told.
 
