@@ -199,8 +199,7 @@ def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> No
             print(
                 f"{row:5} {px} px, checkpointing {checkpoint}: {result['median_s']:.3f} s"
                 f" (min {result['min_s']:.3f}, first {result['first_s']:.1f}), base {result['base_gib']:.2f},"
-                f" peak {result['peak_gib']:.2f} GiB"
-                + (f" reserved, {graphs_note(result['graphs'])}" if arguments.graphs else ""),
+                f" peak {result['peak_gib']:.2f} GiB{note}",
                 flush=True,
             )
             if model.stream is not None:
