@@ -36,28 +36,35 @@ from runs import write_recipe
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 _CYCLES = 1_000_000  # half a millisecond, longer than any of these blocks computes
+_LONG = 40_000_000  # longer than a busy machine takes to get from one block's launches to the next one's
 MIB = 2**20
 
 
 class SlowCopies(CudaCopies):
     """Every copy starts late: who does not wait for it reads what was there before."""
 
+    cycles = _CYCLES
+
     def copy(self, source: Tensor, target: Tensor, after: Mark) -> Mark:
         with torch.cuda.stream(self._stream):
-            torch.cuda._sleep(_CYCLES)
+            torch.cuda._sleep(self.cycles)
         return super().copy(source, target, after)
 
 
 class SlowWork(CudaCopies):
     """Every visit computes late: a copy that does not wait for it takes its weights away."""
 
+    cycles = _CYCLES
+
     def wait(self, arrived: Mark) -> None:
         super().wait(arrived)
-        torch.cuda._sleep(_CYCLES)
+        torch.cuda._sleep(self.cycles)
 
 
 class Unawaited(SlowCopies):
     """Broken: nobody waits for a copy."""
+
+    cycles = _LONG
 
     def wait(self, arrived: Mark) -> None:
         pass
@@ -65,6 +72,8 @@ class Unawaited(SlowCopies):
 
 class Unmarked(SlowWork):
     """Broken: a copy waits for nobody."""
+
+    cycles = _LONG
 
     def copy(self, source: Tensor, target: Tensor, after: Mark) -> Mark:
         return super().copy(source, target, None)

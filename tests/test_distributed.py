@@ -1,6 +1,7 @@
 """Two processes: the right world, each sample once an epoch, one adapter, one writer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,14 +47,22 @@ def test_accelerate_launch_trains_two_processes_as_one(tmp_path, mini_flux):
 
 OBSERVED = """
 import hashlib, json, sys
+from functools import partial
 from pathlib import Path
-from halfbyte.trainer import module, run
+from halfbyte.trainer import fit, module, run
 from halfbyte.trainer.adapters import adapter_state
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.recipe import load_recipe
 from rich.console import Console
 
-recipe, folder, steps = sys.argv[1:]
+recipe, folder, steps, fakes = sys.argv[1:]
+recorders = None
+if fakes:
+    sys.path.insert(0, fakes)
+    from fake_recorders import Recorders, Tape
+    recorders = Recorders(Tape)
+    fit.records_graphs = lambda recipe, world: True
+    fit.GraphedDenoiser = partial(fit.GraphedDenoiser, recorder=recorders)
 seen, modules = [], set()
 loss = module.DiffusionModule.loss
 
@@ -66,28 +75,39 @@ module.DiffusionModule.loss = observed
 world = read_world()
 # The base's export takes the adapters off. Streamed blocks lie elsewhere than the parameters that are shared.
 overrides = [f"train.steps={steps}", "train.grad_accumulation=1", "output.export_base=false", "ema.decay=0.9"]
-overrides += ["train.stream_blocks=true"]
+overrides += [] if fakes else ["train.stream_blocks=true"]
 run.run(load_recipe(recipe, overrides), world, console=Console(quiet=True), resume=False)
 (trained,) = modules
 digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in adapter_state(trained.denoiser).items()}
-Path(folder, f"rank{world.rank}.json").write_text(json.dumps([seen, digests]))
+replayed = recorders.counts if recorders else None
+Path(folder, f"rank{world.rank}.json").write_text(json.dumps([seen, digests, replayed]))
 """
 
 
-def test_torchrun_every_sample_once_an_epoch_and_one_adapter(tmp_path, mini_flux):
-    recipe = write_recipe(tmp_path, mini_flux)
-    script = tmp_path / "observed.py"
+def observed(folder, mini_flux, *, fakes=""):
+    """For both processes: the positions they saw, the adapter's digests, and what was recorded and replayed."""
+    folder.mkdir()
+    script = folder / "observed.py"
     script.write_text(OBSERVED)
-    result = command(*LAUNCHERS["torchrun"], str(script), str(recipe), str(tmp_path), str(PICTURES // 2))
+    recipe, steps = write_recipe(folder, mini_flux), PICTURES // 2
+    result = command(*LAUNCHERS["torchrun"], str(script), str(recipe), str(folder), str(steps), str(fakes))
     assert result.returncode == 0, result.stderr
-    (seen, adapter), (seen_too, adapter_too) = (
-        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)
-    )
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_torchrun_every_sample_once_an_epoch_and_one_adapter(tmp_path, mini_flux):
+    (seen, adapter, _), (seen_too, adapter_too, _) = observed(tmp_path / "plain", mini_flux)
     # Positions 0 to 5 are the first epoch; that each is another picture is the plan's own test. The model is left
     # with its average, which is one as well.
     assert sorted(seen + seen_too) == list(range(PICTURES))
     assert len(seen) == len(seen_too)
     assert adapter == adapter_too
+    # Steps that are recorded hand over their gradients as others do.
+    recorded = observed(tmp_path / "recorded", mini_flux, fakes=Path(__file__).parent)
+    for (_, digests, (made, replays)), positions in zip(recorded, (seen, seen_too), strict=True):
+        assert digests == adapter
+        assert made
+        assert replays >= len(positions)
 
 
 def test_accelerates_cpu_trap_ends_in_a_clear_error(tmp_path, mini_flux):

@@ -15,7 +15,6 @@ from test_recorded_forward import text_of
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.trainer import sample_run
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.compiled_blocks import compile_blocks
 from halfbyte.trainer.families.base import Family
@@ -198,16 +197,15 @@ def test_what_cannot_be_recorded_is_told_once_and_drawn_all_the_same(
 
 
 def test_sample_records_and_draws_the_same(
-    mini_sd3: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    mini_sd3: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_here(write_recipe(tmp_path, mini_sd3, family="sd3"), "sample.prompts=[a gradient]")
-    call = (run, "--compile", "--seeds", 2, "--dtype", "bfloat16")
-    shown = invoke(*call, "--output", tmp_path / "shown")
+    call = (run, "--seeds", 2, "--dtype", "bfloat16")
+    shown = invoke(*call, "--compile", "--output", tmp_path / "shown")
     assert shown.exit_code == 0, shown.output
     assert "launches   as CUDA graphs, recorded at the second step" in shown.output
     assert told(caplog) == []
-    recorded = drawn_pixels(tmp_path / "recorded", *call)
-    monkeypatch.setattr(sample_run, "_why_one_by_one", lambda *arguments: "one by one")
+    recorded = drawn_pixels(tmp_path / "recorded", *call, "--compile")
     plain = drawn_pixels(tmp_path / "plain", *call)
     assert plain.keys() == recorded.keys()
     apart = {name: abs(plain[name].astype(int) - recorded[name].astype(int)).max() for name in plain}
