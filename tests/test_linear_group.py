@@ -141,5 +141,5 @@ def test_products_of_short_numbers_on_a_gpu_are_summed_in_fp32(dtype):
     exact = x.double().t() @ x.double()
     product = product_in_fp32(x.t(), x)
     assert product.dtype == torch.float32
-    # 1.1e-5 has been seen: products are added up in a little less than fp32. Rounded to 16 bits it would be 2e-4 or more.
+    # 1.1e-5 has been seen: they are added up in a little less than fp32. Rounded to 16 bits it would be 2e-4 or more.
     assert ((product - exact).norm() / exact.norm()).item() < 4e-5
