@@ -99,7 +99,8 @@ def export_command(
     The checkpoint of a run's last step goes to adapter/, transformer/ and merged/ in the run's folder, any other to
     the same folders below exports/step-N.
 
-    Exit codes: 0 done, 2 run, checkpoint or option, 7 the export failed its own check, 130 interrupted.
+    Exit codes: 0 done, 2 run, checkpoint or option, 6 out of memory, 7 the export failed its own check,
+    130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     world: World | None = None

@@ -32,6 +32,7 @@ from halfbyte.trainer.export_lines import MERGE_REPORT, merge_lines
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_stream import keep_on_host
 from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_formats import LoraFormat
 from halfbyte.trainer.merge import merge, total
@@ -43,6 +44,10 @@ from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
 from halfbyte.trainer.text_encoder_export import write_text_encoder
 
 MERGED = "merged"
+_WHEN_FULL = (
+    "the device ran out of memory, and earlier exports are as they were; without a GPU (CUDA_VISIBLE_DEVICES= ahead of"
+    " the command) the same is exported, more slowly"
+)
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,12 @@ class ExportRequest:
     check: bool = True
 
 
+@when_full(lambda: _WHEN_FULL)
 def export_run(root: Path, request: ExportRequest, world: World, console: Console) -> Exported:
     """Exports into the run's folder where the checkpoint is that of its last step, else into `exports/STEP` there.
 
-    Raises RecipeError where `root` is no run or has no such checkpoint, ExportError as `export_trained` does.
+    Raises RecipeError where `root` is no run or has no such checkpoint, ExportError as `export_trained` does,
+    OutOfMemory.
     """
     run = RunFolder(root)
     if not run.recipe.is_file():

@@ -1,7 +1,7 @@
 """What is said when the device is full: where it happened, what was planned, and the cheapest changes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -17,17 +17,22 @@ _CHANGES = 3
 
 
 @contextmanager
-def told_when_full(recipe: Recipe, family: Family, when: str, *phases: str) -> Iterator[None]:
-    """Raises OutOfMemory, with what would help, where torch or its libraries find no memory on the device.
-
-    when: what stands behind "the device ran out of memory". phases: of the plan, that the work within belongs to.
-    """
+def when_full(message: Callable[[], str]) -> Iterator[None]:
+    """Raises OutOfMemory, saying so, where torch or its libraries find no memory on the device."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or _STATUS in str(error):
-            raise OutOfMemory(out_of_memory(recipe, family, when, *phases)) from error
+            raise OutOfMemory(message()) from error
         raise
+
+
+def told_when_full(recipe: Recipe, family: Family, when: str, *phases: str) -> AbstractContextManager[None]:
+    """`when_full` with what would help.
+
+    when: what stands behind "the device ran out of memory". phases: of the plan, that the work within belongs to.
+    """
+    return when_full(lambda: out_of_memory(recipe, family, when, *phases))
 
 
 def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> str:

@@ -16,9 +16,10 @@ from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import ShardedWeights, write_text
 from halfbyte.trainer.calibration import calibrate_for
 from halfbyte.trainer.denoiser import DTYPES, keep_exact, quant_recipe
-from halfbyte.trainer.errors import HalfbyteError, LaunchError, OutOfMemory, RecipeError
+from halfbyte.trainer.errors import HalfbyteError, LaunchError, RecipeError
 from halfbyte.trainer.export import put_in_place, work_folder
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World, join
 from halfbyte.trainer.prepare import prepare
 from halfbyte.trainer.progress import BYTES, Shown
@@ -27,6 +28,9 @@ from halfbyte.trainer.registry import FAMILIES
 
 REPORT = "calibration.json"
 _SHOWN = 5  # layers that are furthest from what they gave
+_WHEN_FULL = (
+    "the device ran out of memory; try a smaller data.resolution, or train.batch_size=1. Nothing was written"
+)
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,8 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
             f"model.transformer: {model.transformer} is one file; calibration reads folders in diffusers' layout"
         )
     join(world)
-    try:
+    with when_full(lambda: _WHEN_FULL):
         denoiser, fits = _quantized(recipe, family, original, samples, world, console)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"the device is full ({error}); try a smaller data.resolution, or train.batch_size=1. Nothing was written"
-        ) from error
     with work_folder(folder) as work:
         save_quantized(denoiser, work)
         if recipe.quant.exact:

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from halfbyte.trainer.attention_choice import AttentionShape, choose_attention
 from halfbyte.trainer.cache import fill
-from halfbyte.trainer.errors import LaunchError, OutOfMemory, RecipeError
+from halfbyte.trainer.errors import LaunchError, RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
 from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World, join
 from halfbyte.trainer.picture_files import DrawnWith, Job, PictureFolder
 from halfbyte.trainer.placement import Placement
@@ -29,6 +30,11 @@ from halfbyte.trainer.sampling import PictureSettings
 from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)
+
+_WHEN_FULL = (
+    "the device ran out of memory; smaller: --offload model or sequential, --quant nf4, --text-encoder-quant nf4, or a"
+    " smaller --width and --height"
+)
 
 
 def sample(request: SampleRequest, world: World, console: Console) -> bool:
@@ -49,13 +55,8 @@ def sample(request: SampleRequest, world: World, console: Console) -> bool:
         )
     folder = PictureFolder(request.output, Path.cwd() if subject.run is None else subject.run)
     _tell_long_prompts(subject.family, jobs)
-    try:
+    with when_full(lambda: _WHEN_FULL):
         return _draw(request, subject, settings, jobs, placement, folder, console)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            "the device ran out of memory; smaller: --offload model or sequential, --quant nf4,"
-            " --text-encoder-quant nf4, or a smaller --width and --height"
-        ) from error
 
 
 def _settings(request: SampleRequest, subject: Subject) -> PictureSettings:
