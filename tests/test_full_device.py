@@ -48,6 +48,28 @@ def test_every_command_says_so_in_one_message(
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "CUDA driver error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_every_library_that_finds_no_memory_is_understood(text: str) -> None:
+    with pytest.raises(OutOfMemory, match=r"^full$"), when_full(lambda: "full"):
+        raise RuntimeError(text)
+
+
+def test_a_full_host_is_told_from_a_full_device() -> None:
+    with pytest.raises(OutOfMemory, match="the host ran out of memory"), when_full(lambda: "full"):
+        torch.empty(2**62, dtype=torch.uint8)
+    with pytest.raises(OutOfMemory, match="the host ran out of memory"), when_full(lambda: "full"):
+        bytearray(2**62)
+
+
 def test_other_errors_stay_what_they_are() -> None:
     for error in (RuntimeError("shapes do not fit"), ValueError("CUBLAS_STATUS_ALLOC_FAILED")):
         with pytest.raises(type(error)), when_full(lambda: "full"):

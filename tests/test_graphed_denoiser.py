@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from test_training_step import adapted, batch_for, family_at, module_of
 from torch import Tensor, nn
 
+from halfbyte.trainer import fit
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.averages import OptimizerAverage
 from halfbyte.trainer.ema import Ema
@@ -27,7 +29,7 @@ from halfbyte.trainer.run import run
 from halfbyte.trainer.samples import Batch
 
 from fake_recorders import Broken, Recorders
-from runs import write_recipe
+from runs import run_here, write_recipe
 from small_recipe import SMALL, Write, problems
 
 FAMILIES = pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
@@ -348,3 +350,29 @@ def test_on_the_cpu_a_run_says_that_nothing_is_recorded(mini_flux: Path, tmp_pat
     assert (
         "launches    operation by operation: train.cuda_graphs means nothing on cpu" in console.export_text()
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
+def test_what_was_compared_ahead_of_training_is_what_trains(
+    mini_flux: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    optimizer: str,
+) -> None:
+    """Also with optimizers that move the parameters together: one recording of a size, made when all lie in place."""
+    recorders = Recorders()
+    monkeypatch.setattr(fit, "records_graphs", lambda recipe, world: True)
+    monkeypatch.setattr(fit, "GraphedDenoiser", partial(GraphedDenoiser, recorder=recorders))
+    run_here(
+        write_recipe(tmp_path, mini_flux),
+        "train.cuda_graphs=true",
+        "train.steps=2",
+        f"optimizer={{name: {optimizer}, lr: 1}}",
+        "validation.held_out=1",
+        "output.export_base=false",
+    )
+    recorded, replayed = recorders.counts
+    assert recorded == 2  # the one size's forward and backward
+    assert replayed >= 2 * 4
+    assert "cuda_graphs" not in caplog.text

@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from full_size import write_configurations
 
 from halfbyte.trainer.plan_fit import open_planner
-from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.recipe import differences, load_recipe
+from halfbyte.trainer.recipe_file import RecipeLoader
 from halfbyte.trainer.run_plan import GIB
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -16,6 +18,16 @@ PRESETS = sorted(path for path in FOLDER.glob("*.yaml") if re.search(r"_\d+gb$",
 
 def test_there_are_presets() -> None:
     assert {path.stem for path in PRESETS} >= {f"flux_{card}gb" for card in (4, 6, 8, 12, 16, 24)}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_preset_does_not_name_is_the_full_recipes(path: Path) -> None:
+    """As its head says."""
+    (full,) = re.findall(r"What is not named here is as in (\w+)\.yaml", path.read_text())
+    written = yaml.load(path.read_text(), Loader=RecipeLoader)
+    for line in differences(load_recipe(FOLDER / f"{full}.yaml"), load_recipe(path)):
+        section, field = line.split(":")[0].split(".")[:2]
+        assert field in written[section], line
 
 
 @pytest.fixture(scope="module")

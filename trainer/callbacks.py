@@ -19,6 +19,9 @@ from halfbyte.trainer.module import DiffusionModule
 from halfbyte.trainer.progress import Progress
 from halfbyte.trainer.validation import Validation
 
+# The scale begins at 2**16 and is halved each time: by then it is gone, and it is not the scale.
+_MOST_OVERFLOWS = 24
+
 
 class StepCallback(Callback):
     """A callback that acts between optimizer steps; Lightning's own hooks count micro-batches."""
@@ -32,6 +35,20 @@ class StepCallback(Callback):
         """Lightning's hook."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, pl_module)
+
+
+class WarmUp(Callback):
+    """Runs once what steps need before the first; stands before everything that measures.
+
+    By then the optimizer is built, and has moved the parameters if it moves them: recordings read them where they are.
+    """
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lightning's hook."""
+        self.run()
 
 
 class Averager(StepCallback):
@@ -113,6 +130,7 @@ class Recorder(StepCallback):
         self.last: StepMetrics | None = None
         self._since = 0
         self._started = 0.0
+        self._overflows = 0  # rows in a row
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lightning's hook."""
@@ -140,7 +158,10 @@ class Recorder(StepCallback):
         now = time.perf_counter()
         pace = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
         self._since, self._started = step, now
-        if not (torch.isfinite(loss) and torch.isfinite(module.grad_norm)):
+        # What overflows in float16 is a step that the gradient scaler leaves out, to go on with a smaller scale.
+        scaled = bool(trainer.precision_plugin.state_dict())
+        self._overflows = 0 if torch.isfinite(module.grad_norm) else self._overflows + 1
+        if not torch.isfinite(loss) or self._overflows > (_MOST_OVERFLOWS if scaled else 0):
             raise HalfbyteError(
                 f"step {step}: the loss is {value} and the gradient norm {grad_norm}; the run is stopped and earlier"
                 " checkpoints are kept. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or compute_dtype:"

@@ -15,7 +15,15 @@ from torch import nn
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.averages import Weights
-from halfbyte.trainer.callbacks import Averager, Checkpointer, Interruption, Recorder, Sampler, Validator
+from halfbyte.trainer.callbacks import (
+    Averager,
+    Checkpointer,
+    Interruption,
+    Recorder,
+    Sampler,
+    Validator,
+    WarmUp,
+)
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.ema import Ema
 from halfbyte.trainer.families.base import Family, TextEmbedding
@@ -94,7 +102,13 @@ def fit(
         )
         every = recipe.validation.every
         validator = [Validator(validation, writer, shown, every=every, last_step=train.steps)]
+
+    def draw(step: int) -> None:
+        with told_when_full(recipe, family, "in drawing pictures; the last checkpoint is whole", "sample"):
+            sampler.draw(step)
+
     callbacks = [
+        *([] if graphed is None else [WarmUp(lambda: _warm_up(graphed, recipe, family, prepared, world))]),
         Averager(),
         *validator,
         Recorder(
@@ -116,7 +130,7 @@ def fit(
             global_batch=global_batch,
             resume=saved,
         ),
-        Sampler(world, sampler.draw, every=recipe.sample.every, last_step=train.steps),
+        Sampler(world, draw, every=recipe.sample.every, last_step=train.steps),
     ]
     trainer = Trainer(
         accelerator="cuda" if world.device.type == "cuda" else "cpu",
@@ -140,8 +154,6 @@ def fit(
             with told_when_full(recipe, family, _WHEN_FULL, "step"), warnings.catch_warnings():
                 # The cache is read faster than a worker process could hand it over.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                if graphed is not None:
-                    _warm_up(graphed, recipe, family, prepared, world)
                 trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
     finally:
         if graphed is not None:

@@ -1,5 +1,6 @@
 """What is said when the device is full: where it happened, what was planned, and the cheapest changes."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -9,21 +10,34 @@ from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.plan_fit import cheapest_savings
 from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.run_folder import HOW_IT_IS_COMPUTED
 from halfbyte.trainer.run_plan import GIB, Planner
 
-# cuBLAS and cuDNN say so in errors of their own.
-_STATUS = "STATUS_ALLOC_FAILED"
+# How cuBLAS and cuDNN, Triton and the driver say so.
+_DEVICE_IS_FULL = re.compile(r"STATUS_ALLOC_FAILED|(CUDA|\[CUDA\]|driver)[^:\n]*: out of memory")
+# How torch's allocator for the CPU does.
+_HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+_HOST = (
+    "the host ran out of memory, of which activations (train.gradient_checkpointing: offload), blocks"
+    " (train.stream_blocks) and T5 (model.stream_text_encoder) take less where they stay on the device; halfbyte plan"
+    " shows what each phase needs of it"
+)
 _CHANGES = 3
 
 
 @contextmanager
 def when_full(message: Callable[[], str]) -> Iterator[None]:
-    """Raises OutOfMemory, saying so, where torch or its libraries find no memory on the device."""
+    """Raises OutOfMemory: with `message` where torch or its libraries find no memory on the device, and saying what
+    takes less of it where there is none on the host."""
     try:
         yield
+    except MemoryError as error:
+        raise OutOfMemory(_HOST) from error
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or _STATUS in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or _DEVICE_IS_FULL.search(str(error)):
             raise OutOfMemory(message()) from error
+        if _HOST_IS_FULL.search(str(error)):
+            raise OutOfMemory(_HOST) from error
         raise
 
 
@@ -49,5 +63,11 @@ def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> st
     return (
         f"the device ran out of memory {when}. Planned are {planned[0].device_bytes / GIB:.1f} GB of the card"
         f" ({planned[0].name}). The cheapest changes: {listed}; halfbyte plan RECIPE --fit 8GB finds settings for a"
-        " card"
+        f" card. With a checkpoint a run goes on (--resume) if it is {_how()} that changes, and needs a new output.dir"
+        " otherwise"
     )
+
+
+def _how() -> str:
+    *first, last = HOW_IT_IS_COMPUTED
+    return f"{', '.join(first)} or {last}"

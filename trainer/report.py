@@ -67,6 +67,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ),
         ("validation", _validation_plan(recipe, opening.held_out)),
         ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
+        ("blocks", _blocks(recipe)),
         ("launches", _launches(recipe, world)),
         ("timesteps", objective.timesteps.describe()),
         ("shift", f"{objective.shift.describe()}; {_shift_note(opening, tokens)}"),
@@ -81,6 +82,24 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
         ),
     ]
+
+
+def _blocks(recipe: Recipe) -> str:
+    """How the blocks run, and what they keep for the backward."""
+    train, lora = recipe.train, recipe.lora
+    by_layer = {
+        "train.fused_blocks: false": not train.fused_blocks,
+        "train.fused_adapters: false": not train.fused_adapters,
+        "quant.type: int8": recipe.quant.type == "int8",
+        "lora.dora: true": lora.dora,
+        f"lora.dropout: {lora.dropout:g}": lora.dropout > 0,
+    }
+    reasons = [setting for setting, holds in by_layer.items() if holds]
+    asked = train.gradient_checkpointing
+    if not reasons:
+        return f"each as one function; checkpointing {asked}"
+    kept = asked if asked in ("none", "full") else f"full, which {asked} is layer by layer"
+    return f"layer by layer ({', '.join(reasons)}); checkpointing {kept}"
 
 
 def _launches(recipe: Recipe, world: World) -> str:

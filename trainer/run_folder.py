@@ -1,11 +1,14 @@
 """A run's folder: what is where, and whether a run may write into it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.trainer.checkpoint import folders
+from halfbyte.trainer.checkpoint import folders, newest
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe import Recipe, differences, load_written
+
+log = logging.getLogger(__name__)
 
 # Settings that change how a run is watched and kept, not what it computes.
 _FREE = (
@@ -16,6 +19,16 @@ _FREE = (
     "data.cache_dir",
     "model.cache_base",
     "train.steps",
+)
+# Those that decide where and how it is computed, and change its results by rounding.
+HOW_IT_IS_COMPUTED = (
+    "model.stream_text_encoder",
+    "train.gradient_checkpointing",
+    "train.attention",
+    "train.fused_adapters",
+    "train.fused_blocks",
+    "train.stream_blocks",
+    "train.cuda_graphs",
 )
 
 
@@ -57,7 +70,10 @@ class RunFolder:
 
 
 def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
-    """Checks that the run may write here; changes nothing. Raises RecipeError when it may not."""
+    """Checks that the run may write here; changes nothing. Raises RecipeError when it may not.
+
+    A run that is resumed may be computed otherwise, which is told; before its first checkpoint it may be another one.
+    """
     root = folder.root
     if root.exists() and not root.is_dir():
         raise RecipeError(f"output.dir: {root} is a file; name a folder")
@@ -75,11 +91,30 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
             f"output.dir: {root} holds another run ({state}). Go on with it: --resume. Or name a new folder:"
             " output.dir=runs/other"
         )
-    changed = [
-        line for line in differences(load_written(folder.recipe), recipe) if not line.startswith(_FREE)
-    ]
-    if changed:
+    if newest(folder.checkpoints) is None:
+        return  # it starts at step 0, as whatever run it is now
+    before = load_written(folder.recipe)
+    changed = [line for line in differences(before, recipe) if not line.startswith(_FREE)]
+    otherwise = [line for line in changed if line.startswith(HOW_IT_IS_COMPUTED)]
+    if len(otherwise) < len(changed):
         raise RecipeError(
-            "--resume: these settings differ from the run's own recipe, "
-            f"{folder.recipe}, and would make it another run:\n  " + "\n  ".join(changed)
+            f"--resume: these settings differ from the run's own recipe, {folder.recipe}, and would make it another"
+            " run:\n  " + "\n  ".join(line for line in changed if line not in otherwise)
+        )
+    if otherwise:
+        log.warning(
+            "--resume: computed otherwise from here on, so that it goes on as before up to rounding: %s",
+            ", ".join(otherwise),
+        )
+    steps = before.train.steps, recipe.train.steps
+    last = min(steps) - 1
+    rates = [recipe.lr_schedule.factor(last, total) for total in steps]
+    if rates[0] != rates[1]:
+        log.warning(
+            "--resume: with train.steps %d instead of %d the %s schedule takes another course: at step %d the rate is"
+            " %.3g of optimizer.lr instead of %.3g",
+            *reversed(steps),
+            recipe.lr_schedule.name,
+            last + 1,
+            *reversed(rates),
         )
