@@ -3,6 +3,7 @@
     python scripts/bench_train.py --px 1024,512 --checkpoint none,selective,full --attention cudnn --profile 9
     python scripts/bench_train.py --rows "ours, graphs;bf16, graphs;peer, compiled" --json step.json --markdown step.md
     python scripts/bench_train.py --rows ours --checkpoint full,offload --stream --optimizer adamw_8bit --budget 6
+    python scripts/bench_train.py --agree --px 512 --checkpoint none,selective,full,offload
 
 Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW unless `--optimizer` says
 another. `ours` is the NF4 base with double quantization in our layers, `bf16` the same adapters over an unquantized
@@ -13,7 +14,8 @@ not know. The mini model (`--model flux_mini`) runs on the CPU as well.
 `, graphs` records a step of each size and launches it as a whole. Its memory counts as allocated only while it is
 recorded, so the peak of such rows is what the allocator has reserved. `--stream` leaves the packed blocks on the host,
 and rows then say how fast they came. `--budget` holds the allocator to what a card of so many GB has besides a context.
-Where halfbyte is not installed, put a folder on PYTHONPATH that holds it as `.typing` does
+`--agree` times nothing: it compares loss and gradients with a step in fp32 over the same dequantized weights, which of
+FLUX are 48 GB. Where halfbyte is not installed, put a folder on PYTHONPATH that holds it as `.typing` does
 (scripts/typecheck makes it).
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 from bench_models import MODELS, graphs_note
+from step_agreement import agreement, agreement_table
 from step_profile import LowRankSides, profiled
 from train_table import page
 from trained_model import KEEP, ROW, Row, TrainedModel, gib
@@ -147,6 +150,22 @@ def _profile(arguments: argparse.Namespace, model: TrainedModel, px: int) -> dic
     return dict(kinds)
 
 
+def agree(arguments: argparse.Namespace, device: torch.device) -> str:
+    """Compares the step at the first size with one in fp32; the table."""
+    head, px = _head(arguments, device), _numbers(arguments.px)[0]
+    checkpoints = arguments.checkpoint.split(",")
+    found = agreement(arguments.model, px, arguments.rank, checkpoints, arguments.attention, device)
+    for one in found:
+        _append(arguments.json, {**head, "px": px, **one})
+    text = (
+        f"{arguments.model}, {px} px, rank {arguments.rank}, {head['device']}:\n\n{agreement_table(found)}\n"
+    )
+    print(text, end="", flush=True)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text)
+    return text
+
+
 def _append(file: Path | None, result: dict[str, Any]) -> None:
     if file is not None:
         with file.open("a") as opened:
@@ -186,6 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS.classes), default="adamw")
     parser.add_argument("--budget", type=float, help="GB of a card to stay within, its context included")
+    parser.add_argument(
+        "--agree", action="store_true", help="compare loss and gradients with fp32 at the first px instead"
+    )
     return parser
 
 
@@ -199,6 +221,8 @@ def _refusal(arguments: argparse.Namespace, device: torch.device) -> str | None:
         return f"--checkpoint: got {', '.join(unknown)}, accepted: {', '.join(KEEP)}"
     if arguments.stream and arguments.rows != "ours":
         return "--stream is for --rows ours"
+    if arguments.agree and (arguments.rows or arguments.stream or arguments.profile):
+        return "--agree times nothing: leave out --rows, --stream and --profile"
     if arguments.budget and device.type != "cuda":
         return "--budget: needs a CUDA device, whose allocator it holds to a card's size"
     return None
@@ -217,7 +241,10 @@ def main() -> None:
     if arguments.budget:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((arguments.budget * 2**30 - CONTEXT_BYTES) / total)
-    bench(arguments, device)
+    if arguments.agree:
+        agree(arguments, device)
+    else:
+        bench(arguments, device)
 
 
 if __name__ == "__main__":

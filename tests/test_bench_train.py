@@ -1,10 +1,13 @@
-"""The training bench on the miniature, as a user runs it: timing, and what it refuses."""
+"""The training bench on the miniature, as a user runs it: timing, what it refuses, and agreement with fp32."""
 
 import json
 import sys
 
 import bench_train
 import pytest
+from step_agreement import Gradients
+
+from halfbyte.quant.linear_group import LinearGroup
 
 MINI = ("--model", "flux_mini", "--px", "64", "--rank", "8")
 
@@ -94,6 +97,7 @@ def test_a_rank_whose_products_cannot_be_told_apart_is_profiled_without_them(mon
         (("--checkpoint", "none,some"), "--checkpoint: got some, accepted: none, selective, full, offload"),
         (("--stream",), "--stream is for --rows ours"),
         (("--rows", "ours, graphs", "--stream"), "--stream is for --rows ours"),
+        (("--agree", "--rows", "ours"), "--agree times nothing"),
         (("--budget", "6"), "--budget: needs a CUDA device"),
     ],
 )
@@ -104,3 +108,47 @@ def test_what_is_refused(monkeypatch, capsys, options, message):
         run(monkeypatch, *MINI, *options)
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def agreed(monkeypatch, file, *options):
+    run(monkeypatch, *MINI, "--agree", "--json", file, *options)
+    return {one["step"]: one for one in read(file)}
+
+
+def test_a_step_agrees_with_one_in_fp32_over_the_same_weights(tmp_path, monkeypatch, capsys):
+    found = agreed(monkeypatch, tmp_path / "out.json", "--checkpoint", "none,full,offload")
+    assert list(found) == [
+        *("ours by layer", "ours, none", "ours, full", "ours, offload", "diffusers and PEFT in bf16", "fp32")
+    ]
+    stock = found["diffusers and PEFT in bf16"]
+    assert found["fp32"]["gradients_off"] == 0
+    assert 0 < stock["gradients_off"] < 0.02
+    for step, one in found.items():
+        if step.startswith("ours"):
+            assert one["loss_off"] < 2e-3
+            # What bf16 alone does to a step is 0.9 %; a factor of 1.1 on A's gradients makes it 7 %.
+            assert 0 < one["gradients_off"] < min(0.02, 2 * stock["gradients_off"])
+            assert one["off_by_layer"] < 0.02
+    assert found["ours, none"]["off_by_layer"] > found["ours by layer"]["off_by_layer"] == 0
+    told = capsys.readouterr().out
+    assert f"| fp32 | {found['fp32']['loss']:.4f} | 0.000 % | 0.00 % |" in told
+
+
+def test_agreement_sees_a_wrong_gradient(tmp_path, monkeypatch):
+    right = LinearGroup.gradients
+
+    def wrong(group, grad, x, *, wants_input):
+        dx, downs, ups = right(group, grad, x, wants_input=wants_input)
+        return dx, [down if down is None else 1.1 * down for down in downs], ups
+
+    monkeypatch.setattr(LinearGroup, "gradients", wrong)
+    found = agreed(monkeypatch, tmp_path / "out.json", "--checkpoint", "full")
+    assert found["ours by layer"]["gradients_off"] < 0.02
+    assert found["ours, full"]["gradients_off"] > 0.04
+
+
+def test_distance_is_a_part_of_the_others_length():
+    tensor = bench_train.torch.tensor
+    one, other = Gradients(1.0, tensor([3.0, 0.0])), Gradients(2.0, tensor([0.0, 4.0]))
+    assert one.off(other) == pytest.approx(5 / 4)
+    assert other.off(one) == pytest.approx(5 / 3)
