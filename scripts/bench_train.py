@@ -101,6 +101,9 @@ def run_row(
             if model is None or state is not None:
                 print(f"{row.name}, checkpointing {checkpoint}: {state}", flush=True)
             else:
+                if row.compiled:
+                    # Else torch compiles a second size for any size, which is slower.
+                    torch._dynamo.reset()
                 result |= model.measure(px, arguments.steps)
                 _tell(model, result)
                 if arguments.profile:

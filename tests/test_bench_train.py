@@ -67,6 +67,23 @@ def test_what_a_row_knows_of_checkpointing():
     assert known["peer, compiled"] == known["ours by layer, compiled"] == ("none", "full")
 
 
+def test_a_recorded_step_is_launched_kernel_by_kernel_where_its_products_are_looked_up():
+    device, row = bench_train.torch.device("cpu"), bench_train.ROW["ours"]
+    model = bench_train.TrainedModel("flux_mini", row, 8, device, stream=False, optimizer="adamw")
+    model.settle("full", None)
+    calls = []
+
+    def recorded(**inputs):
+        calls.append(inputs)
+        return model.denoiser(**inputs)
+
+    model.module.called = recorded
+    assert model.step(0, 64) > 0
+    assert model.launched(1, 64) > 0
+    assert len(calls) == 1
+    assert model.module.called is recorded
+
+
 def test_results_are_kept_and_shown_when_a_later_row_fails(tmp_path, monkeypatch, capsys):
     measure = bench_train.TrainedModel.measure
 
