@@ -1,286 +1,253 @@
 """Seconds and memory of one training step at full size, ours beside what a user would pick instead.
 
-    python scripts/bench_train.py --rows ours,bf16 --px 1024,512 --checkpoint none,selective,full,offload
+    python scripts/bench_train.py --px 1024,512 --checkpoint none,selective,full --attention cudnn --profile 9
+    python scripts/bench_train.py --rows "ours, graphs;bf16, graphs;peer, compiled" --json step.json --markdown step.md
     python scripts/bench_train.py --rows ours --checkpoint full,offload --stream --optimizer adamw_8bit --budget 6
-    python scripts/bench_train.py --rows ours,bf16 --px 1024,512 --checkpoint none,selective,full --graphs
-    python scripts/bench_train.py --rows peer --px 1024 --compile --json step.json
+    python scripts/bench_train.py --agree --px 512 --checkpoint none,selective,full,offload
 
 Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW unless `--optimizer` says
 another. `ours` is the NF4 base with double quantization in our layers, `bf16` the same adapters over an unquantized
 base, `peer` diffusers with bitsandbytes' layers and stock PEFT. Each step is forward, backward and optimizer; medians
-after warm-up. The mini model (`--model flux_mini`) runs on the CPU as well.
+after warm-up. Rows that need a CUDA device are left out where there is none, and so is a checkpointing that a row does
+not know. The mini model (`--model flux_mini`) runs on the CPU as well.
 
-`--graphs` records a step of each size and launches it as a whole. Its memory counts as allocated only while it is
+`, graphs` records a step of each size and launches it as a whole. Its memory counts as allocated only while it is
 recorded, so the peak of such rows is what the allocator has reserved. `--stream` leaves the packed blocks on the host,
 and rows then say how fast they came. `--budget` holds the allocator to what a card of so many GB has besides a context.
-Where halfbyte is not installed, put a folder on PYTHONPATH that holds it as `.typing` does (scripts/typecheck makes
-it).
+`--agree` times nothing: it compares loss and gradients with a step in fp32 over the same dequantized weights, which of
+FLUX are 48 GB. Where halfbyte is not installed, put a folder on PYTHONPATH that holds it as `.typing` does
+(scripts/typecheck makes it).
 """
 
 import argparse
 import gc
 import json
-import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import MODELS, family_of, graphs_note, random_denoiser
-from step_profile import profiled
+from bench_models import MODELS, graphs_note
+from step_agreement import agreement, agreement_table
+from step_profile import LowRankSides, profiled
+from train_table import page
+from trained_model import KEEP, ROW, Row, TrainedModel, gib
 
-from halfbyte.kernels.attention import BACKENDS
-from halfbyte.trainer.adapters import add_lora, trained_parameters
-from halfbyte.trainer.denoiser import block_names
-from halfbyte.trainer.families.block_copies import copies_to
-from halfbyte.trainer.families.block_parts import BlockSettings, Keep
-from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
-from halfbyte.trainer.families.host_store import HostStore
-from halfbyte.trainer.graphed_denoiser import GraphedDenoiser
-from halfbyte.trainer.losses import MSE
-from halfbyte.trainer.module import DiffusionModule, Objective
+from halfbyte.kernels.attention import BACKENDS, default_backend
 from halfbyte.trainer.optimizers import OPTIMIZERS
 from halfbyte.trainer.run_plan import CONTEXT_BYTES
-from halfbyte.trainer.samples import Batch
-from halfbyte.trainer.shift import ResolutionShift
-from halfbyte.trainer.timesteps import LogitNormal
-from halfbyte.trainer.weighting import NoWeighting
-
-_KEEP: dict[str, Keep] = {
-    "none": "everything",
-    "selective": "attention",
-    "full": "inputs",
-    "offload": "inputs",
-}
 
 
-class TrainedModel:
-    """One row's model with its adapters and optimizer, to take steps of any size with."""
+def bench(arguments: argparse.Namespace, device: torch.device) -> str:
+    """Measures the rows asked for, one after the other, each kept as it comes; the page of what was measured."""
+    results: list[dict[str, Any]] = []
+    head = _head(arguments, device)
+    print(f"{head['device']}, torch {torch.__version__}, attention of ours: {head['attention']}", flush=True)
 
-    def __init__(
-        self, model: str, row: str, rank: int, device: torch.device, *, stream: bool, optimizer: str
-    ) -> None:
-        self.model, self.row, self.device = model, row, device
-        self.family = family_of(model)
-        place = keep_on_host(block_names(self.family)) if stream else None
-        denoiser: Any = random_denoiser(model, self.family, row, device, place)
-        self.base = _gib(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
-        add_lora(
-            denoiser,
-            rank=rank,
-            alpha=rank,
-            dropout=0.0,
-            targets=self.family.lora_targets("all-linear"),
-            init="gaussian",
-            seed=0,
-            fused=row != "peer",
-        )
-        self.denoiser = denoiser.to(device)
-        self.stream: BlockStream | None = None
-        if stream:
-            self.stream = BlockStream(packed_blocks(denoiser, block_names(self.family)), copies_to(device))
-        choice = OPTIMIZERS[optimizer].model_validate({"name": optimizer})
-        self.optimizer = choice.build(list(trained_parameters(denoiser).items()))
-        self.module = DiffusionModule(
-            self.family,
-            denoiser,
-            Objective(
-                LogitNormal(name="logit_normal"),
-                ResolutionShift(name="resolution"),
-                NoWeighting(name="none"),
-                MSE(name="mse"),
-                1.0,
-            ),
-            build_optimizer=torch.optim.AdamW,
-            lr_factor=lambda step: 1.0,
-            compute_dtype=torch.bfloat16,
-            max_grad_norm=None,
-            seed=0,
-        )
+    def keep(result: dict[str, Any]) -> None:
+        results.append(result)
+        _append(arguments.json, result)
 
-    def settle(self, checkpoint: str, *, whole: bool, compiled: bool, attention: str | None) -> None:
-        """Has the blocks run as asked. What is compiled stays so: build the model anew for anything else."""
-        if self.row != "peer":
-            # torch compiles what runs layer by layer; a block that runs whole is compiled already.
-            settings = BlockSettings(
-                "everything" if compiled else _KEEP[checkpoint],
-                store=HostStore() if checkpoint == "offload" else None,
-                whole=whole and not compiled,
-                backend=attention,
-            )
-            self.family.fuse_blocks(self.denoiser, settings)
-        if self.row == "peer" or compiled:
-            if checkpoint == "none":
-                self.denoiser.disable_gradient_checkpointing()
-            else:
-                self.denoiser.enable_gradient_checkpointing()
-        if compiled:
+    try:
+        for row in _rows(arguments.rows):
+            run_row(arguments, row, device, head, keep)
+            gc.collect()
             torch._dynamo.reset()
-            self.denoiser.compile_repeated_blocks(fullgraph=self.row != "peer")
-        self.denoiser.train()
-
-    def batch(self, number: int, px: int) -> Batch:
-        """One sample; its values do not matter, its sizes are the real ones."""
-        config, side = self.family.denoiser_config, px // self.family.vae_scale
-        tokens, channels = MODELS[self.model][3], self.family.vae_config["latent_channels"]
-        return Batch(
-            (number,),
-            torch.zeros(1, channels, side, side),
-            torch.ones(1, channels, side, side),
-            torch.ones(1, tokens, config["joint_attention_dim"], dtype=torch.bfloat16),
-            torch.ones(1, config["pooled_projection_dim"], dtype=torch.bfloat16),
-        ).to(self.device)
-
-    def step(self, number: int, px: int) -> float:
-        """Seconds of forward, backward and optimizer."""
-        batch = self.batch(number, px)
-        _wait(self.device)
-        began = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.module.loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        _wait(self.device)
-        assert torch.isfinite(loss), f"{self.row}: the loss is {loss.item()}"
-        return time.perf_counter() - began
-
-    def measure(self, px: int, steps: int, *, graphs: bool) -> dict[str, Any]:
-        """Times and peaks of some steps behind three that warm up, the second of which is recorded with `graphs`."""
-        self.module.called = GraphedDenoiser(self.denoiser) if graphs else None
-        first = self.step(0, px)
-        for number in range(1, 3):
-            self.step(number, px)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        copied = self.copied
-        times = [self.step(number, px) for number in range(3, 3 + steps)]
-        return {
-            "model": self.model,
-            "row": self.row,
-            "px": px,
-            "median_s": statistics.median(times),
-            "min_s": min(times),
-            "first_s": first,
-            "base_gib": self.base,
-            "peak_gib": _gib(self._peak(graphs)),
-            "graphs": 0 if self.module.called is None else self.module.called.shapes,
-            "copied_gb": (self.copied - copied) / steps / 1e9,
-        }
-
-    def _peak(self, graphs: bool) -> int:
-        if self.device.type != "cuda":
-            return 0
-        return torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
-
-    @property
-    def copied(self) -> int:
-        """Bytes of blocks that came to the device so far."""
-        return 0 if self.stream is None else self.stream.copied
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    finally:
+        # A row that fails does not take the others' along.
+        text = page(results)
+        print(f"\n{text}", end="", flush=True)
+        if arguments.markdown is not None:
+            arguments.markdown.write_text(text)
+    return text
 
 
-def run_row(arguments: argparse.Namespace, row: str, device: torch.device) -> None:
-    """Measures a row in all the settings asked for, over one model, and prints each as it comes."""
-    model = TrainedModel(
-        arguments.model,
-        row,
-        arguments.rank,
-        device,
-        stream=arguments.stream,
-        optimizer=arguments.optimizer,
-    )
+def _head(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What every result says of the run it is from."""
+    return {
+        "model": arguments.model,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "attention": arguments.attention or default_backend(device, torch.bfloat16),
+        "rank": arguments.rank,
+        "optimizer": arguments.optimizer,
+        "stream": arguments.stream,
+        "budget_gb": arguments.budget,
+    }
+
+
+def run_row(
+    arguments: argparse.Namespace,
+    row: Row,
+    device: torch.device,
+    head: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures a row in all the settings asked for, over one model; `keep` is given each as it comes."""
+    model: TrainedModel | None = None
+    if row.base == "peer":
+        head = head | {"attention": "torch's choice"}
     for checkpoint in arguments.checkpoint.split(","):
-        settings = {"whole": arguments.whole, "compiled": arguments.compile, "attention": arguments.attention}
-        model.settle(checkpoint, **settings)
-        for px in map(int, arguments.px.split(",")):
-            result = model.measure(px, arguments.steps, graphs=arguments.graphs)
-            result |= {"checkpoint": checkpoint, **settings}
-            note = f" reserved, {graphs_note(result['graphs'])}" if arguments.graphs else ""
-            print(
-                f"{row:5} {px} px, checkpointing {checkpoint}: {result['median_s']:.3f} s"
-                f" (min {result['min_s']:.3f}, first {result['first_s']:.1f}), base {result['base_gib']:.2f},"
-                f" peak {result['peak_gib']:.2f} GiB{note}",
-                flush=True,
-            )
-            if model.stream is not None:
-                print(
-                    f"      {_gib(model.stream.host_bytes):.2f} GiB of blocks on the host, {result['copied_gb']:.2f} GB"
-                    f" copied a step, {result['copied_gb'] / result['median_s']:.1f} GB/s",
-                    flush=True,
-                )
-            if arguments.profile:
-                kinds, kernels = profiled(lambda px=px: model.step(9, px))  # type: ignore[misc]
-                print("      ms: " + ", ".join(f"{kind} {taken:.1f}" for kind, taken in kinds.items()))
-                for name, taken, count in kernels[: arguments.profile]:
-                    print(f"      {taken:8.2f} ms {count:5d} x {name[:100]}", flush=True)
-                result["profile_ms"] = kinds
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+        state = _left_out(row, checkpoint, device)
+        if state is None:
+            if model is None:
+                given = {"stream": arguments.stream, "optimizer": arguments.optimizer}
+                model = TrainedModel(arguments.model, row, arguments.rank, device, **given)
+            model.settle(checkpoint, arguments.attention)
+        for px in _numbers(arguments.px):
+            result = {**head, "row": row.name, "px": px, "checkpoint": checkpoint, "state": state or "done"}
+            if model is None or state is not None:
+                print(f"{row.name}, checkpointing {checkpoint}: {state}", flush=True)
+            else:
+                if row.compiled:
+                    # Else torch compiles a second size for any size, which is slower.
+                    torch._dynamo.reset()
+                result |= model.measure(px, arguments.steps)
+                _tell(model, result)
+                if arguments.profile:
+                    result["profile_ms"] = _profile(arguments, model, px)
+            keep(result)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _left_out(row: Row, checkpoint: str, device: torch.device) -> str | None:
+    """Why a row is not measured with this checkpointing; None where it is."""
+    if row.needs_cuda and device.type != "cuda":
+        return "left out: needs a CUDA device"
+    if checkpoint not in row.checkpoints:
+        return f"left out: knows {', '.join(row.checkpoints)}"
+    return None
 
 
-def _gib(count: int) -> float:
-    return count / 2**30
+def _tell(model: TrainedModel, result: dict[str, Any]) -> None:
+    peak = ""
+    if result["peak_gib"] is not None:
+        reserved = "" if result["graphs"] is None else f" reserved, {graphs_note(result['graphs'])}"
+        peak = f", base {result['base_gib']:.2f}, peak {result['peak_gib']:.2f} GiB{reserved}"
+    print(
+        f"{result['row']}, {result['px']} px, checkpointing {result['checkpoint']}: {result['median_s']:.3f} s"
+        f" (min {result['min_s']:.3f}, first {result['first_s']:.1f}){peak}",
+        flush=True,
+    )
+    if model.stream is not None:
+        print(
+            f"      {gib(model.stream.host_bytes):.2f} GiB of blocks on the host, {result['copied_gb']:.2f} GB"
+            f" copied a step, {result['copied_gb'] / result['median_s']:.1f} GB/s",
+            flush=True,
+        )
 
 
-def main() -> None:
-    """Measures the rows asked for, one after the other, and prints each as it comes."""
+def _profile(arguments: argparse.Namespace, model: TrainedModel, px: int) -> dict[str, float]:
+    try:
+        adapter = LowRankSides.of(model.denoiser, arguments.rank, model.tokens(px))
+    except ValueError as error:
+        print(f"      adapters count as products: {error}")
+        adapter = LowRankSides(frozenset())
+    kinds, kernels = profiled(
+        lambda: model.step(9, px), adapter=adapter, launched=lambda: model.launched(9, px)
+    )
+    print("      ms: " + ", ".join(f"{kind} {taken:.1f}" for kind, taken in kinds.items()))
+    for name, taken, count in kernels[: arguments.profile]:
+        print(f"      {taken:8.2f} ms {count:5d} x {name[:100]}", flush=True)
+    return dict(kinds)
+
+
+def agree(arguments: argparse.Namespace, device: torch.device) -> str:
+    """Compares the step at the first size with one in fp32; the table."""
+    head, px = _head(arguments, device), _numbers(arguments.px)[0]
+    checkpoints = arguments.checkpoint.split(",")
+    found = agreement(arguments.model, px, arguments.rank, checkpoints, arguments.attention, device)
+    for one in found:
+        _append(arguments.json, {**head, "px": px, **one})
+    text = (
+        f"{arguments.model}, {px} px, rank {arguments.rank}, {head['device']}:\n\n{agreement_table(found)}\n"
+    )
+    print(text, end="", flush=True)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text)
+    return text
+
+
+def _append(file: Path | None, result: dict[str, Any]) -> None:
+    if file is not None:
+        with file.open("a") as opened:
+            opened.write(json.dumps(result) + "\n")
+
+
+def _rows(names: str | None) -> list[Row]:
+    return list(ROW.values()) if names is None else [ROW[name.strip()] for name in names.split(";")]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="flux")
-    parser.add_argument("--rows", default="ours,bf16,peer", help="which of ours, bf16 and peer")
+    parser.add_argument("--rows", help=f"some of: {'; '.join(ROW)}; semicolons between; all without it")
     parser.add_argument("--px", default="1024", help="sides of the picture, one or several with commas")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="steps that the median is of")
     parser.add_argument(
         "--checkpoint",
         default="full",
-        help=f"train.gradient_checkpointing, one or several of {', '.join(_KEEP)}",
+        help=f"train.gradient_checkpointing, one or several of {', '.join(KEEP)}",
     )
-    parser.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="fused blocks")
-    parser.add_argument("--attention", choices=BACKENDS, help="without: what needs no probe")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--attention", choices=BACKENDS, help="of ours; without: what needs no probe")
     parser.add_argument(
         "--profile", type=int, default=0, help="show where a step goes, and this many kernels"
     )
-    parser.add_argument("--json", type=Path, help="append each row to this file, one JSON object a line")
+    parser.add_argument("--json", type=Path, help="append each result to this file, one JSON object a line")
+    parser.add_argument("--markdown", type=Path, help="the table")
     parser.add_argument(
         "--stream", action="store_true", help="packed blocks on the host, as train.stream_blocks"
     )
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs, as train.cuda_graphs")
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS.classes), default="adamw")
     parser.add_argument("--budget", type=float, help="GB of a card to stay within, its context included")
+    parser.add_argument(
+        "--agree", action="store_true", help="compare loss and gradients with fp32 at the first px instead"
+    )
+    return parser
+
+
+def _refusal(arguments: argparse.Namespace, device: torch.device) -> str | None:
+    """What is wrong with the options, in one sentence; None where nothing is."""
+    unknown = [name.strip() for name in (arguments.rows or "ours").split(";") if name.strip() not in ROW]
+    if unknown:
+        return f"--rows: got {'; '.join(unknown)}, accepted: {'; '.join(ROW)}, with semicolons between"
+    unknown = [name for name in arguments.checkpoint.split(",") if name not in KEEP]
+    if unknown:
+        return f"--checkpoint: got {', '.join(unknown)}, accepted: {', '.join(KEEP)}"
+    if arguments.stream and arguments.rows != "ours":
+        return "--stream is for --rows ours"
+    if arguments.agree and (arguments.rows or arguments.stream or arguments.profile):
+        return "--agree times nothing: leave out --rows, --stream and --profile"
+    if arguments.budget and device.type != "cuda":
+        return "--budget: needs a CUDA device, whose allocator it holds to a card's size"
+    return None
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = _parser()
     arguments = parser.parse_args()
-    if arguments.stream and (arguments.rows != "ours" or arguments.compile):
-        parser.error("--stream is for --rows ours without --compile")
-    if arguments.graphs and (
-        arguments.stream
-        or arguments.compile
-        or not arguments.whole
-        or "peer" in arguments.rows
-        or "offload" in arguments.checkpoint
-    ):
-        parser.error("--graphs is for ours and bf16, without --stream, --compile, --no-whole and offload")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.graphs and device.type != "cuda":
-        parser.error("--graphs needs a CUDA device")
+    refusal = _refusal(arguments, device)
+    if refusal is not None:
+        parser.error(refusal)
     # cuDNN's attention faults in FLUX's backward.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.budget:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((arguments.budget * 2**30 - CONTEXT_BYTES) / total)
-    for row in arguments.rows.split(","):
-        run_row(arguments, row, device)
-        gc.collect()
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    if arguments.agree:
+        agree(arguments, device)
+    else:
+        bench(arguments, device)
 
 
 if __name__ == "__main__":
