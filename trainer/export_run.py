@@ -36,9 +36,9 @@ from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_formats import LoraFormat
 from halfbyte.trainer.merge import merge, total
+from halfbyte.trainer.pinned_base import open_base
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe, load_written
-from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
 from halfbyte.trainer.text_encoder_export import write_text_encoder
@@ -80,10 +80,8 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         adapter_file = Path(copies) / ADAPTER_FILE
         finished = checkpoint == f"step-{recipe.train.steps:06d}"
         target = run if finished else RunFolder(root / "exports" / checkpoint)
-        model = recipe.model
-        family = FAMILIES[model.family].open(
-            model.path, model.revision, model.max_sequence_length, model.transformer
-        )
+        digests = FileDigests(recipe.data.cache_folder / "digests")
+        family = open_base(run, recipe.model, digests)
         adapter = read_saved(adapter_file)
         denoiser = None
         if request.base or request.merged or request.check:

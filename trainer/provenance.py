@@ -50,7 +50,7 @@ def write_provenance(family: Family, step: int, folder: Path) -> None:
         family.denoiser_class.__name__,
         repository,
         source.revision,
-        family.denoiser_folder != source.folder / "transformer",
+        family.has_own_transformer,
         family.max_sequence_length,
         base_licence(source.folder, repository, source.revision),
     )

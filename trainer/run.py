@@ -16,15 +16,16 @@ from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export import ExportSettings, export_trained
 from halfbyte.trainer.export_lines import exported_lines
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.fit import Finished, fit
 from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.launch import World, barrier, join
 from halfbyte.trainer.learned import what_was_learned
 from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
+from halfbyte.trainer.pinned_base import base_of, open_base, pin_base
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.report import (
     Closing,
     Opening,
@@ -54,10 +55,8 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     repository = recipe.output.push_to_hub
     if world.leads and repository is not None:
         check_push(repository)
-    model = recipe.model
-    family = FAMILIES[model.family].open(
-        model.path, model.revision, model.max_sequence_length, model.transformer
-    )
+    digests = FileDigests(recipe.data.cache_folder / "digests")
+    family = open_base(folder, recipe.model, digests)
     join(world)
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
@@ -83,6 +82,8 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     if world.leads:
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        # Here the base has been read, and its digests are known.
+        pin_base(folder, base_of(family, digests))
         if saved is None:
             with told_when_full(recipe, family, "in drawing the first pictures", *_drawing(recipe)):
                 sampler.draw(0)
