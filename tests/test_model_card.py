@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from halfbyte.quant.base_error import BaseError
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.trainer.base_licence import Licence
 from halfbyte.trainer.card_facts import CardFacts, Validation
+from halfbyte.trainer.denoiser import quant_recipe
 from halfbyte.trainer.markdown import fenced
 from halfbyte.trainer.model_card import model_card, published_settings
 from halfbyte.trainer.provenance import Provenance
@@ -54,9 +56,10 @@ def facts(prompts=("a dog",), **sections):
         )
         for n, prompt in enumerate(prompts)
     ]
+    made_from = recipe(prompts, **sections)
     return CardFacts(
         "ann/dog",
-        recipe(prompts, **sections),
+        made_from,
         Provenance(
             "0.1.0",
             1000,
@@ -67,6 +70,7 @@ def facts(prompts=("a dog",), **sections):
             own_transformer=False,
             max_sequence_length=512,
             licence=FLUX,
+            quant=quant_recipe(made_from),
         ),
         NAMES,
         tuple(pictures),
@@ -203,7 +207,17 @@ def test_a_card_tells_the_facts():
         "[flux-1-dev-non-commercial-license](<https://huggingface.co/",
     ):
         assert told in card, told
+    assert "did not apply" not in card
     assert model_card(facts()) == card
+
+
+def test_a_base_that_was_stored_otherwise_than_the_recipe_asks_is_told_as_it_was():
+    known = facts()
+    stored = QuantRecipe("int8", skip=("proj_out",))
+    card = model_card(replace(known, provenance=replace(known.provenance, quant=stored)))
+    assert card.count("int8, outliers from 6, all but proj&#95;out, computed in bfloat16") == 3
+    assert "nf4 with" not in card
+    assert "section `quant` did not apply" in card
 
 
 def test_what_is_not_known_is_not_told():

@@ -18,7 +18,7 @@ from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.checkpoint_copy import copy_adapter
-from halfbyte.trainer.denoiser import DTYPES, block_names, quant_recipe
+from halfbyte.trainer.denoiser import DTYPES, base_recipe, block_names, quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import (
     Exported,
@@ -93,6 +93,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
             request.base,
             request.check,
             int(checkpoint.removeprefix("step-")),
+            base_recipe(recipe, family),
         )
         exported = export_saved(family, denoiser, adapter_file, target, settings)
         if request.text_encoder:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from halfbyte.quant.base_error import BaseError, base_error
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import read_config
 from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_licence import Licence, base_licence
@@ -37,9 +38,10 @@ class Provenance:
     own_transformer: bool  # whether the transformer was given apart from base_model (model.transformer)
     max_sequence_length: int  # T5 tokens
     licence: Licence | None  # of the base, by its own card
+    quant: QuantRecipe | None  # how the base was held; None: in the compute dtype
 
 
-def write_provenance(family: Family, step: int, folder: Path) -> None:
+def write_provenance(family: Family, step: int, quant: QuantRecipe | None, folder: Path) -> None:
     """Writes the adapter's provenance into its folder."""
     source = family.source
     repository = None if source.revision is None else source.name
@@ -53,17 +55,23 @@ def write_provenance(family: Family, step: int, folder: Path) -> None:
         family.has_own_transformer,
         family.max_sequence_length,
         base_licence(source.folder, repository, source.revision),
+        quant,
     )
-    write_text(json.dumps(asdict(provenance), indent=1) + "\n", folder / PROVENANCE_FILE)
+    facts = asdict(provenance) | {"quant": None if quant is None else quant.as_json()}
+    write_text(json.dumps(facts, indent=1) + "\n", folder / PROVENANCE_FILE)
 
 
 def read_provenance(file: Path) -> Provenance:
     """Raises RecipeError where there is none, or another file."""
     facts = _read(file)
     try:
-        licence = facts.pop("licence")
-        return Provenance(**facts, licence=None if licence is None else Licence(**licence))
-    except (KeyError, TypeError) as error:
+        licence, quant = facts.pop("licence"), facts.pop("quant")
+        return Provenance(
+            **facts,
+            licence=None if licence is None else Licence(**licence),
+            quant=None if quant is None else QuantRecipe.of_json(quant),
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise RecipeError(
             f"{file}: not written by an export of this version; export the run again"
         ) from error

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
 
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import load_adapter_state
@@ -102,7 +101,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         return False
     if world.leads:
         with told_when_full(recipe, family, _WHEN_FULL_AT_THE_END, *_drawing(recipe)):
-            _export(recipe, family, denoiser, folder, sampler, finished, prepared, console)
+            _export(recipe, family, loaded, folder, sampler, finished, prepared, console)
     barrier(world)
     # After the last wait for each other: no process waits for an upload.
     if world.leads and repository is not None:
@@ -178,6 +177,7 @@ def _opening(
         family,
         world,
         loaded.trained,
+        loaded.quant,
         quantized_layers=loaded.quantized_layers,
         footprint=loaded.footprint,
         streamed=0 if loaded.stream is None else loaded.stream.host_bytes,
@@ -197,21 +197,27 @@ def _sample_settings(recipe: Recipe) -> SampleSettings:
 def _export(
     recipe: Recipe,
     family: Family,
-    denoiser: nn.Module,
+    loaded: Loaded,
     folder: RunFolder,
     sampler: PictureSampler,
     finished: Finished,
     prepared: Prepared,
     console: Console,
 ) -> None:
-    denoiser.eval()
+    denoiser = loaded.denoiser.eval()
     sampler.draw(recipe.train.steps)
-    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {_held(recipe)}"
+    held = recipe.quant.compute_dtype if loaded.quant is None else loaded.quant.quant_type
+    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {held}"
     learned = what_was_learned(name, recipe.train.steps, prepared, sampler, folder)
     output = recipe.output
     console.print("exporting", highlight=False)
     settings = ExportSettings(
-        output.dir.name, output.formats, output.export_base, output.self_check, recipe.train.steps
+        output.dir.name,
+        output.formats,
+        output.export_base,
+        output.self_check,
+        recipe.train.steps,
+        loaded.quant,
     )
     exported = export_trained(family, denoiser, folder, settings)
     for line in exported_lines(exported):
@@ -234,11 +240,6 @@ def _export(
     )
     write_summary(closing, folder.root / "summary.json")
     write_lines(console, closing_lines(closing))
-
-
-def _held(recipe: Recipe) -> str:
-    """How the base is held, in a word."""
-    return recipe.quant.compute_dtype if recipe.quant.type == "none" else recipe.quant.type
 
 
 def _ends(rows: list[StepMetrics]) -> tuple[float | None, float | None]:

@@ -170,6 +170,11 @@ class Family(ABC):
         """Whether the transformer's weights were given apart from the source."""
         return self.transformer_file is not None or self.transformer_folder is not None
 
+    @property
+    def transformer_setting(self) -> str:
+        """The recipe's field that names the transformer's weights."""
+        return "model.transformer" if self.has_own_transformer else "model.path"
+
     def denoiser_fingerprint(self, digests: FileDigests) -> str:
         """What tells the transformer's weights from all others."""
         if self.transformer_file is not None:
@@ -256,8 +261,7 @@ class Family(ABC):
             else:
                 denoiser = cache.load(self.denoiser_class, self.source, recipe, **how)
         except ValueError as error:
-            setting = "model.transformer" if self.has_own_transformer else "model.path"
-            raise RecipeError(f"{setting}: {error}") from error
+            raise RecipeError(f"{self.transformer_setting}: {error}") from error
         free_unused(device)
         return denoiser.requires_grad_(False)
 
