@@ -2,6 +2,7 @@
 
 import ast
 import re
+import unicodedata
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -125,11 +126,13 @@ HOSTILE = [
     "{{ 7*7 }} {% raw %} $x$ &amp; &#60; \\ \\| @ann #1 **b** _i_ ~~s~~ `c`",
     "'; import os; os.remove('x') #\"\"\"",
     "www.evil.example http://evil.example ann@evil.example",
-    "\u202eright to left\u2066 \u0000 \x1b[31m\u2028\x85",
+    "\u202eright to left\u2066 caf\xe9 \u0000 \x1b[31m\u2028\x85",
     "yes",
     "1e5",
     "- item\n  key: value",
 ]
+# Unicode's classes of the characters that show others elsewhere than they stand.
+REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 ANY_TEXT = st.text(min_size=1) | st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3).map("".join)
 
 
@@ -163,7 +166,9 @@ def test_no_text_of_a_user_is_read_as_anything(prompt, prefix):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_leaves_no_tag_behind(text):
-    tags = Page(model_card(facts([text], data={"caption_prefix": text}))).tags
+    card = model_card(facts([text], data={"caption_prefix": text}))
+    assert not [character for character in card if unicodedata.bidirectional(character) in REORDERING]
+    tags = Page(card).tags
     assert {tag for tag, *_ in tags} == {
         *("h1", "h2", "p", "a", "code", "pre", "details", "summary"),
         *("table", "thead", "tbody", "tr", "th", "td", "img"),
@@ -253,7 +258,9 @@ def test_no_path_of_the_machine_is_published():
         validation={"path": "/home/ann/held out"},
     )
     provenance = replace(own.provenance, base_model=None, revision=None, own_transformer=True)
-    assert "/home/" not in model_card(replace(own, provenance=provenance))
+    card = model_card(replace(own, provenance=provenance))
+    assert "/home/" not in card
+    assert "The transformer was given apart from that model" in card
     published = published_settings(own.recipe)
     assert "path" not in published["model"]
     assert "path" not in published["data"]

@@ -48,7 +48,7 @@ def _introduction(facts: CardFacts) -> str:
         on = f"[{escaped(base)}](https://huggingface.co/{base}) at revision [`{revision}`]({commit})"
     text = f"A {_kind(facts.recipe)} for {on}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
     if facts.provenance.own_transformer:
-        text += "\nThe transformer was given apart from that repository, as a folder or a file of its own.\n"
+        text += "\nThe transformer was given apart from that model, as a folder or a file of its own.\n"
     if prompt := facts.recipe.data.caption_prefix.strip():
         text += f"\nEvery caption began with: {escaped(prompt)}\n"
     return text

@@ -11,10 +11,11 @@ from torch import nn
 from halfbyte.quant.base_error import BaseError, base_error
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import read_config
-from halfbyte.quant.shards import write_text
+from halfbyte.quant.shards import ShardedWeights, write_text
 from halfbyte.trainer.base_licence import Licence, base_licence
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.single_file import original_weights
 from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)
@@ -80,20 +81,28 @@ def read_provenance(file: Path) -> Provenance:
 def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
     """Measures what quantization cost the base, and writes that into its folder.
 
-    Nothing is written where that cannot be known: the source was quantized already, or was one file under other
-    names.
+    Nothing is written where that cannot be known: the source was quantized already.
     """
-    source = family.denoiser_folder
-    if source is None:
-        return
     try:
-        if read_config(source).get("quantization_config") is not None:
-            return
-        error = base_error(denoiser, source)
+        error = _base_error(family, denoiser)
     except (OSError, ValueError) as problem:
         log.warning("what quantization cost the base is not measured: %s", problem)
         return
+    if error is None:
+        return
     write_text(json.dumps(asdict(error), indent=1) + "\n", folder / BASE_ERROR_FILE)
+
+
+def _base_error(family: Family, denoiser: nn.Module) -> BaseError | None:
+    folder = family.denoiser_folder
+    if folder is None:
+        assert family.transformer_file is not None
+        with original_weights(family.transformer_file, family.original_names()) as (original, finish):
+            return base_error(denoiser, original, finish=finish)
+    if read_config(folder).get("quantization_config") is not None:
+        return None
+    with ShardedWeights(folder) as weights:
+        return base_error(denoiser, weights)
 
 
 def read_base_error(folder: Path) -> BaseError | None:
