@@ -200,7 +200,8 @@ class DataSection(Section):
     """How many crops of each picture are cached when crop is random."""
     flip: bool = False
     """Also train on mirrored pictures."""
-    caption_prefix: str = ""
+    # Only with a length does pydantic look whether it is text: an argument of the shell need not be.
+    caption_prefix: str = Field(default="", min_length=0)
     """Put before every caption, e.g. a trigger word."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples trained with an empty caption."""
