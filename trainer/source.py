@@ -86,6 +86,8 @@ class ModelSource:
             return digest.hexdigest()
         for component in components:
             for file in sorted(path for path in (self.folder / component).rglob("*") if path.is_file()):
+                if file.name.startswith("."):  # a file manager's, which no loader reads
+                    continue
                 relative = file.relative_to(self.folder).as_posix()
                 digest.update(f"{relative}:{memo.of(file)}\n".encode())
         return digest.hexdigest()
