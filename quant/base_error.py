@@ -1,12 +1,12 @@
 """How far a quantized model is from the weights that it was made of, measured on its layers as they stand."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.fill import Finish
 from halfbyte.quant.shards import ShardedWeights
 
 SAMPLE = 500_000
@@ -23,30 +23,33 @@ class BaseError:
     weights: int  # of the quantized layers
 
 
-def base_error(model: nn.Module, folder: Path, *, sample: int = SAMPLE) -> BaseError:
-    """Compares with the folder that the model was quantized from, in full precision; adapters are left out.
+def base_error(
+    model: nn.Module, weights: ShardedWeights, *, finish: Finish | None = None, sample: int = SAMPLE
+) -> BaseError:
+    """Compares with the weights that the model was quantized from, in full precision; adapters are left out.
 
-    sample: weights compared a layer, about, in four runs of whole rows spread evenly. Raises ValueError where the
-    folder does not hold a layer's weight.
+    finish: as for `fill`. sample: weights compared a layer, about, in four runs of whole rows spread evenly. Raises
+    ValueError where a layer's weight is not among the weights.
     """
     squares = errors = 0.0
     layers = measured = total = 0
-    with ShardedWeights(folder) as weights:
-        for path, layer in model.named_modules():
-            if not isinstance(layer, QuantizedLinear):
-                continue
-            name = f"{path.removesuffix('.base_layer')}.weight"
-            rows, columns = layer.out_features, layer.in_features
-            if name not in weights.names or weights.shape(name) != (rows, columns):
-                raise ValueError(f"{folder}: has no {name} of shape {(rows, columns)}")
-            pieces = _pieces(rows, sample // columns)
-            restored = _rows(layer.dequantize(torch.float32), pieces)
-            weight = _rows(weights.read(name), pieces).to(restored.device, torch.float32)
-            squares += _sum_of_squares(weight)
-            errors += _sum_of_squares(restored - weight)
-            layers += 1
-            measured += weight.numel()
-            total += rows * columns
+    known = set(weights.names)
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        name = f"{path.removesuffix('.base_layer')}.weight"
+        rows, columns = layer.out_features, layer.in_features
+        if name not in known or weights.shape(name) != (rows, columns):
+            raise ValueError(f"{weights.folder}: has no {name} of shape {(rows, columns)}")
+        pieces = _pieces(rows, sample // columns)
+        restored = _rows(layer.dequantize(torch.float32), pieces)
+        read = weights.read(name) if finish is None else finish(name, weights.read(name))
+        weight = _rows(read, pieces).to(restored.device, torch.float32)
+        squares += _sum_of_squares(weight)
+        errors += _sum_of_squares(restored - weight)
+        layers += 1
+        measured += weight.numel()
+        total += rows * columns
     return BaseError((errors / squares) ** 0.5 if squares else 0.0, layers, measured, total)
 
 

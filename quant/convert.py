@@ -2,8 +2,9 @@
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 QuantizedLinear = Linear4bit | Linear8bit
 QUANT_TYPES = (*ops.QUANT_TYPES, "int8")
+_USUAL_BLOCKSIZE = 64
 _LARGEST_THRESHOLD = 65504.0  # of fp16, in which outliers are told
 
 
@@ -29,7 +31,7 @@ class QuantRecipe:
     """`nf4`, `fp4` or `int8` (LLM.int8())."""
     double_quant: bool = True
     """Store the block scales in 8 bits as well; always False for int8, which has a scale a row."""
-    blocksize: int = 64
+    blocksize: int = _USUAL_BLOCKSIZE
     """Weights that share a scale, in the 4-bit types."""
     compute_dtype: torch.dtype = torch.bfloat16
     """What the products run in: bfloat16, float16 or float32."""
@@ -64,6 +66,31 @@ class QuantRecipe:
         else:
             object.__setattr__(self, "llm_int8_threshold", DEFAULT_THRESHOLD)
             QuantSpec(self.quant_type, self.double_quant, self.blocksize, self.scale_search)
+
+    def describe(self) -> str:
+        """How the layers are held, in words; what they compute in is not said."""
+        text = self.quant_type
+        if self.quant_type == "int8" and self.llm_int8_threshold:
+            text += f", outliers from {self.llm_int8_threshold:g}"
+        if self.double_quant:
+            text += " with double quantization"
+        if self.blocksize != _USUAL_BLOCKSIZE:
+            text += f", blocks of {self.blocksize}"
+        if self.scale_search is not None:
+            text += f", scales by {self.scale_search}"
+        return text + (f", all but {', '.join(self.skip)}" if self.skip else "")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON holds them; see `of_json`."""
+        return asdict(self) | {"compute_dtype": str(self.compute_dtype), "skip": list(self.skip)}
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The recipe that `as_json` gave. Raises KeyError, TypeError or ValueError for other fields."""
+        dtypes = {str(dtype): dtype for dtype in WEIGHT_DTYPES}
+        return cls(
+            **{**fields, "compute_dtype": dtypes[fields["compute_dtype"]], "skip": tuple(fields["skip"])}
+        )
 
     @property
     def spec(self) -> QuantSpec:

@@ -114,7 +114,12 @@ def settle(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRe
         return own
     settled = replace(own, compute_dtype=asked.compute_dtype)
     if replace(asked, blocksize=own.blocksize) != settled:
-        log.warning("%s is quantized already and loaded as it is: %s, not %s", folder, settled, asked)
+        log.warning(
+            "%s is quantized already and loaded as it is: %s; what was asked for, %s, does not apply",
+            folder,
+            settled.describe(),
+            asked.describe(),
+        )
     return settled
 
 

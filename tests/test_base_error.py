@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.quant.base_error import base_error
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.load import load_quantized
+from halfbyte.quant.shards import ShardedWeights
 from halfbyte.quant.weight_error import SCHEMES
 
 
@@ -17,12 +18,17 @@ def load(folder, recipe):
     )
 
 
+def measured(model, folder, **options):
+    with ShardedWeights(folder) as weights:
+        return base_error(model, weights, **options)
+
+
 @pytest.mark.parametrize(
     ("kind", "search", "scheme"), [("nf4", None, "nf4"), ("nf4", "mse", "nf4 mse"), ("int8", None, "int8")]
 )
 def test_it_is_the_sum_over_layers_of_what_quantizing_costs_each(mini_flux, kind, search, scheme):
     model = load(mini_flux, QuantRecipe(kind, double_quant=True, scale_search=search))
-    found = base_error(model, mini_flux / "transformer")
+    found = measured(model, mini_flux / "transformer")
     weights = load_file(mini_flux / "transformer" / "diffusion_pytorch_model.safetensors")
     (restore,) = [one.restore for one in SCHEMES if one.name == scheme]
     layers = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
@@ -35,7 +41,7 @@ def test_it_is_the_sum_over_layers_of_what_quantizing_costs_each(mini_flux, kind
 
 def test_a_sample_of_rows_says_about_the_same(mini_flux):
     model = load(mini_flux, QuantRecipe("nf4"))
-    whole, part = (base_error(model, mini_flux / "transformer", sample=n) for n in (10**9, 2000))
+    whole, part = (measured(model, mini_flux / "transformer", sample=n) for n in (10**9, 2000))
     assert part.measured < whole.measured / 2
     assert part.weights == whole.weights == whole.measured
     assert part.relative == pytest.approx(whole.relative, rel=0.02)
@@ -44,10 +50,10 @@ def test_a_sample_of_rows_says_about_the_same(mini_flux):
 def test_another_folder_is_refused(mini_flux, mini_sd3, tmp_path):
     model = load(mini_flux, QuantRecipe("nf4"))
     with pytest.raises(ValueError, match="has no "):
-        base_error(model, mini_sd3 / "transformer")
+        measured(model, mini_sd3 / "transformer")
     name = "proj_out.weight"
     tensors = load_file(mini_flux / "transformer" / "diffusion_pytorch_model.safetensors")
     tensors[name] = tensors[name][:1].clone()
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"no proj_out\.weight of shape"):
-        base_error(model, tmp_path)
+        measured(model, tmp_path)

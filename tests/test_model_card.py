@@ -2,6 +2,7 @@
 
 import ast
 import re
+import unicodedata
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from halfbyte.quant.base_error import BaseError
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.trainer.base_licence import Licence
 from halfbyte.trainer.card_facts import CardFacts, Validation
+from halfbyte.trainer.denoiser import quant_recipe
 from halfbyte.trainer.markdown import fenced
 from halfbyte.trainer.model_card import model_card, published_settings
 from halfbyte.trainer.provenance import Provenance
@@ -54,9 +57,10 @@ def facts(prompts=("a dog",), **sections):
         )
         for n, prompt in enumerate(prompts)
     ]
+    made_from = recipe(prompts, **sections)
     return CardFacts(
         "ann/dog",
-        recipe(prompts, **sections),
+        made_from,
         Provenance(
             "0.1.0",
             1000,
@@ -67,6 +71,7 @@ def facts(prompts=("a dog",), **sections):
             own_transformer=False,
             max_sequence_length=512,
             licence=FLUX,
+            quant=quant_recipe(made_from),
         ),
         NAMES,
         tuple(pictures),
@@ -121,11 +126,13 @@ HOSTILE = [
     "{{ 7*7 }} {% raw %} $x$ &amp; &#60; \\ \\| @ann #1 **b** _i_ ~~s~~ `c`",
     "'; import os; os.remove('x') #\"\"\"",
     "www.evil.example http://evil.example ann@evil.example",
-    "\u202eright to left\u2066 \u0000 \x1b[31m\u2028\x85",
+    "\u202eright to left\u2066 caf\xe9 \u0000 \x1b[31m\u2028\x85",
     "yes",
     "1e5",
     "- item\n  key: value",
 ]
+# Unicode's classes of the characters that show others elsewhere than they stand.
+REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 ANY_TEXT = st.text(min_size=1) | st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3).map("".join)
 
 
@@ -159,7 +166,9 @@ def test_no_text_of_a_user_is_read_as_anything(prompt, prefix):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_leaves_no_tag_behind(text):
-    tags = Page(model_card(facts([text], data={"caption_prefix": text}))).tags
+    card = model_card(facts([text], data={"caption_prefix": text}))
+    assert not [character for character in card if unicodedata.bidirectional(character) in REORDERING]
+    tags = Page(card).tags
     assert {tag for tag, *_ in tags} == {
         *("h1", "h2", "p", "a", "code", "pre", "details", "summary"),
         *("table", "thead", "tbody", "tr", "th", "td", "img"),
@@ -203,7 +212,17 @@ def test_a_card_tells_the_facts():
         "[flux-1-dev-non-commercial-license](<https://huggingface.co/",
     ):
         assert told in card, told
+    assert "did not apply" not in card
     assert model_card(facts()) == card
+
+
+def test_a_base_that_was_stored_otherwise_than_the_recipe_asks_is_told_as_it_was():
+    known = facts()
+    stored = QuantRecipe("int8", skip=("proj_out",))
+    card = model_card(replace(known, provenance=replace(known.provenance, quant=stored)))
+    assert card.count("int8, outliers from 6, all but proj&#95;out, computed in bfloat16") == 3
+    assert "nf4 with" not in card
+    assert "section `quant` did not apply" in card
 
 
 def test_what_is_not_known_is_not_told():
@@ -239,7 +258,9 @@ def test_no_path_of_the_machine_is_published():
         validation={"path": "/home/ann/held out"},
     )
     provenance = replace(own.provenance, base_model=None, revision=None, own_transformer=True)
-    assert "/home/" not in model_card(replace(own, provenance=provenance))
+    card = model_card(replace(own, provenance=provenance))
+    assert "/home/" not in card
+    assert "The transformer was given apart from that model" in card
     published = published_settings(own.recipe)
     assert "path" not in published["model"]
     assert "path" not in published["data"]

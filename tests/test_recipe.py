@@ -251,6 +251,7 @@ def test_an_override_without_brackets_is_the_text_itself(write: Write, text: str
         ("objective.loss.name=hubert", "got 'hubert', expected mse, huber or l1; did you mean 'huber'?"),
         ("lora.targetz=", "unknown key; did you mean 'targets'?"),
         ("lora.rank=", "got null, expected a whole number, 1 or more"),
+        ("data.caption_prefix=a\udcff", r"got 'a\udcff', expected text"),
     ],
 )
 def test_a_wrong_override_is_named_as_it_was_given(write: Write, override: str, expected: str) -> None:

@@ -259,7 +259,7 @@ def test_nothing_is_compiled_while_it_is_recorded(
     recorders = Recorders()
     with recorded_forwards(denoiser, recorders):
         call_of(family, denoiser).draw(
-            text_of(family, 1), 1, on_step=lambda: found.append(counters["stats"]["unique_graphs"])
+            text_of(family, 1), 1, on_step=lambda _: found.append(counters["stats"]["unique_graphs"])
         )
     torch._dynamo.reset()
     assert recorders.counts == (1, 3)

@@ -7,6 +7,8 @@ import shutil
 import numpy
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.picture_files import read_record
@@ -161,6 +163,31 @@ def test_folders_are_numbered_and_never_written_over(flux, tmp_path):
     refused = invoke(run, "--prompt", "a gradient", "--output", tmp_path)
     assert (refused.exit_code, "is not empty" in refused.output) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_strengths_that_are_nearly_alike_have_a_picture_each(flux, tmp_path):
+    _, run = flux
+    close = ("0.1234567", "0.12345678", "1e-7")
+    drawn = drawn_pixels(tmp_path / "out", run, "--prompt", "a", *SMALL, "--strength", ",".join(close))
+    names = [f"prompt00-strength{strength}-seed0.png" for strength in ("0.1234567", "0.12345678", "1e-07")]
+    assert sorted(drawn) == sorted(names)
+
+
+@pytest.mark.parametrize("placed", [(), ("--offload", "model")])
+def test_what_is_not_finite_is_no_picture(flux, tmp_path, placed):
+    model, run = flux
+    adapter = run / "adapter" / ADAPTER_FILE
+    with safe_open(adapter, "pt") as file:
+        metadata = file.metadata()
+    huge = {name: tensor * 1e30 for name, tensor in load_file(adapter).items()}
+    save_file(huge, tmp_path / "huge.safetensors", metadata=metadata)
+    result = invoke(
+        *(tmp_path / "huge.safetensors", "--model", model, "--prompt", "a", *SMALL, *placed),
+        *("--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 2, result.output
+    assert "seed 0 at strength 1: what the transformer predicts is not finite" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_grid_has_prompts_down_and_strengths_and_seeds_across(flux, tmp_path):

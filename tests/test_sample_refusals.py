@@ -51,7 +51,9 @@ def refusal(*arguments):
     [
         (["--strength", "half"], "--strength: got 'half'"),
         (["--strength", "0,nan"], "--strength: got 'nan'"),
+        (["--strength", "1e300"], "--strength: got '1e300', expected numbers from -1000 to 1000"),
         (["--strength", "1"], "without an adapter"),
+        (["--prompt", "a\udcff"], r"--prompt: got 'a\udcff', which is no UTF-8 text"),
         (["--seed", "-1"], "--seed: got '-1'"),
         (["--seed", "1,2", "--seeds", "2"], "--seeds"),
         (["--width", "100"], "--width: got 100"),

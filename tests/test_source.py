@@ -112,6 +112,7 @@ def test_a_fingerprint_changes_with_the_files_and_nothing_else(tmp_path, mini_fl
     shutil.copytree(mini_flux, folder)
     first = open_flux(folder).fingerprint(["vae"], memo)
     (folder / "transformer" / "config.json").touch()
+    (folder / "vae" / ".DS_Store").write_bytes(b"a file manager's")
     assert open_flux(folder).fingerprint(["vae"], memo) == first
     shutil.copytree(folder, tmp_path / "copy")
     assert open_flux(tmp_path / "copy").fingerprint(["vae"], memo) == first

@@ -9,8 +9,11 @@ from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 from transformers import T5EncoderModel
+from typer.testing import CliRunner
 
+from halfbyte.trainer.cli import app
 from halfbyte.trainer.metrics import read_metrics
+from halfbyte.trainer.provenance import PROVENANCE_FILE, read_provenance
 
 from judge import stock_bitsandbytes_on_cpu
 from runs import run_here, write_recipe
@@ -18,8 +21,14 @@ from runs import run_here, write_recipe
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 KINDS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.bfloat16},
     "int8": {"load_in_8bit": True},
 }
+# The recipe's default, which none of them is.
+DEFAULT = "nf4 with double quantization"
+
+
+HELD = {"nf4": "nf4", "fp4": "fp4", "int8": "int8, outliers from 6"}
 
 
 @pytest.fixture(params=KINDS)
@@ -56,7 +65,25 @@ def test_it_trains_without_a_quantization_in_the_recipe(package, tmp_path, caplo
     stored, exported = load_file(folder / WEIGHTS), load_file(run / WEIGHTS)
     assert stored.keys() == exported.keys()
     assert all(torch.equal(tensor, exported[name]) for name, tensor in stored.items())
-    # The recipe's default is NF4 with double quantization, which neither of them is: said once.
     told = [record.message for record in caplog.records if "is quantized already" in record.message]
     assert len(told) == 1
-    assert kind in told[0]
+    assert f"loaded as it is: {HELD[kind]}; what was asked for, {DEFAULT}, does not apply" in told[0]
+
+
+def test_everything_tells_how_it_is_stored_and_not_what_the_recipe_says(package, tmp_path):
+    kind, folder = package
+    recipe = write_recipe(tmp_path, folder)
+    asked = "nf4" if kind == "int8" else "int8"
+    settings = (f"quant.type={asked}", "quant.double_quant=false", "train.steps=1", "sample.prompts=[a]")
+    done = CliRunner().invoke(app, ["train", str(recipe), *settings])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if line.startswith("base ") and "layers" in line]
+    assert line.split(maxsplit=1)[1].startswith(f"{HELD[kind]}; ")
+    run = tmp_path / "run"
+    written = read_provenance(run / "adapter" / PROVENANCE_FILE).quant
+    assert written is not None
+    assert (written.quant_type, written.double_quant) == (kind, False)
+    card = CliRunner().invoke(app, ["push", str(run), "--repo", "ann/dog", "--dry-run"]).output
+    assert f"is the base that the adapter was trained on ({HELD[kind]}, computed in float32)" in card
+    assert f"| base in training | {HELD[kind]}, computed in float32 |" in card
+    assert "section `quant` did not apply" in card

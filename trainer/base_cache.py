@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class BaseCache:
             "dtype": str(dtype),
             # The double-quantized scales of CPU and GPU may differ in the last step.
             "device": device.type,
-            "quant": asdict(recipe) | {"compute_dtype": str(recipe.compute_dtype), "skip": list(recipe.skip)},
+            "quant": recipe.as_json(),
         }
         damaged = None
         fingerprint = self._known_fingerprint(source)

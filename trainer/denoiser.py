@@ -46,19 +46,23 @@ def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
 def base_recipe(recipe: Recipe, family: Family) -> QuantRecipe | None:
     """How the family's base is held: as the recipe says, or as it is stored where it is quantized already.
 
-    Raises ValueError where it is stored in a form that is not read.
+    Raises RecipeError where it is stored in a form that is not read.
     """
     asked = quant_recipe(recipe)
     stored = family.denoiser_config.get("quantization_config")
     if stored is None or family.denoiser_folder is None:
         return asked
-    own = read_quantization_config(stored, str(family.denoiser_folder / CONFIG_FILE))
+    try:
+        own = read_quantization_config(stored, str(family.denoiser_folder / CONFIG_FILE))
+    except ValueError as error:
+        raise RecipeError(f"{family.transformer_setting}: {error}") from error
     return replace(own, compute_dtype=DTYPES[recipe.quant.compute_dtype])
 
 
 @dataclass(frozen=True)
 class Loaded:
     denoiser: nn.Module
+    quant: QuantRecipe | None  # how the base is held; None: in the compute dtype
     trained: TrainedLayers
     quantized_layers: int
     footprint: int
@@ -181,4 +185,4 @@ def load_denoiser(
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     stream = _stream(family, denoiser, world) if recipe.train.stream_blocks else None
     quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
-    return Loaded(denoiser.eval(), trained, quantized, footprint, stream)
+    return Loaded(denoiser.eval(), base_recipe(recipe, family), trained, quantized, footprint, stream)

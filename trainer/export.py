@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import flush
 from halfbyte.trainer.adapters import adapter_state, save_adapter
@@ -32,6 +33,7 @@ class ExportSettings:
     base: bool
     check: bool
     step: int  # whose adapter it is
+    quant: QuantRecipe | None  # how the base is held that it was trained on
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _export(
     source = family.source
     base = None if source.revision is None else (source.name, source.revision)
     write_formats(adapter, formats, work, family.original_names(), name=settings.name, base=base)
-    write_provenance(family, settings.step, work)
+    write_provenance(family, settings.step, settings.quant, work)
     check = None
     with work_folder(folder.base) as work_base:
         has_base = settings.base and denoiser is not None and is_quantized(denoiser)

@@ -18,7 +18,7 @@ from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.checkpoint_copy import copy_adapter
-from halfbyte.trainer.denoiser import DTYPES, block_names, quant_recipe
+from halfbyte.trainer.denoiser import DTYPES, base_recipe, block_names, quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import (
     Exported,
@@ -36,9 +36,9 @@ from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_formats import LoraFormat
 from halfbyte.trainer.merge import merge, total
+from halfbyte.trainer.pinned_base import open_base
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe, load_written
-from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
 from halfbyte.trainer.text_encoder_export import write_text_encoder
@@ -80,10 +80,8 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         adapter_file = Path(copies) / ADAPTER_FILE
         finished = checkpoint == f"step-{recipe.train.steps:06d}"
         target = run if finished else RunFolder(root / "exports" / checkpoint)
-        model = recipe.model
-        family = FAMILIES[model.family].open(
-            model.path, model.revision, model.max_sequence_length, model.transformer
-        )
+        digests = FileDigests(recipe.data.cache_folder / "digests")
+        family = open_base(run, recipe.model, digests)
         adapter = read_saved(adapter_file)
         denoiser = None
         if request.base or request.merged or request.check:
@@ -95,6 +93,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
             request.base,
             request.check,
             int(checkpoint.removeprefix("step-")),
+            base_recipe(recipe, family),
         )
         exported = export_saved(family, denoiser, adapter_file, target, settings)
         if request.text_encoder:

@@ -10,6 +10,7 @@ import yaml
 
 from halfbyte.trainer.card_facts import CardFacts
 from halfbyte.trainer.card_metadata import front_matter
+from halfbyte.trainer.denoiser import quant_recipe
 from halfbyte.trainer.lora_formats import PEFT_FILE
 from halfbyte.trainer.markdown import escaped, fenced, table
 from halfbyte.trainer.push_files import BASE, PushFile
@@ -47,7 +48,7 @@ def _introduction(facts: CardFacts) -> str:
         on = f"[{escaped(base)}](https://huggingface.co/{base}) at revision [`{revision}`]({commit})"
     text = f"A {_kind(facts.recipe)} for {on}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
     if facts.provenance.own_transformer:
-        text += "\nThe transformer was given apart from that repository, as a folder or a file of its own.\n"
+        text += "\nThe transformer was given apart from that model, as a folder or a file of its own.\n"
     if prompt := facts.recipe.data.caption_prefix.strip():
         text += f"\nEvery caption began with: {escaped(prompt)}\n"
     return text
@@ -63,7 +64,7 @@ def _samples(facts: CardFacts) -> str:
     return (
         "## Samples\n\n"
         + table(["prompt", "base", f"with the adapter, step {facts.provenance.step}"], rows)
-        + f"\nDrawn over the base as it was trained on ({_storage(facts.recipe)}), {sample.steps} steps,"
+        + f"\nDrawn over the base as it was trained on ({escaped(_storage(facts))}), {sample.steps} steps,"
         f" guidance {sample.guidance_scale:g}, {sample.width} x {sample.height}, seed {sample.seed} and upwards; base"
         " and adapter from the same noise.\n"
     )
@@ -99,7 +100,7 @@ def _training(facts: CardFacts) -> str:
         ("pictures a step and process", f"{train.batch_size} x {train.grad_accumulation} micro-batches"),
         ("resolution", f"{recipe.data.resolution}" + (" (buckets)" if recipe.data.aspect_buckets else "")),
         ("adapter", f"{_kind(recipe)}, rank {lora.rank}, alpha {lora.alpha:g}, targets {_targets(recipe)}"),
-        ("base in training", _storage(recipe)),
+        ("base in training", _storage(facts)),
         ("optimizer", recipe.optimizer.describe()),
         ("learning rate schedule", recipe.lr_schedule.describe()),
         ("timesteps", objective.timesteps.describe()),
@@ -110,6 +111,8 @@ def _training(facts: CardFacts) -> str:
         ("seed", f"{train.seed}"),
     ]
     text = "## Training\n\n" + table(["setting", ""], [[name, escaped(value)] for name, value in rows])
+    if facts.provenance.quant != quant_recipe(recipe):
+        text += "\nThe base was quantized already, and the recipe's section `quant` did not apply.\n"
     if (change := facts.validation) is not None:
         text += (
             f"\nThe loss on {change.pictures} pictures that were not trained on went from {change.base:.4f} to"
@@ -125,9 +128,9 @@ def _training(facts: CardFacts) -> str:
 
 
 def _base(facts: CardFacts) -> str:
-    held = "the base that the adapter was trained on" if facts.recipe.quant.type != "none" else "the base"
+    held = "the base that the adapter was trained on" if facts.provenance.quant is not None else "the base"
     text = (
-        f"## The quantized base\n\n`{BASE}/` is {held} ({escaped(_storage(facts.recipe))}), in bitsandbytes'"
+        f"## The quantized base\n\n`{BASE}/` is {held} ({escaped(_storage(facts))}), in bitsandbytes'"
         " format.\n"
     )
     if (error := facts.base_error) is not None:
@@ -177,10 +180,6 @@ def _targets(recipe: Recipe) -> str:
     return targets if isinstance(targets, str) else ", ".join(targets)
 
 
-def _storage(recipe: Recipe) -> str:
-    quant = recipe.quant
-    if quant.type == "none":
-        return quant.compute_dtype
-    double = " with double quantization" if quant.type != "int8" and quant.double_quant else ""
-    searched = "" if quant.scale_search == "none" else f", scales by {quant.scale_search}"
-    return f"{quant.type}{double}{searched}, computed in {quant.compute_dtype}"
+def _storage(facts: CardFacts) -> str:
+    quant, dtype = facts.provenance.quant, facts.recipe.quant.compute_dtype
+    return dtype if quant is None else f"{quant.describe()}, computed in {dtype}"

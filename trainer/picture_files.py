@@ -30,8 +30,13 @@ class Job:
     @property
     def file_name(self) -> str:
         """Says which picture it is."""
-        strength = "" if self.strength is None else f"-strength{self.strength:g}"
+        strength = "" if self.strength is None else f"-strength{_shown(self.strength)}"
         return f"prompt{self.place:02d}{strength}-seed{self.seed}.png"
+
+
+def _shown(strength: float) -> str:
+    """Every digit that tells it from others."""
+    return repr(strength).removesuffix(".0")
 
 
 class PictureFolder:
@@ -102,7 +107,7 @@ def _grid(heading: Sequence[str], pictures: Sequence[tuple[Job, Image.Image]]) -
     shared = len({(job.seed_place, job.seed) for job, _ in pictures}) == len(several)
     titles = []
     for strength, place in columns:
-        parts = [] if strength is None else [f"strength {strength:g}"]
+        parts = [] if strength is None else [f"strength {_shown(strength)}"]
         if shared:
             parts.append(f"seed {seeds[place]}")
         titles.append(", ".join(parts))

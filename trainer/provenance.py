@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from halfbyte.quant.base_error import BaseError, base_error
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import read_config
-from halfbyte.quant.shards import write_text
+from halfbyte.quant.shards import ShardedWeights, write_text
 from halfbyte.trainer.base_licence import Licence, base_licence
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.single_file import original_weights
 from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)
@@ -37,9 +39,10 @@ class Provenance:
     own_transformer: bool  # whether the transformer was given apart from base_model (model.transformer)
     max_sequence_length: int  # T5 tokens
     licence: Licence | None  # of the base, by its own card
+    quant: QuantRecipe | None  # how the base was held; None: in the compute dtype
 
 
-def write_provenance(family: Family, step: int, folder: Path) -> None:
+def write_provenance(family: Family, step: int, quant: QuantRecipe | None, folder: Path) -> None:
     """Writes the adapter's provenance into its folder."""
     source = family.source
     repository = None if source.revision is None else source.name
@@ -50,20 +53,26 @@ def write_provenance(family: Family, step: int, folder: Path) -> None:
         family.denoiser_class.__name__,
         repository,
         source.revision,
-        family.denoiser_folder != source.folder / "transformer",
+        family.has_own_transformer,
         family.max_sequence_length,
         base_licence(source.folder, repository, source.revision),
+        quant,
     )
-    write_text(json.dumps(asdict(provenance), indent=1) + "\n", folder / PROVENANCE_FILE)
+    facts = asdict(provenance) | {"quant": None if quant is None else quant.as_json()}
+    write_text(json.dumps(facts, indent=1) + "\n", folder / PROVENANCE_FILE)
 
 
 def read_provenance(file: Path) -> Provenance:
     """Raises RecipeError where there is none, or another file."""
     facts = _read(file)
     try:
-        licence = facts.pop("licence")
-        return Provenance(**facts, licence=None if licence is None else Licence(**licence))
-    except (KeyError, TypeError) as error:
+        licence, quant = facts.pop("licence"), facts.pop("quant")
+        return Provenance(
+            **facts,
+            licence=None if licence is None else Licence(**licence),
+            quant=None if quant is None else QuantRecipe.of_json(quant),
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise RecipeError(
             f"{file}: not written by an export of this version; export the run again"
         ) from error
@@ -72,20 +81,28 @@ def read_provenance(file: Path) -> Provenance:
 def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
     """Measures what quantization cost the base, and writes that into its folder.
 
-    Nothing is written where that cannot be known: the source was quantized already, or was one file under other
-    names.
+    Nothing is written where that cannot be known: the source was quantized already.
     """
-    source = family.denoiser_folder
-    if source is None:
-        return
     try:
-        if read_config(source).get("quantization_config") is not None:
-            return
-        error = base_error(denoiser, source)
+        error = _base_error(family, denoiser)
     except (OSError, ValueError) as problem:
         log.warning("what quantization cost the base is not measured: %s", problem)
         return
+    if error is None:
+        return
     write_text(json.dumps(asdict(error), indent=1) + "\n", folder / BASE_ERROR_FILE)
+
+
+def _base_error(family: Family, denoiser: nn.Module) -> BaseError | None:
+    folder = family.denoiser_folder
+    if folder is None:
+        assert family.transformer_file is not None
+        with original_weights(family.transformer_file, family.original_names()) as (original, finish):
+            return base_error(denoiser, original, finish=finish)
+    if read_config(folder).get("quantization_config") is not None:
+        return None
+    with ShardedWeights(folder) as weights:
+        return base_error(denoiser, weights)
 
 
 def read_base_error(folder: Path) -> BaseError | None:

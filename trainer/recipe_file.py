@@ -23,6 +23,8 @@ _INT = re.compile(r"^(?:[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40})$")
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+# Unicode's controls of direction: what stands behind one is shown elsewhere than it is.
+_REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 _TAG = "tag:yaml.org,2002:"
 
@@ -41,12 +43,20 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would not read back as text."""
+    """Quotes whatever either version of YAML would not read back as text, or would be shown in another order."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         # PyYAML folds these line breaks into spaces unless they are written as escapes.
-        style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
-        return self.represent_scalar(_TAG + "str", text, style)
+        quoted = _REORDERING.search(text) or any(mark in text for mark in "\x85\u2028\u2029")
+        return self.represent_scalar(_TAG + "str", text, '"' if quoted else None)
+
+    def write_double_quoted(self, text: str, split: bool = True) -> None:
+        unicode = self.allow_unicode
+        if _REORDERING.search(text):
+            # PyYAML itself would write these characters as they are.
+            self.allow_unicode = False
+        super().write_double_quoted(text, split)
+        self.allow_unicode = unicode
 
 
 RecipeDumper.add_representer(str, RecipeDumper.represent_text)

@@ -82,7 +82,7 @@ class ModelSection(Section):
     """A Hub repository as owner/name, or a folder (./, ../, / or ~ in front), in diffusers' layout. In a
     recipe file ./ and ../ start from the file's folder, on the command line from the current one."""
     revision: Text | None = None
-    """A branch, tag or commit of the Hub repository; null: its main branch."""
+    """A branch, tag or commit of the Hub repository; null: its main branch. A run keeps to the commit that it found."""
     transformer: FilePath | None = None
     """What to take the transformer's weights from instead: a folder in diffusers' layout, as `halfbyte quantize`
     writes one, or one safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8). Weights in full precision
@@ -200,7 +200,8 @@ class DataSection(Section):
     """How many crops of each picture are cached when crop is random."""
     flip: bool = False
     """Also train on mirrored pictures."""
-    caption_prefix: str = ""
+    # Only with a length does pydantic look whether it is text: an argument of the shell need not be.
+    caption_prefix: str = Field(default="", min_length=0)
     """Put before every caption, e.g. a trigger word."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples trained with an empty caption."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.trainer.adapters import TrainedLayers
 from halfbyte.trainer.attention_choice import AttentionChoice
 from halfbyte.trainer.families.base import Family
@@ -15,7 +16,6 @@ from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import Measurement
 from halfbyte.trainer.picture_distance import PictureChange
 from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.recipe_sections import QuantSection
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Opening:
     family: Family
     world: World
     trained: TrainedLayers
+    quant: QuantRecipe | None  # how the base is held; None: in the compute dtype
     quantized_layers: int
     footprint: int  # bytes of the frozen base
     streamed: int  # those of them that stay in the host's memory
@@ -39,11 +40,11 @@ class Opening:
 def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     """Label and text for each thing that decides the result; nothing that matters is left to a guess."""
     recipe, family, trained = opening.recipe, opening.family, opening.trained
-    quant = recipe.quant
-    if quant.type == "none":
-        base = f"not quantized, {quant.compute_dtype}"
+    dtype = recipe.quant.compute_dtype
+    if opening.quant is None:
+        base = f"not quantized, {dtype}"
     else:
-        base = f"{_storage(quant)}, {opening.quantized_layers} layers, computed in {quant.compute_dtype}"
+        base = f"{opening.quant.describe()}; {opening.quantized_layers} layers, computed in {dtype}"
     where = f", {_bytes(opening.streamed)} of it streamed from host memory" if opening.streamed else ""
     revision = f" @ {family.source.revision[:12]}" if family.source.revision else ""
     objective = recipe.objective
@@ -133,15 +134,6 @@ def _validation_plan(recipe: Recipe, held_out: int) -> str:
     levels = ", ".join(f"{sigma:g}" for sigma in recipe.validation.sigmas)
     when = f"every {every} steps, before and after" if every else "before and after"
     return f"{held_out} pictures that are not trained on, at sigma {levels}, {when}"
-
-
-def _storage(quant: QuantSection) -> str:
-    """How a quantized base is held."""
-    if quant.type == "int8":
-        return f"int8, outliers from {quant.llm_int8_threshold:g}" if quant.llm_int8_threshold else "int8"
-    double = "double-quantized" if quant.double_quant else "single-quantized"
-    searched = "" if quant.scale_search == "none" else f", scales by {quant.scale_search}"
-    return f"{quant.type} {double}{searched}"
 
 
 def _shift_note(opening: Opening, tokens: Sequence[int]) -> str:

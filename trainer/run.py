@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
 
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import load_adapter_state
@@ -16,15 +15,16 @@ from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export import ExportSettings, export_trained
 from halfbyte.trainer.export_lines import exported_lines
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.fit import Finished, fit
 from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.launch import World, barrier, join
 from halfbyte.trainer.learned import what_was_learned
 from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
+from halfbyte.trainer.pinned_base import base_of, open_base, pin_base
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.report import (
     Closing,
     Opening,
@@ -54,10 +54,8 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     repository = recipe.output.push_to_hub
     if world.leads and repository is not None:
         check_push(repository)
-    model = recipe.model
-    family = FAMILIES[model.family].open(
-        model.path, model.revision, model.max_sequence_length, model.transformer
-    )
+    digests = FileDigests(recipe.data.cache_folder / "digests")
+    family = open_base(folder, recipe.model, digests)
     join(world)
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
@@ -83,6 +81,8 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     if world.leads:
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        # Here the base has been read, and its digests are known.
+        pin_base(folder, base_of(family, digests))
         if saved is None:
             with told_when_full(recipe, family, "in drawing the first pictures", *_drawing(recipe)):
                 sampler.draw(0)
@@ -101,7 +101,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         return False
     if world.leads:
         with told_when_full(recipe, family, _WHEN_FULL_AT_THE_END, *_drawing(recipe)):
-            _export(recipe, family, denoiser, folder, sampler, finished, prepared, console)
+            _export(recipe, family, loaded, folder, sampler, finished, prepared, console)
     barrier(world)
     # After the last wait for each other: no process waits for an upload.
     if world.leads and repository is not None:
@@ -177,6 +177,7 @@ def _opening(
         family,
         world,
         loaded.trained,
+        loaded.quant,
         quantized_layers=loaded.quantized_layers,
         footprint=loaded.footprint,
         streamed=0 if loaded.stream is None else loaded.stream.host_bytes,
@@ -196,21 +197,27 @@ def _sample_settings(recipe: Recipe) -> SampleSettings:
 def _export(
     recipe: Recipe,
     family: Family,
-    denoiser: nn.Module,
+    loaded: Loaded,
     folder: RunFolder,
     sampler: PictureSampler,
     finished: Finished,
     prepared: Prepared,
     console: Console,
 ) -> None:
-    denoiser.eval()
+    denoiser = loaded.denoiser.eval()
     sampler.draw(recipe.train.steps)
-    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {_held(recipe)}"
+    held = recipe.quant.compute_dtype if loaded.quant is None else loaded.quant.quant_type
+    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {held}"
     learned = what_was_learned(name, recipe.train.steps, prepared, sampler, folder)
     output = recipe.output
     console.print("exporting", highlight=False)
     settings = ExportSettings(
-        output.dir.name, output.formats, output.export_base, output.self_check, recipe.train.steps
+        output.dir.name,
+        output.formats,
+        output.export_base,
+        output.self_check,
+        recipe.train.steps,
+        loaded.quant,
     )
     exported = export_trained(family, denoiser, folder, settings)
     for line in exported_lines(exported):
@@ -233,11 +240,6 @@ def _export(
     )
     write_summary(closing, folder.root / "summary.json")
     write_lines(console, closing_lines(closing))
-
-
-def _held(recipe: Recipe) -> str:
-    """How the base is held, in a word."""
-    return recipe.quant.compute_dtype if recipe.quant.type == "none" else recipe.quant.type
 
 
 def _ends(rows: list[StepMetrics]) -> tuple[float | None, float | None]:

@@ -44,6 +44,11 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
+    def pin(self) -> Path:
+        """Which base the run was started on, see `pinned_base`."""
+        return self.root / "base.json"
+
+    @property
     def checkpoints(self) -> Path:
         """A folder a checkpoint."""
         return self.root / "checkpoints"

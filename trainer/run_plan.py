@@ -198,6 +198,8 @@ class Planner:
         if key not in self._rehearsals:
             try:
                 self._rehearsals[key] = Rehearsal(recipe, self.family)
+            except RecipeError:
+                raise
             except ValueError as error:
                 raise RecipeError(f"model.path: {self.family.source.name}: {error}") from error
         return self._rehearsals[key]

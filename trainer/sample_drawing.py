@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.compiled_blocks import compile_blocks
 from halfbyte.trainer.denoiser import keep_exact
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import TextEmbedding, free_unused
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.file_digests import FileDigests
@@ -79,7 +80,9 @@ class Drawing:
                         strength.set(job.strength)
                         set_to = job.strength
                     text = self.texts[job.prompt]
-                    drawn = call.draw(text, job.seed, output_type=output_type, on_step=on_step)
+                    last = _LastLatents(on_step)
+                    drawn = call.draw(text, job.seed, output_type=output_type, on_step=last.after)
+                    last.require_finite(job)
                     yield job, drawn.cpu() if isinstance(drawn, Tensor) else drawn
         except KeyboardInterrupt:
             log.warning("interrupted; what was drawn is kept")
@@ -136,6 +139,28 @@ class Drawing:
             )
             decoded = vae.decode(decodable, return_dict=False)[0]
             yield job, processor.postprocess(decoded, output_type="pil")[0]
+
+
+class _LastLatents:
+    """Of a picture's steps."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+        self._latents: Tensor | None = None
+
+    def after(self, latents: Tensor) -> None:
+        self._on_step()
+        self._latents = latents
+
+    def require_finite(self, job: Job) -> None:
+        """Raises RecipeError where no picture can be made of what was drawn."""
+        assert self._latents is not None
+        if not self._latents.isfinite().all():
+            scaled = "" if job.strength is None else f" at strength {job.strength:g}"
+            raise RecipeError(
+                f"prompt {job.place}, seed {job.seed}{scaled}: what the transformer predicts is not finite; try"
+                " a smaller --strength (0 leaves the adapter out), or --dtype float32"
+            )
 
 
 def describe_base(subject: Subject) -> str:

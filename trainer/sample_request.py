@@ -16,6 +16,7 @@ DEVICE_MAPS = ("auto", "balanced")
 
 _SIDES = (16, 8192)  # pixels
 _LARGEST_SEED = 2**32 - 1
+_LARGEST_STRENGTH = 1000.0  # far beyond any adapter's use, far within half precision
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ def parse_strengths(text: str) -> tuple[float, ...]:
             number = float(part)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= _LARGEST_STRENGTH:  # nor where it is not a number
             raise RecipeError(
-                f"--strength: got {part.strip()!r}, expected numbers with commas between, as 0,0.5,1"
+                f"--strength: got {part.strip()!r}, expected numbers from -{_LARGEST_STRENGTH:g} to"
+                f" {_LARGEST_STRENGTH:g} with commas between, as 0,0.5,1"
             )
         found.append(number)
     return tuple(dict.fromkeys(found))
@@ -127,4 +129,9 @@ def read_prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
         if not found:
             raise RecipeError(f"--prompts-file: {file} holds no prompt; expected one a line")
         prompts += found
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RecipeError(f"--prompt: got {prompt!r}, which is no UTF-8 text") from error
     return tuple(prompts)

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +254,7 @@ def _drawn_with(
     family, adapter = subject.family, subject.adapter
     digests = FileDigests(subject.cache_folder / "digests")
     weights = family.denoiser_fingerprint(digests)
-    quant = {"quant_type": "none"} if subject.quant is None else asdict(subject.quant)
+    quant = {"quant_type": "none"} if subject.quant is None else subject.quant.as_json()
     return DrawnWith(
         # A folder by its name alone: pictures are shown around, and whose folder it was is nobody's business.
         base={
@@ -269,7 +268,7 @@ def _drawn_with(
         width=settings.width,
         height=settings.height,
         max_sequence_length=family.max_sequence_length,
-        quant={key: str(value) if key == "compute_dtype" else value for key, value in quant.items()},
+        quant=quant,
         text_encoder_quant=subject.text_encoder_quant,
         dtype=str(subject.dtype).removeprefix("torch."),
         attention=attention,

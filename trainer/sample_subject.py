@@ -21,8 +21,10 @@ from halfbyte.trainer.denoiser import DTYPES, quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.t5 import T5Setting
+from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.lora_formats import PEFT_CONFIG
 from halfbyte.trainer.lora_start import find_file, read_layers
+from halfbyte.trainer.pinned_base import open_base
 from halfbyte.trainer.recipe import Recipe, load_written
 from halfbyte.trainer.recipe_folders import is_repository
 from halfbyte.trainer.registry import FAMILIES
@@ -99,12 +101,12 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
         if value is not None:
             raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base")
     recipe = load_written(run.recipe)
-    model = recipe.model
-    family = FAMILIES[model.family].open(
-        model.path,
-        model.revision,
-        request.max_sequence_length or model.max_sequence_length,
-        model.transformer,
+    cache_folder = recipe.data.cache_folder if request.cache is None else request.cache.expanduser()
+    family = open_base(
+        run,
+        recipe.model,
+        FileDigests(cache_folder / "digests"),
+        max_sequence_length=request.max_sequence_length,
     )
     with tempfile.TemporaryDirectory() as copies:
         step = copy_adapter(run, request.checkpoint, Path(copies))
@@ -117,8 +119,8 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
         quant=_quant(request, family, dtype, quant_recipe(recipe)),
         dtype=dtype,
         text_encoder_quant=_text_encoder_quant(request, family, recipe),
-        cache_folder=recipe.data.cache_folder if request.cache is None else request.cache.expanduser(),
-        cache_base=model.cache_base,
+        cache_folder=cache_folder,
+        cache_base=recipe.model.cache_base,
         adapter=adapter,
         settings=SampleSettings(
             sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed

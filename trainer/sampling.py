@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.trainer.data import Sample, sample_bytes
 from halfbyte.trainer.families.base import Family, TextEmbedding
@@ -68,12 +68,15 @@ class PipelineCall:
         seed: int,
         *,
         output_type: str = "pil",
-        on_step: Callable[[], None] = lambda: None,
+        on_step: Callable[[Tensor], None] = lambda latents: None,
     ) -> Any:
-        """A picture, or for the output type `latent` the latents as the pipeline gives them, without the batch."""
+        """A picture, or for the output type `latent` the latents as the pipeline gives them, without the batch.
+
+        on_step: is given the latents after each step, as the pipeline packs them.
+        """
 
         def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step()
+            on_step(tensors["latents"])
             return tensors
 
         inputs = {

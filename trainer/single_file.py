@@ -5,7 +5,8 @@ The model's configuration is the pipeline's.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe, convert, kept_in_fp32
-from halfbyte.quant.fill import Place, Progress, fill
+from halfbyte.quant.fill import Finish, Place, Progress, fill
 from halfbyte.quant.load import empty_model
 from halfbyte.quant.serialize import quantization_config
 from halfbyte.quant.single_file import Rows, SingleFile
@@ -51,16 +52,7 @@ def load_single_file(
     if recipe is not None:
         convert(model, recipe)
         model.register_to_config(quantization_config=quantization_config(recipe))
-    weights = SingleFile(file)
-    with weights:
-        scales = _rename(weights, file, names)
-        swapped = {part for original in names if original.swapped for part in original.parts}
-
-        def finished(name: str, tensor: Tensor) -> Tensor:
-            if name in scales:
-                tensor = tensor.float() * scales[name].to(tensor.device)
-            return swap_halves(tensor) if name.rpartition(".")[0] in swapped else tensor
-
+    with original_weights(file, names) as (weights, finish):
         fill(
             model,
             weights,
@@ -69,11 +61,27 @@ def load_single_file(
             device=device,
             in_fp32=kept_in_fp32(model),
             progress=progress,
-            finish=finished,
+            finish=finish,
             place=place,
         )
     loaded: nn.Module = model.to(device).eval()
     return loaded
+
+
+@contextmanager
+def original_weights(file: Path, names: Sequence[OriginalName]) -> Iterator[tuple[SingleFile, Finish]]:
+    """The tensors of a file by diffusers' names, and what makes diffusers' tensors of them; see `load_single_file`."""
+    weights = SingleFile(file)
+    with weights:
+        scales = _rename(weights, file, names)
+        swapped = {part for original in names if original.swapped for part in original.parts}
+
+        def finish(name: str, tensor: Tensor) -> Tensor:
+            if name in scales:
+                tensor = tensor.float() * scales[name].to(tensor.device)
+            return swap_halves(tensor) if name.rpartition(".")[0] in swapped else tensor
+
+        yield weights, finish
 
 
 def _rename(weights: SingleFile, file: Path, names: Sequence[OriginalName]) -> dict[str, Tensor]:

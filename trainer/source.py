@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from halfbyte.trainer.base_licence import CARD_FILE
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.recipe_folders import is_folder
 
 # The same weights again, 9.5 GB of T5 among them.
 _OTHER_PRECISIONS = ["*.fp16*"]
@@ -85,6 +86,8 @@ class ModelSource:
             return digest.hexdigest()
         for component in components:
             for file in sorted(path for path in (self.folder / component).rglob("*") if path.is_file()):
+                if file.name.startswith("."):  # a file manager's, which no loader reads
+                    continue
                 relative = file.relative_to(self.folder).as_posix()
                 digest.update(f"{relative}:{memo.of(file)}\n".encode())
         return digest.hexdigest()
@@ -117,11 +120,7 @@ def resolve(
 
     Raises RecipeError for a folder that is no such pipeline, HubError when the Hub refuses or is out of reach.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        source = ModelSource(path, folder, None)
-    else:
-        source = _download(path, revision, components, config_alone)
+    source = _find(path, revision, components, config_alone)
     source.require(components, denoiser, config_alone)
     return source
 
@@ -130,11 +129,7 @@ def resolve_configurations(
     path: str, revision: str | None, components: Sequence[str], denoiser: str
 ) -> ModelSource:
     """As `resolve`, for the components' configurations alone: a few small files, and no weights need be there."""
-    folder = Path(path)
-    if folder.is_dir():
-        source = ModelSource(path, folder, None)
-    else:
-        source = _download(path, revision, components, components)
+    source = _find(path, revision, components, components)
     source.require_class(denoiser)
     return source
 
@@ -144,8 +139,7 @@ def transformer_class(path: str, revision: str | None) -> str | None:
 
     Raises RecipeError for a folder that is no pipeline, HubError when the Hub refuses or is out of reach.
     """
-    folder = Path(path)
-    source = ModelSource(path, folder, None) if folder.is_dir() else _download(path, revision, (), ())
+    source = _find(path, revision, (), ())
     if not (source.folder / "model_index.json").is_file():
         raise RecipeError(f"{path}: no model_index.json; expected a pipeline in diffusers' layout")
     entry = source.pipeline_index().get("transformer") or (None, None)
@@ -172,6 +166,20 @@ def find_component(path: Path, component: str) -> Path:
             " or a model's folder"
         )
     return path
+
+
+def _find(
+    path: str, revision: str | None, components: Sequence[str], config_alone: Sequence[str]
+) -> ModelSource:
+    folder = Path(path)
+    if folder.is_dir():
+        return ModelSource(path, folder, None)
+    if is_folder(path):
+        raise RecipeError(
+            f"model.path: {path}: no such folder; where it was moved, write its new place into the recipe (a run's is"
+            " recipe.yaml in its own folder)"
+        )
+    return _download(path, revision, components, config_alone)
 
 
 def _download(

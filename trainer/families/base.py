@@ -123,6 +123,11 @@ class Family(ABC):
             if path.is_dir():
                 self.denoiser_config = self._config_of(path)
                 self.transformer_folder = path
+            elif not path.exists():
+                raise ValueError(
+                    f"{path}: no such file or folder; where it was moved, write its new place into the recipe (a run's"
+                    " is recipe.yaml in its own folder)"
+                )
             else:
                 self.check_file(path)
                 self.transformer_file = path
@@ -159,6 +164,16 @@ class Family(ABC):
         if self.transformer_file is not None:
             return None
         return self.transformer_folder or self.source.folder / "transformer"
+
+    @property
+    def has_own_transformer(self) -> bool:
+        """Whether the transformer's weights were given apart from the source."""
+        return self.transformer_file is not None or self.transformer_folder is not None
+
+    @property
+    def transformer_setting(self) -> str:
+        """The recipe's field that names the transformer's weights."""
+        return "model.transformer" if self.has_own_transformer else "model.path"
 
     def denoiser_fingerprint(self, digests: FileDigests) -> str:
         """What tells the transformer's weights from all others."""
@@ -246,9 +261,7 @@ class Family(ABC):
             else:
                 denoiser = cache.load(self.denoiser_class, self.source, recipe, **how)
         except ValueError as error:
-            own = self.denoiser_folder == self.source.folder / "transformer"
-            setting = "model.path" if own else "model.transformer"
-            raise RecipeError(f"{setting}: {error}") from error
+            raise RecipeError(f"{self.transformer_setting}: {error}") from error
         free_unused(device)
         return denoiser.requires_grad_(False)
 
