@@ -1,11 +1,14 @@
 """Which settings may be others when a run is resumed, and what is said of it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import OutOfMemory, RecipeError
 from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.recipe import load_recipe
 from halfbyte.trainer.run_folder import HOW_IT_IS_COMPUTED, RunFolder, claim
@@ -65,6 +68,29 @@ def test_before_the_first_checkpoint_it_may_be_any_run(mini_flux: Path, tmp_path
     claim(folder, other, resume=True)
     with pytest.raises(RecipeError, match="it has no checkpoint yet"):
         claim(folder, other, resume=False)
+
+
+def test_before_the_first_checkpoint_it_may_have_another_base(
+    mini_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, mini_flux)
+    with monkeypatch.context() as patched:
+        patched.setattr("halfbyte.trainer.fit.Trainer.fit", full)
+        with pytest.raises(OutOfMemory):
+            run_here(recipe, *QUICK)
+    other = tmp_path / "other"
+    shutil.copytree(mini_flux, other)
+    config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config) + "\n")
+    run = run_here(recipe, *QUICK, f"model.path={other}", resume=True)
+    assert (run / "adapter" / ADAPTER_FILE).is_file()
+    again = tmp_path / "run.yaml"
+    with pytest.raises(RecipeError, match=r"model\.path"):
+        run_here(again, *QUICK, "train.steps=6", resume=True)
+
+
+def full(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_another_end_moves_a_falling_rate(

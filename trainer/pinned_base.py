@@ -45,8 +45,8 @@ def base_of(family: Family, digests: FileDigests) -> PinnedBase:
 
 
 def pin_base(run: RunFolder, base: PinnedBase) -> None:
-    """Writes into the run's folder what it is trained on, unless that is there."""
-    if run.pin.exists():
+    """Writes into the run's folder what it is trained on, unless it goes on as it was started."""
+    if run.pin.exists() and run.can_go_on:
         return
     work = run.pin.with_name(f".{run.pin.name}.tmp")
     write_text(json.dumps(asdict(base), indent=1) + "\n", work)
@@ -61,7 +61,7 @@ def open_base(
     max_sequence_length: instead of the model's. Raises HubError, and RecipeError where the base is not there, or is
     another one now.
     """
-    pinned = _read(run.pin) if run.pin.is_file() else None
+    pinned = _read(run.pin) if run.pin.is_file() and run.can_go_on else None
     revision = model.revision
     if pinned is not None and pinned.revision is not None:
         if revision != pinned.revision and _COMMIT.fullmatch(revision or ""):
@@ -75,7 +75,7 @@ def open_base(
     )
     if pinned is not None:
         _require(pinned, base_of(family, digests), run, model, family)
-    elif run.recipe.is_file():
+    elif run.can_go_on:
         log.warning("%s: %s is missing; the base is taken as it is now", run.root, run.pin.name)
     return family
 

@@ -73,6 +73,11 @@ class RunFolder:
         """The exported quantized transformer."""
         return self.root / "transformer"
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether something of the run is left that its settings belong to: a whole checkpoint, or what it exported."""
+        return newest(self.checkpoints) is not None or self.adapter.is_dir()
+
 
 def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
     """Checks that the run may write here; changes nothing. Raises RecipeError when it may not.
@@ -96,7 +101,7 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
             f"output.dir: {root} holds another run ({state}). Go on with it: --resume. Or name a new folder:"
             " output.dir=runs/other"
         )
-    if newest(folder.checkpoints) is None:
+    if not folder.can_go_on:
         return  # it starts at step 0, as whatever run it is now
     before = load_written(folder.recipe)
     changed = [line for line in differences(before, recipe) if not line.startswith(_FREE)]
