@@ -25,6 +25,7 @@ from halfbyte.trainer.graphed_denoiser import MOST_SHAPES
 from halfbyte.trainer.live_bytes import INSIDE, WORKING
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, KEPT, Rehearsal, RehearsedStep
+from halfbyte.trainer.size_limits import refuse_large
 
 GIB = 2**30
 MIB = 2**20
@@ -111,6 +112,8 @@ class Planner:
     """Plans of one recipe and of what it could be instead; what two have in common is rehearsed once."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
+        """Raises RecipeError for pictures that the model cannot take."""
+        refuse_large(recipe, family)
         self.recipe = recipe
         self.family = family
         self._rehearsals: dict[object, Rehearsal] = {}
