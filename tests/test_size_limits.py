@@ -81,3 +81,12 @@ def test_drawing_is_refused(mini_sd3: Any) -> None:
     result = invoke(mini_sd3, "--prompt", "a", "--width", 64, "--height", 1024)
     assert result.exit_code == 2, result.output
     assert "--height: got 1024, expected at most 512" in result.output
+
+
+def test_a_recipe_takes_what_is_said_to_be_accepted() -> None:
+    """The shipped miniature's VAE is finer than the steps of a recipe's sides."""
+    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "sd3_mini.yaml", ["data.resolution=512"])
+    family = SD3.open(recipe.model.path, None, None)
+    assert family.size_multiple == 8
+    with pytest.raises(RecipeError, match="at most 128"):
+        refuse_large(recipe, family)

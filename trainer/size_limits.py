@@ -1,11 +1,13 @@
 """Sizes of pictures that a model has no positions for, told before anything is encoded or loaded."""
 
+import math
 from collections.abc import Mapping
 
 from halfbyte.trainer.buckets import Cropping
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.recipe_fields import SIDE_STEP
 from halfbyte.trainer.recipe_sections import DataSection
 
 
@@ -45,7 +47,7 @@ def _resolution_problem(family: Family, data: DataSection, limit: int) -> str:
 
 def _largest_resolution(family: Family, data: DataSection, limit: int) -> int:
     """The largest whose sizes the model takes; the smallest there is where it takes none."""
-    multiple = family.size_multiple
+    multiple = math.lcm(family.size_multiple, SIDE_STEP)
     found = (
         resolution
         for resolution in range(limit // multiple * multiple, multiple, -multiple)
