@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from full_size import write_configurations
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -25,6 +24,7 @@ from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.module import DiffusionModule
 from halfbyte.trainer.plan_fit import CARDS, open_planner
 from halfbyte.trainer.plan_output import plan_lines
+from halfbyte.trainer.published_shapes import write_configurations
 from halfbyte.trainer.quantize import quantize
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.run_plan import (
@@ -44,11 +44,12 @@ from halfbyte.trainer.run_plan import (
 from runs import PICTURES, run_here, write_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
+FLUX = "black-forest-labs/FLUX.1-dev"
 
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", "flux")
+    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", FLUX)
 
 
 @pytest.fixture(scope="module")
@@ -329,3 +330,13 @@ def test_validation_is_counted_wherever_it_is_wanted(toy: Path) -> None:
     without, wanted = step(), step("validation.held_out=2")
     assert wanted.allocated > without.allocated
     assert wanted == step("validation.held_out=2", "validation.every=2")
+
+
+def test_train_can_fit_the_plan(toy: Path, tmp_path: Path) -> None:
+    planned = CliRunner().invoke(train_app, [str(toy), "--plan", "--fit", "8GB"])
+    assert planned.exit_code == 0, planned.output
+    assert "fits 8 GB as it is" in planned.stdout
+    alone = CliRunner().invoke(train_app, [str(toy), "--fit", "8GB"])
+    assert alone.exit_code == 2
+    assert "--fit: it chooses settings and trains nothing; add --plan" in alone.output
+    assert not (tmp_path / "run").exists()

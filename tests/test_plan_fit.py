@@ -5,23 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from full_size import write_configurations
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.plan_fit import Fit, cheapest_savings, fit, open_planner, parse_budget
 from halfbyte.trainer.plan_output import fit_lines, plan_lines
+from halfbyte.trainer.published_shapes import write_configurations
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.run_plan import CONTEXT_BYTES, GIB, Planner
 
 from runs import write_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
+FLUX = "black-forest-labs/FLUX.1-dev"
 Opened = Callable[..., Planner]
 
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", "flux")
+    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", FLUX)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_graphs_are_given_up_ahead_of_what_they_exclude(planner: Planner, flux: 
 
 
 def test_sd3s_encoders_fit_a_small_card_if_t5_is_streamed(tmp_path: Path) -> None:
-    folder = write_configurations(tmp_path / "sd35_medium", "sd35_medium")
+    folder = write_configurations(tmp_path, "stabilityai/stable-diffusion-3.5-medium")
     fitted = fit(open_planner(load_recipe(FOLDER / "sd3_lora.yaml", [f"model.path={folder}"])), 6 * GIB)
     assert fitted.fits
     assert [change.settings for change in fitted.changes] == [["model.stream_text_encoder=true"]]

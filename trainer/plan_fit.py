@@ -3,13 +3,15 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.plan_changes import Change, changes, is_accepted
+from halfbyte.trainer.published_shapes import PUBLISHED, write_configurations
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_plan import GIB, Planner, RunPlan
-from halfbyte.trainer.source import resolve_configurations
+from halfbyte.trainer.source import ModelSource, NoSuchRevision, resolve_configurations
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of the cards that are sold, in GB."""
@@ -138,13 +140,26 @@ def _seen(before: Recipe, made: Sequence[Change]) -> list[Change]:
     return seen
 
 
-def open_planner(recipe: Recipe) -> Planner:
-    """The planner of a recipe. Raises RecipeError or HubError, see `source.resolve_configurations`."""
+def open_planner(recipe: Recipe, published: Path | None = None) -> Planner:
+    """The planner of a recipe. Raises RecipeError or HubError, see `source.resolve_configurations`.
+
+    published: an empty folder, for the shapes of a published model where the Hub gives no configurations of it; it
+    must stay for as long as the planner is used. None: that is an error.
+    """
     model, family_class = recipe.model, FAMILIES[recipe.model.family]
-    source = resolve_configurations(
-        model.path, model.revision, family_class.components(), family_class.denoiser_class.__name__
-    )
+    components, denoiser = family_class.components(), family_class.denoiser_class.__name__
+    notes: tuple[str, ...] = ()
+    try:
+        source = resolve_configurations(model.path, model.revision, components, denoiser)
+    except NoSuchRevision:
+        raise
+    except HubError as error:
+        if published is None or model.path not in PUBLISHED:
+            raise
+        source = ModelSource(model.path, write_configurations(published, model.path), None)
+        source.require_class(denoiser)
+        notes = (f"planned from the shapes that {model.path} was published with; the Hub gave none: {error}",)
     family = family_class(source, model.max_sequence_length)
     if model.transformer is not None:
         family.take_transformer(model.transformer)
-    return Planner(recipe, family)
+    return Planner(recipe, family, notes)

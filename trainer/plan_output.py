@@ -3,7 +3,9 @@
 import json
 import math
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from halfbyte.trainer.plan_fit import CARDS, Fit, fit, open_planner, smallest_card
@@ -17,14 +19,22 @@ from halfbyte.trainer.run_plan import (
     MIB,
     PROCESS_BYTES,
     SLACK,
+    Planner,
     RunPlan,
     Work,
 )
 
 
 def show_plan(recipe: Recipe, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
-    """The plan of a recipe, fitted to `budget` bytes if there is one; and whether it fits."""
-    planner = open_planner(recipe)
+    """The plan of a recipe, fitted to `budget` bytes if there is one; and whether it fits.
+
+    Raises RecipeError, DataError, or HubError where the model is none whose shapes are known here.
+    """
+    with tempfile.TemporaryDirectory() as published:
+        return _shown(open_planner(recipe, Path(published)), budget=budget, as_json=as_json)
+
+
+def _shown(planner: Planner, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
     if budget is None:
         plan = planner.plan()
         return (_json(plan, None) if as_json else "\n".join(plan_lines(plan))), True
