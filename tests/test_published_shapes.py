@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from typer.testing import CliRunner
 
 from halfbyte.quant.weights_on_meta import model_on_meta
@@ -83,3 +84,14 @@ def test_a_revision_that_is_not_there_still_fails(tmp_path: Path, monkeypatch: p
 def test_only_who_gives_a_folder_gets_published_shapes() -> None:
     with pytest.raises(HubError):
         open_planner(load_recipe(RECIPE))
+
+
+def test_a_gated_repository_is_planned_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*_: object, **__: object) -> None:
+        # Its parts are of the client's HTTP library, whose name depends on the client's version.
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(source, "snapshot_download", gated)
+    result = CliRunner().invoke(app, ["plan", str(RECIPE)])
+    assert result.exit_code == 0, result.output
+    assert "is gated: accept its licence" in result.stdout
