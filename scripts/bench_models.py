@@ -15,6 +15,7 @@ from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.mini import build_flux_pipeline
+from halfbyte.trainer.published_shapes import FLUX_DEV, SD35_LARGE, SD35_MEDIUM
 from halfbyte.trainer.source import ModelSource
 
 _VAE = {
@@ -23,44 +24,11 @@ _VAE = {
     "shift_factor": 0.1,
     "scaling_factor": 0.36,
 }
-FLUX = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}
-_SD35_LARGE = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 38,
-    "attention_head_dim": 64,
-    "num_attention_heads": 38,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 2432,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-    "qk_norm": "rms_norm",
-}
-_SD35_MEDIUM = _SD35_LARGE | {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-}
 # By name: family, transformer, skip list, text tokens.
 MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
-    "flux": (Flux, FLUX, (), 512),
-    "sd35_large": (SD3, _SD35_LARGE, ("proj_out",), 333),
-    "sd35_medium": (SD3, _SD35_MEDIUM, ("proj_out",), 333),
+    "flux": (Flux, dict(FLUX_DEV), (), 512),
+    "sd35_large": (SD3, dict(SD35_LARGE), ("proj_out",), 333),
+    "sd35_medium": (SD3, dict(SD35_MEDIUM), ("proj_out",), 333),
     "flux_mini": (Flux, dict(build_flux_pipeline().transformer.config), (), 64),
 }
 

@@ -1,6 +1,7 @@
 """`halfbyte plan`: what it says of a run, what it changes to fit a card, and what is said when memory runs out."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from full_size import write_configurations
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -16,35 +16,40 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.weights_on_meta import model_on_meta
 from halfbyte.trainer import full_device
 from halfbyte.trainer.cli import app, train_app
-from halfbyte.trainer.errors import OutOfMemory, RecipeError
+from halfbyte.trainer.errors import DataError, OutOfMemory, RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.module import DiffusionModule
-from halfbyte.trainer.plan_fit import cheapest_savings, fit, open_planner, parse_budget
-from halfbyte.trainer.plan_output import fit_lines, plan_lines
+from halfbyte.trainer.plan_fit import CARDS, open_planner
+from halfbyte.trainer.plan_output import plan_lines
+from halfbyte.trainer.published_shapes import write_configurations
 from halfbyte.trainer.quantize import quantize
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.run_plan import (
+    BUS_RATE,
     CONTEXT_BYTES,
     GATHERED,
     GIB,
+    MEASURED_RATE,
     PRODUCTS_BYTES,
     RECORDED,
     RECORDED_GAPS,
     SECONDS_A_CALL,
+    Phase,
     Planner,
 )
 
-from runs import run_here, write_recipe
+from runs import PICTURES, run_here, write_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
+FLUX = "black-forest-labs/FLUX.1-dev"
 
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", "flux")
+    return write_configurations(tmp_path_factory.mktemp("full_size") / "flux", FLUX)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def test_the_plan_of_flux_has_the_known_sizes_and_work(planner: Planner) -> None
     # 11.9 billion parameters at 4.127 bits.
     assert packed / GIB == pytest.approx(5.72, abs=0.02)
     # 59.5 + 59.5 of linears and 14.9 + 37.2 of attention, and most of the forward again (FIELD.md, section 3).
-    assert 171 < plan.step_flops / 1e12 < 171 + 59.5 + 14.9
+    assert 171 < plan.step.flops / 1e12 < 171 + 59.5 + 14.9
     assert step.device["optimizer state (adamw)"] == pytest.approx(2 * step.device["adapters"], rel=0.01)
     # The blocks' inputs: 57 of (4608, 3072) in bf16.
     assert step.device["kept for the backward"] == pytest.approx(57 * 4608 * 3072 * 2, rel=0.05)
@@ -119,41 +124,6 @@ def test_a_plan_is_read_and_parsed(planner: Planner) -> None:
     for said in ("encode texts", "packed: attention", "optimizer state (adamw)", "an estimate", "TFLOP"):
         assert said in text
     assert "fits 10 GB" in text
-
-
-def test_settings_are_chosen_for_a_card_the_cheapest_first(planner: Planner) -> None:
-    fitted = fit(planner, 8 * GIB)
-    assert fitted.fits
-    assert fitted.plan.largest.device_bytes <= 8 * GIB
-    made = [change.settings[0] for change in fitted.changes]
-    assert made == ["optimizer.name=adamw_8bit", "train.gradient_checkpointing=offload"]
-    assert all(change.cost for change in fitted.changes)
-    assert "fits 8 GB with:" in "\n".join(fit_lines(fitted, 8 * GIB))
-
-
-def test_a_small_card_streams_blocks_instead_of_activations(planner: Planner) -> None:
-    fitted = fit(planner, 6 * GIB)
-    assert fitted.fits
-    made = [change.settings for change in fitted.changes]
-    # Offloading came first, did not do, and is taken back.
-    assert made == [
-        ["optimizer.name=adamw_8bit"],
-        ["train.stream_blocks=true", "train.gradient_checkpointing=full"],
-    ]
-    assert fitted.recipe.train.gradient_checkpointing == "full"
-    # All of the base but embeddings and head, and one forward and backward of it a step.
-    step = fitted.plan.phase("step")
-    assert step.host["packed blocks, page-locked"] / GIB == pytest.approx(5.69, abs=0.02)
-    assert fitted.plan.step_copies / GIB == pytest.approx(10.9, abs=0.1)
-    assert step.allocated / GIB < 4.5
-    assert "of packed blocks come to the device a step" in "\n".join(plan_lines(fitted.plan))
-    smaller = fit(planner, 4 * GIB)
-    assert smaller.fits
-    assert smaller.recipe.model.stream_text_encoder
-    # What is left of T5 on the device: the embedding, and two blocks.
-    texts = smaller.plan.phase("encode texts")
-    assert texts.device["text_encoder_2"] / GIB == pytest.approx(0.6, abs=0.05)
-    assert texts.host["packed blocks, page-locked"] / GIB == pytest.approx(4.32, abs=0.02)
 
 
 def test_recorded_steps_keep_their_memory(planner: Planner) -> None:
@@ -176,34 +146,8 @@ def test_recorded_steps_keep_their_memory(planner: Planner) -> None:
     after = sampled.model_copy(update={"sample": sampled.sample.model_copy(update={"every": 0})})
     assert planner.plan(with_graphs(after)).phase("sample") == planner.plan(after).phase("sample")
     # The processor is no limit then.
-    assert recorded.seconds(1e6)[0] == pytest.approx(recorded.step_flops / 1e18)
+    assert recorded.seconds(1e6)[0] == pytest.approx(recorded.step.flops / 1e18)
     assert "operations where its processor" not in "\n".join(plan_lines(recorded))
-
-
-def test_graphs_are_given_up_ahead_of_what_they_exclude(planner: Planner, flux: Path) -> None:
-    def made(budget: int) -> list[str]:
-        other = open_planner(with_graphs(planner.recipe))
-        other._rehearsals, other._steps = planner._rehearsals, planner._steps
-        fitted = fit(other, budget)
-        assert fitted.fits
-        # What the command line would make of it is no contradiction.
-        settings = [setting for change in fitted.changes for setting in change.settings]
-        load_recipe(
-            FOLDER / "flux_lora.yaml", [f"model.path={flux}", *(s for s in settings if "optimizer" not in s)]
-        )
-        return [change.settings[0] for change in fitted.changes]
-
-    assert made(12 * GIB) == []
-    assert made(8 * GIB) == [
-        "optimizer.name=adamw_8bit",
-        "train.cuda_graphs=false",
-        "train.gradient_checkpointing=offload",
-    ]
-    assert made(6 * GIB) == [
-        "optimizer.name=adamw_8bit",
-        "train.cuda_graphs=false",
-        "train.stream_blocks=true",
-    ]
 
 
 def test_more_sizes_than_are_recorded_run_beside_the_others(
@@ -215,54 +159,6 @@ def test_more_sizes_than_are_recorded_run_beside_the_others(
     many = planner.plan().phase("step")
     assert many.allocated > few.allocated
     assert many.device[RECORDED] == few.device[RECORDED]
-
-
-def test_sd3s_encoders_fit_a_small_card_if_t5_is_streamed(tmp_path: Path) -> None:
-    folder = write_configurations(tmp_path / "sd35_medium", "sd35_medium")
-    fitted = fit(open_planner(load_recipe(FOLDER / "sd3_lora.yaml", [f"model.path={folder}"])), 6 * GIB)
-    assert fitted.fits
-    assert [change.settings for change in fitted.changes] == [["model.stream_text_encoder=true"]]
-
-
-def test_what_cannot_fit_says_so_with_the_nearest_that_does(toy: Path) -> None:
-    budget = CONTEXT_BYTES
-    fitted = fit(open_planner(load_recipe(toy)), budget)
-    assert not fitted.fits
-    text = "\n".join(fit_lines(fitted, budget))
-    assert text.startswith(f"does not fit {budget / GIB:g} GB")
-    assert "the nearest that does is a card of 4 GB" in text
-
-
-def test_a_recipe_that_fits_is_left_alone(planner: Planner) -> None:
-    fitted = fit(planner, 80 * GIB)
-    assert fitted.recipe == planner.recipe
-    assert list(fit_lines(fitted, 80 * GIB)) == ["fits 80 GB as it is"]
-
-
-def test_single_changes_are_ranked_by_cost_and_save(toy: Path) -> None:
-    planner = open_planner(load_recipe(toy, ["train.gradient_checkpointing=none"]))
-    savings = cheapest_savings(planner)
-    assert len(savings) == 3
-    assert all(saving.saved > 0 for saving in savings)
-    before = planner.training_bytes(planner.recipe)
-    for saving in savings:
-        assert before - planner.training_bytes(saving.change.recipe) == saving.saved
-
-
-def test_a_larger_batch_is_split_before_pictures_shrink(toy: Path) -> None:
-    recipe = load_recipe(toy, ["train.batch_size=4", "optimizer={name: prodigy}"])
-    change = cheapest_savings(open_planner(recipe))[0].change
-    assert change.settings == ["train.batch_size=2", "train.grad_accumulation=4"]
-    assert change.recipe.train.batch_size * change.recipe.train.grad_accumulation == 8
-
-
-@pytest.mark.parametrize(("text", "expected"), [("8GB", 8 * GIB), ("7.5 gb", int(7.5 * GIB)), ("24", None)])
-def test_budgets(text: str, expected: int | None) -> None:
-    if expected is None:
-        with pytest.raises(RecipeError, match="expected a card's memory such as 8GB"):
-            parse_budget(text)
-    else:
-        assert parse_budget(text) == expected
 
 
 def test_the_command_plans_without_pictures(toy: Path, tmp_path: Path) -> None:
@@ -367,5 +263,80 @@ def test_time_is_of_the_products_or_of_the_processor(planner: Planner) -> None:
     plan = planner.plan()
     doubled = replace(plan, steps=2 * plan.steps)
     assert doubled.seconds(100.0)[1] == pytest.approx(2 * plan.seconds(100.0)[1])
-    assert plan.seconds(100.0)[0] == pytest.approx(plan.step_flops / 1e14)
-    assert plan.seconds(1e6)[0] == pytest.approx(plan.step_calls * SECONDS_A_CALL)
+    assert plan.seconds(100.0)[0] == pytest.approx(plan.step.flops / 1e14)
+    assert plan.seconds(1e6)[0] == pytest.approx(plan.step.calls * SECONDS_A_CALL)
+
+
+def test_time_is_of_the_bus_where_that_is_slowest(planner: Planner) -> None:
+    plan = planner.plan()
+    slow = replace(plan, step=replace(plan.step, copies=220 * GIB))
+    assert slow.seconds(MEASURED_RATE)[0] == pytest.approx(220 / BUS_RATE)
+    assert slow.seconds(MEASURED_RATE)[1] == pytest.approx(plan.steps * 220 / BUS_RATE)
+    text = "\n".join(plan_lines(slow))
+    assert f"{220 / BUS_RATE:.2f} s a step" in text
+    assert "left out: encoding" in text
+
+
+def test_streamed_blocks_and_activations_are_copied(toy: Path) -> None:
+    def copies(*settings: str) -> int:
+        return open_planner(load_recipe(toy, settings)).plan().step.copies
+
+    assert copies() == 0
+    streamed, put_aside = (
+        copies("train.stream_blocks=true"),
+        copies("train.gradient_checkpointing=offload"),
+    )
+    assert min(streamed, put_aside) > 0
+    assert copies("train.stream_blocks=true", "train.gradient_checkpointing=offload") == streamed + put_aside
+
+
+def test_what_fits_no_card_says_so(toy: Path) -> None:
+    plan = open_planner(load_recipe(toy)).plan()
+    first, *rest = plan.phases
+    huge = replace(plan, phases=[replace(first, device={"weights": 971 * GIB}), *rest])
+    text = "\n".join(plan_lines(huge))
+    assert f"fits no card there is, the largest has {CARDS[-1]} GB; --fit finds" in text
+    needed = re.search(r"largest: encode texts, ([\d.]+) GB", text)
+    assert needed is not None
+    assert 0 <= float(needed[1]) * GIB - huge.largest.device_bytes <= 0.1 * GIB
+
+
+@pytest.mark.parametrize("held_out", [PICTURES, 50])
+def test_as_many_held_out_as_there_are_is_refused_as_by_a_run(toy: Path, held_out: int) -> None:
+    setting = f"validation.held_out={held_out}"
+    result = CliRunner().invoke(app, ["plan", str(toy), setting])
+    assert result.exit_code == 3, result.output
+    with pytest.raises(DataError) as caught:
+        run_here(toy, setting)
+    assert str(caught.value) in result.output
+
+
+def test_held_out_pictures_are_not_trained_on(toy: Path) -> None:
+    assert open_planner(load_recipe(toy, ["validation.held_out=2"])).plan().pictures == PICTURES - 2
+
+
+def test_pictures_that_are_held_out_and_trained_on_are_refused_as_by_a_run(toy: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(toy), f"validation.path={tmp_path / 'pictures'}"])
+    assert result.exit_code == 3, result.output
+    assert "is in validation.path and" in result.output
+
+
+def test_validation_is_counted_wherever_it_is_wanted(toy: Path) -> None:
+    """Behind the last step it finds what is recorded still there."""
+
+    def step(*settings: str) -> Phase:
+        return open_planner(load_recipe(toy, ["train.cuda_graphs=true", *settings])).plan().phase("step")
+
+    without, wanted = step(), step("validation.held_out=2")
+    assert wanted.allocated > without.allocated
+    assert wanted == step("validation.held_out=2", "validation.every=2")
+
+
+def test_train_can_fit_the_plan(toy: Path, tmp_path: Path) -> None:
+    planned = CliRunner().invoke(train_app, [str(toy), "--plan", "--fit", "8GB"])
+    assert planned.exit_code == 0, planned.output
+    assert "fits 8 GB as it is" in planned.stdout
+    alone = CliRunner().invoke(train_app, [str(toy), "--fit", "8GB"])
+    assert alone.exit_code == 2
+    assert "--fit: it chooses settings and trains nothing; add --plan" in alone.output
+    assert not (tmp_path / "run").exists()

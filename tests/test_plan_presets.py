@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from full_size import write_configurations
 
 from halfbyte.trainer.plan_fit import open_planner
+from halfbyte.trainer.published_shapes import write_configurations
 from halfbyte.trainer.recipe import differences, load_recipe
 from halfbyte.trainer.recipe_file import RecipeLoader
 from halfbyte.trainer.run_plan import GIB
@@ -33,7 +33,11 @@ def test_what_a_preset_does_not_name_is_the_full_recipes(path: Path) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("full_size")
-    return {name: write_configurations(root / name, name) for name in ("flux", "sd35_large")}
+    published = {
+        "flux": "black-forest-labs/FLUX.1-dev",
+        "sd35_large": "stabilityai/stable-diffusion-3.5-large",
+    }
+    return {model: write_configurations(root / model, name) for model, name in published.items()}
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

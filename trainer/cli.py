@@ -37,6 +37,10 @@ def train_command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Tell what the run would take, as `halfbyte plan` does, and stop.")
     ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="With --plan: choose settings that fit a card of this memory, e.g. 8GB."),
+    ] = None,
 ) -> None:
     """Train a LoRA as the recipe says.
 
@@ -44,9 +48,11 @@ def train_command(
     7 export that failed its check, 130 interrupted.
     """
     if plan:
-        plan_command(recipe, overrides)
+        plan_command(recipe, overrides, fit)
         return
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if fit is not None:
+        fail(errors, None, "--fit: it chooses settings and trains nothing; add --plan", RecipeError.exit_code)
     world: World | None = None
     try:
         world = read_world()
@@ -182,7 +188,9 @@ def plan_command(
 ) -> None:
     """Tell what a run will take before anything is loaded: memory by phase, steps, time; no GPU is needed.
 
-    Exit codes: 0 done, 2 recipe or model, or nothing fits the card, 4 Hub, 130 interrupted.
+    Where the Hub gives no configurations of a well-known model, those are planned that it was published with.
+
+    Exit codes: 0 done, 2 recipe or model, or nothing fits the card, 3 data, 4 Hub, 130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:

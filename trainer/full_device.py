@@ -1,6 +1,7 @@
 """What is said when the device is full: where it happened, what was planned, and the cheapest changes."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -54,7 +55,7 @@ def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> st
     planner = Planner(recipe, family)
     planned = sorted(map(planner.plan().phase, phases), key=lambda phase: phase.device_bytes, reverse=True)
     savings = {
-        " ".join(saving.change.settings): f"{saving.saved / GIB:.1f} GB less; {saving.change.cost}"
+        shlex.join(saving.change.settings): f"{saving.saved / GIB:.1f} GB less; {saving.change.cost}"
         for phase in planned
         for saving in cheapest_savings(planner, phase.name)
     }

@@ -1,12 +1,17 @@
 """A plan as lines to read and as JSON."""
 
 import json
+import math
+import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from halfbyte.trainer.plan_fit import Fit, fit, open_planner, smallest_card
+from halfbyte.trainer.plan_fit import CARDS, Fit, fit, open_planner, smallest_card
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.run_plan import (
+    BUS_RATE,
     CONTEXT_BYTES,
     GIB,
     MEASURED_ON,
@@ -14,22 +19,30 @@ from halfbyte.trainer.run_plan import (
     MIB,
     PROCESS_BYTES,
     SLACK,
+    Planner,
     RunPlan,
+    Work,
 )
-
-_BUS = 22  # GB/s; an H200's virtual machine gave 16 to 20
 
 
 def show_plan(recipe: Recipe, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
-    """The plan of a recipe, fitted to `budget` bytes if there is one; and whether it fits."""
-    planner = open_planner(recipe)
+    """The plan of a recipe, fitted to `budget` bytes if there is one; and whether it fits.
+
+    Raises RecipeError, DataError, or HubError where the model is none whose shapes are known here.
+    """
+    with tempfile.TemporaryDirectory() as published:
+        return _shown(open_planner(recipe, Path(published)), budget=budget, as_json=as_json)
+
+
+def _shown(planner: Planner, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
     if budget is None:
         plan = planner.plan()
-        return (_json(plan, None, None) if as_json else "\n".join(plan_lines(plan))), True
+        return (_json(plan, None) if as_json else "\n".join(plan_lines(plan))), True
     fitted = fit(planner, budget)
+    shown = fitted.nearest or fitted
     if as_json:
-        return _json(fitted.plan, fitted, budget), fitted.fits
-    return "\n".join([*fit_lines(fitted, budget), "", *plan_lines(fitted.plan)]), fitted.fits
+        return _json(shown.plan, fitted), fitted.fits
+    return "\n".join([*fit_lines(fitted), "", *plan_lines(shown.plan)]), fitted.fits
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
@@ -45,39 +58,64 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         f"each phase also counts {CONTEXT_BYTES // MIB} MiB of the device for its context and {100 * SLACK:.0f} % for"
         f" gaps, both assumed, and {PROCESS_BYTES // MIB} MiB of the host for the process"
     )
-    yield f"largest: {plan.largest.name}, {plan.largest.device_bytes / GIB:.1f} GB; fits {smallest_card(plan)}"
+    yield f"largest: {plan.largest.name}, {_needed(plan)}; {_card(plan)}"
     width, height = plan.size
     pictures = "" if plan.pictures is None else f", {plan.pictures} pictures {_times(plan)} each"
     yield f"{plan.steps} steps at up to {width}x{height}{pictures}"
-    step, whole = plan.seconds(MEASURED_RATE)
-    launches = f", or {plan.step_calls} operations where its processor took longer" if plan.step_calls else ""
-    yield (
-        f"an estimate: {step:.2f} s a step, {_duration(whole)} in all, from {plan.step_flops / 1e12:.0f} TFLOP a step"
-        f" at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached{launches}; other machines differ"
-    )
-    if plan.step_copies:
-        at_least = plan.step_copies / (GIB * _BUS)
-        yield (
-            f"{_gib(plan.step_copies)} of packed blocks come to the device a step, beside its work: at least"
-            f" {at_least:.2f} s at {_BUS} GB/s, about what PCIe 4.0 gives at full width"
-        )
+    yield from _time_lines(plan)
     yield from plan.notes
 
 
-def fit_lines(fitted: Fit, budget: int) -> Iterator[str]:
-    """What was changed and what each change costs, or what the recipe needs at least."""
-    card = f"{budget / GIB:g} GB"
-    if fitted.fits and not fitted.changes:
-        yield f"fits {card} as it is"
-    elif fitted.fits:
-        yield f"fits {card} with:"
-    else:
+def _time_lines(plan: RunPlan) -> Iterator[str]:
+    work = plan.step
+    step, whole = plan.seconds(MEASURED_RATE)
+    slower = [f"{work.calls} operations where its processor"] if work.calls else []
+    slower += [f"{_gib(work.copies)} over the bus at {BUS_RATE} GB/s where that"] if work.copies else []
+    longer = f", or {' or '.join(slower)} took longer" if slower else ""
+    drawn = f" with {plan.draws} drawn pictures" if plan.draws else ""
+    yield (
+        f"an estimate: {step:.2f} s a step, {_duration(whole)} for all steps{drawn}, from {work.flops / 1e12:.0f} TFLOP"
+        f" a step at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached{longer}; other machines differ"
+    )
+    yield "left out: encoding, loading and quantizing, validation, checkpoints and the export"
+    if work.copies:
         yield (
-            f"does not fit {card}: {fitted.plan.largest.name} needs {fitted.plan.largest.device_bytes / GIB:.1f} GB"
-            f" with all changes that are known; the nearest that does is a card of {smallest_card(fitted.plan)}, with:"
+            f"{_gib(work.copies)} of packed blocks and activations come to the device a step, beside its work: at least"
+            f" {Work(copies=work.copies).seconds(MEASURED_RATE):.2f} s at {BUS_RATE} GB/s, about what PCIe 4.0 gives at"
+            " full width"
         )
-    for change in fitted.changes:
-        yield f"  {' '.join(change.settings)}  ({change.cost})"
+
+
+def fit_lines(fitted: Fit) -> Iterator[str]:
+    """What was changed and what each change costs, or what the recipe needs at least."""
+    card = f"{fitted.budget / GIB:g} GB"
+    shown = fitted.nearest or fitted
+    if fitted.fits:
+        yield f"fits {card} with:" if fitted.changes else f"fits {card} as it is"
+    else:
+        needs = (
+            f"does not fit {card}: {fitted.plan.largest.name} needs {_needed(fitted.plan)} with all changes"
+        )
+        if fitted.nearest is None:
+            yield f"{needs} that are known, and no card has that; nearest to one:"
+        elif shown.changes:
+            yield f"{needs} that are known; the nearest that does is a card of {shown.budget / GIB:g} GB, with:"
+        else:
+            yield f"{needs} that are known; the nearest that does is a card of {shown.budget / GIB:g} GB, as it is"
+    for change in shown.changes:
+        yield f"  {shlex.join(change.settings)}  ({change.cost})"
+
+
+def _needed(plan: RunPlan) -> str:
+    """What the plan needs of a card, rounded up: that much is enough."""
+    return f"{math.ceil(10 * plan.largest.device_bytes / GIB) / 10:.1f} GB"
+
+
+def _card(plan: RunPlan) -> str:
+    card = smallest_card(plan)
+    if card is None:
+        return f"fits no card there is, the largest has {CARDS[-1]} GB; --fit finds settings that fit one"
+    return f"fits {card} GB"
 
 
 def _parts(parts: Mapping[str, int]) -> list[str]:
@@ -100,7 +138,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _json(plan: RunPlan, fitted: Fit | None, budget: int | None) -> str:
+def _json(plan: RunPlan, fitted: Fit | None) -> str:
+    step, whole = plan.seconds(MEASURED_RATE)
     content: dict[str, Any] = {
         "phases": [
             {
@@ -115,25 +154,29 @@ def _json(plan: RunPlan, fitted: Fit | None, budget: int | None) -> str:
         ],
         "largest": plan.largest.name,
         "device_bytes": plan.largest.device_bytes,
-        "fits_card": smallest_card(plan),
+        "fits_card": _named(smallest_card(plan)),
         "size": plan.size,
         "steps": plan.steps,
         "pictures": plan.pictures,
         "pictures_seen": plan.seen,
-        "step_flops": plan.step_flops,
-        "step_calls": plan.step_calls,
-        "step_copies_bytes": plan.step_copies,
-        "seconds_a_step": plan.seconds(MEASURED_RATE)[0],
-        "seconds": plan.seconds(MEASURED_RATE)[1],
+        "step_flops": plan.step.flops,
+        "step_calls": plan.step.calls,
+        "step_copies_bytes": plan.step.copies,
+        "seconds_a_step": step,
+        "seconds": whole,
         "rate_tflops": MEASURED_RATE,
         "notes": list(plan.notes),
     }
     if fitted is not None:
+        shown = fitted.nearest or fitted
         content["fit"] = {
-            "budget_bytes": budget,
+            "budget_bytes": fitted.budget,
             "fits": fitted.fits,
-            "changes": [
-                {"settings": list(change.settings), "cost": change.cost} for change in fitted.changes
-            ],
+            "nearest_card": None if fitted.fits else _named(smallest_card(shown.plan)),
+            "changes": [{"settings": change.settings, "cost": change.cost} for change in shown.changes],
         }
     return json.dumps(content, indent=2)
+
+
+def _named(card: int | None) -> str | None:
+    return None if card is None else f"{card} GB"

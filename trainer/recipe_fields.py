@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 from halfbyte.trainer.registry import SETTINGS
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-PictureSide = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+SIDE_STEP = 16  # pixels
+PictureSide = Annotated[int, Field(ge=SIDE_STEP, le=8192, multiple_of=SIDE_STEP)]
 FilePath = Annotated[Path, Field(strict=False)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]

@@ -35,6 +35,7 @@ from halfbyte.trainer.report import (
 )
 from halfbyte.trainer.run_folder import RunFolder, claim
 from halfbyte.trainer.sampling import PictureSampler, SampleSettings
+from halfbyte.trainer.size_limits import refuse_large
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         check_push(repository)
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests)
+    refuse_large(recipe, family)
     join(world)
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)

@@ -10,8 +10,7 @@ from functools import cached_property
 import torch
 
 from halfbyte.quant.file_digest import CHUNK_BYTES, READING_THREADS
-from halfbyte.trainer.buckets import Cropping, Size, nearest_size
-from halfbyte.trainer.data import read_samples
+from halfbyte.trainer.buckets import Size
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.encoder_memory import (
     decoder_bytes,
@@ -19,12 +18,14 @@ from halfbyte.trainer.encoder_memory import (
     text_encoder_bytes,
     text_working_bytes,
 )
-from halfbyte.trainer.errors import DataError, RecipeError
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family, TextEmbedding
 from halfbyte.trainer.graphed_denoiser import MOST_SHAPES
 from halfbyte.trainer.live_bytes import INSIDE, WORKING
+from halfbyte.trainer.planned_pictures import PlannedPictures, planned_pictures
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, KEPT, Rehearsal, RehearsedStep
+from halfbyte.trainer.size_limits import refuse_large
 
 GIB = 2**30
 MIB = 2**20
@@ -47,6 +48,7 @@ PROCESS_BYTES = 1100 * MIB
 MEASURED_RATE = 470.0  # TFLOP/s
 SECONDS_A_CALL = 12.6e-6
 MEASURED_ON = "an H200"
+BUS_RATE = 22  # GB/s, about what PCIe 4.0 gives at full width; an H200's virtual machine gave 16 to 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What takes time: each of the three goes on beside the others."""
+
+    flops: int = 0
+    calls: int = 0  # operations that the processor gives out one by one
+    copies: int = 0  # bytes that come to the device: streamed blocks, and activations that were put aside
+
+    def seconds(self, rate: float) -> float:
+        """Of the slowest of the three; `rate` in TFLOP/s."""
+        return max(self.flops / (rate * 1e12), self.calls * SECONDS_A_CALL, self.copies / (BUS_RATE * GIB))
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """All phases of a run, and how long its steps take."""
 
@@ -82,11 +97,9 @@ class RunPlan:
     steps: int
     pictures: int | None  # None: unknown before the pictures are there
     seen: int  # pictures over the whole run, repetitions counted
-    step_flops: int
-    step_calls: int  # 0 where the processor launches them as a whole
+    step: Work
     draws: int  # pictures that are drawn
-    draw_flops: int  # for each
-    step_copies: int  # bytes of streamed blocks that come to the device
+    drawing: Work  # of each
     notes: Sequence[str] = field(default=())
 
     @property
@@ -99,49 +112,36 @@ class RunPlan:
         return next(phase for phase in self.phases if phase.name == name)
 
     def seconds(self, rate: float) -> tuple[float, float]:
-        """Of a step, and of the whole run with its drawings, at `rate` TFLOP/s.
-
-        Never less than it takes the processor to give the step's operations out.
-        """
-        step = max(self.step_flops / (rate * 1e12), self.step_calls * SECONDS_A_CALL)
-        return step, self.steps * step + self.draws * self.draw_flops / (rate * 1e12)
+        """Of a step, and of all steps with the drawings, at `rate` TFLOP/s."""
+        step = self.step.seconds(rate)
+        return step, self.steps * step + self.draws * self.drawing.seconds(rate)
 
 
 class Planner:
     """Plans of one recipe and of what it could be instead; what two have in common is rehearsed once."""
 
-    def __init__(self, recipe: Recipe, family: Family) -> None:
+    def __init__(self, recipe: Recipe, family: Family, notes: Sequence[str] = ()) -> None:
+        """`notes`: what there is to say of the family. Raises RecipeError for pictures that it cannot take."""
+        refuse_large(recipe, family)
         self.recipe = recipe
         self.family = family
+        self.notes = notes
         self._rehearsals: dict[object, Rehearsal] = {}
         self._steps: dict[object, RehearsedStep] = {}
+        self._predictions: dict[object, RehearsedStep] = {}
         self._encoders: dict[object, Phase] = {}
 
     @cached_property
-    def pictures(self) -> tuple[int | None, Size, tuple[str, ...]]:
-        """How many are trained on, their largest size, and what there is to say of it."""
-        count, sizes, notes = self._sizes
-        return count, max(sizes, key=lambda size: (size[0] * size[1], size)), notes
-
-    @cached_property
-    def _sizes(self) -> tuple[int | None, set[Size], tuple[str, ...]]:
-        """The same with all sizes; where there are no pictures yet, the square alone."""
-        data = self.recipe.data
-        square = (data.resolution, data.resolution)
-        cropping = Cropping(data.resolution, self.family.size_multiple, data.aspect_buckets)
-        if not data.path.exists():
-            return None, {square}, (f"data.path: {data.path} is not there; planned at data.resolution",)
-        try:
-            samples = read_samples(data.path, data.caption_prefix, is_decoded=lambda _: True)
-        except DataError as error:
-            first = str(error).splitlines()[0]
-            return None, {square}, (f"data.path: {first}; planned at data.resolution",)
-        sizes = cropping.sizes()
-        return len(samples), {nearest_size(sample.width, sample.height, sizes) for sample in samples}, ()
+    def pictures(self) -> PlannedPictures:
+        """Those that are trained on and held out. Raises DataError, see `planned_pictures`."""
+        return planned_pictures(self.recipe, self.family)
 
     def size(self, recipe: Recipe) -> Size:
-        """The largest size at the recipe's resolution, in pixels."""
-        _, size, _ = self.pictures
+        """The largest size that is trained at, at the recipe's resolution, in pixels."""
+        return self._at_resolution(recipe, self.pictures.largest)
+
+    def _at_resolution(self, recipe: Recipe, size: Size) -> Size:
+        """A size of the planner's recipe at the resolution of another."""
         if recipe.data.resolution == self.recipe.data.resolution:
             return size
         return (recipe.data.resolution, recipe.data.resolution)
@@ -149,14 +149,12 @@ class Planner:
     def plan(self, recipe: Recipe | None = None) -> RunPlan:
         """The plan of the recipe, or of another that differs in what `plan_fit` changes."""
         recipe = recipe or self.recipe
-        count, _, notes = self.pictures
         size = self.size(recipe)
-        held_out = recipe.validation.held_out if count is not None else 0
         step = self.step(recipe)
         sampling = self._sample(recipe)
         phases = [
             self._encode_texts(recipe),
-            self._encode_pictures(size),
+            self._encode_pictures(self._largest_encoded(recipe)),
             self._load(recipe),
             self._train(recipe, step),
             *([sampling[0]] if sampling else []),
@@ -168,14 +166,16 @@ class Planner:
             phases,
             size,
             steps=train.steps,
-            pictures=None if count is None else count - held_out,
+            pictures=self.pictures.count,
             seen=train.steps * train.batch_size * train.grad_accumulation,
-            step_flops=step.flops * train.grad_accumulation,
-            step_calls=0 if train.cuda_graphs else step.calls * train.grad_accumulation,
+            step=Work(
+                step.flops * train.grad_accumulation,
+                0 if train.cuda_graphs else step.calls * train.grad_accumulation,
+                (self.rehearsal(recipe).visitors.copied + step.host) * train.grad_accumulation,
+            ),
             draws=drawings * len(recipe.sample.prompts),
-            draw_flops=sampling[1] if sampling else 0,
-            step_copies=self.rehearsal(recipe).visitors.copied * train.grad_accumulation,
-            notes=notes,
+            drawing=sampling[1] if sampling else Work(),
+            notes=(*self.notes, *self.pictures.notes),
         )
 
     def step(self, recipe: Recipe) -> RehearsedStep:
@@ -191,6 +191,19 @@ class Planner:
         if key not in self._steps:
             self._steps[key] = self.rehearsal(recipe).step(recipe, *size)
         return self._steps[key]
+
+    def _prediction(self, recipe: Recipe, batch_size: int, size: Size) -> RehearsedStep:
+        """A forward alone."""
+        key = (*self._layers(recipe), batch_size, size)
+        if key not in self._predictions:
+            self._predictions[key] = self.rehearsal(recipe).prediction(batch_size, *size)
+        return self._predictions[key]
+
+    def _largest_encoded(self, recipe: Recipe) -> Size:
+        sizes = {self.pictures.largest}
+        if recipe.validation.wanted:
+            sizes.add(self.pictures.largest_held_out)
+        return self._at_resolution(recipe, max(sizes, key=lambda size: (size[0] * size[1], size)))
 
     def rehearsal(self, recipe: Recipe) -> Rehearsal:
         """The recipe's layers on meta. Raises RecipeError where they are none of the model's."""
@@ -210,6 +223,7 @@ class Planner:
             recipe.quant,
             recipe.lora.model_dump_json(),
             recipe.train.fused_adapters,
+            recipe.train.fused_blocks,
             recipe.train.stream_blocks,
         )
 
@@ -248,16 +262,16 @@ class Planner:
         moments.append({**kept, **beside, **step.peak.by_kind})
         if recorded and recipe.train.grad_accumulation > 1:
             moments.append({**held, GRADIENTS: 2 * kept[ADAPTERS]})
-        if recorded and recipe.validation.every:
-            predicted = self.rehearsal(recipe).prediction(recipe.train.batch_size, *self.size(recipe))
-            moments.append({**held, **_working(predicted)})
+        if recipe.validation.wanted:
+            # Before the first step and behind the last at least, when the last one's gradients are there.
+            measured = self._at_resolution(recipe, self.pictures.largest_held_out)
+            moments.append({**held, **_working(self._prediction(recipe, recipe.train.batch_size, measured))})
         largest = max(moments, key=lambda parts: sum(parts.values()))
         return Phase("step", largest, {"activations put aside": step.host, **self._on_host(recipe)})
 
     def _more_than_recorded(self, recipe: Recipe) -> bool:
         """Whether pictures come in more sizes than CUDA graphs are kept of."""
-        _, sizes, _ = self._sizes
-        return recipe.data.aspect_buckets and len(sizes) > MOST_SHAPES
+        return recipe.data.aspect_buckets and len(self.pictures.sizes) > MOST_SHAPES
 
     def _on_host(self, recipe: Recipe) -> dict[str, int]:
         """What stays in the host's memory from loading to the end."""
@@ -288,11 +302,11 @@ class Planner:
         host = {"read ahead": _READ_AHEAD, **self._on_host(recipe)}
         return Phase("load and quantize", {**held, "weights on their way": arriving}, host)
 
-    def _sample(self, recipe: Recipe) -> tuple[Phase, int] | None:
+    def _sample(self, recipe: Recipe) -> tuple[Phase, Work] | None:
         sample = recipe.sample
         if not sample.prompts:
             return None
-        drawn = self.rehearsal(recipe).prediction(self._guided(recipe), sample.width, sample.height)
+        drawn = self._prediction(recipe, self._guided(recipe), (sample.width, sample.height))
         weights, decoding = decoder_bytes(
             self.family, DTYPES[recipe.quant.compute_dtype], sample.width, sample.height
         )
@@ -307,7 +321,9 @@ class Planner:
             "vae": weights,
             WORKING: max(decoding, predicting),
         }
-        return Phase("sample", parts, self._on_host(recipe)), drawn.flops * sample.steps
+        copies = self.rehearsal(recipe).visitors.host_bytes
+        work = Work(drawn.flops * sample.steps, drawn.calls * sample.steps, copies * sample.steps)
+        return Phase("sample", parts, self._on_host(recipe)), work
 
     def _guided(self, recipe: Recipe) -> int:
         """How many predictions a sampling step takes: two with classifier-free guidance."""

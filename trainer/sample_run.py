@@ -26,6 +26,7 @@ from halfbyte.trainer.sample_drawing import Drawing, describe_base
 from halfbyte.trainer.sample_request import SampleRequest
 from halfbyte.trainer.sample_subject import Subject, find_subject
 from halfbyte.trainer.sampling import PictureSettings
+from halfbyte.trainer.size_limits import refuse_large_drawings
 from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def sample(request: SampleRequest, world: World, console: Console) -> bool:
     join(world)
     subject = find_subject(request, world.device)
     settings, jobs = _settings(request, subject), _jobs(request, subject)
+    refuse_large_drawings(subject.family, {"--width": settings.width, "--height": settings.height})
     placement = Placement(world.device, request.offload, request.device_map)
     if placement.moves_layers and subject.adapter is not None and subject.adapter.is_dora:
         raise RecipeError(

@@ -30,6 +30,10 @@ _ALL = (".json", ".safetensors", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
 
 
+class NoSuchRevision(HubError):
+    """The repository is there, the revision is not."""
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A pipeline folder in diffusers' layout."""
@@ -203,7 +207,9 @@ def _download(
             " HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise HubError(f"model.revision: {name} has no revision {revision!r}; see {page}/commits") from error
+        raise NoSuchRevision(
+            f"model.revision: {name} has no revision {revision!r}; see {page}/commits"
+        ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
             f"model.path: no repository {name} on the Hub, or it is private and you are not logged in"

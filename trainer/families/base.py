@@ -195,6 +195,11 @@ class Family(ABC):
         return self.vae_scale * 2
 
     @property
+    def largest_side(self) -> int | None:
+        """Pixels: the longest side of a picture that the denoiser takes; None: any."""
+        return None
+
+    @property
     def text_tokens(self) -> int:
         """Tokens of a caption that the denoiser sees."""
         return self.max_sequence_length

@@ -42,6 +42,13 @@ class SD3(Family):
         return 256
 
     @property
+    def largest_side(self) -> int | None:
+        """That of its table of positions, of which a smaller picture has the middle."""
+        # A configuration may leave out what is diffusers' default.
+        patches: int | None = self.denoiser_config.get("pos_embed_max_size", 96)
+        return None if patches is None else patches * self.size_multiple
+
+    @property
     def text_tokens(self) -> int:
         """T5's, behind the 77 of the CLIPs."""
         return 77 + self.max_sequence_length
