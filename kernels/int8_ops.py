@@ -100,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.halfbyte.linear_int8_input_grad.default(grad, *ctx.saved_tensors)
     if ctx.needs_input_grad[3]:
-        bias_grad = grad.flatten(end_dim=-2).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, None, bias_grad, None
 
 

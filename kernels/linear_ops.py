@@ -88,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.halfbyte.linear_4bit_input_grad.default(grad, *ctx.saved_tensors, *ctx.numbers)
     if ctx.needs_input_grad[1]:
-        bias_grad = grad.flatten(end_dim=-2).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return (dx, bias_grad, *(None,) * len(PackedWeight._fields))
 
 

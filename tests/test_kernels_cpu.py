@@ -157,6 +157,19 @@ def test_int8_rows_of_zeros_stay_zeros():
     assert not absmax.any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_int8_shows_what_is_not_finite(value):
+    quantized, absmax = int8_reference.quantize_rows(random_weight((8, 64), torch.float32, 1))
+    x = torch.randn(3, 64)
+    x[1, 5] = value
+    y = int8_ops.linear_int8(x, quantized, absmax, None, 0.0)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    codes, row_absmax = int8_reference.quantize_rows(x)
+    assert not codes[1].any()
+    assert not row_absmax[1].isfinite()
+
+
 def outlying_input(rows, width):
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(4))
     x[0, 3], x[-1, 10] = 40.0, -7.0
@@ -188,6 +201,33 @@ def test_linear_int8_against_bitsandbytes():
     theirs = functions.MatMul8bitLt.apply(x, quantized, None, None, state)
     ours = int8_ops.linear_int8(x, quantized, absmax, None, 6.0)
     assert relative_error(ours, theirs.double()) < 1e-3
+
+
+def test_int8_of_a_transposed_weight_lies_row_by_row():
+    weight = torch.randn(10, 6).t()
+    quantized, _ = int8_ops.quantize_int8(weight)
+    assert quantized.is_contiguous()
+    assert torch.equal(quantized, int8_reference.quantize_rows(weight.contiguous())[0])
+    torch.library.opcheck(torch.ops.halfbyte.quantize_int8.default, (weight,))
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (2, 3)])
+def test_any_number_of_row_dimensions_with_a_trained_bias(rows):
+    weight = random_weight((16, 64), torch.float32, 3)
+    x, grad = torch.randn(*rows, 64), torch.randn(*rows, 16)
+    products = {
+        torch.ops.halfbyte.linear_4bit.default: packed_weight(weight, True),
+        torch.ops.halfbyte.linear_int8.default: (*int8_reference.quantize_rows(weight), 6.0),
+    }
+    for op, fields in products.items():
+        bias = torch.randn(16, requires_grad=True)
+        if op is torch.ops.halfbyte.linear_4bit.default:
+            arguments = (x.clone().requires_grad_(), bias, *fields)
+        else:
+            arguments = (x.clone().requires_grad_(), *fields[:2], bias, fields[2])
+        op(*arguments).backward(grad)
+        torch.testing.assert_close(bias.grad, grad.reshape(-1, 16).sum(0))
+        torch.library.opcheck(op, arguments)
 
 
 def test_linear_int8_gradients_and_opcheck():
