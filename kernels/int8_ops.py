@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import int8_reference
+from halfbyte.kernels import int8_cpu, int8_reference
 from halfbyte.kernels.tracing import is_differentiated, is_eager
 
 # Device type -> what implements the rows' quantization and the product there; elsewhere the reference does.
-BACKENDS: dict[str, ModuleType] = {}
+BACKENDS: dict[str, ModuleType] = {"cpu": int8_cpu}
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.int8_triton")

@@ -5,6 +5,8 @@ bitsandbytes' order of roundings: rows of weights and of activations are scaled 
 -127..127, multiplied in int32, and the activation columns that hold an outlier are multiplied apart.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,12 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_int8(
-    x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    x: Tensor,
+    quantized: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    multiply: Callable[[Tensor, Tensor], Tensor] = multiply,
 ) -> Tensor:
     """x (M, K) times the dequantized weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype."""
     rows, row_absmax, columns = quantize_activations(x, threshold)
