@@ -101,6 +101,8 @@ def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tens
     Returns (codes, nested_absmax, offset): uint8 (b,), fp32 (ceil(b / nested_blocksize),) and fp32 ().
     """
     offset = absmax.mean()
+    # Of scales near the end of fp32 the sum is beyond it, though not the mean.
+    offset = torch.where(offset.isfinite(), offset, absmax.mean(dtype=torch.float64).float())
     blocks = _blocks(absmax - offset, nested_blocksize)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / nested_absmax.clamp(min=_SMALLEST_SCALE)).unsqueeze(1)).clamp(-1, 1)

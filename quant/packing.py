@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import ops, reference
+from halfbyte.kernels import operands, reference
 from halfbyte.quant.nf4 import WEIGHT_DTYPES, NestedState, QuantState
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
@@ -23,7 +23,7 @@ STATISTICS = (
     "quant_map",
     "nested_absmax",
     "nested_quant_map",
-    *(STATE_PREFIX + quant_type for quant_type in ops.QUANT_TYPES),
+    *(STATE_PREFIX + quant_type for quant_type in operands.QUANT_TYPES),
 )
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
@@ -176,8 +176,8 @@ def _shape(where: str, value: Any) -> tuple[int, ...]:
 
 
 def _blocksize(where: str, key: str, value: Any) -> int:
-    if type(value) is not int or value not in ops.BLOCKSIZES:
-        raise ValueError(f"{where}: {key} is {value!r}, accepted: {', '.join(map(str, ops.BLOCKSIZES))}")
+    if type(value) is not int or value not in operands.BLOCKSIZES:
+        raise ValueError(f"{where}: {key} is {value!r}, accepted: {', '.join(map(str, operands.BLOCKSIZES))}")
     return value
 
 

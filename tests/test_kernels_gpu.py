@@ -77,6 +77,14 @@ def test_tiny_and_huge_blocks_equal_the_reference(exponent):
     assert torch.equal(packed, expected[0])
 
 
+@pytest.mark.parametrize("blocksize", [32, 4096])
+def test_the_mean_of_huge_scales_stays_finite(blocksize):
+    weight = torch.full((512, 1024), 3e38, device="cuda")
+    *_, nested_absmax, offset = nf4_triton.quantize_4bit_double(weight, "nf4", blocksize, 256)
+    torch.testing.assert_close(offset.item(), 3e38, rtol=1e-6, atol=0)
+    assert (nested_absmax < 1e-5 * 3e38).all()
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "quant_type", "blocksize", "double"),
     itertools.product(SHAPES, DTYPES, ("nf4", "fp4"), (32, 64, 4096), (False, True)),
@@ -102,11 +110,6 @@ def test_dequantize_takes_an_odd_address():
     code = reference.NF4_CODE.cuda()
     out = nf4_triton.dequantize_4bit(moved, absmax, code, (64, 64), torch.bfloat16, 64)
     assert torch.equal(out, reference.dequantize_4bit(packed, absmax, code, (64, 64), torch.bfloat16, 64))
-
-
-def test_unsupported_blocksize_is_an_error():
-    with pytest.raises(ValueError, match="blocksize: got 48"):
-        nf4_triton.quantize_4bit(random_weight((8, 48), torch.bfloat16), "nf4", 48)
 
 
 def test_quantize_equals_bitsandbytes():

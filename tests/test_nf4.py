@@ -158,6 +158,37 @@ def test_extreme_scales_stay_finite(largest):
     assert dequantize(packed, state).isfinite().all()
 
 
+@pytest.mark.parametrize("scale_search", [None, "mse"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("largest", [1e38, 3e38])
+def test_weights_near_the_end_of_fp32_come_back_finite(largest, double_quant, scale_search):
+    spread = (2 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) - 1) * largest
+    for weight in (torch.full((64, 64), largest), spread):
+        restored = dequantize(*quantize(weight, QuantSpec("nf4", double_quant, scale_search=scale_search)))
+        assert restored.isfinite().all()
+        assert (restored / largest - weight / largest).norm() / (weight / largest).norm() < 0.15
+
+
+@pytest.mark.parametrize("scale_search", [None, "mse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_weight_that_would_not_come_back_finite_is_refused(dtype, scale_search):
+    refused = 0
+    for seed in range(8):
+        uniform = 2 * torch.rand(128, 128, generator=torch.Generator().manual_seed(seed)).double() - 1
+        weight = (uniform * torch.finfo(dtype).max).to(dtype)
+        # Without double quantization a scale is a magnitude of the weight, or one that the search found to fit.
+        spec = QuantSpec(double_quant=False, scale_search=scale_search)
+        assert dequantize(*quantize(weight, spec)).isfinite().all()
+        try:
+            restored = dequantize(*quantize(weight, QuantSpec(scale_search=scale_search), "a.weight"))
+        except ValueError as error:
+            assert str(error).startswith("a.weight: holds ")  # noqa: PT017
+            refused += 1
+        else:
+            assert restored.isfinite().all()
+    assert refused
+
+
 # One element more or less than a block, a byte, a nested block: whatever the sizes, the weight comes back.
 @settings(max_examples=30, deadline=None)
 @given(
@@ -254,5 +285,6 @@ def test_what_cannot_be_quantized_is_refused_by_name(weight, words):
 def test_a_spec_names_what_it_accepts():
     with pytest.raises(ValueError, match="'int4', accepted: nf4, fp4"):
         QuantSpec("int4")
-    with pytest.raises(ValueError, match="blocksize: got 48, accepted: 32, 64"):
-        QuantSpec(blocksize=48)
+    for blocksize in (48, 64.0, True, "64"):
+        with pytest.raises(ValueError, match=f"blocksize: got {blocksize!r}, accepted: 32, 64"):
+            QuantSpec(blocksize=blocksize)
