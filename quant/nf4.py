@@ -15,6 +15,10 @@ NESTED_BLOCKSIZE = 256
 SCALE_SEARCHES = (None, "mse")
 
 
+class BeyondFormatError(ValueError):
+    """A weight that is whole, with values that a format cannot hold."""
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """How a weight becomes 4 bits."""
@@ -123,8 +127,8 @@ class QuantState:
 def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Tensor, QuantState]:
     """Quantize a weight of any shape on its own device, into (packed uint8 ((n + 1) // 2, 1), state).
 
-    Raises ValueError, naming the tensor by `name`, where it is empty, not fp32, fp16 or bf16, or not finite,
-    and where it would not come back finite.
+    Raises ValueError, naming the tensor by `name`, where it is empty, not fp32, fp16 or bf16, or not finite, and
+    BeyondFormatError where it would not come back finite.
     """
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: cannot quantize {weight.dtype}; accepted: float32, float16, bfloat16")
@@ -150,7 +154,7 @@ def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Ten
     limit = torch.finfo(weight.dtype).max
     # Scales are rounded, so that they may pass the largest magnitude; near the dtype's end that makes infinities.
     if largest > limit / 2 and not (state.scales() <= limit).all():
-        raise ValueError(
+        raise BeyondFormatError(
             f"{name}: holds {largest:g}, and its quantized scales do not fit {weight.dtype}, which ends at {limit:g};"
             " skip the layer, or set double_quant to false"
         )
