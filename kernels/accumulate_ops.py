@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import linear_ops
+from halfbyte.kernels.operands import check_rows
 from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
 from halfbyte.kernels.tracing import is_eager
 
@@ -24,7 +25,18 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     out.addmm_(left, right)
 
 
+def _check(out: Tensor, name: str, rows: Tensor, width: int, outputs: int) -> None:
+    check_rows(name, rows, width)
+    if rows.dim() != 2 or tuple(out.shape) != (rows.shape[0], outputs):
+        raise ValueError(
+            f"out: got shape {tuple(out.shape)}, expected ({rows.shape[0]}, {outputs}) for {name} of shape"
+            f" {tuple(rows.shape)}"
+        )
+
+
 def _add_linear(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
+    outputs, width = weight.shape
+    _check(out, "x", x, width, outputs)
     kernel = linear_ops.few_rows_kernel(x, weight)
     if kernel is None:
         out.addmm_(x, weight.dequantize(x.dtype).t())
@@ -36,6 +48,8 @@ def _add_linear(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
 
 
 def _add_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) -> None:
+    outputs, width = weight.shape
+    _check(out, "grad", grad, outputs, width)
     out.addmm_(grad, weight.dequantize(grad.dtype))
 
 
@@ -59,12 +73,18 @@ def _fake_add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 @torch.library.register_fake("halfbyte::add_linear_4bit_", lib=_library)
 def _fake_add_linear(out: Tensor, x: Tensor, *fields: Any) -> None:
-    return None
+    weight = PackedWeight.of(fields)
+    weight.check()
+    outputs, width = weight.shape
+    _check(out, "x", x, width, outputs)
 
 
 @torch.library.register_fake("halfbyte::add_linear_4bit_input_grad_", lib=_library)
 def _fake_add_input_grad(out: Tensor, grad: Tensor, *fields: Any) -> None:
-    return None
+    weight = PackedWeight.of(fields)
+    weight.check()
+    outputs, width = weight.shape
+    _check(out, "grad", grad, outputs, width)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import int8_reference
+from halfbyte.kernels import int8_cpu, int8_reference
+from halfbyte.kernels.operands import WEIGHT_DTYPES, check_int8, check_rows
 from halfbyte.kernels.tracing import is_differentiated, is_eager
 
 # Device type -> what implements the rows' quantization and the product there; elsewhere the reference does.
-BACKENDS: dict[str, ModuleType] = {}
+BACKENDS: dict[str, ModuleType] = {"cpu": int8_cpu}
 # torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.int8_triton")
@@ -44,29 +45,56 @@ def _backend(tensor: Tensor) -> ModuleType:
     return BACKENDS.get(tensor.device.type, int8_reference)
 
 
+def _check_weight(weight: Tensor) -> None:
+    if weight.dtype not in WEIGHT_DTYPES or weight.dim() != 2:
+        raise ValueError(
+            f"weight: got {weight.dtype} {tuple(weight.shape)}, expected (N, K) in one of"
+            f" {', '.join(map(str, WEIGHT_DTYPES))}"
+        )
+
+
+def _check(x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    check_int8(quantized, absmax)
+    check_rows("x", x, quantized.shape[1], bias, quantized.shape[0])
+
+
+def _check_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> None:
+    check_int8(quantized, absmax)
+    check_rows("grad", grad, quantized.shape[0])
+
+
 def _linear(x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    _check(x, quantized, absmax, bias)
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _backend(x).linear_int8(rows, quantized, absmax, bias, threshold)
     return y.view(*x.shape[:-1], quantized.shape[0])
 
 
 def _input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
+    _check_grad(grad, quantized, absmax)
     return int8_reference.linear_int8_input_grad(grad, quantized, absmax)
 
 
+def _dequantize(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    check_int8(quantized, absmax)
+    return int8_reference.dequantize_rows(quantized, absmax, dtype)
+
+
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_weight(weight)
     result: tuple[Tensor, Tensor] = _backend(weight).quantize_rows(weight)
     return result
 
 
 _library.impl("quantize_int8", _quantize, "CompositeExplicitAutograd")
-_library.impl("dequantize_int8", int8_reference.dequantize_rows, "CompositeExplicitAutograd")
+_library.impl("dequantize_int8", _dequantize, "CompositeExplicitAutograd")
 _library.impl("linear_int8", _linear, "CompositeExplicitAutograd")
 _library.impl("linear_int8_input_grad", _input_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("halfbyte::quantize_int8", lib=_library)
 def _fake_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check_weight(weight)
     return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(
         (weight.shape[0],), dtype=torch.float32
     )
@@ -74,6 +102,7 @@ def _fake_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("halfbyte::dequantize_int8", lib=_library)
 def _fake_dequantize(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    check_int8(quantized, absmax)
     return quantized.new_empty(quantized.shape, dtype=dtype)
 
 
@@ -81,11 +110,13 @@ def _fake_dequantize(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> T
 def _fake_linear(
     x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
+    _check(x, quantized, absmax, bias)
     return x.new_empty((*x.shape[:-1], quantized.shape[0]))
 
 
 @torch.library.register_fake("halfbyte::linear_int8_input_grad", lib=_library)
 def _fake_input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
+    _check_grad(grad, quantized, absmax)
     return grad.new_empty((*grad.shape[:-1], quantized.shape[1]))
 
 
@@ -100,7 +131,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.halfbyte.linear_int8_input_grad.default(grad, *ctx.saved_tensors)
     if ctx.needs_input_grad[3]:
-        bias_grad = grad.flatten(end_dim=-2).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, None, bias_grad, None
 
 
@@ -115,7 +146,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int8(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 (N, K) and fp32 (N,) -> (N, K) in `dtype`."""
     if is_eager(quantized):
-        return int8_reference.dequantize_rows(quantized, absmax, dtype)
+        return _dequantize(quantized, absmax, dtype)
     return torch.ops.halfbyte.dequantize_int8.default(quantized, absmax, dtype)
 
 

@@ -5,6 +5,8 @@ bitsandbytes' order of roundings: rows of weights and of activations are scaled 
 -127..127, multiplied in int32, and the activation columns that hold an outlier are multiplied apart.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
     The values pass through fp16, as the format says, so weights beyond 65504 do not fit it.
     """
-    half = values.to(torch.float16).float()
+    half = values.to(torch.float16).contiguous().float()
     absmax = half.abs().amax(dim=1)
     return _scaled(half, absmax), absmax
 
@@ -24,8 +26,9 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled(half: Tensor, absmax: Tensor) -> Tensor:
     # A reciprocal and a product, rounded one by one: a division rounds 2 codes in 10,000 differently. An fp16
     # row is zero or at least 2**-24, so the reciprocal is finite wherever it is used.
-    factor = torch.where(absmax > 0, absmax.reciprocal() * RANGE, 0.0)
-    return torch.round(half * factor[:, None]).to(torch.int8)
+    factor = torch.where(absmax > 0, absmax.reciprocal() * RANGE, 0.0)[:, None]
+    # A row that is not finite has no codes, and NaN no integer: its scale alone makes its outputs NaN.
+    return torch.where(factor > 0, torch.round(half * factor), 0.0).to(torch.int8)
 
 
 def dequantize_rows(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +61,12 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_int8(
-    x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    x: Tensor,
+    quantized: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    multiply: Callable[[Tensor, Tensor], Tensor] = multiply,
 ) -> Tensor:
     """x (M, K) times the dequantized weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype."""
     rows, row_absmax, columns = quantize_activations(x, threshold)

@@ -21,6 +21,12 @@ _ROUND = tl.constexpr(1.5 * 2**23)  # added and subtracted, it rounds a float32 
 
 
 @triton.jit
+def _larger(a, b):
+    """The larger of two, or NaN where either is: `tl.maximum` and `tl.max` alone drop NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _quantize_rows_kernel(
     values,
     quantized,
@@ -44,10 +50,12 @@ def _quantize_rows_kernel(
             # Every row that finds one writes the same byte.
             tl.store(outlier_columns + column, tl.full((TILE,), 1, tl.uint8), mask=outlier & inside)
             magnitude = tl.where(outlier, 0.0, magnitude)
-        largest = tl.maximum(largest, magnitude)
-    row_absmax = tl.max(largest, axis=0)
+        largest = _larger(largest, magnitude)
+    row_absmax = tl.reduce(largest, 0, _larger)
     tl.store(absmax + row, row_absmax)
     factor = tl.where(row_absmax > 0, tl.div_rn(1.0, row_absmax) * 127.0, 0.0)
+    # A row that is not finite has no codes, and NaN no integer: its scale alone makes its outputs NaN.
+    scalable = factor > 0
     for start in range(0, columns, TILE):
         column = start + lane
         inside = column < columns
@@ -55,7 +63,7 @@ def _quantize_rows_kernel(
         value = value.to(tl.float16).to(tl.float32)
         if OUTLIERS:
             value = tl.where(tl.abs(value) >= threshold, 0.0, value)
-        scaled = value * factor + _ROUND - _ROUND
+        scaled = tl.where(scalable, value * factor + _ROUND - _ROUND, 0.0)
         tl.store(quantized + row * columns + column, scaled.to(tl.int8), mask=inside)
 
 
@@ -72,8 +80,9 @@ def _scale_kernel(
     OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    # Rows on the first axis: CUDA ends the others at 65,535.
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < columns
     scale = tl.load(row_absmax + row) * tl.load(absmax + column, mask=inside, other=0.0)
     value = tl.load(product + row * columns + column, mask=inside, other=0).to(tl.float32)
@@ -155,7 +164,7 @@ def linear_int8(
         outlier_part = x[:, columns].float() @ weight.to(x.dtype).float().t()
     addend = row_absmax if bias is None else bias
     _launch_scale(
-        (triton.cdiv(outputs, _SCALE_TILE), x.shape[0], 1),
+        (x.shape[0], triton.cdiv(outputs, _SCALE_TILE), 1),
         (product, row_absmax, absmax, outlier_part, addend, out, outputs),
         (_SCALE_TILE, columns.numel() > 0, bias is not None),
     )

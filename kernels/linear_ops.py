@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.kernels.operands import check_rows
 from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
 from halfbyte.kernels.tracing import is_differentiated, is_eager
 
@@ -33,12 +34,14 @@ _library.define(f"linear_4bit_input_grad(Tensor grad, {SCHEMA}) -> Tensor")
 def few_rows_kernel(x: Tensor, weight: PackedWeight) -> ModuleType | None:
     """What is faster for these rows x (M, K) than dequantizing the weight; None where nothing is."""
     if x.is_cuda and 0 < x.shape[0] <= _MAX_ROWS:
+        weight.check()
         return next((kernel for kernel in FEW_ROWS if kernel.supports(weight, x)), None)
     return None
 
 
 def _linear(x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
     outputs, width = weight.shape
+    check_rows("x", x, width, bias, outputs)
     rows = x.reshape(-1, width)
     kernel = few_rows_kernel(rows, weight)
     if kernel is not None:
@@ -51,6 +54,7 @@ def _linear(x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
 
 def _input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
     outputs, width = weight.shape
+    check_rows("grad", grad, outputs)
     return (grad.reshape(-1, outputs) @ weight.dequantize(grad.dtype)).view(*grad.shape[:-1], width)
 
 
@@ -68,12 +72,18 @@ _library.impl("linear_4bit_input_grad", _input_grad_op, "CompositeExplicitAutogr
 
 @torch.library.register_fake("halfbyte::linear_4bit", lib=_library)
 def _fake_linear(x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], PackedWeight.of(fields).shape[0]))
+    weight = PackedWeight.of(fields)
+    weight.check()
+    check_rows("x", x, weight.shape[1], bias, weight.shape[0])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("halfbyte::linear_4bit_input_grad", lib=_library)
 def _fake_input_grad(grad: Tensor, *fields: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], PackedWeight.of(fields).shape[1]))
+    weight = PackedWeight.of(fields)
+    weight.check()
+    check_rows("grad", grad, weight.shape[0])
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -88,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.halfbyte.linear_4bit_input_grad.default(grad, *ctx.saved_tensors, *ctx.numbers)
     if ctx.needs_input_grad[1]:
-        bias_grad = grad.flatten(end_dim=-2).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return (dx, bias_grad, *(None,) * len(PackedWeight._fields))
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from halfbyte.kernels import reference
 from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.packed_triton import (
-    check_blocksize,
     in_range,
     lookup,
     read_scale,
@@ -39,6 +38,10 @@ _QUANTIZE_WARPS = 8
 _CELLS = 64  # a unit of the scaled value; a power of two, so that scaling by it is exact
 # Added to a float32 below 2**22, this leaves round_half_even(value) + 64 in the low mantissa bits.
 _ROUND_TO_BITS = tl.constexpr(1.5 * 2**23 + _CELLS)
+
+# A program's sum of scales is stored over this: no more than that many of them, so that none overflows. A power of
+# two, so that the sum has the bits that it had without.
+_SUM_SCALE = tl.constexpr(256.0)
 
 
 @functools.cache
@@ -152,7 +155,6 @@ def _dequantize_plan(
     device: torch.device,
 ) -> tuple[tuple[int, int, int], tuple[int | bool, ...], bool]:
     """The grid, the constants of the kernel, and whether it may be launched early."""
-    check_blocksize(blocksize)
     units, tiles = _TILE_SMALL if numel <= _SMALL_NUMEL else _TILE
     units = max(units, blocksize // unit)
     early = launches_early(device)
@@ -175,8 +177,6 @@ def _dequantize(
     nested_blocksize: int | None,
 ) -> None:
     numel = out.numel()
-    if numel == 0:
-        return
     grid, constants, early = _dequantize_plan(
         numel, out.itemsize, unit_of(packed, numel), blocksize, nested_blocksize, packed.device
     )
@@ -262,7 +262,8 @@ def _quantize_kernel(
     largest = tl.max(tl.reshape(tl.max(tl.abs(values), axis=1), (BLOCKS, PER_BLOCK)), axis=1)
     row = tl.arange(0, BLOCKS)
     tl.store(absmax + first // BLOCKSIZE + row, largest, mask=in_range(row * BLOCKSIZE, left, EVEN))
-    tl.store(sums + tl.program_id(0), tl.sum(largest, axis=0))
+    tl.static_assert(BLOCKS <= _SUM_SCALE)
+    tl.store(sums + tl.program_id(0), tl.sum(largest * (1.0 / _SUM_SCALE), axis=0))
 
     inverse = tl.reshape(tl.broadcast_to(_reciprocal(largest)[:, None], (BLOCKS, PER_BLOCK)), (UNITS,))
     scaled = values * inverse[:, None]
@@ -302,7 +303,7 @@ def _quantize_absmax_kernel(
     total = tl.zeros((CHUNK,), tl.float64)
     for start in range(0, programs, CHUNK):
         total += tl.load(sums + start + lane, mask=start + lane < programs, other=0.0).to(tl.float64)
-    mean = (tl.sum(total, axis=0) / blocks).to(tl.float32)
+    mean = (tl.sum(total, axis=0) * _SUM_SCALE / blocks).to(tl.float32)
     if tl.program_id(0) == 0:
         tl.store(offset, mean)
 
@@ -322,10 +323,7 @@ def _quantize_absmax_kernel(
 
 def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
     """(packed, absmax, partial sums of absmax)."""
-    check_blocksize(blocksize)
     numel = weight.numel()
-    if numel == 0:
-        raise ValueError(f"weight: got the empty shape {tuple(weight.shape)}, expected at least one value")
     weight = weight.contiguous()
     device = weight.device
     blocks = triton.cdiv(numel, blocksize)
@@ -368,7 +366,6 @@ def quantize_4bit_double(
     Returns (packed, codes, nested_absmax, offset). The offset is summed in another order than the reference's
     mean, so it agrees to rounding (1e-6 relative), and a code next to a boundary may differ by one.
     """
-    check_blocksize(nested_blocksize, "nested_blocksize")
     packed, absmax, sums = _quantize(weight, quant_type, blocksize)
     device = weight.device
     blocks = absmax.numel()

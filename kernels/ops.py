@@ -1,7 +1,8 @@
 """The quantization ops as torch sees them: schema, fake and dispatch.
 
-An op runs the plain-torch reference on every device, except where `BACKENDS` names something faster for that
-device type. A backend implements the four functions with the reference's meaning; tests compare the two.
+An op checks its operands, then runs the plain-torch reference on every device, except where `BACKENDS` names
+something faster for that device type. A backend implements the four functions with the reference's meaning; tests
+compare the two.
 """
 
 import importlib
@@ -13,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import nf4_cpu, reference
+from halfbyte.kernels import nf4_cpu, operands, reference
 from halfbyte.kernels.tracing import is_eager
-
-QUANT_TYPES = tuple(reference.CODES)
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _library = torch.library.Library("halfbyte", "DEF")
 _library.define(
@@ -73,10 +71,28 @@ BACKENDS: dict[str, ModuleType] = {"cpu": nf4_cpu}
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.nf4_triton")
 
+_CHECKS: Mapping[str, Callable[..., None]] = {
+    "quantize_4bit": operands.check_quantize,
+    "quantize_4bit_double": operands.check_quantize,
+    "dequantize_4bit": operands.check_dequantize,
+    "dequantize_4bit_double": operands.check_dequantize_double,
+}
+
+
+def _checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    check = _CHECKS[name]
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        return kernel(*arguments)
+
+    return run
+
+
 for _name, _kernel in REFERENCE.items():
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _checked(_name, _kernel), "CompositeExplicitAutograd")
     for _device_type, _backend in BACKENDS.items():
-        _library.impl(_name, getattr(_backend, _name), _device_type.upper())
+        _library.impl(_name, _checked(_name, getattr(_backend, _name)), _device_type.upper())
 
 
 def _blocks(numel: int, blocksize: int) -> int:
@@ -85,6 +101,7 @@ def _blocks(numel: int, blocksize: int) -> int:
 
 @torch.library.register_fake("halfbyte::quantize_4bit", lib=_library)
 def _fake_quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    operands.check_quantize(weight, quant_type, blocksize)
     numel = weight.numel()
     packed = weight.new_empty(((numel + 1) // 2, 1), dtype=torch.uint8)
     return packed, weight.new_empty((_blocks(numel, blocksize),), dtype=torch.float32)
@@ -94,6 +111,7 @@ def _fake_quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Ten
 def _fake_quantize_double(
     weight: Tensor, quant_type: str, blocksize: int, nested_blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands.check_quantize(weight, quant_type, blocksize, nested_blocksize)
     packed, absmax = _fake_quantize(weight, quant_type, blocksize)
     codes = absmax.new_empty(absmax.shape, dtype=torch.uint8)
     nested_absmax = absmax.new_empty((_blocks(absmax.numel(), nested_blocksize),))
@@ -104,6 +122,7 @@ def _fake_quantize_double(
 def _fake_dequantize(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int
 ) -> Tensor:
+    operands.check_dequantize(packed, absmax, code, shape, dtype, blocksize)
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -120,17 +139,26 @@ def _fake_dequantize_double(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
+    operands.check_dequantize_double(
+        packed, codes, nested_absmax, offset, code, nested_code, shape, dtype, blocksize, nested_blocksize
+    )
     return packed.new_empty(shape, dtype=dtype)
 
 
-def _eager(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """What the dispatcher would find for the op on this tensor's device."""
-    backend = BACKENDS.get(tensor.device.type)
-    return REFERENCE[name] if backend is None else getattr(backend, name)
+def _eager(name: str, *arguments: Any) -> Tensor:
+    """What the dispatcher would do with the op for its first argument's device."""
+    _CHECKS[name](*arguments)
+    backend = BACKENDS.get(arguments[0].device.type)
+    kernel = REFERENCE[name] if backend is None else getattr(backend, name)
+    result: Tensor = kernel(*arguments)
+    return result
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Blocks of a weight with n elements -> (packed uint8 ((n + 1) // 2, 1), absmax fp32 (ceil(n / blocksize),))."""
+    """Blocks of a weight with n elements -> (packed uint8 ((n + 1) // 2, 1), absmax fp32 (ceil(n / blocksize),)).
+
+    Like all of these, raises ValueError naming the argument for a type, a size or a layout that does not fit.
+    """
     return torch.ops.halfbyte.quantize_4bit.default(weight, quant_type, blocksize)
 
 
@@ -149,7 +177,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """The weight of `shape` in `dtype`; `code` is the table (16,) fp32 that the packed codes number."""
     if is_eager(packed):
-        return _eager("dequantize_4bit", packed)(packed, absmax, code, shape, dtype, blocksize)
+        return _eager("dequantize_4bit", packed, absmax, code, shape, dtype, blocksize)
     return torch.ops.halfbyte.dequantize_4bit.default(packed, absmax, code, shape, dtype, blocksize)
 
 
@@ -167,8 +195,18 @@ def dequantize_4bit_double(
 ) -> Tensor:
     """The weight of `shape` in `dtype` from 8-bit scales; `nested_code` is their table (256,) fp32."""
     if is_eager(packed):
-        return _eager("dequantize_4bit_double", packed)(
-            packed, codes, nested_absmax, offset, code, nested_code, shape, dtype, blocksize, nested_blocksize
+        return _eager(
+            "dequantize_4bit_double",
+            packed,
+            codes,
+            nested_absmax,
+            offset,
+            code,
+            nested_code,
+            shape,
+            dtype,
+            blocksize,
+            nested_blocksize,
         )
     return torch.ops.halfbyte.dequantize_4bit_double.default(
         packed, codes, nested_absmax, offset, code, nested_code, shape, dtype, blocksize, nested_blocksize

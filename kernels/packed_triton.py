@@ -9,16 +9,6 @@ _WORD_UNIT = 8
 _BYTE_UNIT = 2
 
 
-def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
-    """The kernels index blocks by shifts, and a thread's eight values must share one.
-
-    Raises:
-        ValueError: for anything but a power of two from 8 to 4096.
-    """
-    if blocksize not in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"{name}: got {blocksize}, the CUDA kernels take a power of two from 8 to 4096")
-
-
 def unit_of(packed: Tensor, numel: int) -> int:
     """How many values a thread may take at a time from this packed weight."""
     return _WORD_UNIT if numel % _WORD_UNIT == 0 and packed.data_ptr() % 4 == 0 else _BYTE_UNIT

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import ops
+from halfbyte.kernels import operands, ops
 
 
 class PackedWeight(NamedTuple):
@@ -27,6 +27,32 @@ class PackedWeight(NamedTuple):
         *tensors, shape, blocksize, nested_blocksize = fields
         outputs, width = shape
         return cls._make((*tensors, (outputs, width), blocksize, nested_blocksize))
+
+    def check(self) -> None:
+        """For kernels that read it as it is; `dequantize` checks for itself.
+
+        Raises:
+            ValueError: naming the field that does not fit.
+        """
+        if self.nested_absmax is None:
+            operands.check_dequantize(
+                self.packed, self.absmax, self.code, self.shape, torch.float32, self.blocksize
+            )
+            return
+        assert self.offset is not None
+        assert self.nested_code is not None
+        operands.check_dequantize_double(
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.offset,
+            self.code,
+            self.nested_code,
+            self.shape,
+            torch.float32,
+            self.blocksize,
+            self.nested_blocksize,
+        )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The (N, K) weight in `dtype`."""

@@ -136,6 +136,7 @@ def _write(chunk: _Chunk, found: _Found, levels: Levels) -> None:
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     """As `ops.quantize_4bit`, with searched scales in place of absmax; no block's squared error is larger."""
     packed, absmax = ops.quantize_4bit(weight, quant_type, blocksize)
+    limit = torch.finfo(weight.dtype).max
     levels = levels_of(quant_type, weight.device)
     code = reference.on_device(f"{quant_type.upper()}_CODE", weight.device)
     for chunk in _chunks(weight, packed, blocksize):
@@ -143,6 +144,8 @@ def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tens
         u = chunk.values * largest.reciprocal()[:, None]
         scale = _best_scale(u, levels)
         found = _start(u, chunk, torch.ones_like(scale), code)
+        # A larger scale than the weight's largest magnitude may be beyond its dtype.
+        scale = torch.where(scale * largest <= limit, scale, 0.0)
         found, better = _try(found, u, scale, levels)
         absmax[chunk.blocks] = torch.where(better, scale * largest, absmax[chunk.blocks])
         _write(chunk, found, levels)
@@ -161,6 +164,7 @@ def quantize_4bit_double(
         reference.on_device(name, weight.device)
         for name in (f"{quant_type.upper()}_CODE", "DYNAMIC_CODE", "DYNAMIC_BOUNDARIES")
     )
+    limit = torch.finfo(weight.dtype).max
     spread = nested_absmax.repeat_interleave(nested_blocksize)
     for chunk in _chunks(weight, packed, blocksize):
         largest = chunk.values.abs().amax(dim=1).clamp_(min=_SMALLEST_SCALE)
@@ -168,7 +172,8 @@ def quantize_4bit_double(
         around = spread[chunk.blocks]
 
         def read(number: Tensor, around: Tensor = around, largest: Tensor = largest) -> Tensor:
-            return (nested_code[number] * around + offset) / largest
+            scale = nested_code[number] * around + offset
+            return torch.where(scale <= limit, scale, 0.0) / largest
 
         chosen = codes[chunk.blocks].int()
         found = _start(u, chunk, read(chosen), code)

@@ -12,7 +12,6 @@ from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.nf4_triton import launches_early
 from halfbyte.kernels.packed_triton import (
     block_scale,
-    check_blocksize,
     in_range,
     lookup,
     unit_of,
@@ -113,7 +112,7 @@ def stack_weight(
 ) -> None:
     """Fills out (N, K + columns), a view with any row stride: the weight (N, K), and up (N, rank) fp32 times scale in
     the columns from K + first, zeros in the rest of `columns`."""
-    check_blocksize(weight.blocksize)
+    weight.check()
     outputs, width = weight.shape
     numel = outputs * width
     adapter_numel = outputs * columns

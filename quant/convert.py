@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from halfbyte.kernels import ops
+from halfbyte.kernels import operands
 from halfbyte.quant.int8 import DEFAULT_THRESHOLD
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.linear8bit import Linear8bit
@@ -18,7 +18,7 @@ from halfbyte.quant.nf4 import WEIGHT_DTYPES, QuantSpec
 log = logging.getLogger(__name__)
 
 QuantizedLinear = Linear4bit | Linear8bit
-QUANT_TYPES = (*ops.QUANT_TYPES, "int8")
+QUANT_TYPES = (*operands.QUANT_TYPES, "int8")
 _USUAL_BLOCKSIZE = 64
 _LARGEST_THRESHOLD = 65504.0  # of fp16, in which outliers are told
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import int8_ops
-from halfbyte.quant.nf4 import WEIGHT_DTYPES
+from halfbyte.quant.nf4 import WEIGHT_DTYPES, BeyondFormatError
 
 DEFAULT_THRESHOLD = 6.0  # the paper's, and bitsandbytes' own
 STATISTICS = ("SCB", "weight_format")
@@ -21,8 +21,8 @@ _ROW_MAJOR = 0
 def quantize(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """A weight (N, K) on its own device -> (int8 (N, K), SCB fp32 (N,)).
 
-    Raises ValueError, naming the tensor by `name`, where it is not a matrix, empty, not fp32, fp16 or bf16, not
-    finite, or beyond fp16, which the format passes it through.
+    Raises ValueError, naming the tensor by `name`, where it is not a matrix, empty, not fp32, fp16 or bf16, or not
+    finite, and BeyondFormatError beyond fp16, which the format passes it through.
     """
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: cannot quantize {weight.dtype}; accepted: float32, float16, bfloat16")
@@ -34,7 +34,7 @@ def quantize(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     if not largest.isfinite():
         raise ValueError(f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged")
     if largest > torch.finfo(torch.float16).max:
-        raise ValueError(
+        raise BeyondFormatError(
             f"{name}: holds {float(largest):g}, and int8 passes weights through fp16, which ends at 65504; skip the"
             " layer, or choose nf4 or fp4"
         )

@@ -1,5 +1,6 @@
 """One quantized weight: its packed codes, what it takes to read them, and the way there and back."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,11 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import ops, reference, scale_search
+from halfbyte.kernels import operands, ops, reference, scale_search
 
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WEIGHT_DTYPES = operands.WEIGHT_DTYPES
 NESTED_BLOCKSIZE = 256
 SCALE_SEARCHES = (None, "mse")
+
+
+class BeyondFormatError(ValueError):
+    """A weight that is whole, with values that a format cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.scale_search not in SCALE_SEARCHES:
             raise ValueError(f"scale_search: got {self.scale_search!r}, accepted: None, mse")
-        if self.quant_type not in ops.QUANT_TYPES:
-            raise ValueError(f"quant_type: got {self.quant_type!r}, accepted: {', '.join(ops.QUANT_TYPES)}")
-        if self.blocksize not in ops.BLOCKSIZES:
-            accepted = ", ".join(map(str, ops.BLOCKSIZES))
-            raise ValueError(f"blocksize: got {self.blocksize}, accepted: {accepted}")
+        if self.quant_type not in operands.QUANT_TYPES:
+            raise ValueError(
+                f"quant_type: got {self.quant_type!r}, accepted: {', '.join(operands.QUANT_TYPES)}"
+            )
+        if type(self.blocksize) is not int or self.blocksize not in operands.BLOCKSIZES:
+            accepted = ", ".join(map(str, operands.BLOCKSIZES))
+            raise ValueError(f"blocksize: got {self.blocksize!r}, accepted: {accepted}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +82,15 @@ class QuantState:
         """How the scales are read."""
         return self.nested
 
+    def scales(self) -> Tensor:
+        """The fp32 scales of the blocks (b,)."""
+        nested = self.nested
+        if nested is None:
+            return self.absmax
+        return reference.dequantize_absmax(
+            self.absmax, nested.absmax, nested.offset, nested.code, nested.blocksize
+        )
+
     @property
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -111,7 +127,8 @@ class QuantState:
 def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Tensor, QuantState]:
     """Quantize a weight of any shape on its own device, into (packed uint8 ((n + 1) // 2, 1), state).
 
-    Raises ValueError, naming the tensor by `name`, where it is empty, not fp32, fp16 or bf16, or not finite.
+    Raises ValueError, naming the tensor by `name`, where it is empty, not fp32, fp16 or bf16, or not finite, and
+    BeyondFormatError where it would not come back finite.
     """
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: cannot quantize {weight.dtype}; accepted: float32, float16, bfloat16")
@@ -119,7 +136,8 @@ def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Ten
         raise ValueError(f"{name}: cannot quantize an empty tensor of shape {tuple(weight.shape)}")
     weight = weight.detach().contiguous()
     # aminmax is one pass without a temporary, and passes NaN on.
-    if not torch.stack(torch.aminmax(weight)).isfinite().all():
+    largest = float(torch.stack(torch.aminmax(weight)).abs().max())
+    if not math.isfinite(largest):
         raise ValueError(f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged")
     code = reference.on_device(f"{spec.quant_type.upper()}_CODE", weight.device)
     nested = None
@@ -133,6 +151,13 @@ def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Ten
     else:
         packed, absmax = kernels.quantize_4bit(weight, spec.quant_type, spec.blocksize)
     state = QuantState(spec.quant_type, weight.shape, weight.dtype, spec.blocksize, code, absmax, nested)
+    limit = torch.finfo(weight.dtype).max
+    # Scales are rounded, so that they may pass the largest magnitude; near the dtype's end that makes infinities.
+    if largest > limit / 2 and not (state.scales() <= limit).all():
+        raise BeyondFormatError(
+            f"{name}: holds {largest:g}, and its quantized scales do not fit {weight.dtype}, which ends at {limit:g};"
+            " skip the layer, or set double_quant to false"
+        )
     return packed, state
 
 

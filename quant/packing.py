@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import ops, reference
+from halfbyte.kernels import operands, reference
 from halfbyte.quant.nf4 import WEIGHT_DTYPES, NestedState, QuantState
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
@@ -23,7 +23,7 @@ STATISTICS = (
     "quant_map",
     "nested_absmax",
     "nested_quant_map",
-    *(STATE_PREFIX + quant_type for quant_type in ops.QUANT_TYPES),
+    *(STATE_PREFIX + quant_type for quant_type in operands.QUANT_TYPES),
 )
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
@@ -124,17 +124,38 @@ def _nested_state(
     blocksize = _blocksize(where, "nested_blocksize", facts["nested_blocksize"])
     if facts["nested_dtype"] != "float32":
         raise ValueError(f"{where}: nested_dtype is {facts['nested_dtype']!r}, accepted: float32")
-    offset = facts["nested_offset"]
-    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{where}: nested_offset is {str(offset)[:80]}, expected a finite number")
     groups = (math.ceil(blocks / blocksize),)
+    absmax = _statistic(name, "nested_absmax", statistics, device, torch.float32, groups)
+    offset = facts["nested_offset"]
+    _check_offset(where, offset, _DTYPES[facts["dtype"]], statistics["nested_absmax"], blocks)
     return NestedState(
-        absmax=_statistic(name, "nested_absmax", statistics, device, torch.float32, groups),
+        absmax=absmax,
         # bitsandbytes reads this table from the file, so we do too; it must still be the code we know.
         code=_table(name, "nested_quant_map", statistics, reference.DYNAMIC_CODE).to(device),
         offset=torch.tensor(float(offset), dtype=torch.float32, device=device),
         blocksize=blocksize,
     )
+
+
+def _check_offset(where: str, offset: Any, dtype: torch.dtype, deviations: Tensor, blocks: int) -> None:
+    """Whether `offset` can be the mean of the scales, of which `deviations` are the groups' largest from it."""
+    limit = torch.finfo(dtype).max
+    if type(offset) not in (int, float) or not 0 <= offset <= limit:
+        raise ValueError(
+            f"{where}: nested_offset is {str(offset)[:80]}, expected a number from 0 to {limit:g}: the mean of the"
+            f" scales of a {dtype} weight"
+        )
+    deviations = deviations[deviations > 0]
+    if not deviations.numel():
+        return
+    smallest, largest = (float(value) for value in torch.aminmax(deviations))
+    # Two numbers in fp32 differ by a unit in the last place at least. No scale is negative, so that all those below
+    # the mean are not further from it than their number times the mean, and those above have the same sum.
+    if offset > smallest * 2**25 or largest > 2 * blocks * offset:
+        raise ValueError(
+            f"{where}: nested_offset is {offset}, which is no mean of scales whose largest differences from it are"
+            f" {smallest:g} to {largest:g}; the file is damaged"
+        )
 
 
 def _read_json(where: str, tensor: Tensor) -> dict[str, Any]:
@@ -176,8 +197,8 @@ def _shape(where: str, value: Any) -> tuple[int, ...]:
 
 
 def _blocksize(where: str, key: str, value: Any) -> int:
-    if type(value) is not int or value not in ops.BLOCKSIZES:
-        raise ValueError(f"{where}: {key} is {value!r}, accepted: {', '.join(map(str, ops.BLOCKSIZES))}")
+    if type(value) is not int or value not in operands.BLOCKSIZES:
+        raise ValueError(f"{where}: {key} is {value!r}, accepted: {', '.join(map(str, operands.BLOCKSIZES))}")
     return value
 
 

@@ -52,23 +52,34 @@ class WeightError:
     """Sums over the elements of weights; they add up over layers."""
 
     squares: float  # of the weight
-    squared_errors: tuple[float, ...]  # in the order of SCHEMES
+    squared_errors: tuple[float | None, ...]
+    """In the order of SCHEMES; None where a scheme cannot hold a weight."""
 
-    def relative(self) -> tuple[float, ...]:
+    def relative(self) -> tuple[float | None, ...]:
         """Relative RMS error of each scheme: |restored - weight| / |weight|, 0 for a weight of zeros."""
-        if self.squares == 0:
-            return (0.0,) * len(self.squared_errors)
-        return tuple(float((error / self.squares) ** 0.5) for error in self.squared_errors)
+        squares = self.squares or 1.0
+        return tuple(
+            None if error is None else float((error / squares) ** 0.5) for error in self.squared_errors
+        )
 
     def __add__(self, other: "WeightError") -> "WeightError":
         errors = zip(self.squared_errors, other.squared_errors, strict=True)
-        return WeightError(self.squares + other.squares, tuple(a + b for a, b in errors))
+        return WeightError(
+            self.squares + other.squares, tuple(None if a is None or b is None else a + b for a, b in errors)
+        )
 
 
 def weight_error(weight: Tensor, name: str) -> WeightError:
     """Measure a weight (N, K) in fp32, fp16 or bf16 on its device; ValueError, naming it, where it has no error."""
-    errors = (_sum_of_squares(scheme.restore(weight, name).sub_(weight)) for scheme in SCHEMES)
-    return WeightError(_sum_of_squares(weight), tuple(errors))
+    errors = tuple(_squared_error(weight, scheme, name) for scheme in SCHEMES)
+    return WeightError(_sum_of_squares(weight), errors)
+
+
+def _squared_error(weight: Tensor, scheme: Scheme, name: str) -> float | None:
+    try:
+        return _sum_of_squares(scheme.restore(weight, name).sub_(weight))
+    except nf4.BeyondFormatError:
+        return None
 
 
 def _sum_of_squares(tensor: Tensor) -> float:

@@ -1,13 +1,17 @@
 """The CPU kernels against the reference, the reference against bitsandbytes and float64, the ops by opcheck."""
 
 import itertools
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.kernels import int8_ops, int8_reference, linear_ops, nf4_cpu, reference
+from halfbyte.kernels import int8_cpu, int8_ops, int8_reference, linear_ops, nf4_cpu, reference
 from halfbyte.kernels.packed_weight import PackedWeight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -157,6 +161,19 @@ def test_int8_rows_of_zeros_stay_zeros():
     assert not absmax.any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_int8_shows_what_is_not_finite(value):
+    quantized, absmax = int8_reference.quantize_rows(random_weight((8, 64), torch.float32, 1))
+    x = torch.randn(3, 64)
+    x[1, 5] = value
+    y = int8_ops.linear_int8(x, quantized, absmax, None, 0.0)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    codes, row_absmax = int8_reference.quantize_rows(x)
+    assert not codes[1].any()
+    assert not row_absmax[1].isfinite()
+
+
 def outlying_input(rows, width):
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(4))
     x[0, 3], x[-1, 10] = 40.0, -7.0
@@ -188,6 +205,92 @@ def test_linear_int8_against_bitsandbytes():
     theirs = functions.MatMul8bitLt.apply(x, quantized, None, None, state)
     ours = int8_ops.linear_int8(x, quantized, absmax, None, 6.0)
     assert relative_error(ours, theirs.double()) < 1e-3
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.sampled_from((0, 1, 2, 3, 16, 17, 33)),
+    width=st.sampled_from((1, 2, 3, 7, 31, 64, 77, 200, 1000)),
+    outputs=st.sampled_from((1, 2, 5, 8, 33, 64)),
+    kind=st.sampled_from(("random", "largest", "alternating")),
+    seed=st.integers(0, 2**31),
+)
+def test_the_int8_product_on_cpu_is_exact(rows, width, outputs, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (
+        torch.randint(-128, 128, (count, width), dtype=torch.int8, generator=generator)
+        for count in (rows, outputs)
+    )
+    if kind == "largest":
+        a, b = a.fill_(127), b.fill_(-128)
+    elif kind == "alternating":  # pairs whose sum leaves 16 bits, either way
+        a, b = (torch.where(side > 0, 127, -128).to(torch.int8) for side in (a, b))
+    assert torch.equal(int8_cpu.multiply(a, b), int8_reference.multiply(a, b))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 4.0])
+@pytest.mark.parametrize(("rows", "width"), [(0, 64), (1, 1), (5, 1), (6, 77), (33, 1000)])
+def test_linear_int8_on_cpu_is_the_reference(rows, width, threshold):
+    quantized, absmax = int8_reference.quantize_rows(random_weight((24, width + 2), torch.float32, 5)[:, 2:])
+    x = 2 * torch.randn(rows, width)
+    for dtype in DTYPES:
+        arguments = (x.to(dtype), quantized, absmax, torch.randn(24).to(dtype), threshold)
+        expected = int8_reference.linear_int8(*arguments)
+        assert torch.equal(int8_ops.linear_int8(*arguments), expected)
+
+
+def test_linear_int8_compiles_whole():
+    quantized, absmax = int8_reference.quantize_rows(random_weight((24, 77), torch.float32, 5))
+    x = torch.randn(6, 77).bfloat16()
+    compiled = torch.compile(int8_ops.linear_int8, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, quantized, absmax), int8_ops.linear_int8(x, quantized, absmax))
+
+
+_SATURATES = """
+import torch
+from halfbyte.kernels import int8_cpu, int8_reference
+a, b = torch.full((64, 300), 127, dtype=torch.int8), torch.full((64, 300), -128, dtype=torch.int8)
+assert torch.equal(int8_cpu.multiply(a, b), int8_reference.multiply(a, b))
+print(int8_cpu.multiplies_exactly())
+"""
+
+
+def test_the_int8_product_is_exact_without_vnni_as_well():
+    # Without these instructions oneDNN's own product is wrong, of which the process must take notice.
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    result = subprocess.run(
+        [sys.executable, "-c", _SATURATES], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    if torch.backends.mkldnn.is_available() and platform.machine() == "x86_64":
+        assert result.stdout.strip() == "False"
+
+
+def test_int8_of_a_transposed_weight_lies_row_by_row():
+    weight = torch.randn(10, 6).t()
+    quantized, _ = int8_ops.quantize_int8(weight)
+    assert quantized.is_contiguous()
+    assert torch.equal(quantized, int8_reference.quantize_rows(weight.contiguous())[0])
+    torch.library.opcheck(torch.ops.halfbyte.quantize_int8.default, (weight,))
+
+
+@pytest.mark.parametrize("rows", [(), (0,), (2, 3)])
+def test_any_number_of_row_dimensions_with_a_trained_bias(rows):
+    weight = random_weight((16, 64), torch.float32, 3)
+    x, grad = torch.randn(*rows, 64), torch.randn(*rows, 16)
+    products = {
+        torch.ops.halfbyte.linear_4bit.default: packed_weight(weight, True),
+        torch.ops.halfbyte.linear_int8.default: (*int8_reference.quantize_rows(weight), 6.0),
+    }
+    for op, fields in products.items():
+        bias = torch.randn(16, requires_grad=True)
+        if op is torch.ops.halfbyte.linear_4bit.default:
+            arguments = (x.clone().requires_grad_(), bias, *fields)
+        else:
+            arguments = (x.clone().requires_grad_(), *fields[:2], bias, fields[2])
+        op(*arguments).backward(grad)
+        torch.testing.assert_close(bias.grad, grad.reshape(-1, 16).sum(0))
+        torch.library.opcheck(op, arguments)
 
 
 def test_linear_int8_gradients_and_opcheck():

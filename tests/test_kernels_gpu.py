@@ -77,6 +77,14 @@ def test_tiny_and_huge_blocks_equal_the_reference(exponent):
     assert torch.equal(packed, expected[0])
 
 
+@pytest.mark.parametrize("blocksize", [32, 4096])
+def test_the_mean_of_huge_scales_stays_finite(blocksize):
+    weight = torch.full((512, 1024), 3e38, device="cuda")
+    *_, nested_absmax, offset = nf4_triton.quantize_4bit_double(weight, "nf4", blocksize, 256)
+    torch.testing.assert_close(offset.item(), 3e38, rtol=1e-6, atol=0)
+    assert (nested_absmax < 1e-5 * 3e38).all()
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "quant_type", "blocksize", "double"),
     itertools.product(SHAPES, DTYPES, ("nf4", "fp4"), (32, 64, 4096), (False, True)),
@@ -102,11 +110,6 @@ def test_dequantize_takes_an_odd_address():
     code = reference.NF4_CODE.cuda()
     out = nf4_triton.dequantize_4bit(moved, absmax, code, (64, 64), torch.bfloat16, 64)
     assert torch.equal(out, reference.dequantize_4bit(packed, absmax, code, (64, 64), torch.bfloat16, 64))
-
-
-def test_unsupported_blocksize_is_an_error():
-    with pytest.raises(ValueError, match="blocksize: got 48"):
-        nf4_triton.quantize_4bit(random_weight((8, 48), torch.bfloat16), "nf4", 48)
 
 
 def test_quantize_equals_bitsandbytes():
@@ -167,6 +170,34 @@ def test_int8_equals_the_reference(shape, rows, threshold, dtype):
     wanted = int8_reference.linear_int8(x, quantized, absmax, bias, threshold)
     limit = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
     assert relative_error(y, wanted.double()) < limit
+
+
+def test_int8_takes_more_rows_than_a_grid_has_on_its_other_axes():
+    quantized, absmax = int8_triton.quantize_rows(random_weight((24, 32), torch.bfloat16))
+    x = torch.randn(65_536 + 3, 32, device="cuda", dtype=torch.bfloat16)
+    y = int8_triton.linear_int8(x, quantized, absmax, None, 4.0)
+    wanted = int8_reference.linear_int8(x, quantized, absmax, None, 4.0)
+    assert relative_error(y, wanted.double()) < 4e-3
+    assert relative_error(y[65_530:], wanted[65_530:].double()) < 4e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e5])
+@pytest.mark.parametrize(("threshold", "width"), itertools.product((0.0, 4.0), (70, 20000)))
+def test_int8_shows_what_is_not_finite_as_the_reference_does(value, threshold, width):
+    quantized, absmax = int8_triton.quantize_rows(random_weight((40, width), torch.bfloat16))
+    x = torch.randn(20, width, device="cuda", dtype=torch.bfloat16)
+    x[7, 5] = value  # 1e5 is beyond fp16, by way of which rows are quantized
+    ours = int8_triton.quantize_activations(x, threshold)
+    wanted = int8_reference.quantize_activations(x, threshold)
+    for tensor, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
+    y = int8_triton.linear_int8(x, quantized, absmax, None, threshold)
+    expected = int8_reference.linear_int8(x, quantized, absmax, None, threshold)
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    # An outlier column is multiplied in x's dtype, anything else takes its row with it.
+    outlier = threshold > 0 and value == value
+    assert y[7].isnan().all() or outlier
+    assert y[[0, 6, 8, 19]].isfinite().all()
 
 
 def test_int8_rows_equal_bitsandbytes():

@@ -67,6 +67,10 @@ def test_fp4_codes_equal_bitsandbytes_off_the_boundaries(shape):
     ours, theirs = unpacked(packed, weight.numel()), unpacked(expected, weight.numel())
     assert torch.equal(ours[~undecided & ~tiny], theirs[~undecided & ~tiny])
     assert set((ours[tiny] & 7).tolist()) | set((theirs[tiny] & 7).tolist()) <= {0}
+    # On a boundary neither code is nearer.
+    values = weight.flatten().double() / scale
+    errors = [(reference.FP4_CODE[codes.int()].double() - values).abs() for codes in (ours, theirs)]
+    assert (errors[0] - errors[1]).abs().max() < 1e-6
 
 
 def test_every_ratio_of_bf16_values_gets_its_nearest_nf4_code():
@@ -156,6 +160,37 @@ def test_extreme_scales_stay_finite(largest):
     weight = torch.linspace(-1, 1, 128) * largest
     packed, state = quantize(weight, QuantSpec(double_quant=False))
     assert dequantize(packed, state).isfinite().all()
+
+
+@pytest.mark.parametrize("scale_search", [None, "mse"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("largest", [1e38, 3e38])
+def test_weights_near_the_end_of_fp32_come_back_finite(largest, double_quant, scale_search):
+    spread = (2 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) - 1) * largest
+    for weight in (torch.full((64, 64), largest), spread):
+        restored = dequantize(*quantize(weight, QuantSpec("nf4", double_quant, scale_search=scale_search)))
+        assert restored.isfinite().all()
+        assert (restored / largest - weight / largest).norm() / (weight / largest).norm() < 0.15
+
+
+@pytest.mark.parametrize("scale_search", [None, "mse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_weight_that_would_not_come_back_finite_is_refused(dtype, scale_search):
+    refused = 0
+    for seed in range(8):
+        uniform = 2 * torch.rand(128, 128, generator=torch.Generator().manual_seed(seed)).double() - 1
+        weight = (uniform * torch.finfo(dtype).max).to(dtype)
+        # Without double quantization a scale is a magnitude of the weight, or one that the search found to fit.
+        spec = QuantSpec(double_quant=False, scale_search=scale_search)
+        assert dequantize(*quantize(weight, spec)).isfinite().all()
+        try:
+            restored = dequantize(*quantize(weight, QuantSpec(scale_search=scale_search), "a.weight"))
+        except ValueError as error:
+            assert str(error).startswith("a.weight: holds ")  # noqa: PT017
+            refused += 1
+        else:
+            assert restored.isfinite().all()
+    assert refused
 
 
 # One element more or less than a block, a byte, a nested block: whatever the sizes, the weight comes back.
@@ -254,5 +289,6 @@ def test_what_cannot_be_quantized_is_refused_by_name(weight, words):
 def test_a_spec_names_what_it_accepts():
     with pytest.raises(ValueError, match="'int4', accepted: nf4, fp4"):
         QuantSpec("int4")
-    with pytest.raises(ValueError, match="blocksize: got 48, accepted: 32, 64"):
-        QuantSpec(blocksize=48)
+    for blocksize in (48, 64.0, True, "64"):
+        with pytest.raises(ValueError, match=f"blocksize: got {blocksize!r}, accepted: 32, 64"):
+            QuantSpec(blocksize=blocksize)

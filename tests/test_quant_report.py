@@ -25,6 +25,7 @@ from halfbyte.quant.skip_list import skip_list_for
 from halfbyte.quant.weight_error import SCHEMES, weight_error
 from halfbyte.trainer.cli import app
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.t5 import load_t5
 from halfbyte.trainer.quant_report import SCHEME_NAMES, kind_of, quant_report
 from halfbyte.trainer.quant_report_output import to_json
 
@@ -227,7 +228,11 @@ def test_the_command_prints_the_skip_list_and_what_no_entry_can_say(mini_flux, t
         (["nowhere"], "nowhere: no such folder; expected a pipeline"),
         (["empty"], "empty: holds neither a model_index.json nor a config.json"),
         (["flux", "--component", "tokenizer"], "has no component 'tokenizer'; it has"),
-        (["flux", "--component", "text_encoder"], "_class_name is None, expected a model class of diffusers"),
+        (["odd"], "describes a 'Nothing', expected _class_name to be a model of diffusers"),
+        (
+            ["flux", "--component", "text_encoder_2", "--threshold", "0.1"],
+            "holds a T5EncoderModel, and text encoders are quantized without a skip list",
+        ),
         (["quantized"], "quantized: is quantized already"),
         (["short"], "weights are missing, first"),
         (
@@ -241,6 +246,8 @@ def test_what_cannot_be_measured_ends_in_exit_code_2(arguments, words, mini_flux
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flux").symlink_to(mini_flux)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"architectures": ["Nothing"]}')
     load = load_quantized(
         FluxTransformer2DModel, mini_flux / "transformer", QuantRecipe(), dtype=torch.bfloat16, device="cpu"
     )
@@ -253,6 +260,46 @@ def test_what_cannot_be_measured_ends_in_exit_code_2(arguments, words, mini_flux
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert words in result.output
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_text_encoders_are_measured_as_they_are_loaded(quant, mini_flux):
+    folder = mini_flux / "text_encoder_2"
+    report = quant_report(mini_flux, "text_encoder_2", device=CPU)
+    assert report.model_class == "T5EncoderModel"
+    plain, packed = (
+        load_t5(folder, kind, dtype=torch.bfloat16, device=CPU).requires_grad_(False)
+        for kind in ("none", quant)
+    )
+    measured = {layer.name: layer for layer in report.layers}
+    assert set(measured) == {path for path, _ in linear_layers(plain)}
+    layers = {path: layer for path, layer in packed.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert layers
+    number = SCHEME_NAMES.index(quant)
+    for path, layer in layers.items():
+        weight = plain.get_submodule(path).weight.double()
+        error = (layer.dequantize(torch.float32) - weight).norm() / weight.norm()
+        assert measured[path].error.relative()[number] == pytest.approx(float(error), rel=1e-6)
+        assert measured[path].nbytes[number] == layer.weight.nelement()
+    assert "CLIPTextModel: " in run(mini_flux, "--component", "text_encoder").output
+
+
+def test_a_weight_that_a_scheme_cannot_hold_is_not_available_there_alone(mini_flux, tmp_path):
+    folder = shutil.copytree(mini_flux / "transformer", tmp_path / "transformer")
+    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors["transformer_blocks.0.attn.to_q.weight"][0, 0] = 1e5  # beyond fp16, as int8 takes it
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    report = run(folder, "--scheme", "int8", "--threshold", 0.02, "--json", tmp_path / "report.json")
+    assert report.exit_code == 0, report.output
+    assert "n/a" in report.output
+    assert "quant.skip: [transformer_blocks.0.attn.to_q]" in report.output
+    told = json.loads((tmp_path / "report.json").read_text())
+    errors = {layer["name"]: layer["error"] for layer in told["layers"]}
+    beyond = errors.pop("transformer_blocks.0.attn.to_q")
+    assert beyond["int8"] is None
+    assert 0 < beyond["nf4"] < 1
+    assert all(0 < error["int8"] < 0.02 for error in errors.values())
+    assert told["total"]["error"]["int8"] is None
 
 
 def test_damaged_weights_are_named(mini_flux, tmp_path):

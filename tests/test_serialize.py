@@ -321,7 +321,9 @@ def test_a_packed_weight_of_another_length_is_named(length):
         {"shape": [10.0, 20]}, {"shape": [True, 200]}, {"shape": [10**18, 10**18]}, {"shape": [2**39, 2**39]},
         {"shape": [1] * 1000}, {"shape": [[10], [20]]}, {"shape": [20, 10, 1, 2]}, {"shape": "10,20"},
         {"nested_blocksize": 0}, {"nested_blocksize": 100}, {"nested_dtype": "float16"},
-        {"nested_offset": 10**400}, {"nested_offset": 1e39},
+        {"nested_offset": 10**400}, {"nested_offset": 1e39}, {"nested_offset": -1}, {"nested_offset": -1e-9},
+        {"nested_offset": 0}, {"nested_offset": 1e30}, {"nested_offset": 2**63}, {"nested_offset": 1e-4},
+        {"nested_offset": 7e4, "dtype": "float16"},
         {"nested_offset": "1"}, {"nested_offset": None}, {"nested_offset": True}, {"nested_offset": [1.0]},
         {"nested_offset": float("nan")}, {"nested_offset": float("inf")}, {"surplus": 1},
     ],
@@ -331,6 +333,26 @@ def test_hostile_facts_are_refused_by_name(facts):
     statistics[STATE] = encoded(decoded(statistics) | facts)
     with pytest.raises(ValueError, match=r"^blocks\.0\.weight"):
         unpack_state("blocks.0.weight", packed, statistics)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("kind", ["normal", "one", "equal", "zeros", "spike", "tiny", "huge", "heavy"])
+def test_the_offset_of_any_weight_is_plausible(kind, quant_type):
+    weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(3))
+    if kind == "one":
+        weight = weight[0, :1]
+    elif kind == "equal":  # scales that differ by roundings alone
+        weight = weight.sign() * (1 + 1e-7 * torch.rand(96, 512))
+    elif kind == "zeros":
+        weight = torch.zeros_like(weight)
+    elif kind == "spike":
+        weight = torch.zeros_like(weight).index_put_((torch.tensor(5), torch.tensor(7)), torch.tensor(3.0))
+    elif kind == "heavy":
+        weight = weight**9
+    weight = weight * {"tiny": 1e-37, "huge": 5e37}.get(kind, 1.0)
+    packed, state = quantize(weight, QuantSpec(quant_type))
+    read = unpack_state("w", packed, pack_state(state))
+    assert torch.equal(read.nested.offset, state.nested.offset)
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,9 @@ def cache_command(
 
 @app.command("quant-report")
 def quant_report_command(
-    model: Annotated[Path, typer.Argument(help="A pipeline folder, or the folder of a transformer.")],
+    model: Annotated[
+        Path, typer.Argument(help="A pipeline folder, or that of a transformer or text encoder.")
+    ],
     component: Annotated[str, typer.Option(help="Which part of the pipeline.")] = "transformer",
     scheme: Annotated[
         str, typer.Option(help="What the skip list is for: nf4, 'nf4 mse', fp4 or int8.")

@@ -1,5 +1,6 @@
 """What quantizing a model costs each layer: relative error and size by scheme, to choose a skip list by numbers."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,15 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from halfbyte.quant.convert import linear_layers, skip_matches
 from halfbyte.quant.load import empty_model, read_config
-from halfbyte.quant.shards import ShardedWeights
+from halfbyte.quant.load_text_encoder import text_encoder_on_meta
+from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.skip_list import SkipList, skip_list_for
 from halfbyte.quant.weight_error import SCHEMES, WeightError, weight_error
 from halfbyte.trainer.errors import RecipeError
@@ -102,33 +106,51 @@ def quant_report(
     beyond: tuple[str, float] | None = None,
     progress: Progress | None = None,
 ) -> QuantReport:
-    """Measure the linear layers of a component of a pipeline folder, or of a diffusers model's own folder.
+    """Measure the linear layers of a component of a pipeline folder, or of a model's own folder.
 
-    Weights are read one by one, and cast to bf16 as training would. `sample` limits how many are measured of a
-    layer, in whole rows spread evenly. `beyond` (scheme, relative error) asks for a skip list of the layers that
-    are worse. Raises RecipeError for a folder that holds no such model, or one that is quantized or damaged.
+    That is a transformer of diffusers or a text encoder of transformers; of a T5 every layer is measured by every
+    scheme, though in 4 bits its `wo` stay unquantized. Weights are read one by one, and cast to bf16 as training
+    would. `sample` limits how many are measured of a layer, in whole rows spread evenly. `beyond` (scheme, relative
+    error) asks for a skip list of the layers that are worse, and of those that the scheme cannot hold. Raises
+    RecipeError for a folder that holds no such model, or one that is quantized or damaged, and where a text encoder
+    is to get a skip list.
     """
     folder = find_component(model, component)
     try:
         config = read_config(folder)
         model_class = _model_class(config, folder)
-        empty = empty_model(model_class, config, folder)
-        with ShardedWeights(folder) as weights:
+        empty: nn.Module
+        if issubclass(model_class, PreTrainedModel):
+            if beyond is not None:
+                raise ValueError(
+                    f"--threshold: {folder} holds a {model_class.__name__}, and text encoders are quantized without a"
+                    " skip list; leave it out"
+                )
+            empty, file = text_encoder_on_meta(model_class, folder, None, torch.bfloat16), TEXT_WEIGHTS_FILE
+        else:
+            empty, file = empty_model(model_class, config, folder), WEIGHTS_FILE
+        with ShardedWeights(folder, file) as weights:
             layers = _measure(empty, weights, device, sample, progress)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    ranked = tuple(sorted(layers, key=lambda layer: (-layer.error.relative()[0], layer.name)))
+    ranked = tuple(sorted(layers, key=lambda layer: (-_badness(layer, 0), layer.name)))
     suggestion = None if beyond is None else _suggest(empty, ranked, *beyond)
     return QuantReport(folder, model_class.__name__, sample, ranked, suggestion)
 
 
-def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin]:
+def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin] | type[PreTrainedModel]:
     name = config.get("_class_name")
-    model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
+    architectures = config.get("architectures")
+    if name is None and isinstance(architectures, list) and len(architectures) == 1:
+        name, library = architectures[0], transformers
+    else:
+        library = diffusers
+    model_class = getattr(library, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin | PreTrainedModel)):
         raise ValueError(
-            f"{folder / 'config.json'}: _class_name is {name!r}, expected a model class of diffusers, such as"
-            " FluxTransformer2DModel; to measure another component of a pipeline name it with --component"
+            f"{folder / 'config.json'}: describes a {name!r}, expected _class_name to be a model of diffusers, such as"
+            " FluxTransformer2DModel, or architectures one of transformers, such as T5EncoderModel; to measure another"
+            " component of a pipeline name it with --component"
         )
     if config.get("quantization_config") is not None:
         raise ValueError(f"{folder}: is quantized already; the report needs the model in full precision")
@@ -136,7 +158,7 @@ def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin]:
 
 
 def _measure(
-    model: ModelMixin, weights: ShardedWeights, device: torch.device, sample: int, progress: Progress | None
+    model: nn.Module, weights: ShardedWeights, device: torch.device, sample: int, progress: Progress | None
 ) -> list[LayerReport]:
     linears = {f"{path}.weight": (path, linear) for path, linear in linear_layers(model)}
     if not linears:
@@ -166,17 +188,21 @@ def _measure(
     return reports
 
 
+def _badness(layer: LayerReport, scheme: int) -> float:
+    """The error of a layer under a scheme, to order layers by: beyond any number where it cannot be held."""
+    error = layer.error.relative()[scheme]
+    return math.inf if error is None else error
+
+
 def _sampled(weight: Tensor, sample: int) -> Tensor:
     """Every so many rows of a weight (N, K), so that about `sample` elements are left."""
     step = -(-weight.numel() // sample) if sample else 1
     return weight[:: min(step, weight.shape[0])]
 
 
-def _suggest(model: ModelMixin, layers: Sequence[LayerReport], scheme: str, threshold: float) -> Suggestion:
+def _suggest(model: nn.Module, layers: Sequence[LayerReport], scheme: str, threshold: float) -> Suggestion:
     number = SCHEME_NAMES.index(scheme)
-    skip = skip_list_for(
-        model, {layer.name for layer in layers if layer.error.relative()[number] > threshold}
-    )
+    skip = skip_list_for(model, {layer.name for layer in layers if _badness(layer, number) > threshold})
     # Asked again of the code that converts: the list must mean what this report says.
     meant = {path for match in skip_matches(model, skip.entries) for path in match.layers}
     assert meant == set(skip.layers)

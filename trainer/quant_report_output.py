@@ -55,7 +55,8 @@ def run_quant_report(
 
 
 def to_json(report: QuantReport) -> str:
-    """The report as a JSON object; errors are relative RMS errors, sizes bytes."""
+    """The report as a JSON object; errors are relative RMS errors, null where a scheme cannot hold a weight, and
+    sizes bytes."""
 
     def fields(layer: LayerReport) -> dict[str, Any]:
         return {
@@ -113,7 +114,7 @@ def _table(title: str, rows: Sequence[LayerReport], *, counted: bool) -> Table:
     for number in numbers:
         table.add_column(number, justify="right", no_wrap=True)
     for row in rows:
-        errors = [f"{100 * error:.2f}" for error in row.error.relative()]
+        errors = ["n/a" if error is None else f"{100 * error:.2f}" for error in row.error.relative()]
         held = dict(zip(SCHEME_NAMES, row.nbytes, strict=True)) | {_UNQUANTIZED: 2 * row.parameters}
         sizes = [_size(held[name]) for name in _SIZES.values()]
         table.add_row(
