@@ -10,6 +10,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantizedLinear, convert
+from halfbyte.quant.dequantize import dequantize
 from halfbyte.quant.serialize import read_quantization_config, split_statistic
 
 
@@ -45,10 +46,13 @@ class HalfbyteQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
+    torch_dtype: torch.dtype
+    """Of what is not quantized."""
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """float16 where nothing is asked for, as with bitsandbytes."""
-        return torch.float16 if torch_dtype is None else torch_dtype
+        self.torch_dtype = torch.float16 if torch_dtype is None else torch_dtype
+        return self.torch_dtype
 
     def update_device_map(self, device_map: Any) -> Any:
         """The current GPU, or the CPU where there is none."""
@@ -106,6 +110,11 @@ class HalfbyteQuantizer(DiffusersQuantizer):
         stock.is_loaded_in_4bit = not stock.is_loaded_in_8bit
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        return model
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """What `model.dequantize()` does: plain layers in the dtype of the others, see `quant.dequantize`."""
+        dequantize(model, self.torch_dtype)
         return model
 
     @property

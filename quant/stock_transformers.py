@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte.quant import int8, packing
 from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.dequantize import dequantize
 from halfbyte.quant.linear import Params4bit
 from halfbyte.quant.linear8bit import Int8Params
 from halfbyte.quant.serialize import read_quantization_config
@@ -130,6 +131,11 @@ class HalfbyteHfQuantizer(HfQuantizer):
             for conversion in getattr(model, "_weight_conversions", None) or ()
             if not any(isinstance(operation, _Unpack) for operation in getattr(conversion, "operations", ()))
         ]
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` does: plain layers, in the dtype of the others unless one is given."""
+        dequantize(model, model.dtype if dtype is None else dtype)
         return model
 
     def is_serializable(self) -> bool:
