@@ -19,6 +19,7 @@ _MARKS = (
     "is_loaded_in_8bit",
     "is_4bit_serializable",
     "is_8bit_serializable",
+    "num_parameters",
 )
 
 
