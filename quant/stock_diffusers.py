@@ -1,5 +1,7 @@
 """Our layers behind diffusers' own `from_pretrained`, in place of bitsandbytes."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +11,12 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from halfbyte.quant.convert import QuantizedLinear, convert
+from halfbyte.quant.convert import QuantizedLinear, check_skip_list, convert
 from halfbyte.quant.dequantize import dequantize
 from halfbyte.quant.serialize import read_quantization_config, split_statistic
 from halfbyte.quant.stock_model import check_device_map, check_loaded, count_weights, default_device
+
+log = logging.getLogger(__name__)
 
 
 def own_statistics(key: str, state_dict: dict[str, Tensor]) -> dict[str, str]:
@@ -28,6 +32,15 @@ def own_statistics(key: str, state_dict: dict[str, Tensor]) -> dict[str, str]:
 def _weight_of(key: str) -> str:
     statistic = split_statistic(key)
     return key if statistic is None else statistic[0]
+
+
+def _warn_of_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    for entry in skip:
+        try:
+            check_skip_list(model, [entry])
+        except ValueError as error:
+            # One list for several models is common; bitsandbytes says nothing.
+            log.warning("%s; quantizing without it", error)
 
 
 class HalfbyteConfig(BitsAndBytesConfig):
@@ -140,9 +153,13 @@ class HalfbyteQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, device_map: Any, keep_in_fp32_modules: Any = (), **_: Any
     ) -> None:
-        recipe = read_quantization_config(self.quantization_config.to_dict(), "quantization_config")
+        recipe = read_quantization_config(
+            self.quantization_config.to_dict(), "quantization_config", dtype=self.torch_dtype
+        )
         self.modules_to_not_convert = [*recipe.skip, *keep_in_fp32_modules]
-        convert(model, recipe, check_skip=not self.pre_quantized)
+        if not self.pre_quantized:
+            _warn_of_skip(model, recipe.skip)
+        convert(model, recipe, check_skip=False)
         stock: Any = model
         stock.config.quantization_config = self.quantization_config
         stock.is_loaded_in_8bit = recipe.quant_type == "int8"

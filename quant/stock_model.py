@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.fill import check_finite
 from halfbyte.quant.linear import Params4bit
 from halfbyte.quant.quantized_layer import QuantizedParameter
 
@@ -38,12 +39,8 @@ def check_loaded(model: nn.Module) -> None:
             raise ValueError(f"{path}.weight: missing from the checkpoint")
     for name, parameter in model.named_parameters():
         # On meta is what accelerate keeps on the CPU until it is used.
-        if (
-            parameter.is_floating_point()
-            and not parameter.is_meta
-            and not parameter.detach().isfinite().all()
-        ):
-            raise ValueError(f"{name}: holds NaN or infinite values, as {parameter.dtype}")
+        if not parameter.is_meta:
+            check_finite(name, parameter.detach())
 
 
 def has_weight(layer: QuantizedLinear) -> bool:

@@ -151,7 +151,7 @@ class HalfbyteHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
         config: Any = self.quantization_config
-        recipe = read_quantization_config(config.to_dict(), "quantization_config")
+        recipe = read_quantization_config(config.to_dict(), "quantization_config", dtype=model.dtype)
         # transformers' own rule for what is skipped; it is not the one of diffusers.
         skipped = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, model._keep_in_fp32_modules

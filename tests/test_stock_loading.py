@@ -18,6 +18,8 @@ from transformers.quantizers import auto as transformers_auto
 
 from halfbyte.quant import stock, stock_diffusers, stock_transformers
 from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.load import load_quantized
+from halfbyte.quant.load_text_encoder import load_text_encoder
 from halfbyte.quant.serialize import split_statistic
 from halfbyte.quant.shards import INDEX_FILE
 
@@ -313,6 +315,31 @@ def test_a_weight_may_lie_in_another_file_than_its_statistics(ours, kind, stock_
     )
     with pytest.raises(ValueError, match=f"^{re.escape(parted[0])}: in none of the files"):
         FluxTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_int8_computes_in_the_dtype_of_the_rest(ours, mini_flux, tmp_path, dtype):
+    for model_cls, name, config in (
+        (FluxTransformer2DModel, "transformer", BitsAndBytesConfig(load_in_8bit=True)),
+        (T5EncoderModel, "text_encoder_2", TransformersBitsAndBytesConfig(load_in_8bit=True)),
+    ):
+        model = model_cls.from_pretrained(mini_flux / name, quantization_config=config, dtype=dtype)
+        assert {layer.compute_dtype for layer in layers(model)} == {dtype}
+        model.save_pretrained(tmp_path / name)
+        load = load_text_encoder if model_cls is T5EncoderModel else load_quantized
+        model = load(model_cls, tmp_path / name, None, dtype=dtype, device="cpu")
+        assert {layer.compute_dtype for layer in layers(model)} == {dtype}
+
+
+def test_a_skip_entry_without_a_layer_is_warned_of(ours, mini_flux, caplog):
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "proj_out"])
+    with caplog.at_level("WARNING", logger="halfbyte"):
+        model = FluxTransformer2DModel.from_pretrained(
+            mini_flux, subfolder="transformer", quantization_config=config
+        )
+    assert "'lm_head' matches no linear layer of FluxTransformer2DModel" in caplog.text
+    assert type(model.proj_out) is nn.Linear
+    assert layers(model)
 
 
 def test_no_module_goes_to_the_disk(ours, stock_flux, stock_t5, tmp_path):
