@@ -408,3 +408,17 @@ def test_text_encoders_dequantize_and_load_as_any_other(ours, stock_t5, stock_cl
         assert_dequantizes(model, tmp_path / name, encoded, torch.float32)
     model = CLIPTextModel.from_pretrained(stock_clip, dtype=torch.float32)
     assert model.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_models_on_the_gpu_dequantize_there(ours, stock_flux, stock_t5):
+    for model_cls, folder in ((FluxTransformer2DModel, stock_flux[0]), (T5EncoderModel, stock_t5[0])):
+        model = model_cls.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cuda:0"})
+        expected = {
+            path: layer.dequantize(torch.bfloat16)
+            for path, layer in model.named_modules()
+            if isinstance(layer, QuantizedLinear)
+        }
+        model.dequantize()
+        assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+        assert all(torch.equal(model.get_submodule(path).weight, weight) for path, weight in expected.items())
