@@ -155,7 +155,7 @@ def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -
     if getattr(model, "peft_config", None):
         raise ValueError(f"{model_name}: has adapters already; quantize the base first, then add them")
     if check_skip:
-        _check_skip(model, recipe.skip)
+        check_skip_list(model, recipe.skip)
     skip = (*recipe.skip, *kept_in_fp32(model))
     replaced = []
     for path, linear in list(linear_layers(model)):
@@ -178,7 +178,8 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+def check_skip_list(model: nn.Module, skip: Sequence[str]) -> None:
+    """Raises ValueError where an entry matches no linear layer; warns where it matches more than it seems to say."""
     model_name = type(model).__name__
     modules = {path for path, _ in model.named_modules()}
     for match in skip_matches(model, skip):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch import nn
 
@@ -18,6 +19,7 @@ _MARKS = (
     "is_loaded_in_8bit",
     "is_4bit_serializable",
     "is_8bit_serializable",
+    "num_parameters",
 )
 
 
@@ -30,7 +32,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
 
     Raises ValueError, before anything is changed, where no layer is quantized, the dtype is none for weights, or
     adapters or hooks are on the layers: they belong to the layers that would go, so adapters are taken off first
-    (`delete_adapters`, `unload_lora_weights`) and added again afterwards.
+    (`delete_adapters`, `unload_lora_weights`) and added again afterwards. Only accelerate's hooks that bring inputs
+    to a layer's device, which loaders put on every layer, go over to the plain ones.
     """
     model_name = type(model).__name__
     if dtype not in WEIGHT_DTYPES:
@@ -62,8 +65,14 @@ def _check_bare(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
             " them again"
         )
     for path, layer in layers:
-        if hasattr(layer, "_hf_hook") or layer._forward_hooks or layer._forward_pre_hooks:
+        if _has_foreign_hook(layer):
             raise ValueError(f"{path}: has hooks, of offloading for example; remove them first")
+
+
+def _has_foreign_hook(layer: Any) -> bool:
+    hook = getattr(layer, "_hf_hook", None)
+    only_aligns = isinstance(hook, AlignDevicesHook) and not hook.offload
+    return bool((hook is not None and not only_aligns) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _plain(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
@@ -71,6 +80,10 @@ def _plain(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
     linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(layer)
+        add_hook_to_module(linear, hook)
     return linear.train(layer.training)
 
 

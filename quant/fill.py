@@ -52,9 +52,10 @@ def fill(
     in_fp32: names of modules that stay in fp32. leave_out: what of the files or the model's own names is passed
     over; all others must be in both.
 
-    Raises ValueError, naming the file or the tensor. What can be told from the files' headers is told before
-    anything is read.
+    Raises ValueError, naming the file or the tensor, which must be finite where the model is quantized. What can be
+    told from the files' headers is told before anything is read.
     """
+    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
     own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
     beside = {name for suffixes in statistics.values() for name in suffixes.values()}
@@ -81,7 +82,10 @@ def fill(
             elif isinstance(module, QuantizedLinear) and leaf == "weight":
                 module.quantize(tensor.to(tensor_dtype), name)
             else:
-                _place(module, leaf, tensor.to(tensor_dtype) if own[name].is_floating_point() else tensor)
+                value = tensor.to(tensor_dtype) if own[name].is_floating_point() else tensor
+                if quantized:
+                    check_finite(name, value)
+                _place(module, leaf, value)
         except ValueError as error:
             raise ValueError(f"{weights.path(name)}: {error}") from error
         if place is not None and isinstance(module, QuantizedLinear) and leaf == "weight":
@@ -183,6 +187,12 @@ def _check_header(weights: ShardedWeights, name: str, own: Tensor) -> None:
 def _nbytes(weights: ShardedWeights, name: str) -> int:
     stored = weights.stored(name)
     return stored.stop - stored.start
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ValueError, naming the tensor, where it holds NaN or infinity, which a cast to float16 may bring."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinite values as {tensor.dtype}")
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -55,7 +55,7 @@ def load_quantized(
     if stored is not None:
         if not isinstance(stored, dict):
             raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
-        own = read_quantization_config(stored, str(folder / CONFIG_FILE))
+        own = read_quantization_config(stored, str(folder / CONFIG_FILE), dtype=dtype)
         recipe = settle(own, recipe, folder)
     model = empty_model(model_cls, config, folder, dtype)
     if recipe is not None:

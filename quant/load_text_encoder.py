@@ -46,7 +46,7 @@ def load_text_encoder(
     config = read_config(folder)
     stored = config.get("quantization_config")
     if stored is not None:
-        own = read_quantization_config(stored, str(folder / CONFIG_FILE))
+        own = read_quantization_config(stored, str(folder / CONFIG_FILE), dtype=dtype)
         if recipe is not None and recipe.quant_type != own.quant_type:
             log.warning(
                 "%s is quantized already and loaded as it is: %s, not %s",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
@@ -44,10 +45,13 @@ def quantization_config(recipe: QuantRecipe) -> dict[str, Any]:
     }
 
 
-def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantRecipe:
+def read_quantization_config(
+    config: Mapping[str, Any], where: str, *, dtype: torch.dtype = torch.bfloat16
+) -> QuantRecipe:
     """The recipe that a `quantization_config` stands for; ValueError, beginning with `where`, for any other kind.
 
-    The block size is not in it: each weight's own statistics say that.
+    The block size is not in it: each weight's own statistics say that. `dtype`, that of what is not quantized, is
+    what int8 products run in: bitsandbytes takes the input's, and writes a compute dtype that means nothing there.
     """
     method = config.get("quant_method")
     four, eight = (config.get(key, config.get(f"_{key}")) is True for key in ("load_in_4bit", "load_in_8bit"))
@@ -62,7 +66,7 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantReci
     if storage != "uint8":
         raise ValueError(f"{where}: bnb_4bit_quant_storage is {storage!r}, accepted: uint8")
     compute_dtype = config.get("bnb_4bit_compute_dtype", "float32")
-    if not isinstance(compute_dtype, str) or compute_dtype not in _DTYPES:
+    if four and (not isinstance(compute_dtype, str) or compute_dtype not in _DTYPES):
         raise ValueError(
             f"{where}: bnb_4bit_compute_dtype is {compute_dtype!r}, accepted: {', '.join(_DTYPES)}"
         )
@@ -76,7 +80,7 @@ def read_quantization_config(config: Mapping[str, Any], where: str) -> QuantReci
         return QuantRecipe(
             quant_type="int8" if eight else config.get("bnb_4bit_quant_type", "fp4"),
             double_quant=bool(config.get("bnb_4bit_use_double_quant", False)),
-            compute_dtype=_DTYPES[compute_dtype],
+            compute_dtype=dtype if eight else _DTYPES[compute_dtype],
             skip=tuple(skip),
             llm_int8_threshold=threshold,
         )

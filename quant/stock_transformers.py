@@ -1,6 +1,7 @@
 """Our layers behind transformers' own `from_pretrained`, in place of bitsandbytes: T5 and CLIP in 4 bits or in 8."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte.quant import int8, packing
-from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.convert import QuantizedLinear, kept_in_fp32
+from halfbyte.quant.dequantize import dequantize
 from halfbyte.quant.linear import Params4bit
 from halfbyte.quant.linear8bit import Int8Params
 from halfbyte.quant.serialize import read_quantization_config
-from halfbyte.quant.stock_diffusers import default_device
-
-
-def _layer_at(model: nn.Module, parameter: str) -> QuantizedLinear:
-    layer = model.get_submodule(parameter.rpartition(".")[0])
-    assert isinstance(layer, QuantizedLinear)
-    return layer
+from halfbyte.quant.stock_model import (
+    check_device_map,
+    check_loaded,
+    count_weights,
+    default_device,
+    has_weight,
+)
 
 
 def _first(value: Any) -> Tensor:
@@ -30,42 +32,82 @@ def _first(value: Any) -> Tensor:
 class _Quantize(ConversionOps):
     """A full-precision weight into its layer."""
 
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+    def __init__(self, hf_quantizer: "HalfbyteHfQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, nn.Parameter]:
-        converted: dict[str, nn.Parameter] = {}
-        for name, value in input_dict.items():
-            layer = _layer_at(model, name)
-            layer.quantize(_first(value), name)
-            layer._is_hf_initialized = True  # type: ignore[assignment]
-            converted[name] = layer.weight
-        return converted
+        return {name: self._quantized(model, name, _first(value)) for name, value in input_dict.items()}
+
+    def _quantized(self, model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, QuantizedLinear)
+        return self.hf_quantizer.fill(layer, lambda: layer.quantize(value, name))
 
 
 class _Unpack(ConversionOps):
-    """Packed codes and their statistics into their layer."""
+    """Packed codes and their statistics into their layer; a layer that is not quantized gets its weight as it is."""
 
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+    def __init__(self, hf_quantizer: "HalfbyteHfQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Every weight gets a copy of its converter; all of them report to one quantizer.
+        return self
 
     def convert(
         self, input_dict: dict[str, Any], *, model: nn.Module, full_layer_name: str, **_: Any
-    ) -> dict[str, Any]:
+    ) -> dict[str, Tensor]:
         tensors = {name: _first(value) for name, value in input_dict.items()}
-        if set(tensors) == {"weight"}:  # a layer that was not quantized
-            return tensors
-        packed = tensors.pop("weight")
-        layer = _layer_at(model, full_layer_name)
-        layer.load_packed(packed, {n.removeprefix("weight."): t for n, t in tensors.items()}, full_layer_name)
-        layer._is_hf_initialized = True  # type: ignore[assignment]
-        return {"weight": layer.weight}
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if isinstance(module, QuantizedLinear):
+            return {"weight": self._unpacked(module, tensors, full_layer_name)}
+        return {"weight": self._plain(model, tensors, full_layer_name)}
+
+    def _unpacked(self, layer: QuantizedLinear, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
+        def load() -> None:
+            if "weight" not in tensors:
+                raise ValueError(f"{name}: missing; the file holds only {', '.join(sorted(tensors))} of it")
+            statistics = {n.removeprefix("weight."): t for n, t in tensors.items() if n != "weight"}
+            layer.load_packed(tensors["weight"], statistics, name)
+
+        return self.hf_quantizer.fill(layer, load)
+
+    def _plain(self, model: Any, tensors: dict[str, Tensor], name: str) -> Tensor:
+        own = model.get_parameter_or_buffer(name)
+        weight = tensors.get("weight")
+        if weight is None or len(tensors) > 1 or weight.is_floating_point() != own.is_floating_point():
+            self.hf_quantizer.problems.append(
+                ValueError(
+                    f"{name}: packed in the file, though its layer is none that quantization_config means"
+                )
+            )
+            return torch.zeros(own.shape, dtype=own.dtype)
+        # transformers leaves the dtype of what goes through a quantizer as it is in the file.
+        in_fp32 = own.dtype == torch.float16 and set(kept_in_fp32(model)) & set(name.split("."))
+        return weight.to(torch.float32 if in_fp32 else own.dtype)
 
 
 class HalfbyteHfQuantizer(HfQuantizer):
     """Loads bitsandbytes checkpoints into our layers, and quantizes others on the way in; CPU or CUDA."""
 
     requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.problems: list[ValueError] = []
+        """What was wrong with the checkpoint's weights, in the order of reading."""
+
+    def fill(self, layer: QuantizedLinear, put: Callable[[], None]) -> nn.Parameter:
+        """The layer's weight once `put` has given it one, or an empty one and a further problem.
+
+        What is raised during the conversion comes out of transformers as a RuntimeError without a name.
+        """
+        try:
+            put()
+        except ValueError as error:
+            self.problems.append(error)
+            layer.weight = layer.parameter_class.make(torch.empty(0, dtype=layer.code_dtype), False, None)
+        return layer.weight
 
     @property
     def quantized_element_size(self) -> float:
@@ -76,6 +118,10 @@ class HalfbyteHfQuantizer(HfQuantizer):
     def _eight(self) -> bool:
         config: Any = self.quantization_config
         return bool(config.load_in_8bit)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Raises ValueError for a device map with modules on the disk."""
+        check_device_map(device_map)
 
     def update_device_map(self, device_map: Any) -> Any:
         """The current GPU, or the CPU where there is none."""
@@ -105,7 +151,7 @@ class HalfbyteHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
         config: Any = self.quantization_config
-        recipe = read_quantization_config(config.to_dict(), "quantization_config")
+        recipe = read_quantization_config(config.to_dict(), "quantization_config", dtype=model.dtype)
         # transformers' own rule for what is skipped; it is not the one of diffusers.
         skipped = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
@@ -120,8 +166,34 @@ class HalfbyteHfQuantizer(HfQuantizer):
                         Int8Params(meta.to(torch.int8)) if self._eight else Params4bit(meta.to(torch.uint8))
                     )
                 model.set_submodule(path, layer)
+        initialize = model.initialize_weights
+
+        def initialize_weights() -> None:
+            self._check_read(model)
+            initialize()
+
+        # What transformers calls once all is read, to draw what the checkpoint lacks: of packed weights it cannot.
+        model.initialize_weights = initialize_weights
+
+    def _check_read(self, model: nn.Module) -> None:
+        """Raises ValueError for the first problem, or naming what the checkpoint lacks of a quantized layer."""
+        if self.problems:
+            raise self.problems[0]
+        for path, module in model.named_modules():
+            if not isinstance(module, QuantizedLinear):
+                continue
+            if not has_weight(module):
+                raise ValueError(f"{path}.weight: missing from the checkpoint")
+            # transformers marks what it has read.
+            if module.bias is not None and not hasattr(module.bias, "_is_hf_initialized"):
+                raise ValueError(f"{path}.bias: missing from the checkpoint")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Raises ValueError, naming the tensor, for what is missing, damaged or not finite."""
+        del model.initialize_weights
+        self._check_read(model)
+        check_loaded(model)
+        count_weights(model)
         model.is_loaded_in_8bit = self._eight
         model.is_loaded_in_4bit = not self._eight
         # save_pretrained would undo what loading converted; the layers' state dict is in the file's form already.
@@ -130,6 +202,11 @@ class HalfbyteHfQuantizer(HfQuantizer):
             for conversion in getattr(model, "_weight_conversions", None) or ()
             if not any(isinstance(operation, _Unpack) for operation in getattr(conversion, "operations", ()))
         ]
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` does: plain layers, in the dtype of the others unless one is given."""
+        dequantize(model, model.dtype if dtype is None else dtype)
         return model
 
     def is_serializable(self) -> bool:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from peft import LoraConfig
 from torch import nn
@@ -128,6 +130,20 @@ def test_adapters_and_hooks_are_refused_before_anything_changes(mini_sd3):
     handle.remove()
     dequantize(model, torch.bfloat16)
     with pytest.raises(ValueError, match="has no quantized layer"):
+        dequantize(model, torch.bfloat16)
+
+
+def test_hooks_that_only_align_devices_go_over_to_the_plain_layers(mini_sd3):
+    model = load(mini_sd3 / "transformer", QuantRecipe())
+    plain = load(mini_sd3 / "transformer", QuantRecipe())
+    add_hook_to_module(model.proj_out, AlignDevicesHook("cpu"))
+    dequantize(model, torch.bfloat16)
+    dequantize(plain, torch.bfloat16)
+    assert isinstance(model.proj_out._hf_hook, AlignDevicesHook)
+    assert torch.equal(prediction(model), prediction(plain))
+    model = load(mini_sd3 / "transformer", QuantRecipe())
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match="has hooks, of offloading"):
         dequantize(model, torch.bfloat16)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -123,6 +124,11 @@ def test_the_config_is_the_one_that_diffusers_writes_and_reads_back(recipe):
     config = quantization_config(recipe)
     assert json.loads(json.dumps(config)) == json.loads(json.dumps(bnb_config(recipe).to_dict()))
     assert read_quantization_config(config, "config.json") == recipe
+    # What bitsandbytes writes there for int8 means nothing: products run in the dtype of the rest.
+    config["bnb_4bit_compute_dtype"] = "float32"
+    assert read_quantization_config(config, "config.json") == recipe
+    read = read_quantization_config(config, "config.json", dtype=torch.float16)
+    assert read == replace(recipe, compute_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,21 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(sd3):
 
 
 @pytest.mark.parametrize("name", ["proj_out.weight", "proj_out.bias"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_stays_in_full_precision_must_be_finite_too(sd3, name, packed, tmp_path):
+    recipe = QuantRecipe(skip=("proj_out",))
+    if packed:
+        save_quantized(load(sd3, recipe), tmp_path / "packed", recipe)
+        sd3 = tmp_path / "packed"
+    rewrite(sd3, lambda tensors: tensors.update({name: torch.full_like(tensors[name], 1e5).float()}))
+    load(sd3, recipe)
+    with pytest.raises(
+        ValueError, match=WEIGHTS_FILE + f": {name}: holds NaN or infinite values as torch.float16"
+    ):
+        load(sd3, recipe, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", ["proj_out.weight", "proj_out.bias"])
 def test_integers_in_place_of_weights_are_refused(sd3, name):
     rewrite(sd3, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     with pytest.raises(ValueError, match=f"{name}: expected a floating-point tensor, got torch.int8"):
