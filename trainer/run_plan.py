@@ -43,6 +43,8 @@ PRODUCTS_BYTES = 66 * MIB
 # Measured likewise: what the memory of CUDA graphs has between its blocks, 0.6 to 1.3 GiB of FLUX's (bench_plan.md).
 RECORDED_GAPS = GIB
 PROCESS_BYTES = 1100 * MIB
+# Measured there: what T5-XXL's and FLUX's shards take of the host while they are read, 2.1 GB with the process (1.0).
+READING_BYTES = 1000 * MIB
 # On an H200 (scripts/bench_train.py): a FLUX.1-dev step at 1024 px with full checkpointing, 225 TFLOP, took 0.479 s; at
 # 512 px the processor decides, which gave out some 29,000 operations of a step in 0.365 s.
 MEASURED_RATE = 470.0  # TFLOP/s
@@ -282,7 +284,7 @@ class Planner:
         key = (model.text_encoder_quant, model.stream_text_encoder)
         if key not in self._encoders:
             parts, on_host = text_encoder_bytes(self.family, *key)
-            host = {"read ahead": _READ_AHEAD, "packed blocks, page-locked": on_host}
+            host = {"read ahead": READING_BYTES, "packed blocks, page-locked": on_host}
             device = parts | {WORKING: text_working_bytes(self.family)}
             self._encoders[key] = Phase("encode texts", device, host)
         return self._encoders[key]
@@ -299,7 +301,7 @@ class Planner:
         held = {kind: nbytes for kind, nbytes in rehearsal.held().items() if kind != ADAPTERS}
         # The largest weight as it is stored, its copy in the compute dtype, and the next ones under way.
         arriving = 3 * rehearsal.largest_weight * 2 + _READ_AHEAD
-        host = {"read ahead": _READ_AHEAD, **self._on_host(recipe)}
+        host = {"read ahead": READING_BYTES, **self._on_host(recipe)}
         return Phase("load and quantize", {**held, "weights on their way": arriving}, host)
 
     def _sample(self, recipe: Recipe) -> tuple[Phase, Work] | None:
