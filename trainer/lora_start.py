@@ -162,7 +162,7 @@ def _split(
     file: Path, parts: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, OriginalName]
 ) -> dict[str, LoraLayer]:
     """Layers that the authors hold as one, parted again; of each part the columns of B that it has."""
-    found = {}
+    found: dict[str, LoraLayer] = {}
     for name, part in parts.items():
         original = known.get(name)
         if original is None:
@@ -181,8 +181,8 @@ def _split(
 
 
 def _unfused(layer: LoraLayer, paths: Sequence[str], rows: Sequence[int]) -> dict[str, LoraLayer]:
-    lengths = [None] * len(rows) if layer.lengths is None else layer.lengths.split(rows)
-    found = {}
+    lengths = [None] * len(rows) if layer.lengths is None else layer.lengths.split(list(rows))
+    found: dict[str, LoraLayer] = {}
     for path, block, own_lengths in zip(paths, layer.up.split(rows), lengths, strict=True):
         used = block.any(dim=0)
         if not layer.up.any():

@@ -106,7 +106,7 @@ def whole_adapter(
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise RecipeError(f"{where} has alpha_pattern {patterns!r}, expected an alpha for each pattern")
-    alphas = {"lora_alpha": config.get("lora_alpha")}
+    alphas: dict[str, Any] = {"lora_alpha": config.get("lora_alpha")}
     alphas |= {f"alpha_pattern {pattern!r}": alpha for pattern, alpha in patterns.items()}
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
