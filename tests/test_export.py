@@ -232,8 +232,11 @@ def test_an_alpha_that_was_not_trained_with_fails(mini_flux, tmp_path, monkeypat
 
 def test_layers_that_stock_diffusers_does_not_read_of_a_format_are_named(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
-    run = run_here(recipe, *QUICK, "train.steps=1", "lora.targets=[x_embedder, attn.to_q]")
-    result = CliRunner().invoke(app, ["export", str(run), "--format", "comfyui"])
+    # A layer that is not quantized computes in the dtype of the base, also under an adapter in fp32.
+    run = run_here(
+        recipe, *QUICK, "train.steps=1", "lora.targets=[x_embedder, attn.to_q]", "quant.skip=[x_embedder]"
+    )
+    result = CliRunner().invoke(app, ["export", str(run), "--format", "comfyui", "--base"])
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.output.splitlines()]
     layers = len(load_file(run / "adapter" / ADAPTER_FILE)) // 2
@@ -370,3 +373,16 @@ def test_a_check_that_breaks_off_says_how_to_go_on(run, monkeypatch, tmp_path):
     with pytest.raises(ExportError, match=r"--no-self-check(.|\n)*no room on the device"):
         request(run)
     assert listing(run) == before
+
+
+@pytest.mark.gpu
+def test_all_of_it_is_checked_on_a_gpu(run):
+    asked = ExportRequest(base=True, merged=True, text_encoder=True)
+    check = export_run(run, asked, read_world({}), Console(quiet=True)).check
+    assert not any("past diffusers' refusal" in line for line in check.checked)
+    for said in (
+        "diffusers: prediction on the exported transformer/",
+        "exported merged/: loaded",
+        "T5: loaded",
+    ):
+        assert any(line.startswith(said) for line in check.checked), said

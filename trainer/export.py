@@ -16,7 +16,7 @@ from halfbyte.quant.serialize import CONFIG_FILE, save_quantized
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, write_text
 from halfbyte.trainer.adapters import adapter_state, save_adapter
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
-from halfbyte.trainer.errors import ExportError
+from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.lora_formats import (
     FORMATS,
@@ -82,7 +82,10 @@ def export_trained(
     """
     with work_folder(folder.adapter) as work:
         save_adapter(denoiser, family.pipeline_class, str(work))
-        adapter = read_saved(work / ADAPTER_FILE)
+        try:
+            adapter = read_saved(work / ADAPTER_FILE)
+        except RecipeError as error:
+            raise ExportError(f"export: what training left is no whole adapter: {error}") from error
         _check_written(work / ADAPTER_FILE, adapter.tensors, adapter_state(denoiser))
         return _export(family, denoiser, adapter, folder, work, settings)
 

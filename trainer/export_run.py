@@ -71,7 +71,11 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         family = FAMILIES[model.family].open(
             model.path, model.revision, model.max_sequence_length, model.transformer
         )
-        adapter = read_saved(adapter_file)
+        try:
+            adapter = read_saved(adapter_file)
+        except RecipeError as error:
+            # Read from a copy, whose path says nothing.
+            raise RecipeError(f"{run.checkpoints / checkpoint}: {error}") from error
         _check_request(request, recipe, family)
         formats = recipe.output.formats if request.formats is None else tuple(request.formats)
         formats_for(adapter, formats)

@@ -90,7 +90,8 @@ def compare_on(
     """Adds to the answer how the predictions on a base compare with ours, without and with each adapter."""
     inputs = {name.removeprefix("input."): t for name, t in expected.items() if name.startswith("input.")}
     model, quantized = stock_model(job, base)
-    bare = predict(model, inputs, job["device"])
+    dtype = getattr(torch, base["dtype"])
+    bare = predict(model, inputs, job["device"], dtype)
     own_bare = expected[f"{base['expected']}.bare"]
     # diffusers refuses bitsandbytes without a GPU, by a check alone, which is passed over here.
     note = " (on the CPU, past diffusers' refusal)" if quantized and job["device"] == "cpu" else ""
@@ -104,7 +105,7 @@ def compare_on(
     for kind in base["kinds"]:
         if kind not in adapters:
             continue
-        adapted = predict(with_adapter(job, model, adapters[kind]), inputs, job["device"])
+        adapted = predict(with_adapter(job, model, adapters[kind]), inputs, job["device"], dtype)
         own_adapted = expected[f"{base['expected']}.adapted"]
         problems, moved = compared(bare, adapted, own_bare, own_adapted, base)
         answer["failures"] += [f"{kind} on the {base['name']} base: {problem}" for problem in problems]
@@ -350,9 +351,9 @@ def with_adapter(job: dict[str, Any], model: Any, layers: Scaled) -> Any:
 
 
 @torch.no_grad()
-def predict(model: Any, inputs: dict[str, Tensor], device: str) -> Tensor:
-    # The pipelines too give the model everything in its own dtype.
-    tensors = {name: tensor.to(device, model.dtype) for name, tensor in inputs.items()}
+def predict(model: Any, inputs: dict[str, Tensor], device: str, dtype: torch.dtype) -> Tensor:
+    # The pipelines too give the model everything in one dtype.
+    tensors = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     return model(**tensors, return_dict=False)[0].float().cpu()
 
 
