@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load_text_encoder import load_text_encoder
-from halfbyte.trainer import export, self_check
+from halfbyte.trainer import compared_part, export, self_check
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.cli import app
 from halfbyte.trainer.errors import ExportError, RecipeError
@@ -111,25 +111,28 @@ def test_a_checkpoint_of_a_run_in_progress_is_exported_and_checked(run):
 
 
 def test_sd3_is_checked_block_by_block(mini_sd3, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_check, "_WHOLE_BYTES", 0)
-    told = []
-    real = export.self_check
-    monkeypatch.setattr(export, "self_check", lambda *a, **k: told.append(real(*a, **k)) or told[-1])
+    monkeypatch.setattr(compared_part, "_WHOLE_BYTES", 0)
     recipe = write_recipe(tmp_path, mini_sd3, family="sd3")
     # With alphas of their own, and a rank for one of three layers that fuse.
-    run_here(
-        recipe,
-        *QUICK,
-        "output.self_check=true",
-        "train.steps=2",
-        "lora.alpha_pattern={to_q: 8}",
-        "lora.rslora=true",
-    )
-    (check,) = told
-    assert {line.partition(":")[0] for line in check.checked} == {"diffusers", "comfyui", "kohya"}
-    assert len(check.checked) == 7
+    run = run_here(recipe, *QUICK, "train.steps=2", "lora.alpha_pattern={to_q: 8}", "lora.rslora=true")
+    check = request(run, base=True, merged=True, text_encoder=True).check
+    for said in (
+        "diffusers: prediction on the plain base",
+        "comfyui: prediction on the plain base",
+        "kohya: prediction on the plain base",
+        "peft: prediction on the plain base",
+        "diffusers: prediction on the bf16 base",
+        "diffusers: prediction on the nf4 base",
+        "diffusers: prediction on the exported transformer/ base",
+        "exported merged/: loaded by stock diffusers",
+        "T5: loaded by stock transformers",
+    ):
+        assert any(line.startswith(said) and "bound" in line for line in check.checked), said
     assert check.moved > 1e-3
-    assert "other blocks" in check.left_out[0]
+    assert ["other blocks" in part for part in check.left_out] == [True, True]
+    assert [line.partition(":")[0] for line in check.unread] == ["comfyui", "kohya"], (
+        "diffusers has none for SD3"
+    )
 
 
 def damage(file):
@@ -158,6 +161,90 @@ def test_a_failed_check_names_the_keys_and_keeps_what_was_there(run, monkeypatch
     assert "kohya: transformer_blocks.0.ff.net.0.proj: its update differs" in result.output
     assert "diffusers:" not in result.output
     assert listing(run) == before
+
+
+def zeroed(file, matches):
+    tensors = load_file(file)
+    chosen = [name for name in tensors if matches(name)]
+    assert chosen
+    for name in chosen:
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_file_for_peft_that_does_nothing_fails(run, monkeypatch):
+    def written(adapter, formats, folder, names, **settings):
+        write(adapter, formats, folder, names, **settings)
+        zeroed(folder / "adapter_model.safetensors", lambda name: "lora_B" in name)
+
+    write = export.write_formats
+    monkeypatch.setattr(export, "write_formats", written)
+    before = listing(run)
+    with pytest.raises(ExportError, match=r"peft: .*its update differs") as told:
+        request(run)
+    assert "diffusers:" not in str(told.value)
+    assert listing(run) == before
+
+
+@pytest.mark.parametrize("part", ["transformer", "merged", "text_encoder_2"])
+def test_a_model_that_is_not_what_was_in_memory_fails(run, monkeypatch, part):
+    def base(denoiser, folder):
+        save(denoiser, folder)
+        if part in folder.name:
+            damage_model(folder, "diffusion_pytorch_model.safetensors", ".to_q.weight")
+
+    def text_encoder(source, folder, device):
+        written = write(source, folder, device)
+        if part in folder.name:
+            damage_model(folder, "model.safetensors", ".q.weight")
+        return written
+
+    def damage_model(folder, file, ending):
+        zeroed(folder / file, lambda name: name.endswith(ending))
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace('"nf4"', '"fp4"'))
+
+    save, write = export.save_quantized, export.write_text_encoder
+    monkeypatch.setattr(export, "save_quantized", base)
+    monkeypatch.setattr(export, "write_text_encoder", text_encoder)
+    before = listing(run)
+    said = rf"{part}/ is not what was in memory: .*config\.json: quantization_config, \S*\.(to_)?q\.weight"
+    with pytest.raises(ExportError, match=said):
+        request(run, base=True, merged=True, text_encoder=True)
+    assert listing(run) == before
+
+
+def test_an_alpha_that_was_not_trained_with_fails(mini_flux, tmp_path, monkeypatch):
+    """The tensors are right, and the metadata is that of another alpha: what trained says what is right."""
+
+    def saved(denoiser, pipeline, folder):
+        config = denoiser.peft_config["default"]
+        config.lora_alpha *= 2
+        save(denoiser, pipeline, folder)
+        config.lora_alpha /= 2
+
+    save = export.save_adapter
+    monkeypatch.setattr(export, "save_adapter", saved)
+    with pytest.raises(ExportError, match=r"diffusers: .*its update differs from the trained one, scale 2"):
+        run_here(write_recipe(tmp_path, mini_flux), *QUICK, "train.steps=1", "output.self_check=true")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_layers_that_stock_diffusers_does_not_read_of_a_format_are_named(mini_flux, tmp_path):
+    recipe = write_recipe(tmp_path, mini_flux)
+    # A layer that is not quantized computes in the dtype of the base, also under an adapter in fp32.
+    run = run_here(
+        recipe, *QUICK, "train.steps=1", "lora.targets=[x_embedder, attn.to_q]", "quant.skip=[x_embedder]"
+    )
+    result = CliRunner().invoke(app, ["export", str(run), "--format", "comfyui", "--base"])
+    assert result.exit_code == 0, result.output
+    lines = [line.strip() for line in result.output.splitlines()]
+    layers = len(load_file(run / "adapter" / ADAPTER_FILE)) // 2
+    # diffusers' own file is written beside, and is checked.
+    assert f"diffusers: {layers} layers by name, rank and scale" in lines
+    assert f"comfyui: {layers - 1} layers by name, rank and scale" in lines
+    (warning,) = [line for line in lines if line.startswith("warning: comfyui:")]
+    assert f"does not read 1 of {layers} layers of this format: x_embedder;" in warning
 
 
 def test_what_is_not_what_was_trained_is_not_exported(finished, monkeypatch, tmp_path, mini_flux):
@@ -219,6 +306,37 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(run, tmp_pat
         request(run, check=False)
 
 
+def test_what_the_base_does_not_have_is_told_before_anything_is_written(mini_flux, run, tmp_path):
+    plain = run_here(
+        write_recipe(tmp_path, mini_flux, name="plain"), *QUICK, "train.steps=1", "quant.type=none"
+    )
+    before = listing(plain)
+    for asked in ("base", "merged"):
+        with pytest.raises(RecipeError, match=rf"--{asked}: the run's base is not quantized"):
+            request(plain, **{asked: True})
+    assert listing(plain) == before
+
+    model = shutil.copytree(mini_flux, tmp_path / "model")
+    config = model / "text_encoder_2" / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
+    written = run / "recipe.yaml"
+    written.write_text(written.read_text().replace(str(mini_flux), str(model)))
+    before = listing(run)
+    with pytest.raises(RecipeError, match=r"^--text-encoder: .* is quantized already"):
+        request(run, base=True, text_encoder=True)
+    assert listing(run) == before
+
+
+def test_files_of_the_user_stay(run):
+    notes = [run / "adapter" / "notes.txt", run / "adapter" / "comfyui" / "workflow.json"]
+    for file in notes:
+        file.write_text("mine")
+    request(run, formats=("diffusers",), check=False)
+    assert [file.read_text() for file in notes] == ["mine", "mine"]
+    assert not (run / "adapter" / "comfyui" / "dog.safetensors").exists(), "an export's own goes with it"
+
+
 def test_the_text_encoder_is_one_that_stock_transformers_loads(run, mini_flux):
     request(run, text_encoder=True, check=False)
     tokens = torch.arange(12)[None]
@@ -255,3 +373,16 @@ def test_a_check_that_breaks_off_says_how_to_go_on(run, monkeypatch, tmp_path):
     with pytest.raises(ExportError, match=r"--no-self-check(.|\n)*no room on the device"):
         request(run)
     assert listing(run) == before
+
+
+@pytest.mark.gpu
+def test_all_of_it_is_checked_on_a_gpu(run):
+    asked = ExportRequest(base=True, merged=True, text_encoder=True)
+    check = export_run(run, asked, read_world({}), Console(quiet=True)).check
+    assert not any("past diffusers' refusal" in line for line in check.checked)
+    for said in (
+        "diffusers: prediction on the exported transformer/",
+        "exported merged/: loaded",
+        "T5: loaded",
+    ):
+        assert any(line.startswith(said) for line in check.checked), said

@@ -4,6 +4,10 @@ import json
 
 import pytest
 import torch
+from diffusers import FluxPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from safetensors.torch import load_file, save_file
 
 from halfbyte.quant.convert import QuantRecipe
@@ -107,7 +111,8 @@ def test_what_is_no_adapter_is_named(trained, tmp_path):
     save_file({"model.weight": torch.zeros(2, 2)}, tmp_path / "one.safetensors")
     with pytest.raises(RecipeError, match=r"holds model\.weight; accepted: LoRA alone"):
         read_layers(tmp_path, names)
-    save_file({"unet.a.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "one.safetensors")
+    both = {f"unet.a.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
+    save_file(both, tmp_path / "one.safetensors")
     with pytest.raises(RecipeError, match=r"holds unet\.a\.lora_A\.weight; accepted: the keys of diffusers"):
         read_layers(tmp_path, names)
     tensors = load_file(folder / FILES["kohya"])
@@ -119,6 +124,134 @@ def test_what_is_no_adapter_is_named(trained, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
     with pytest.raises(RecipeError, match="describes no LoRA"):
         read_layers(tmp_path, names)
+
+
+PLACE = "transformer_blocks.0.attn.to_q"
+CONFIG = {"peft_type": "LORA", "lora_alpha": 8, "r": 4}
+
+
+def halves(prefix, rank=4, names=("lora_A.weight", "lora_B.weight")):
+    return {
+        f"{prefix}{PLACE}.{names[0]}": torch.ones(rank, 64),
+        f"{prefix}{PLACE}.{names[1]}": torch.ones(64, rank),
+    }
+
+
+@pytest.fixture(scope="module")
+def flux_layers(mini_flux):
+    return FAMILIES["flux"].open(str(mini_flux), None, None).original_names()
+
+
+A, B = f"{PLACE}.lora_A.weight", f"{PLACE}.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "said"),
+    [
+        ({B: None}, {}, f"{PLACE} has not both halves .*lora_B .up. none"),
+        ({A: None}, {}, f"{PLACE} has not both halves .*lora_A .down. none"),
+        ({A: torch.ones(2, 64)}, {}, r"of one rank: got .*\(2, 64\).*\(64, 4\)"),
+        ({A: torch.ones(4, 64, 1)}, {}, r"\(4, 64, 1\)"),
+        ({A: torch.ones(0, 64), B: torch.ones(64, 0)}, {}, r"\(0, 64\)"),
+        ({A: torch.full((4, 64), torch.nan)}, {}, f"base_model.model.{A} holds values that are not finite"),
+        ({B: torch.full((64, 4), torch.inf)}, {}, f"base_model.model.{B} holds values that are not finite"),
+        ({f"{PLACE}.lora_B.bias": torch.ones(64)}, {}, r"holds base_model\.model\..*lora_B\.bias; accepted"),
+        ({"proj_out.weight": torch.ones(64, 64)}, {}, r"holds base_model\.model\.proj_out\.weight; accepted"),
+        ({f"{PLACE}.lora_magnitude_vector": torch.ones(3)}, {}, r"lengths of .* shape \(3,\)"),
+        ({A: None, B: None}, {}, "holds no adapter"),
+        ({}, {"lora_alpha": None}, "adapter_config.json has lora_alpha None, expected a number"),
+        ({}, {"lora_alpha": "8"}, "lora_alpha '8', expected a number"),
+        ({}, {"lora_alpha": True}, "lora_alpha True, expected a number"),
+        ({}, {"alpha_pattern": {"(": 1}}, r"alpha_pattern '\(', which is no regular expression"),
+        ({}, {"alpha_pattern": {"to_q": "x"}}, "alpha_pattern 'to_q' 'x', expected a number"),
+        ({}, {"alpha_pattern": [1]}, r"alpha_pattern \[1\]"),
+        ({}, {"use_dora": True}, "use_dora"),
+    ],
+)
+def test_a_broken_adapter_of_peft_is_told(flux_layers, tmp_path, change, config, said):
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in (halves("") | change).items() if tensor is not None}
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    with pytest.raises(RecipeError, match=said) as told:
+        read_layers(file, flux_layers)
+    assert str(tmp_path) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1]", r"is \[1\]"),
+        ("{}", "lora_alpha None"),
+        ('{"text_encoder.lora_alpha": 8}', "lora_alpha None"),
+        ('{"transformer.lora_alpha": "x"}', "lora_alpha 'x'"),
+    ],
+)
+def test_broken_settings_of_diffusers_are_told(flux_layers, tmp_path, settings, said):
+    file = tmp_path / "cat.safetensors"
+    save_file(halves("transformer."), file, metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(RecipeError, match=rf"cat\.safetensors: its metadata .*{said}"):
+        read_layers(file, flux_layers)
+
+
+def test_an_alpha_of_two_values_is_told(flux_layers, tmp_path):
+    names = ("lora_down.weight", "lora_up.weight")
+    alphas = {f"diffusion_model.{PLACE}.alpha": torch.ones(2)}
+    save_file(halves("diffusion_model.", names=names) | alphas, tmp_path / "cat.safetensors")
+    with pytest.raises(RecipeError, match=r"the alpha of .* has 2 values"):
+        read_layers(tmp_path, flux_layers)
+
+
+def test_forms_do_not_mix_in_a_file(flux_layers, tmp_path):
+    both = halves("diffusion_model.") | halves("transformer.")
+    save_file(both, tmp_path / "cat.safetensors")
+    with pytest.raises(RecipeError, match=r"holds (diffusion_model|transformer)\..*one of them in a file"):
+        read_layers(tmp_path, flux_layers)
+
+
+def test_an_adapter_that_has_not_learned_is_one_all_the_same(flux_layers, tmp_path):
+    """All that it has are layers that fuse, whose parts are told from each other by what is not zero."""
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{key}.lora_down.weight": torch.ones(4, 64), f"{key}.lora_up.weight": torch.zeros(192, 4)}
+    save_file(tensors, tmp_path / "cat.safetensors")
+    layers = read_layers(tmp_path, flux_layers)
+    assert layers.keys() == {f"transformer_blocks.0.attn.to_{kind}" for kind in "qkv"}
+    assert not any(layer.up.any() for layer in layers.values())
+
+
+def test_text_encoders_beside_leave_the_scale_as_it_is(mini_flux, flux_layers, tmp_path):
+    """A file as stock diffusers writes it, of transformer and CLIP, whose alpha is not its rank."""
+    pipeline = FluxPipeline.from_pretrained(mini_flux)
+    parts = {"transformer": (pipeline.transformer, "to_q"), "text_encoder": (pipeline.text_encoder, "q_proj")}
+    for alpha, (model, target) in zip((16, 2), parts.values(), strict=True):
+        model.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=[target], init_lora_weights=False))
+    FluxPipeline.save_lora_weights(
+        tmp_path,
+        **{f"{part}_lora_layers": get_peft_model_state_dict(model) for part, (model, _) in parts.items()},
+        **_collate_lora_metadata({part: model for part, (model, _) in parts.items()}),
+    )
+    scales = {path: layer.scale for path, layer in read_layers(tmp_path, flux_layers).items()}
+    stock = FluxPipeline.from_pretrained(mini_flux)
+    stock.load_lora_weights(tmp_path, adapter_name="both")
+    expected = {
+        name: module.scaling["both"]
+        for name, module in stock.transformer.named_modules()
+        if isinstance(module, PeftLayer)
+    }
+    assert scales == expected
+    assert set(expected.values()) == {4.0}
+
+
+def test_a_broken_adapter_is_told_ahead_of_the_base(mini_flux, tmp_path):
+    save_file(halves("transformer.") | {"transformer.x.weight": torch.ones(1)}, tmp_path / "cat.safetensors")
+    recipe = write_recipe(tmp_path, mini_flux)
+    with pytest.raises(
+        RecipeError, match=r"lora\.init_from: .*cat\.safetensors holds transformer\.x\.weight"
+    ):
+        run_here(recipe, f"lora.init_from={tmp_path / 'cat.safetensors'}")
+    assert not (tmp_path / "cache").exists(), "nothing was encoded or quantized"
 
 
 def test_a_run_starts_from_another_one(mini_flux, tmp_path):

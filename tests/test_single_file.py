@@ -80,6 +80,11 @@ def test_it_is_quantized_as_the_folder_is(original, mini_flux, tmp_path):
     assert all(torch.equal(tensor, folder.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
+def described(kind):
+    """As ComfyUI's newer files say how a layer is quantized."""
+    return torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("ending", ["scale_weight", "weight_scale", None])
 @pytest.mark.parametrize("each_row", [False, True])
 def test_fp8_is_multiplied_by_its_scales(original, mini_flux, tmp_path, ending, each_row):
@@ -97,6 +102,8 @@ def test_fp8_is_multiplied_by_its_scales(original, mini_flux, tmp_path, ending, 
         if ending is not None:
             tensors[name.removesuffix("weight") + ending] = scale
             tensors[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+        if ending == "weight_scale":
+            tensors[name.removesuffix("weight") + "comfy_quant"] = described("float8_e4m3fn")
     tensors["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "fp8.safetensors")
     save_file(expected, tmp_path / "plain.safetensors")
@@ -141,6 +148,15 @@ def test_what_does_not_fit_is_named(original, mini_flux, mini_sd3, tmp_path):
         loaded(mini_flux, file)
     save_file(original | {"img_in.weight.quant_state.bitsandbytes__nf4": torch.zeros(2)}, file)
     with pytest.raises(RecipeError, match="quantized already"):
+        loaded(mini_flux, file)
+    marked = {"img_in.comfy_quant": described("int8_tensorwise")}
+    save_file(original | marked, file)
+    with pytest.raises(
+        RecipeError, match=r"img_in\.comfy_quant says 'int8_tensorwise'.*stored as bfloat16; accepted"
+    ):
+        loaded(mini_flux, file)
+    save_file(original | {"img_in.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, file)
+    with pytest.raises(RecipeError, match=r"img_in\.comfy_quant does not say how"):
         loaded(mini_flux, file)
     narrow = {name: t[:-1].contiguous() if name.endswith("qkv.weight") else t for name, t in original.items()}
     save_file(narrow, file)

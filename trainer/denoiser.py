@@ -25,6 +25,7 @@ from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_start import read_layers, start_from
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.saved_adapter import LoraLayer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -153,10 +154,21 @@ def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
     return BlockStream(blocks, copies_to(world.device))
 
 
+def start_layers(recipe: Recipe, family: Family) -> dict[str, LoraLayer] | None:
+    """The adapter that lora.init_from names; None where it names none. Raises RecipeError as `read_layers` does."""
+    if recipe.lora.init_from is None:
+        return None
+    try:
+        return read_layers(recipe.lora.init_from, family.original_names())
+    except RecipeError as error:
+        raise RecipeError(f"lora.init_from: {error}") from error
+
+
 def load_denoiser(
     recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
 ) -> Loaded:
     """The transformer with its adapters; `attention` names the backend, None takes what needs no probe."""
+    start = start_layers(recipe, family)
     loading = Shown(console, "loading the transformer", BYTES)
     denoiser = family.load_denoiser(
         quant_recipe(recipe),
@@ -174,10 +186,9 @@ def load_denoiser(
     # PEFT puts adapters where it finds the weights, and streamed ones lie on the host.
     denoiser.to(world.device)
     has_lengths = False
-    if recipe.lora.init_from is not None:
+    if start is not None and recipe.lora.init_from is not None:
         try:
-            layers = read_layers(recipe.lora.init_from, family.original_names())
-            has_lengths = start_from(denoiser, layers, ADAPTER, recipe.lora.init_from)
+            has_lengths = start_from(denoiser, start, ADAPTER, recipe.lora.init_from)
         except RecipeError as error:
             raise RecipeError(f"lora.init_from: {error}") from error
     if recipe.lora.dora and not has_lengths:

@@ -1,27 +1,50 @@
 """What a run leaves behind: adapter and quantized base, written beside their places, checked, then put there."""
 
-import os
+import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.serialize import save_quantized
-from halfbyte.quant.shards import flush
+from halfbyte.quant.serialize import CONFIG_FILE, save_quantized
+from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, write_text
 from halfbyte.trainer.adapters import adapter_state, save_adapter
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
-from halfbyte.trainer.errors import ExportError
+from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.families.base import Family
-from halfbyte.trainer.lora_formats import LoraFormat, formats_for, write_formats
-from halfbyte.trainer.provenance import write_base_error, write_provenance
+from halfbyte.trainer.lora_formats import (
+    FORMATS,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    LoraFormat,
+    file_name,
+    formats_for,
+    write_formats,
+)
+from halfbyte.trainer.merge import Survival, merge, total
+from halfbyte.trainer.provenance import (
+    BASE_ERROR_FILE,
+    PROVENANCE_FILE,
+    write_base_error,
+    write_provenance,
+)
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
-from halfbyte.trainer.self_check import SelfCheck, self_check
+from halfbyte.trainer.self_check import SelfCheck, StockCheck
+from halfbyte.trainer.staging import keep_others, put_in_place, work_folder
+from halfbyte.trainer.text_encoder_export import write_text_encoder
+
+MERGED = "merged"
+MERGE_REPORT = "merge_report.json"
+_OURS = (PROVENANCE_FILE, PEFT_FILE, PEFT_CONFIG, CONFIG_FILE, BASE_ERROR_FILE, MERGE_REPORT)
+_WEIGHTS = tuple(file.removesuffix(".safetensors") for file in (WEIGHTS_FILE, TEXT_WEIGHTS_FILE))
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,8 @@ class ExportSettings:
     check: bool
     step: int  # whose adapter it is
     quant: QuantRecipe | None  # how the base is held that it was trained on
+    merged: bool = False  # also the base with the adapter merged in
+    text_encoder: torch.device | None = None  # also T5, in NF4, quantized there
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,9 @@ class Exported:
     formats: tuple[LoraFormat, ...]
     base: Path | None
     check: SelfCheck | None
+    merged: Path | None = None
+    survivals: tuple[Survival, ...] = ()  # of the layers that were merged
+    text_encoder: Path | None = None
 
 
 def export_trained(
@@ -56,7 +84,10 @@ def export_trained(
     """
     with work_folder(folder.adapter) as work:
         save_adapter(denoiser, family.pipeline_class, str(work))
-        adapter = read_saved(work / ADAPTER_FILE)
+        try:
+            adapter = read_saved(work / ADAPTER_FILE)
+        except RecipeError as error:
+            raise ExportError(f"export: what training left is no whole adapter: {error}") from error
         _check_written(work / ADAPTER_FILE, adapter.tensors, adapter_state(denoiser))
         return _export(family, denoiser, adapter, folder, work, settings)
 
@@ -70,7 +101,7 @@ def export_saved(
 ) -> Exported:
     """Exports the adapter of a file as diffusers writes it, a checkpoint's; see `export_trained`.
 
-    denoiser: the base with or without adapters, for what needs one: the base's own export and the check.
+    denoiser: the base without adapters, for what needs one: its own export, merging, which changes it, and the check.
     """
     adapter = read_saved(adapter_file)
     with work_folder(folder.adapter) as work:
@@ -92,35 +123,80 @@ def _export(
     work: Path,
     settings: ExportSettings,
 ) -> Exported:
+    """Writes everything beside its place, has it checked, and only then puts it there."""
     formats = formats_for(adapter, settings.formats)
     source = family.source
     base = None if source.revision is None else (source.name, source.revision)
     write_formats(adapter, formats, work, family.original_names(), name=settings.name, base=base)
     write_provenance(family, settings.step, settings.quant, work)
-    check = None
-    with work_folder(folder.base) as work_base:
+    check = survivals = None
+    with ExitStack() as works:
+        built = {folder.adapter: work}
+
+        def build(place: Path) -> Path:
+            built[place] = works.enter_context(work_folder(place))
+            return built[place]
+
+        stock = None
+        if settings.check:
+            assert denoiser is not None
+            work_check = works.enter_context(work_folder(folder.root / "check"))
+            stock = StockCheck(family, denoiser, adapter, work_check)
+            stock.add_adapter(denoiser, work, formats, name=settings.name)
         has_base = settings.base and denoiser is not None and is_quantized(denoiser)
         if has_base:
             assert denoiser is not None
-            save_quantized(denoiser, work_base)
-            write_base_error(family, denoiser, work_base)
-        if settings.check:
+            place = build(folder.base)
+            save_quantized(denoiser, place)
+            if stock is not None:
+                stock.add_denoiser(folder.base.name, denoiser, place, adapted=True)
+            write_base_error(family, denoiser, place)
+        component = None
+        if settings.text_encoder is not None:
+            component = folder.root / family.t5_component
+            encoder = family.source.folder / family.t5_component
+            written = write_text_encoder(encoder, build(component), settings.text_encoder)
+            if stock is not None:
+                stock.add_text_encoder(written, built[component])
+            del written
+        merged = folder.root / MERGED if settings.merged else None
+        if merged is not None:
             assert denoiser is not None
-            with work_folder(folder.root / "check") as work_check:
-                check = self_check(
-                    family,
-                    denoiser,
-                    adapter,
-                    work,
-                    formats,
-                    name=settings.name,
-                    device=next(denoiser.parameters()).device,
-                    work=work_check,
-                )
-        if has_base:
-            put_in_place(work_base, folder.base)
-        put_in_place(work, folder.adapter)
-    return Exported(folder.adapter / ADAPTER_FILE, formats, folder.base if has_base else None, check)
+            survivals = _write_merged(denoiser, adapter, build(merged))
+            if stock is not None:
+                stock.add_denoiser(merged.name, denoiser, built[merged], adapted=False)
+        if stock is not None:
+            check = stock.result()
+        for place, built_in in built.items():
+            keep_others(place, built_in, partial(_is_ours, settings.name))
+        for place, built_in in built.items():
+            put_in_place(built_in, place)
+    return Exported(
+        folder.adapter / ADAPTER_FILE,
+        formats,
+        folder.base if has_base else None,
+        check,
+        merged,
+        tuple(survivals or ()),
+        component,
+    )
+
+
+def _write_merged(denoiser: nn.Module, adapter: SavedAdapter, folder: Path) -> list[Survival]:
+    survivals = merge(denoiser, adapter.layers())
+    save_quantized(denoiser, folder)
+    report = {"kept": total(survivals), "layers": [asdict(survival) for survival in survivals]}
+    write_text(json.dumps(report, indent=1) + "\n", folder / MERGE_REPORT)
+    return survivals
+
+
+def _is_ours(name: str, path: str) -> bool:
+    """Whether an earlier export wrote the file at `path` of an exported folder, so that it goes with that."""
+    return (
+        path in _OURS
+        or path in [file_name(name, kind) for kind in FORMATS]
+        or ("/" not in path and path.startswith(_WEIGHTS) and path.endswith((".safetensors", ".index.json")))
+    )
 
 
 def _check_written(file: Path, written: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
@@ -131,28 +207,3 @@ def _check_written(file: Path, written: Mapping[str, Tensor], trained: Mapping[s
             f"export: {file} is not what was trained: {len(wrong)} entries differ, first {wrong[0]}; the last"
             " checkpoint is whole"
         )
-
-
-@contextmanager
-def work_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, gone afterwards unless it has been put in its place."""
-    work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def put_in_place(work: Path, folder: Path) -> None:
-    """Renames `work` to `folder`; what was there goes only when the new one stands."""
-    for file in work.rglob("*"):
-        flush(file)
-    replaced = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, replaced)
-    os.rename(work, folder)
-    flush(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,15 +1,15 @@
 """What is told of an export, line by line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.trainer.export import Exported
+from halfbyte.trainer.export import MERGE_REPORT, Exported
 from halfbyte.trainer.merge import FAINT, Survival, total
 
-MERGE_REPORT = "merge_report.json"
 _SHOWN = 5  # layers that kept the least
 
 
-def merge_lines(survivals: list[Survival], folder: Path) -> list[str]:
+def merge_lines(survivals: Sequence[Survival], folder: Path) -> list[str]:
     """What to tell of a merge."""
     lines = [f"merged: {folder} ({total(survivals):.0%} of the update survived, see {MERGE_REPORT})"]
     faint = sorted((s for s in survivals if s.kept < FAINT), key=lambda survival: survival.kept)
@@ -31,11 +31,17 @@ def exported_lines(exported: Exported) -> list[str]:
     lines = [f"adapter: {exported.adapter.parent} ({', '.join(exported.formats)})"]
     if exported.base is not None:
         lines.append(f"base: {exported.base}")
+    if exported.text_encoder is not None:
+        lines.append(f"text encoder: {exported.text_encoder}")
+    if exported.merged is not None:
+        lines += merge_lines(exported.survivals, exported.merged)
     check = exported.check
     if check is None:
         lines.append("not checked: the self-check is off")
         return lines
-    lines.append(f"checked in stock diffusers: {'; '.join(check.checked)}")
+    lines.append("checked in stock diffusers:")
+    lines += [f"  {part}" for part in check.checked]
+    lines += [f"warning: {part}" for part in check.unread]
     lines += [f"not checked: {part}" for part in check.left_out]
     lines.append(f"the adapter moves the prediction by {check.moved:.2%}")
     if check.moved == 0:

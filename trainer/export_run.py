@@ -4,46 +4,33 @@ The run's folder is only read, but for what is exported into it. A checkpoint's 
 against its checksum, for a run that goes on deletes old checkpoints.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
-from halfbyte.quant.serialize import save_quantized
-from halfbyte.quant.shards import write_text
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.checkpoint_copy import copy_adapter
 from halfbyte.trainer.denoiser import DTYPES, base_recipe, block_names, quant_recipe
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.export import (
-    Exported,
-    ExportSettings,
-    export_saved,
-    is_quantized,
-    put_in_place,
-    work_folder,
-)
-from halfbyte.trainer.export_lines import MERGE_REPORT, merge_lines
+from halfbyte.trainer.export import Exported, ExportSettings, export_saved
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_stream import keep_on_host
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World
-from halfbyte.trainer.lora_formats import LoraFormat
-from halfbyte.trainer.merge import merge, total
+from halfbyte.trainer.lora_formats import LoraFormat, formats_for
 from halfbyte.trainer.pinned_base import open_base
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe, load_written
 from halfbyte.trainer.run_folder import RunFolder
-from halfbyte.trainer.saved_adapter import SavedAdapter, read_saved
-from halfbyte.trainer.text_encoder_export import write_text_encoder
+from halfbyte.trainer.saved_adapter import read_saved
+from halfbyte.trainer.text_encoder_export import check_text_encoder
 
-MERGED = "merged"
 _WHEN_FULL = (
     "the device ran out of memory, and earlier exports are as they were; without a GPU (CUDA_VISIBLE_DEVICES= ahead of"
     " the command) the same is exported, more slowly"
@@ -82,11 +69,18 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         target = run if finished else RunFolder(root / "exports" / checkpoint)
         digests = FileDigests(recipe.data.cache_folder / "digests")
         family = open_base(run, recipe.model, digests)
-        adapter = read_saved(adapter_file)
+        try:
+            adapter = read_saved(adapter_file)
+        except RecipeError as error:
+            # Read from a copy, whose path says nothing.
+            raise RecipeError(f"{run.checkpoints / checkpoint}: {error}") from error
+        _check_request(request, recipe, family)
+        formats = recipe.output.formats if request.formats is None else tuple(request.formats)
+        formats_for(adapter, formats)
         denoiser = None
         if request.base or request.merged or request.check:
             denoiser = _base(recipe, family, world, console)
-        formats = recipe.output.formats if request.formats is None else tuple(request.formats)
+        console.print("exporting", highlight=False)
         settings = ExportSettings(
             recipe.output.dir.name,
             formats,
@@ -94,18 +88,26 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
             request.check,
             int(checkpoint.removeprefix("step-")),
             base_recipe(recipe, family),
+            request.merged,
+            world.device if request.text_encoder else None,
         )
-        exported = export_saved(family, denoiser, adapter_file, target, settings)
-        if request.text_encoder:
-            component = target.root / family.t5_component
-            console.print(f"quantizing T5 into {component}", highlight=False)
-            with work_folder(component) as work:
-                write_text_encoder(family.source.folder / family.t5_component, work, world.device)
-                put_in_place(work, component)
-        if request.merged:
-            assert denoiser is not None
-            _export_merged(denoiser, adapter, target, console)
-    return exported
+        return export_saved(family, denoiser, adapter_file, target, settings)
+
+
+def _check_request(request: ExportRequest, recipe: Recipe, family: Family) -> None:
+    """Raises RecipeError for what the run's base does not have, before anything is loaded."""
+    try:
+        held = base_recipe(recipe, family)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from error
+    for asked, option, instead in (
+        (request.base, "--base", "it is the model that the recipe names"),
+        (request.merged, "--merged", "merge the adapter with diffusers' fuse_lora, which is exact"),
+    ):
+        if asked and held is None:
+            raise RecipeError(f"{option}: the run's base is not quantized (quant.type: none); {instead}")
+    if request.text_encoder:
+        check_text_encoder(family.source.folder / family.t5_component)
 
 
 def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.Module:
@@ -124,20 +126,3 @@ def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.
     )
     loading.close()
     return denoiser
-
-
-def _export_merged(denoiser: nn.Module, adapter: SavedAdapter, target: RunFolder, console: Console) -> None:
-    if not is_quantized(denoiser):
-        raise RecipeError(
-            "--merged: the run's base is not quantized; merge it with diffusers' fuse_lora, which is exact"
-        )
-    console.print("merging the adapter into the base", highlight=False)
-    survivals = merge(denoiser, adapter.layers())
-    folder = target.root / MERGED
-    with work_folder(folder) as work:
-        save_quantized(denoiser, work)
-        report = {"kept": total(survivals), "layers": [asdict(survival) for survival in survivals]}
-        write_text(json.dumps(report, indent=1) + "\n", work / MERGE_REPORT)
-        put_in_place(work, folder)
-    for line in merge_lines(survivals, folder):
-        console.print(line, highlight=False)

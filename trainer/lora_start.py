@@ -14,28 +14,26 @@ from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.original_names import OriginalName, swap_halves
 from halfbyte.trainer.lora_formats import COMFYUI_PREFIX, KOHYA_PREFIX, PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
-from halfbyte.trainer.saved_adapter import METADATA, LoraLayer, SavedAdapter, read_saved, read_tensors
+from halfbyte.trainer.saved_adapter import (
+    METADATA,
+    LoraLayer,
+    diffusers_adapter,
+    layer_parts,
+    read_tensors,
+    whole_adapter,
+)
 
 log = logging.getLogger(__name__)
 
 _DIFFUSERS_PREFIX = "transformer."
 _TEXT_PREFIXES = ("text_encoder", "lora_te", "text_encoders.")
-# What ends a layer's name in a key, and what it is.
-_ENDINGS = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-    ".lora_magnitude_vector": "lengths",
-}
 
 
 def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLayer]:
     """The adapter at `path`, a file or a folder of any form, by diffusers' names of the layers.
 
     names: the model's layers by their authors' names. Raises RecipeError for what is no adapter, or one that is not
-    LoRA.
+    LoRA, whole and of finite numbers.
     """
     file = find_file(path)
     tensors, metadata = read_tensors(file)
@@ -47,21 +45,21 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
     own = {key: tensor for key, tensor in tensors.items() if key not in text}
     if not own:
         raise RecipeError(f"{file} holds no adapter of a transformer")
-    if metadata.get(METADATA) and all(key.startswith(_DIFFUSERS_PREFIX) for key in tensors):
-        return read_saved(file).layers()
+    if METADATA in metadata and all(key.startswith(_DIFFUSERS_PREFIX) for key in own):
+        return diffusers_adapter(file, own, metadata[METADATA]).layers()
     if all(key.startswith(PEFT_PREFIX) for key in own):
-        config = _peft_config(file.with_name(PEFT_CONFIG))
-        return SavedAdapter({k.removeprefix(PEFT_PREFIX): t for k, t in own.items()}, config).layers()
-    parts = _parts(file, own)
+        config_file = file.with_name(PEFT_CONFIG)
+        return whole_adapter(file, own, PEFT_PREFIX, _peft_config(config_file), str(config_file)).layers()
+    parts = layer_parts(file, own)
     for prefix, dots in ((COMFYUI_PREFIX, "."), (KOHYA_PREFIX, "_")):
         if all(layer.startswith(prefix) for layer in parts):
             known = {prefix + original.name.replace(".", dots): original for original in names}
             return _split(file, parts, known)
     if all(layer.startswith(_DIFFUSERS_PREFIX) for layer in parts):
-        return {
-            layer.removeprefix(_DIFFUSERS_PREFIX): _layer(file, layer, part) for layer, part in parts.items()
-        }
-    odd = next(key for key in own if not key.startswith((COMFYUI_PREFIX, KOHYA_PREFIX, _DIFFUSERS_PREFIX)))
+        return {layer.removeprefix(_DIFFUSERS_PREFIX): _layer(part) for layer, part in parts.items()}
+    known_prefixes = (COMFYUI_PREFIX, KOHYA_PREFIX, _DIFFUSERS_PREFIX)
+    first = next((prefix for prefix in known_prefixes if next(iter(own)).startswith(prefix)), "")
+    odd = next(key for key in own if not first or not key.startswith(first))
     raise RecipeError(
         f"{file} holds {odd}; accepted: the keys of diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
         f" ({PEFT_PREFIX}…), ComfyUI ({COMFYUI_PREFIX}…) or kohya ({KOHYA_PREFIX}…), one of them in a file"
@@ -149,51 +147,49 @@ def _peft_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{file} cannot be read, and says how the update is scaled: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "lora_alpha" not in config:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise RecipeError(f"{file} describes no LoRA; accepted: peft_type LORA")
     return config
 
 
-def _parts(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Layer, with its prefix -> its tensors by what they are."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
-        if ending is None:
-            raise RecipeError(f"{file} holds {key}; accepted: LoRA alone ({', '.join(_ENDINGS)})")
-        found.setdefault(key.removesuffix(ending), {})[_ENDINGS[ending]] = tensor
-    return found
-
-
-def _layer(file: Path, name: str, part: Mapping[str, Tensor]) -> LoraLayer:
-    if "down" not in part or "up" not in part or part["down"].shape[0] != part["up"].shape[1]:
-        raise RecipeError(f"{file}: {name} has not both halves of a LoRA, of one rank")
-    down = part["down"].float()
+def _layer(part: Mapping[str, Tensor]) -> LoraLayer:
     # Without an alpha the update is B A as it is.
-    scale = float(part["alpha"]) / len(down) if "alpha" in part else 1.0
-    return LoraLayer(down, part["up"].float(), scale, part.get("lengths"))
+    scale = part["alpha"].item() / len(part["down"]) if "alpha" in part else 1.0
+    return LoraLayer(part["down"], part["up"], scale, part.get("lengths"))
 
 
 def _split(
     file: Path, parts: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, OriginalName]
 ) -> dict[str, LoraLayer]:
     """Layers that the authors hold as one, parted again; of each part the columns of B that it has."""
-    found = {}
+    found: dict[str, LoraLayer] = {}
     for name, part in parts.items():
         original = known.get(name)
         if original is None:
             raise RecipeError(f"{file} is for another base: the model has no {name}")
-        layer = _layer(file, name, part)
+        layer = _layer(part)
         rows = original.rows or (len(layer.up),)
         if sum(rows) != len(layer.up):
             raise RecipeError(
                 f"{file} is for another base: {name} has {len(layer.up)} outputs, the model's {sum(rows)}"
             )
-        up = swap_halves(layer.up) if original.swapped else layer.up
-        for path, block in zip(original.parts, up.split(rows), strict=True):
-            used = block.any(dim=0)
-            if len(rows) > 1 and not used.any():
-                continue
-            columns = used if len(rows) > 1 else torch.ones_like(used)
-            found[path] = LoraLayer(layer.down[columns], block[:, columns].contiguous(), layer.scale)
+        if original.swapped:
+            lengths = None if layer.lengths is None else swap_halves(layer.lengths)
+            layer = LoraLayer(layer.down, swap_halves(layer.up), layer.scale, lengths)
+        found |= _unfused(layer, original.parts, rows) if len(rows) > 1 else {original.parts[0]: layer}
+    return found
+
+
+def _unfused(layer: LoraLayer, paths: Sequence[str], rows: Sequence[int]) -> dict[str, LoraLayer]:
+    lengths = [None] * len(rows) if layer.lengths is None else layer.lengths.split(list(rows))
+    found: dict[str, LoraLayer] = {}
+    for path, block, own_lengths in zip(paths, layer.up.split(rows), lengths, strict=True):
+        used = block.any(dim=0)
+        if not layer.up.any():
+            # As an adapter starts: which rank is whose cannot be told, and one of zeros says the same.
+            used[0] = True
+        if used.any() or own_lengths is not None:
+            columns = used if used.any() else torch.ones_like(used)
+            down, up = layer.down[columns], block[:, columns].contiguous()
+            found[path] = LoraLayer(down, up, layer.scale, own_lengths)
     return found

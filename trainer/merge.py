@@ -4,7 +4,7 @@
 the scales. So each merge measures what became of the update.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +39,7 @@ def merge(denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> list[Survival
     return [_merged(path, found[path], layer) for path, layer in layers.items()]
 
 
-def total(survivals: list[Survival]) -> float:
+def total(survivals: Sequence[Survival]) -> float:
     """<C, U> / <U, U> over all layers."""
     energy = sum(survival.energy for survival in survivals)
     return sum(survival.kept * survival.energy for survival in survivals) / energy if energy else 1.0

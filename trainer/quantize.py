@@ -17,7 +17,6 @@ from halfbyte.quant.shards import ShardedWeights, write_text
 from halfbyte.trainer.calibration import calibrate_for
 from halfbyte.trainer.denoiser import DTYPES, keep_exact, quant_recipe
 from halfbyte.trainer.errors import HalfbyteError, LaunchError, RecipeError
-from halfbyte.trainer.export import put_in_place, work_folder
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World, join
@@ -25,6 +24,7 @@ from halfbyte.trainer.prepare import prepare
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.staging import put_in_place, work_folder
 
 REPORT = "calibration.json"
 _SHOWN = 5  # layers that are furthest from what they gave

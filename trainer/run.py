@@ -10,7 +10,7 @@ from rich.console import Console
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
-from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser
+from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser, start_layers
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export import ExportSettings, export_trained
 from halfbyte.trainer.export_lines import exported_lines
@@ -58,6 +58,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests)
     refuse_large(recipe, family)
+    start_layers(recipe, family)  # a broken adapter is told at once, not behind the encoding
     join(world)
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)

@@ -110,7 +110,11 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
     )
     with tempfile.TemporaryDirectory() as copies:
         step = copy_adapter(run, request.checkpoint, Path(copies))
-        adapter = _read_adapter(f"{run.root.resolve().name}, {step}", Path(copies) / ADAPTER_FILE, family)
+        try:
+            adapter = _read_adapter(f"{run.root.resolve().name}, {step}", Path(copies) / ADAPTER_FILE, family)
+        except RecipeError as error:
+            # Read from a copy, whose path says nothing.
+            raise RecipeError(f"{run.checkpoints / step}: {error}") from error
     dtype = DTYPES[request.dtype or recipe.quant.compute_dtype]
     sample = recipe.sample
     return Subject(

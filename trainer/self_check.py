@@ -1,8 +1,10 @@
 """An export proves itself before anyone is told that it is done: stock diffusers loads it, in a fresh process.
 
-Our side of the comparison are our own layers over the same weights, in fp32, where both sides agree to rounding. A
-large model is compared on one block of each kind and what is around the blocks, so that 24 GB of FLUX need 3; names,
-ranks and scales are always counted on the whole. See `stock_check` for the other side.
+Our side of the comparison are our own layers over the same weights, in fp32, where both sides agree to rounding; stock
+diffusers also loads in bf16, within a wider bound. The files of an exported model are held against what was in memory
+bit by bit. A large model is loaded and compared on one block of each kind and what is around the blocks, so that 24 GB
+of FLUX need 3; names, ranks and scales are always counted on the whole. See `stock_check` and
+`stock_text_encoder_check` for the other side.
 """
 
 import importlib.util
@@ -19,30 +21,40 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
-from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import load_quantized
+from halfbyte.quant.load_text_encoder import load_text_encoder
 from halfbyte.quant.lora import fused_config
-from halfbyte.quant.serialize import (
-    CONFIG_FILE,
-    base_tensors,
-    quantization_config,
-    read_quantization_config,
-    split_statistic,
+from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, write_text
+from halfbyte.trainer.adapters import ADAPTER
+from halfbyte.trainer.compared_part import (
+    base_groups,
+    is_large,
+    part_of,
+    plain_config,
+    quant_recipe_of,
+    quantized_config,
+    write_part,
 )
-from halfbyte.quant.shards import write_text, write_weights
 from halfbyte.trainer.errors import ExportError
 from halfbyte.trainer.families.base import Family, TextEmbedding
-from halfbyte.trainer.lora_formats import LoraFormat, file_name
+from halfbyte.trainer.lora_formats import PEFT_FILE, LoraFormat, file_name
 from halfbyte.trainer.saved_adapter import LoraLayer, SavedAdapter
+from halfbyte.trainer.text_encoder_export import WrittenTextEncoder, write_first_block
+from halfbyte.trainer.written_model import check_written, check_written_denoiser
 
 _PROGRAM = Path(__file__).with_name("stock_check.py")
+_TEXT_PROGRAM = Path(__file__).with_name("stock_text_encoder_check.py")
 _TIMEOUT = 1800  # seconds
-_WHOLE_BYTES = 2 * 10**8  # a base up to this size is compared whole
-_SHARD_BYTES = 2 * 10**9
 # Of the relative error of a prediction in fp32. bitsandbytes dequantizes to the dtype that the weight had before it
 # was quantized, and takes int8's inputs through fp16.
 _BOUNDS = {"plain": 1e-3, "nf4": 1e-2, "fp4": 1e-2, "int8": 5e-2}
+# The same where stock diffusers computes in bf16, whose products are known to 0.4 %, through a few blocks.
+_BOUND_BF16 = 1e-1
+# A part of the effect that fp32 may lose in the prediction it is a difference of.
+_NOISE = 1e-5
 _PROBE = (8, 24)  # side of the latent in pixels, tokens of text
 
 
@@ -52,149 +64,192 @@ class SelfCheck:
 
     checked: tuple[str, ...]
     left_out: tuple[str, ...]
+    unread: tuple[str, ...]  # layers that stock diffusers does not read of a format
     moved: float  # by the adapter, of the prediction at the checked input
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """The part of the model that is compared."""
+class StockCheck:
+    """Collects what is exported of a run, and has stock diffusers and transformers load all of it."""
 
-    config: Mapping[str, Any]
-    blocks: Mapping[str, str] | None  # block -> its name in the part; None: the whole model
+    def __init__(self, family: Family, denoiser: nn.Module, adapter: SavedAdapter, work: Path) -> None:
+        """work: an empty folder for what the other process reads; denoiser: the base, with or without adapters."""
+        self._family, self._work, self._adapter = family, work, adapter
+        self._device = next(denoiser.parameters()).device
+        self._layers = _as_trained(denoiser, adapter.layers())
+        self._kept = part_of(family, denoiser, self._layers)
+        self._every = [block for kind in family.block_kinds() for block in kind]
+        self._inputs = _inputs(family)
+        self._expected = {f"input.{key}": tensor for key, tensor in self._inputs.items()}
+        self._files: dict[str, str] = {}
+        self._bases: list[dict[str, Any]] = []
+        self._checked: list[str] = []
+        self._left_out: list[str] = []
+        self._text_encoder: dict[str, Any] | None = None
+        if self._kept.blocks is not None:
+            self._left_out.append(f"predictions of other blocks than {', '.join(self._kept.blocks)}")
 
-    def name(self, name: str, all_blocks: Sequence[str]) -> str | None:
-        """What a tensor or layer is called in the part; None where it is not in it."""
-        if self.blocks is None:
-            return name
-        for block in all_blocks:
-            if name.startswith(f"{block}."):
-                own = self.blocks.get(block)
-                return None if own is None else own + name.removeprefix(block)
-        return name
+    def add_adapter(
+        self, denoiser: nn.Module, folder: Path, formats: Sequence[LoraFormat], *, name: str
+    ) -> None:
+        """The adapter's files in `folder`, see `lora_formats`, on the base that `denoiser` holds now."""
+        # diffusers' file is always there, and is what is pushed.
+        for kind in dict.fromkeys(("diffusers", *formats)):
+            self._files[kind] = str((folder / file_name(name, kind)).resolve())
+        if "diffusers" in formats:
+            self._files["peft"] = str((folder / PEFT_FILE).resolve())
+        plain, packed = base_groups(denoiser, self._kept, self._every)
+        place = self._work / "plain"
+        write_part(place, self._kept.config, plain)
+        self._predict("plain", place, None, adapted=True)
+        self._add("plain", place, "plain", kinds=list(self._files))
+        self._add("bf16", place, "plain", kinds=["diffusers"], bf16=True)
+        recipe = quant_recipe_of(denoiser)
+        if recipe is not None and self._has_bitsandbytes():
+            place = self._work / recipe.quant_type
+            exact = replace(recipe, compute_dtype=torch.float32)
+            write_part(place, quantized_config(self._kept.config, exact), packed)
+            self._predict(recipe.quant_type, place, recipe, adapted=True)
+            self._add(recipe.quant_type, place, recipe.quant_type, kinds=["diffusers"])
 
+    def add_denoiser(self, name: str, denoiser: nn.Module, folder: Path, *, adapted: bool) -> None:
+        """What `denoiser` was exported as into `folder`; raises ExportError where the files are something else.
 
-def self_check(
-    family: Family,
-    denoiser: nn.Module,
-    adapter: SavedAdapter,
-    folder: Path,
-    formats: Sequence[LoraFormat],
-    *,
-    name: str,
-    device: torch.device,
-    work: Path,
-) -> SelfCheck:
-    """Has stock diffusers load what is in `folder`, see `lora_formats`, over the base of `denoiser`.
+        adapted: whether the adapter belongs on it.
+        """
+        check_written_denoiser(folder, denoiser)
+        self._checked.append(f"{name}/: every tensor and setting as in memory")
+        recipe = quant_recipe_of(denoiser)
+        assert recipe is not None
+        if not self._has_bitsandbytes():
+            return
+        place = folder.resolve()
+        if self._kept.blocks is not None:
+            _, packed = base_groups(denoiser, self._kept, self._every)
+            place = self._work / name
+            write_part(place, quantized_config(self._kept.config, recipe), packed)
+        self._predict(name, place, recipe, adapted=adapted)
+        kinds = ["diffusers"] if adapted else []
+        self._add(f"exported {name}/", place, name, kinds=kinds, bf16=True)
 
-    work: an empty folder for what the other process reads. Raises ExportError with every key and bound that fails.
-    """
-    layers = adapter.layers()
-    kept = _part(family, denoiser, layers)
-    every = [block for kind in family.block_kinds() for block in kind]
-    present = {path: own for path in layers if (own := kept.name(path, every)) is not None}
-    bases, left_out = _write_bases(denoiser, kept, every, work)
-    inputs = _inputs(family)
-    expected = {f"input.{key}": tensor for key, tensor in inputs.items()}
-    for base, base_folder in bases.items():
-        model = load_quantized(family.denoiser_class, base_folder, None, dtype=torch.float32, device=device)
-        expected[f"{base}.bare"] = _prediction(model, inputs, device)
-        _adapt(model, {own: layers[path] for path, own in present.items()}, dora=adapter.is_dora)
-        expected[f"{base}.adapted"] = _prediction(model, inputs, device)
+    def add_text_encoder(self, written: WrittenTextEncoder, folder: Path) -> None:
+        """T5, exported into `folder`; raises ExportError where the files are not what was in memory."""
+        check_written(folder, written.tensors, written.config, TEXT_WEIGHTS_FILE)
+        self._checked.append("T5: every tensor and setting as in memory")
+        if not self._has_bitsandbytes():
+            return
+        place = folder.resolve()
+        if is_large(written.tensors):
+            place = self._work / "text_encoder"
+            place.mkdir()
+            write_first_block(written, place)
+            self._left_out.append("the encoding of other blocks of T5 than the first")
+        model = load_text_encoder(T5EncoderModel, place, None, dtype=torch.bfloat16, device=self._device)
+        tokens = torch.arange(_PROBE[1])[None] % written.config["vocab_size"]
+        with torch.no_grad():
+            text = model(tokens.to(self._device))[0].float().cpu().contiguous()
         del model
-    save_file(expected, work / "expected.safetensors")
-    save_file(dict(adapter.tensors), work / "trained.safetensors")
-    job = {
-        "transformer": family.denoiser_class.__name__,
-        "pipeline": family.pipeline_class.__name__,
-        "components": [*family.text_components, "vae", "scheduler"],
-        "config": _plain_config(family.denoiser_config),
-        "originals": [original.name for original in family.original_names()],
-        "files": {kind: str((folder / file_name(name, kind)).resolve()) for kind in formats},
-        "layers": {path: layer.scale for path, layer in layers.items()},
-        "present": present,
-        "dora": adapter.is_dora,
-        "bases": {base: str(base_folder.resolve()) for base, base_folder in bases.items()},
-        "bounds": _BOUNDS,
-        "device": device.type,
-        "expected": str((work / "expected.safetensors").resolve()),
-        "trained": str((work / "trained.safetensors").resolve()),
-        "answer": str((work / "answer.json").resolve()),
-    }
-    write_text(json.dumps(job), work / "job.json")
-    answer = _answer(work)
-    if answer["failures"]:
-        raise ExportError("export: the self-check failed:\n  " + "\n  ".join(answer["failures"]))
-    if kept.blocks is not None:
-        left_out = (*left_out, f"predictions of other blocks than {', '.join(kept.blocks)}")
-    return SelfCheck(tuple(answer["checked"]), left_out, float(answer["moved"]))
+        save_file({"tokens": tokens, "text": text}, self._work / "text.safetensors")
+        self._text_encoder = {
+            "folder": str(place.resolve()),
+            "expected": str((self._work / "text.safetensors").resolve()),
+            "bound": _BOUND_BF16,
+        }
+
+    def result(self) -> SelfCheck:
+        """Runs the checks. Raises ExportError with every key and bound that fails."""
+        save_file(self._expected, self._work / "expected.safetensors")
+        save_file(dict(self._adapter.tensors), self._work / "trained.safetensors")
+        family, layers = self._family, self._layers
+        job = {
+            "transformer": family.denoiser_class.__name__,
+            "pipeline": family.pipeline_class.__name__,
+            "components": [*family.text_components, "vae", "scheduler"],
+            "config": plain_config(family.denoiser_config),
+            "originals": [original.name for original in family.original_names()],
+            "files": self._files,
+            "layers": {path: layer.scale for path, layer in layers.items()},
+            "present": self._present(),
+            "dora": self._adapter.is_dora,
+            "bases": self._bases,
+            "expected": str((self._work / "expected.safetensors").resolve()),
+            "trained": str((self._work / "trained.safetensors").resolve()),
+        }
+        answers = [self._run(_PROGRAM, job)]
+        if self._text_encoder is not None:
+            answers.append(self._run(_TEXT_PROGRAM, self._text_encoder))
+        failures = [failure for answer in answers for failure in answer["failures"]]
+        if failures:
+            raise ExportError("export: the self-check failed:\n  " + "\n  ".join(failures))
+        checked = [line for answer in answers for line in answer["checked"]]
+        return SelfCheck(
+            (*self._checked, *checked),
+            tuple(self._left_out),
+            tuple(answers[0]["unread"]),
+            float(answers[0]["moved"]),
+        )
+
+    def _present(self) -> dict[str, str]:
+        """Adapted layer -> its name in the part that is compared, as far as it is there."""
+        named = ((path, self._kept.name(path, self._every)) for path in self._layers)
+        return {path: own for path, own in named if own is not None}
+
+    def _predict(self, name: str, folder: Path, recipe: QuantRecipe | None, *, adapted: bool) -> None:
+        """Adds our own predictions over the weights in a folder, in fp32."""
+        recipe = None if recipe is None else replace(recipe, compute_dtype=torch.float32)
+        cls = self._family.denoiser_class
+        model = load_quantized(cls, folder, recipe, dtype=torch.float32, device=self._device)
+        self._expected[f"{name}.bare"] = _prediction(model, self._inputs, self._device)
+        if adapted:
+            layers = {own: self._layers[path] for path, own in self._present().items()}
+            _adapt(model, layers, dora=self._adapter.is_dora)
+            self._expected[f"{name}.adapted"] = _prediction(model, self._inputs, self._device)
+
+    def _add(
+        self,
+        name: str,
+        folder: Path,
+        expected: str,
+        *,
+        kinds: list[str],
+        bf16: bool = False,
+    ) -> None:
+        """A base for stock diffusers; `expected` names our predictions, `kinds` the files that go on it."""
+        bound = _BOUND_BF16 if bf16 else _BOUNDS[name]
+        self._bases.append(
+            {
+                "name": name,
+                "folder": str(folder.resolve()),
+                "expected": expected,
+                "kinds": kinds,
+                "dtype": "bfloat16" if bf16 else "float32",
+                "bound": bound,
+                "noise": bound if bf16 or name == "int8" else _NOISE,
+            }
+        )
+
+    def _has_bitsandbytes(self) -> bool:
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            return True
+        lacking = "loading what is quantized, for which stock diffusers needs bitsandbytes"
+        if lacking not in self._left_out:
+            self._left_out.append(lacking)
+        return False
+
+    def _run(self, program: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+        answer = self._work / f"{program.stem}.answer.json"
+        file = self._work / f"{program.stem}.job.json"
+        write_text(json.dumps({**job, "device": self._device.type, "answer": str(answer.resolve())}), file)
+        return _answer(program, file, answer)
 
 
-def _part(family: Family, denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> _Kept:
-    config = _plain_config(family.denoiser_config)
-    if sum(tensor.nbytes for tensor in base_tensors(denoiser).values()) <= _WHOLE_BYTES:
-        return _Kept(config, None)
-    # Of each kind the block with the most adapters: a run may train few of them.
-    chosen = [
-        max(kind, key=lambda block: sum(path.startswith(f"{block}.") for path in layers))
-        for kind in family.block_kinds()
-        if kind
-    ]
-    names, counts = {}, dict[str, int]()
-    for block in chosen:
-        stem = block.rpartition(".")[0]
-        names[block] = f"{stem}.{counts.setdefault(stem, 0)}"
-        counts[stem] += 1
-    return _Kept(family.config_of_blocks(chosen), names)
-
-
-def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")
-    }
-
-
-def _write_bases(
-    denoiser: nn.Module, kept: _Kept, every: Sequence[str], work: Path
-) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The part's weights as they are held, and dequantized; what cannot be checked here is said."""
-    packed = {
-        f"{path.removesuffix('.base_layer')}.weight": module
-        for path, module in denoiser.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
-    held: dict[str, dict[str, Tensor]] = {}
-    plain: dict[str, Tensor] = {}
-    for name, tensor in base_tensors(denoiser).items():
-        own = kept.name(name, every)
-        if own is None:
-            continue
-        statistic = split_statistic(name)
-        group = name if statistic is None or statistic[0] not in packed else statistic[0]
-        held.setdefault(group, {})[own] = tensor
-        if name in packed:
-            plain[own] = packed[name].dequantize(torch.float32)
-        elif group == name:
-            plain[own] = tensor.float()
-    _write_base(work / "plain", kept.config, [{name: tensor} for name, tensor in plain.items()])
-    bases = {"plain": work / "plain"}
-    model: Any = denoiser
-    if not packed:
-        return bases, ()
-    recipe = replace(
-        read_quantization_config(model.config["quantization_config"], "the model"),
-        compute_dtype=torch.float32,
-    )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return bases, ("the quantized base, for which stock diffusers needs bitsandbytes",)
-    config = dict(kept.config) | {"quantization_config": quantization_config(recipe)}
-    _write_base(work / recipe.quant_type, config, list(held.values()))
-    return bases | {recipe.quant_type: work / recipe.quant_type}, ()
-
-
-def _write_base(folder: Path, config: Mapping[str, Any], groups: list[dict[str, Tensor]]) -> None:
-    folder.mkdir()
-    write_text(json.dumps(config), folder / CONFIG_FILE)
-    write_weights(groups, folder, max_shard_bytes=_SHARD_BYTES)
+def _as_trained(denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """With the scales that the adapters on the denoiser trained with, where they are on it."""
+    modules = dict(denoiser.named_modules())
+    found = {}
+    for path, layer in layers.items():
+        scaling = getattr(modules.get(path), "scaling", {})
+        found[path] = replace(layer, scale=float(scaling[ADAPTER])) if ADAPTER in scaling else layer
+    return found
 
 
 def _inputs(family: Family) -> dict[str, Tensor]:
@@ -252,9 +307,9 @@ def _adapt(model: Any, layers: Mapping[str, LoraLayer], *, dora: bool) -> None:
             parameter.data = value.to(parameter.device, torch.float32)
 
 
-def _answer(work: Path) -> dict[str, Any]:
+def _answer(program: Path, job: Path, answer_file: Path) -> dict[str, Any]:
     # -P: the program's own folder has names in it that must not hide other packages.
-    command = [sys.executable, "-P", str(_PROGRAM), str(work / "job.json")]
+    command = [sys.executable, "-P", str(program), str(job)]
     try:
         done = subprocess.run(
             command,
@@ -271,5 +326,5 @@ def _answer(work: Path) -> dict[str, Any]:
             "export: stock diffusers could not load the export; nothing was put in place, and the checkpoints are whole"
             f" (halfbyte export RUN --no-self-check exports them unchecked):\n  {last}"
         )
-    answer: dict[str, Any] = json.loads((work / "answer.json").read_text(encoding="utf-8"))
+    answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
     return answer

@@ -4,6 +4,7 @@ The file is streamed into diffusers' model, quantized on the way, in bf16 or in 
 The model's configuration is the pipeline's.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _SCALES = (".scale_weight", ".weight_scale")
 _UNUSED = (".scale_input", ".input_scale")
 _MARKER = "scaled_fp8"
+# ComfyUI's newer files say of each quantized layer how it is, in JSON as bytes; these are a weight times its scale.
+_DESCRIBED = ".comfy_quant"
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
 _SHOWN = 5
 
 
@@ -99,6 +103,10 @@ def _rename(weights: SingleFile, file: Path, names: Sequence[OriginalName]) -> d
     own = {name.removeprefix(prefix): name for name in present if name.startswith(prefix)}
     if len(own) < len(present):
         log.info("%s: %d tensors beside the transformer are left out", file, len(present) - len(own))
+    for name in sorted(own):
+        if name.endswith(_DESCRIBED):
+            weight = own.get(name.removesuffix(_DESCRIBED) + ".weight")
+            _check_described(weights, file, own.pop(name), weight)
     rows: dict[str, Rows] = {}
     scales: dict[str, Tensor] = {}
     missing = []
@@ -127,6 +135,21 @@ def _rename(weights: SingleFile, file: Path, names: Sequence[OriginalName]) -> d
         )
     weights.rename(rows)
     return scales
+
+
+def _check_described(weights: SingleFile, file: Path, name: str, weight: str | None) -> None:
+    """Raises ValueError where a layer's description is not that of fp8, or its weight is something else."""
+    try:
+        described = json.loads(bytes(weights.read(name).tolist()))
+        kind = described.get("format")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {name} does not say how the layer is quantized: {error}") from error
+    stored = "no weight" if weight is None else str(weights.stored(weight).dtype).removeprefix("torch.")
+    if kind not in _FP8 or stored != kind:
+        raise ValueError(
+            f"{file}: {name} says {kind!r}, and its weight is stored as {stored}; accepted: {' or '.join(_FP8)},"
+            " stored as such"
+        )
 
 
 def _parts(

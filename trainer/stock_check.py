@@ -4,7 +4,7 @@
 
 The job says what was exported and what our layers predict; the answer goes to its `answer` file as JSON: what was
 checked, and what failed. Adapters are loaded twice. On the whole transformer without weights (on meta) every name,
-rank and scale is counted; on the blocks that the job brings along, with their weights, the prediction is compared.
+rank and scale is counted; on the bases that the job brings along, with their weights, the prediction is compared.
 """
 
 import json
@@ -17,13 +17,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _FLUX_WIDTH = 3072  # which diffusers' conversion of FLUX's fused layers has in its code
 _SHOWN = 5
-# A part of the effect that fp32 may lose in the prediction it is a difference of.
-_NOISE = 1e-5
+_PEFT_PREFIX = "base_model.model."
 
 # What diffusers and PEFT raise over files that are not as they expect.
 _LOADING = (LookupError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, TypeError)
@@ -38,11 +39,11 @@ class Failed(Exception):
 
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    answer: dict[str, Any] = {"failures": [], "checked": [], "moved": 0.0}
+    answer: dict[str, Any] = {"failures": [], "checked": [], "unread": [], "moved": 0.0}
     adapters = {}
     for kind, file in job["files"].items():
         try:
-            adapters[kind] = loaded_whole(job, kind, Path(file))
+            adapters[kind], unread = loaded_whole(job, kind, Path(file))
         except Failed as failure:
             answer["failures"].append(f"{kind}: {failure}")
         except _LOADING as error:
@@ -50,33 +51,71 @@ def main(job_file: str) -> None:
                 f"{kind}: stock diffusers cannot load it: {type(error).__name__}: {error}"
             )
         else:
-            answer["checked"].append(f"{kind}: {len(adapters[kind])} layers by name, rank and scale")
+            tell_whole(answer, kind, len(adapters[kind]), unread)
     expected = load_file(job["expected"])
-    inputs = {name.removeprefix("input."): t for name, t in expected.items() if name.startswith("input.")}
-    for base, folder in job["bases"].items():
-        model = stock_model(job, base, Path(folder))
-        bare = predict(model, inputs, job["device"])
-        for kind, layers in adapters.items():
-            if base != "plain" and kind != "diffusers":
-                continue
-            adapted = predict(with_adapter(job, model, layers), inputs, job["device"])
-            problems, moved = compared(bare, adapted, expected, base, job["bounds"][base])
-            answer["failures"] += [f"{kind} on the {base} base: {problem}" for problem in problems]
-            if not problems:
-                # diffusers refuses bitsandbytes without a GPU, by a check alone, which is passed over here.
-                note = (
-                    " (on the CPU, past diffusers' refusal)"
-                    if base != "plain" and job["device"] == "cpu"
-                    else ""
-                )
-                answer["checked"].append(f"{kind}: prediction on the {base} base{note}")
-            answer["moved"] = max(answer["moved"], moved)
-            model.delete_adapters("check")
-        del model
+    for base in job["bases"]:
+        try:
+            compare_on(job, base, adapters, expected, answer)
+        except Failed as failure:
+            answer["failures"].append(f"the {base['name']} base: {failure}")
+        except _LOADING as error:
+            answer["failures"].append(
+                f"the {base['name']} base: stock diffusers cannot load it: {type(error).__name__}: {error}"
+            )
     ours = sorted(name for name in sys.modules if name.partition(".")[0] == "halfbyte")
     if ours:
         answer["failures"].append(f"the check itself imported {ours[0]}, and proves nothing")
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def tell_whole(answer: dict[str, Any], kind: str, count: int, unread: list[str]) -> None:
+    """Notes how many layers stock loading puts an adapter on; those that it does not are told apart."""
+    if len(unread) < count:
+        answer["checked"].append(f"{kind}: {count - len(unread)} layers by name, rank and scale")
+    if unread:
+        shown = ", ".join(unread[:_SHOWN]) + (", ..." if len(unread) > _SHOWN else "")
+        answer["unread"].append(
+            f"{kind}: stock diffusers' load_lora_weights does not read {len(unread)} of {count} layers of this format:"
+            f" {shown}; they are compared by the names that its conversion gives them"
+        )
+
+
+def compare_on(
+    job: dict[str, Any],
+    base: dict[str, Any],
+    adapters: dict[str, Scaled],
+    expected: dict[str, Tensor],
+    answer: dict[str, Any],
+) -> None:
+    """Adds to the answer how the predictions on a base compare with ours, without and with each adapter."""
+    inputs = {name.removeprefix("input."): t for name, t in expected.items() if name.startswith("input.")}
+    model, quantized = stock_model(job, base)
+    dtype = getattr(torch, base["dtype"])
+    bare = predict(model, inputs, job["device"], dtype)
+    own_bare = expected[f"{base['expected']}.bare"]
+    # diffusers refuses bitsandbytes without a GPU, by a check alone, which is passed over here.
+    note = " (on the CPU, past diffusers' refusal)" if quantized and job["device"] == "cpu" else ""
+    apart, bound = distance(bare, own_bare), base["bound"]
+    if not apart <= bound:
+        raise Failed(f"the prediction without an adapter differs by {apart:.2g} from ours, bound {bound:g}")
+    if not base["kinds"]:
+        answer["checked"].append(
+            f"{base['name']}: loaded by stock diffusers; prediction{note} {apart:.1g} from ours, bound {bound:g}"
+        )
+    for kind in base["kinds"]:
+        if kind not in adapters:
+            continue
+        adapted = predict(with_adapter(job, model, adapters[kind]), inputs, job["device"], dtype)
+        own_adapted = expected[f"{base['expected']}.adapted"]
+        problems, moved = compared(bare, adapted, own_bare, own_adapted, base)
+        answer["failures"] += [f"{kind} on the {base['name']} base: {problem}" for problem in problems]
+        if not problems:
+            largest = max(apart, distance(adapted, own_adapted))
+            answer["checked"].append(
+                f"{kind}: prediction on the {base['name']} base{note}: {largest:.1g} from ours, bound {bound:g}"
+            )
+        answer["moved"] = max(answer["moved"], moved if base["dtype"] == "float32" else 0.0)
+        model.delete_adapters("check")
 
 
 def pipeline_of(job: dict[str, Any], transformer: nn.Module) -> Any:
@@ -85,20 +124,31 @@ def pipeline_of(job: dict[str, Any], transformer: nn.Module) -> Any:
     return getattr(diffusers, job["pipeline"])(**parts | {"transformer": transformer})
 
 
-def loaded_whole(job: dict[str, Any], kind: str, file: Path) -> Scaled:
-    """The adapter as stock diffusers puts it on the whole transformer, counted against what was trained."""
+def loaded_whole(job: dict[str, Any], kind: str, file: Path) -> tuple[Scaled, list[str]]:
+    """The adapter as stock loading puts it on the whole transformer, counted against what was trained.
+
+    Beside it the layers that `load_lora_weights` would leave out, since diffusers' conversion forgets their prefix.
+    """
     cls = getattr(diffusers, job["transformer"])
     with init_empty_weights():
         model = cls.from_config(job["config"])
-    pipeline = pipeline_of(job, model)
-    if kind == "diffusers":
+    unread: list[str] = []
+    if kind == "peft":
+        PeftModel.from_pretrained(model, str(file.parent), adapter_name="check")
+        weights = load_peft_weights(str(file.parent), device="cpu")
+        state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
+    elif kind == "diffusers":
+        pipeline = pipeline_of(job, model)
         state = pipeline.lora_state_dict(str(file.parent))
         state = state[0] if isinstance(state, tuple) else state
         pipeline.load_lora_weights(str(file.parent), adapter_name="check")
     else:
-        state = converted(job, file)
-        # As diffusers names them; its own conversion forgets the prefix outside of the blocks.
-        pipeline.load_lora_weights({with_prefix(n): t for n, t in state.items()}, adapter_name="check")
+        state = trained_parts(job, converted(job, file))
+        bare = [name for name in state if not name.startswith("transformer.")]
+        unread = sorted({name.partition(".lora_")[0] for name in bare})
+        pipeline_of(job, model).load_lora_weights(
+            {with_prefix(n): t for n, t in state.items()}, adapter_name="check"
+        )
     count(job, state)
     found: Scaled = {}
     for name, module in model.named_modules():
@@ -108,14 +158,24 @@ def loaded_whole(job: dict[str, Any], kind: str, file: Path) -> Scaled:
             # Shapes: PEFT puts an adapter where its base is, which is on meta.
             if any(layer.shape != held.shape for layer, held in zip(loaded, (down, up), strict=True)):
                 raise Failed(f"{name}: what was loaded has not the shapes that the file holds")
-            lengths = state.get(f"transformer.{name}.lora_magnitude_vector")
+            magnitude = f"{name}.lora_magnitude_vector"
+            lengths = state.get(magnitude, state.get(f"transformer.{magnitude}"))
             found[name] = (down, up, float(module.scaling["check"]), lengths)
     check_layers(job, found)
-    return found
+    return found, unread
 
 
 def with_prefix(name: str) -> str:
     return name if name.startswith("transformer.") else f"transformer.{name}"
+
+
+def trained_parts(job: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the parts of fused layers that were not trained: zeros, which conversion makes layers of."""
+    zeros = {
+        name.partition(".lora_B.")[0] for name, up in state.items() if ".lora_B." in name and not up.any()
+    }
+    untrained = {layer for layer in zeros if layer.removeprefix("transformer.") not in job["layers"]}
+    return {name: tensor for name, tensor in state.items() if name.partition(".lora_")[0] not in untrained}
 
 
 def stored_names(layer: str, state: dict[str, Tensor]) -> list[str]:
@@ -233,19 +293,25 @@ def converted_sd3(job: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
     return state
 
 
-def stock_model(job: dict[str, Any], base: str, folder: Path) -> Any:
-    """The blocks with their weights, by stock `from_pretrained`."""
+def stock_model(job: dict[str, Any], base: dict[str, Any]) -> tuple[Any, bool]:
+    """A base with its weights, by stock `from_pretrained`, and whether it is quantized."""
     cls = getattr(diffusers, job["transformer"])
-    if base != "plain" and job["device"] == "cpu":
+    quantized = "quantization_config" in cls.load_config(base["folder"])
+    if quantized and job["device"] == "cpu":
         allow_cpu()
-    model = cls.from_pretrained(folder, torch_dtype=torch.float32)
-    if base == "plain":
+    model, info = cls.from_pretrained(
+        base["folder"], torch_dtype=getattr(torch, base["dtype"]), output_loading_info=True
+    )
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if odd:
+        raise Failed(f"{len(odd)} keys missing or left over: {', '.join(map(str, odd[:_SHOWN]))}")
+    if not quantized:
         model.to(job["device"])
     kinds = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    if base != "plain" and "bitsandbytes" not in kinds:
-        raise Failed("no layer of the quantized base is bitsandbytes' own")
+    if quantized and "bitsandbytes" not in kinds:
+        raise Failed("no layer of it is bitsandbytes' own")
     # In eval mode bitsandbytes repacks weights in place on some CPUs, and rounds otherwise.
-    return model.train()
+    return model.train(), quantized
 
 
 def allow_cpu() -> None:
@@ -285,28 +351,29 @@ def with_adapter(job: dict[str, Any], model: Any, layers: Scaled) -> Any:
 
 
 @torch.no_grad()
-def predict(model: Any, inputs: dict[str, Tensor], device: str) -> Tensor:
-    tensors = {name: tensor.to(device) for name, tensor in inputs.items()}
+def predict(model: Any, inputs: dict[str, Tensor], device: str, dtype: torch.dtype) -> Tensor:
+    # The pipelines too give the model everything in one dtype.
+    tensors = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
     return model(**tensors, return_dict=False)[0].float().cpu()
 
 
+def distance(theirs: Tensor, ours: Tensor) -> float:
+    return float((theirs - ours).norm() / ours.norm())
+
+
 def compared(
-    bare: Tensor, adapted: Tensor, expected: dict[str, Tensor], base: str, bound: float
+    bare: Tensor, adapted: Tensor, own_bare: Tensor, own_adapted: Tensor, base: dict[str, Any]
 ) -> tuple[list[str], float]:
-    """What is wrong with a prediction, and how far the adapter moved it."""
-    own_bare, own_adapted = expected[f"{base}.bare"], expected[f"{base}.adapted"]
+    """What is wrong with an adapted prediction, and how far the adapter moved it."""
     problems = []
-    for what, theirs, ours in (("without", bare, own_bare), ("with", adapted, own_adapted)):
-        error = float((theirs - ours).norm() / ours.norm())
-        if not error <= bound:
-            problems.append(
-                f"the prediction {what} the adapter differs by {error:.2g} from ours, bound {bound:g}"
-            )
+    apart, bound = distance(adapted, own_adapted), base["bound"]
+    if not apart <= bound:
+        problems.append(f"the prediction with the adapter differs by {apart:.2g} from ours, bound {bound:g}")
     effect, own_effect = adapted - bare, own_adapted - own_bare
     moved, size = float(own_effect.norm()), float(own_bare.norm())
     error = float((effect - own_effect).norm())
     # The order of sums differs, so that an effect is known only down to the noise of what it is a difference of.
-    if not error <= 0.05 * moved + max(_NOISE, bound if base == "int8" else 0) * size:
+    if not error <= 0.05 * moved + base["noise"] * size:
         problems.append(
             f"the adapter's effect differs by {error / max(moved, 1e-30):.2g} from what training left"
         )
