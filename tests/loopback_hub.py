@@ -61,7 +61,7 @@ class _Hub(BaseHTTPRequestHandler):
             time.sleep(4)
             self.close_connection = True
             return
-        self.body, self.lost = self._read(), False
+        self.body, self.lost, self.cut = self._read(), False, fault == "cut"
         content = self.path.encode() + self.body
         if any(token.encode() in content for token in self.state.store.accounts):
             self.state.leaks.append(path)
@@ -205,7 +205,11 @@ class _Hub(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": found[0]})
         else:
             blob = found[1][file]
-            self._send(blob.content, headers={"ETag": f'"{blob.etag}"', "X-Repo-Commit": found[0]})
+            about = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": found[0]}
+            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            if start:
+                about["Content-Range"] = f"bytes {start}-{len(blob.content) - 1}/{len(blob.content)}"
+            self._send(blob.content[start:], 206 if start else 200, about)
 
     def _url(self, name: str) -> str:
         return f"{self.state.endpoint}/{name}"
@@ -223,7 +227,8 @@ class _Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.cut else content)
+            self.close_connection |= self.cut
 
     def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         said = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
