@@ -12,6 +12,7 @@ from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
 from halfbyte.quant.exact import exact_weights, hold_exact
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config
+from halfbyte.trainer.adapter_source import adapter_at
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
@@ -172,7 +173,8 @@ def load_denoiser(
     has_lengths = False
     if recipe.lora.init_from is not None:
         try:
-            layers = read_layers(recipe.lora.init_from, family.original_names())
+            with adapter_at(recipe.lora.init_from) as path:
+                layers = read_layers(path, family.original_names())
             has_lengths = start_from(denoiser, layers, ADAPTER, recipe.lora.init_from)
         except RecipeError as error:
             raise RecipeError(f"lora.init_from: {error}") from error

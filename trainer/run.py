@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from halfbyte.trainer import checkpoint
+from halfbyte.trainer.adapter_source import require_adapter
 from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser
@@ -54,6 +55,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     repository = recipe.output.push_to_hub
     if world.leads and repository is not None:
         check_push(repository)
+    require_adapter(recipe.lora.init_from)
     model = recipe.model
     family = FAMILIES[model.family].open(
         model.path, model.revision, model.max_sequence_length, model.transformer

@@ -143,6 +143,11 @@ def transformer_class(path: str, revision: str | None) -> str | None:
     return None if entry[1] is None else str(entry[1])
 
 
+def is_pipeline(name: str, revision: str | None) -> bool:
+    """Whether the Hub repository is a pipeline, by whether it has an index. Raises HubError."""
+    return (_download(name, revision, (), ()).folder / "model_index.json").is_file()
+
+
 def find_component(path: Path, component: str) -> Path:
     """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
 
