@@ -1,9 +1,10 @@
 """What goes wrong with a request to the loopback Hub, and with which."""
 
+import re
 from dataclasses import dataclass, field
 
 # A status; "page": a gateway's, in HTML; "stall": no answer for long; "drop": none to a request that is not done;
-# "lose": none to one that is.
+# "lose": none to one that is; "cut": half of an answer's body.
 Kind = int | str
 
 
@@ -26,3 +27,16 @@ class Faults:
             self.met = request
             return self.kind
         return self.kind if self.again and request == self.met else None
+
+
+@dataclass
+class Matching(Faults):
+    """As `Faults`, of the first request that a pattern fits: downloads ask for files in any order."""
+
+    pattern: str = ""
+
+    def of(self, request: str) -> Kind | None:
+        """What happens to this request."""
+        if self.met is None and re.search(self.pattern, request):
+            self.at = len(self.requests)
+        return super().of(request)

@@ -30,7 +30,8 @@ class Answer:
 class PushWorker:
     """The process; a context manager."""
 
-    def __init__(self, endpoint: str, home: Path, token: str | None) -> None:
+    def __init__(self, endpoint: str, home: Path, token: str | None, *, xet: bool = False) -> None:
+        """With `xet` large files go by that protocol, whose client tries once instead of for minutes."""
         env = environment() | {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(home),
@@ -39,6 +40,10 @@ class PushWorker:
         }
         del env["HF_HUB_OFFLINE"]
         env.pop("HF_TOKEN", None)
+        if xet:
+            del env["HF_HUB_DISABLE_XET"]
+            env |= {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+            env |= {"HF_XET_TELEMETRY_ENABLED": "false"}
         home.mkdir(parents=True, exist_ok=True)
         self.stderr = home.with_name(f"{home.name}.stderr")
         self._process = subprocess.Popen(

@@ -11,11 +11,11 @@ from halfbyte.quant.weights_on_meta import model_on_meta
 from halfbyte.trainer import source
 from halfbyte.trainer.cli import app, train_app
 from halfbyte.trainer.errors import HubError
+from halfbyte.trainer.hub_download import NoSuchRevision
 from halfbyte.trainer.plan_fit import open_planner
 from halfbyte.trainer.published_shapes import PUBLISHED, write_configurations
 from halfbyte.trainer.recipe import load_recipe
 from halfbyte.trainer.registry import FAMILIES
-from halfbyte.trainer.source import NoSuchRevision
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPE = FOLDER / "sd3_lora.yaml"

@@ -146,15 +146,26 @@ def push_command(
     checkpoint: Annotated[
         int | None, typer.Option(help="Push what `halfbyte export --checkpoint` wrote of this step instead.")
     ] = None,
+    base: Annotated[
+        bool | None,
+        typer.Option(
+            "--base/--no-base",
+            help="With the quantized base, or without and the one there deleted. [if exported; one there is kept]",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="List the files with their sizes, print the card, and send nothing."),
+        typer.Option(
+            "--dry-run",
+            help="List the files with their sizes and what is deleted there, print the card, and send nothing.",
+        ),
     ] = False,
 ) -> None:
     """Push a run's adapter, quantized base, samples and model card to the Hub, in one commit.
 
     The repository is made, private, where there is none. A push that was interrupted goes on where it was when it is
-    repeated. No training pictures and no paths of this machine are sent.
+    repeated. No training pictures and no paths of this machine are sent. Of what is there, only files that an earlier
+    push wrote and nobody has changed since are deleted, and a card that was written by hand is kept.
 
     Exit codes: 0 done, 2 run or option, 4 Hub, 130 interrupted.
     """
@@ -163,7 +174,7 @@ def push_command(
         # Slow to import, as above.
         from halfbyte.trainer.push import PushRequest, listing, prepare_push, push
 
-        ready = prepare_push(PushRequest(run, repo, private, checkpoint))
+        ready = prepare_push(PushRequest(run, repo, private, checkpoint, base))
         if dry_run:
             for line in listing(ready):
                 typer.echo(line)

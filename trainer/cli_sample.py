@@ -16,8 +16,8 @@ def sample_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A run's folder; an adapter's file or folder, of diffusers, PEFT, ComfyUI or kohya; or a pipeline, a"
-            " folder or a Hub repository, to draw without an adapter."
+            help="A run's folder; an adapter's file or folder, of diffusers, PEFT, ComfyUI or kohya, or its Hub"
+            " repository; or a pipeline, a folder or a Hub repository, to draw without an adapter."
         ),
     ],
     prompt: Annotated[

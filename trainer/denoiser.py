@@ -12,6 +12,7 @@ from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import keep_lengths
 from halfbyte.quant.exact import exact_weights, hold_exact
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config
+from halfbyte.trainer.adapter_source import adapter_at
 from halfbyte.trainer.adapters import ADAPTER, LoraVariant, TrainedLayers, add_lora
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.errors import RecipeError
@@ -155,11 +156,13 @@ def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
 
 
 def start_layers(recipe: Recipe, family: Family) -> dict[str, LoraLayer] | None:
-    """The adapter that lora.init_from names; None where it names none. Raises RecipeError as `read_layers` does."""
+    """The adapter that lora.init_from names; None where it names none. Raises RecipeError as `read_layers` does,
+    HubError."""
     if recipe.lora.init_from is None:
         return None
     try:
-        return read_layers(recipe.lora.init_from, family.original_names())
+        with adapter_at(recipe.lora.init_from) as path:
+            return read_layers(path, family.original_names())
     except RecipeError as error:
         raise RecipeError(f"lora.init_from: {error}") from error
 

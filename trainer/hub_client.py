@@ -1,4 +1,4 @@
-"""The Hub's client as a push uses it: quiet where nobody watches, and never waiting for ever."""
+"""The Hub's client as it is used here: quiet where nobody watches, and never waiting for ever."""
 
 import logging
 import re

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.trainer.errors import HubError, RecipeError
+from halfbyte.trainer.hub_download import NoSuchRevision
 from halfbyte.trainer.plan_changes import Change, changes, is_accepted
 from halfbyte.trainer.published_shapes import PUBLISHED, write_configurations
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_plan import GIB, Planner, RunPlan
-from halfbyte.trainer.source import ModelSource, NoSuchRevision, resolve_configurations
+from halfbyte.trainer.source import ModelSource, resolve_configurations
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of the cards that are sold, in GB."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from halfbyte.trainer.card_facts import CardFacts, read_validation
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.hub_account import require_writer
 from halfbyte.trainer.hub_answers import page
 from halfbyte.trainer.hub_client import prepare_client
@@ -14,7 +14,7 @@ from halfbyte.trainer.hub_repository import change, commit, create, find, requir
 from halfbyte.trainer.model_card import CARD_FILE, model_card
 from halfbyte.trainer.progress import Announced, sized
 from halfbyte.trainer.provenance import PROVENANCE_FILE, read_base_error, read_provenance
-from halfbyte.trainer.push_files import PushFile, adapter_files, base_files, sample_pictures
+from halfbyte.trainer.push_files import BASE, PushFile, adapter_files, base_files, sample_pictures
 from halfbyte.trainer.recipe import load_written
 from halfbyte.trainer.recipe_folders import is_repository
 from halfbyte.trainer.run_folder import RunFolder
@@ -28,6 +28,7 @@ class PushRequest:
     repository: str | None = None
     private: bool | None = None  # where the repository is made
     step: int | None = None  # an exported checkpoint's instead of the finished run's
+    base: bool | None = None  # with the quantized base; None: where one was exported
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Push:
     title: str  # of the commit
     files: tuple[PushFile, ...]
     card: str
+    drop_base: bool  # delete the base that an earlier push left
 
 
 def prepare_push(request: PushRequest) -> Push:
@@ -54,7 +56,10 @@ def prepare_push(request: PushRequest) -> Push:
         got = "nothing, and output.push_to_hub is null" if repository is None else repr(repository)
         raise RecipeError(f"--repo: got {got}; expected a Hub repository as owner/name")
     target = run if request.step is None else _exported(run, request.step)
-    files = [*adapter_files(target), *base_files(target)]
+    base = [] if request.base is False else base_files(target)
+    if request.base and not base:
+        raise RecipeError(f"--base: {target.root} has no {BASE}/; export it: halfbyte export RUN --base")
+    files = [*adapter_files(target), *base]
     provenance = read_provenance(target.adapter / PROVENANCE_FILE)
     step = provenance.step
     if request.step not in (None, step):
@@ -72,14 +77,15 @@ def prepare_push(request: PushRequest) -> Push:
             provenance,
             tuple(file.name for file in files),
             pictures,
-            read_base_error(target.base),
+            read_base_error(target.base) if base else None,
             read_validation(run, step),
         )
     )
     files.append(PushFile(CARD_FILE, card.encode()))
     private = recipe.output.hub_private if request.private is None else request.private
     title = f"{recipe.output.dir.name}, step {step}"
-    return Push(repository, private, title, tuple(sorted(files, key=lambda file: file.name)), card)
+    ordered = tuple(sorted(files, key=lambda file: file.name))
+    return Push(repository, private, title, ordered, card, drop_base=request.base is False)
 
 
 def _exported(run: RunFolder, step: int) -> RunFolder:
@@ -110,33 +116,43 @@ def push(ready: Push, console: Console) -> None:
             f"warning: {page(remote.name)} is there and public, and stays so; make it private in its settings",
             highlight=False,
         )
-    todo = change(ready.files, remote)
+    todo = change(ready.files, remote, drop_base=ready.drop_base)
+    for note in todo.notes:
+        console.print(note, highlight=False)
     if not todo:
         console.print(f"up to date: {page(remote.name)} at {remote.commit}", highlight=False)
         return
     total = sum(file.size for file in todo.add)
-    made = commit(ready.files, todo, remote, Announced(console, "uploading", total), title=ready.title)
-    kept = len(ready.files) - len(todo.add)
+    made = commit(todo, remote, Announced(console, "uploading", total), title=ready.title)
     console.print(
-        f"pushed {len(todo.add)} files ({sized(total)}), {kept} were there, {len(todo.delete)} deleted:"
+        f"pushed {len(todo.add)} files ({sized(total)}), {todo.kept} were there, {len(todo.delete)} deleted:"
         f" {page(remote.name)} at {made}",
         highlight=False,
     )
 
 
 def listing(ready: Push) -> list[str]:
-    """What would be pushed, line by line, with the card at the end."""
+    """What would be pushed, line by line, and become of what is there; with the card at the end."""
     width = max(len(file.name) for file in ready.files)
     lines = [f"{page(ready.repository)} ({_visibility(ready.private)} where it is made)"]
     lines += [f"  {file.name:<{width}} {sized(file.size):>10}" for file in ready.files]
     total = sum(file.size for file in ready.files)
     return [
         *lines,
+        *_outlook(ready),
         f"{len(ready.files)} files, {sized(total)}; nothing was sent",
         "",
         f"{CARD_FILE}:",
         ready.card,
     ]
+
+
+def _outlook(ready: Push) -> tuple[str, ...]:
+    prepare_client(bars=False)
+    try:
+        return change(ready.files, find(ready.repository), drop_base=ready.drop_base).notes
+    except HubError as error:
+        return (f"as it stands the push would fail: {error}",)
 
 
 def _visibility(private: bool) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +21,6 @@ from halfbyte.trainer.saved_adapter import read_saved
 BASE = "transformer"
 SAMPLES = "samples"
 _OTHER_FORMATS = tuple(kind for kind in FORMATS if kind != "diffusers")
-_FOLDERS = tuple(f"{folder}/" for folder in (BASE, SAMPLES, *_OTHER_FORMATS))
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class PushFile:
         """Bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
+    @cached_property
     def sha256(self) -> str:
         """What the Hub calls a large file by."""
         if isinstance(self.content, bytes):
@@ -46,11 +47,6 @@ class PushFile:
         """What git calls a small file by."""
         content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def is_of_a_push(name: str) -> bool:
-    """Whether the name is one that pushes write, so that what an earlier one left there is deleted."""
-    return name.startswith(_FOLDERS) or name in (PEFT_FILE, PEFT_CONFIG)
 
 
 def adapter_files(run: RunFolder) -> list[PushFile]:

@@ -31,7 +31,7 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
     """
     _resolve_model(document)
     _resolve(document, ("model", "transformer"), must_exist=True, file=True)
-    _resolve(document, ("lora", "init_from"), must_exist=True, file=True)
+    _resolve_adapter(document)
     data = _resolve(document, ("data", "path"), must_exist=pictures_needed)
     _resolve(document, ("validation", "path"), must_exist=True)
     _resolve(document, ("sample", "references"), must_exist=True)
@@ -55,6 +55,17 @@ def _resolve_model(document: Document) -> None:
             " or start elsewhere for the repository"
         )
         document.problem(path, message)
+
+
+def _resolve_adapter(document: Document) -> None:
+    path: KeyPath = ("lora", "init_from")
+    written = document.at(path)
+    # runs/dog is no repository where there is a folder runs, as for pictures.
+    if isinstance(written, str) and is_repository(written):
+        folder = document.place(path).base / written
+        if not folder.exists() and not folder.parent.is_dir():
+            return
+    _resolve(document, path, must_exist=True, file=True)
 
 
 def _resolve(

@@ -180,8 +180,9 @@ class LoraSection(Section):
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
     init_from: FilePath | None = None
-    """An adapter to start from instead: a run, or a file or folder of diffusers, PEFT, ComfyUI or kohya. Where the
-    run's rank is larger the update is the same; layers without one start as init says. null: none."""
+    """An adapter to start from instead: a run, a file or folder of diffusers, PEFT, ComfyUI or kohya, or a Hub
+    repository (owner/name) with the file of diffusers or PEFT. Where the run's rank is larger the update is the same;
+    layers without one start as init says. null: none."""
 
 
 class DataSection(Section):

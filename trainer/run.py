@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from halfbyte.trainer import checkpoint
+from halfbyte.trainer.adapter_source import require_adapter
 from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser, start_layers
@@ -55,6 +56,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     repository = recipe.output.push_to_hub
     if world.leads and repository is not None:
         check_push(repository)
+    require_adapter(recipe.lora.init_from)  # ahead of any download
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests)
     refuse_large(recipe, family)

@@ -14,8 +14,9 @@ from torch import nn
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import empty_model, read_config
 from halfbyte.quant.serialize import read_quantization_config
+from halfbyte.trainer.adapter_source import download_adapter
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
-from halfbyte.trainer.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
 from halfbyte.trainer.checkpoint_copy import copy_adapter
 from halfbyte.trainer.denoiser import DTYPES, quant_recipe
 from halfbyte.trainer.errors import RecipeError
@@ -32,7 +33,7 @@ from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.sample_request import SampleRequest
 from halfbyte.trainer.sampling import SampleSettings
 from halfbyte.trainer.saved_adapter import LoraLayer
-from halfbyte.trainer.source import transformer_class
+from halfbyte.trainer.source import is_pipeline, transformer_class
 
 _SETTINGS = SampleSettings(steps=28, guidance_scale=3.5, width=1024, height=1024, seed=0)
 
@@ -77,10 +78,11 @@ def find_subject(request: SampleRequest, device: torch.device) -> Subject:
     else:
         if request.checkpoint is not None:
             raise RecipeError(f"--checkpoint: {request.source} is no run; a run's folder holds recipe.yaml")
-        is_pipeline = (path / "model_index.json").is_file()
         # runs/dog is no repository where there is a folder runs.
         is_elsewhere = not path.exists() and not path.parent.is_dir() and is_repository(request.source)
-        if is_pipeline or is_elsewhere:
+        if is_elsewhere and not is_pipeline(request.source, request.revision):
+            subject = _of_repository(request, device)
+        elif is_elsewhere or (path / "model_index.json").is_file():
             subject = _of_pipeline(request, device)
         elif path.exists():
             subject = _of_adapter(request, path, device)
@@ -108,17 +110,22 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
         FileDigests(cache_folder / "digests"),
         max_sequence_length=request.max_sequence_length,
     )
-    with tempfile.TemporaryDirectory() as copies:
-        step = copy_adapter(run, request.checkpoint, Path(copies))
-        try:
-            adapter = _read_adapter(f"{run.root.resolve().name}, {step}", Path(copies) / ADAPTER_FILE, family)
-        except RecipeError as error:
-            # Read from a copy, whose path says nothing.
-            raise RecipeError(f"{run.checkpoints / step}: {error}") from error
+    name = run.root.resolve().name
+    finished = run.adapter / ADAPTER_FILE
+    if request.checkpoint is None and finished.is_file() and not folders(run.checkpoints):
+        adapter = _read_adapter(name, finished, family, location=finished)
+    else:
+        with tempfile.TemporaryDirectory() as copies:
+            step = copy_adapter(run, request.checkpoint, Path(copies))
+            try:
+                adapter = _read_adapter(f"{name}, {step}", Path(copies) / ADAPTER_FILE, family)
+            except RecipeError as error:
+                # Read from a copy, whose path says nothing.
+                raise RecipeError(f"{run.checkpoints / step}: {error}") from error
     dtype = DTYPES[request.dtype or recipe.quant.compute_dtype]
     sample = recipe.sample
     return Subject(
-        name=run.root.resolve().name,
+        name=name,
         family=family,
         quant=_quant(request, family, dtype, quant_recipe(recipe)),
         dtype=dtype,
@@ -144,6 +151,15 @@ def _of_adapter(request: SampleRequest, path: Path, device: torch.device) -> Sub
     return replace(
         subject, name=file.stem, adapter=_read_adapter(file.name, file, subject.family, location=path)
     )
+
+
+def _of_repository(request: SampleRequest, device: torch.device) -> Subject:
+    """An adapter on the Hub, of whose repository --revision is; its base is at the one that PEFT's file says."""
+    folder = download_adapter(request.source, request.revision)
+    subject = _of_adapter(replace(request, revision=None), folder, device)
+    assert subject.adapter is not None
+    pinned = f"{request.source} at {folder.name}"
+    return replace(subject, name=request.source, adapter=replace(subject.adapter, name=pinned))
 
 
 def _of_pipeline(request: SampleRequest, device: torch.device) -> Subject:

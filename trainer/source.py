@@ -7,19 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from halfbyte.trainer.base_licence import CARD_FILE
-from halfbyte.trainer.errors import HubError, RecipeError
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.file_digests import FileDigests
+from halfbyte.trainer.hub_download import download
 from halfbyte.trainer.recipe_folders import is_folder
 
 # The same weights again, 9.5 GB of T5 among them.
@@ -28,10 +19,6 @@ _OTHER_PRECISIONS = ["*.fp16*"]
 _CONFIGURATIONS = ("config.json",)  # scheduler_config.json ends so as well
 _ALL = (".json", ".safetensors", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
-
-
-class NoSuchRevision(HubError):
-    """The repository is there, the revision is not."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +137,11 @@ def transformer_class(path: str, revision: str | None) -> str | None:
     return None if entry[1] is None else str(entry[1])
 
 
+def is_pipeline(name: str, revision: str | None) -> bool:
+    """Whether the Hub repository is a pipeline, by whether it has an index. Raises HubError."""
+    return (_download(name, revision, (), ()).folder / "model_index.json").is_file()
+
+
 def find_component(path: Path, component: str) -> Path:
     """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
 
@@ -194,35 +186,7 @@ def _download(
     for part in components:
         endings = _CONFIGURATIONS if part in config_alone else _ALL
         wanted += [f"{part}/*{ending}" for ending in endings]
-    page = f"https://huggingface.co/{name}"
-    try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_PRECISIONS
-            )
-        )
-    except GatedRepoError as error:
-        raise HubError(
-            f"model.path: {name} is gated: accept its licence at {page}, then log in with `hf auth login` or set"
-            " HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise NoSuchRevision(
-            f"model.revision: {name} has no revision {revision!r}; see {page}/commits"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"model.path: no repository {name} on the Hub, or it is private and you are not logged in"
-            " (`hf auth login`); a local folder starts with ./, ../, ~ or /"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubError(
-            f"model.path: {name} is not in the local Hub cache and the Hub cannot be reached; check the connection,"
-            " or name a folder: model.path=/path/to/folder"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise HubError(f"model.path: the Hub refused {name} ({status}); see {page}") from error
+    folder = download(name, revision, wanted, _OTHER_PRECISIONS)
     return ModelSource(name, folder, folder.name)
 
 

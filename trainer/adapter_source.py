@@ -1,0 +1,64 @@
+"""Where an adapter is that a run starts from or pictures are drawn with, if it is not simply a file or folder."""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
+from halfbyte.trainer.checkpoint_copy import copy_adapter
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.hub_download import download
+from halfbyte.trainer.lora_formats import PEFT_CONFIG, PEFT_FILE
+from halfbyte.trainer.lora_start import find_file
+from halfbyte.trainer.recipe_folders import is_repository
+from halfbyte.trainer.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def adapter_at(path: Path) -> Iterator[Path]:
+    """The file or folder with the adapter that `lora.init_from` names, as long as it is read.
+
+    A relative path is a Hub repository: those of files are absolute by now. Of a run that did not end it is the newest
+    checkpoint's. Raises RecipeError, or HubError.
+    """
+    run = RunFolder(path)
+    if not path.is_absolute() and is_repository(path.as_posix()):
+        yield download_adapter(path.as_posix(), None)
+    elif not (run.adapter / ADAPTER_FILE).is_file() and folders(run.checkpoints):
+        with tempfile.TemporaryDirectory() as copies:
+            log.info("%s has no adapter yet; its %s is taken", path, copy_adapter(run, None, Path(copies)))
+            yield Path(copies) / ADAPTER_FILE
+    else:
+        yield path
+
+
+def require_adapter(path: Path | None) -> None:
+    """Raises RecipeError or HubError where `lora.init_from` names something that holds no adapter."""
+    if path is None:
+        return
+    try:
+        with adapter_at(path) as found:
+            find_file(found)
+    except RecipeError as error:
+        raise RecipeError(f"lora.init_from: {error}") from error
+
+
+def download_adapter(name: str, revision: str | None) -> Path:
+    """The snapshot of a Hub repository, named by its commit, with the adapter in it and nothing more.
+
+    Raises RecipeError where it holds none under a name that diffusers or PEFT give it, HubError.
+    """
+    folder = download(name, revision, (ADAPTER_FILE, PEFT_CONFIG))
+    if not (folder / ADAPTER_FILE).is_file():
+        folder = download(name, folder.name, (PEFT_FILE, PEFT_CONFIG))
+        if not (folder / PEFT_FILE).is_file():
+            raise RecipeError(
+                f"{name}: holds neither a pipeline (model_index.json) nor an adapter ({ADAPTER_FILE} or {PEFT_FILE}); a"
+                f" file of another name is taken from a folder: hf download {name} FILE --local-dir FOLDER"
+            )
+    log.info("the adapter is %s at %s", name, folder.name)
+    return folder
