@@ -28,6 +28,7 @@ from halfbyte.trainer.denoiser import add_adapters, block_names, block_settings
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
+from halfbyte.trainer.published_shapes import PUBLISHED
 from halfbyte.trainer.recipe import Recipe, load_recipe
 from halfbyte.trainer.rehearsal import training_module
 from halfbyte.trainer.run_plan import Planner
@@ -194,23 +195,11 @@ def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{len(errors)} settings, largest error {100 * worst:+.1f} %"
 
 
-_VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-
-
 @torch.no_grad()
 def measure_vae(px: int) -> Iterator[dict[str, Any]]:
     """Encoding in fp32 and decoding in bf16, as runs do."""
     for part, dtype in (("encode", torch.float32), ("decode", torch.bfloat16)):
-        vae: Any = AutoencoderKL(**_VAE).to("cuda", dtype)
+        vae: Any = AutoencoderKL.from_config(PUBLISHED["black-forest-labs/FLUX.1-dev"].vae).to("cuda", dtype)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         if part == "encode":
