@@ -322,6 +322,7 @@ def test_what_the_base_does_not_have_is_told_before_anything_is_written(mini_flu
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
     written = run / "recipe.yaml"
     written.write_text(written.read_text().replace(str(mini_flux), str(model)))
+    (run / "base.json").unlink()  # the base is one that the run was started on
     before = listing(run)
     with pytest.raises(RecipeError, match=r"^--text-encoder: .* is quantized already"):
         request(run, base=True, text_encoder=True)

@@ -63,7 +63,7 @@ def test_a_second_push_sends_nothing_and_a_change_is_one_more_commit(hub, pushed
         for path in gone:
             path.unlink()
         answer = hub.worker.run("push", str(pushed_run))
-        assert "pushed 1 files" in answer.output, answer.output
+        assert "pushed 2 files" in answer.output, answer.output  # the card, and halfbyte.json with the list
         assert "3 deleted" in answer.output
         assert not {"samples/01.png", "samples/01-base.png", "adapter_config.json"} & set(repository.tree)
         assert len(repository.commits) == before + 1
