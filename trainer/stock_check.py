@@ -72,7 +72,12 @@ def tell_whole(answer: dict[str, Any], kind: str, count: int, unread: list[str])
     """Notes how many layers stock loading puts an adapter on; those that it does not are told apart."""
     if len(unread) < count:
         answer["checked"].append(f"{kind}: {count - len(unread)} layers by name, rank and scale")
-    if unread:
+    if unread and len(unread) == count:
+        answer["unread"].append(
+            f"{kind}: stock diffusers' load_lora_weights reads no layer of this format for this model, which is for other"
+            f" programs; all {count} are compared by the names that its conversion gives them"
+        )
+    elif unread:
         shown = ", ".join(unread[:_SHOWN]) + (", ..." if len(unread) > _SHOWN else "")
         answer["unread"].append(
             f"{kind}: stock diffusers' load_lora_weights does not read {len(unread)} of {count} layers of this format:"
