@@ -74,8 +74,8 @@ def tell_whole(answer: dict[str, Any], kind: str, count: int, unread: list[str])
         answer["checked"].append(f"{kind}: {count - len(unread)} layers by name, rank and scale")
     if unread and len(unread) == count:
         answer["unread"].append(
-            f"{kind}: of this model stock diffusers' load_lora_weights reads no layer in this format, which is for other"
-            f" programs; all {count} are compared by the names that its conversion gives them"
+            f"{kind}: of this model stock diffusers' load_lora_weights reads no layer in this format, which is for"
+            f" other programs; all {count} are compared by the names that its conversion gives them"
         )
     elif unread:
         shown = ", ".join(unread[:_SHOWN]) + (", ..." if len(unread) > _SHOWN else "")
