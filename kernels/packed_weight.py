@@ -34,44 +34,25 @@ class PackedWeight(NamedTuple):
         Raises:
             ValueError: naming the field that does not fit.
         """
-        if self.nested_absmax is None:
-            operands.check_dequantize(
-                self.packed, self.absmax, self.code, self.shape, torch.float32, self.blocksize
-            )
-            return
-        assert self.offset is not None
-        assert self.nested_code is not None
-        operands.check_dequantize_double(
-            self.packed,
-            self.absmax,
-            self.nested_absmax,
-            self.offset,
-            self.code,
-            self.nested_code,
-            self.shape,
-            torch.float32,
-            self.blocksize,
-            self.nested_blocksize,
-        )
+        check = operands.check_dequantize_double if self._is_double else operands.check_dequantize
+        check(*self._arguments(torch.float32))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The (N, K) weight in `dtype`."""
+        dequantize = ops.dequantize_4bit_double if self._is_double else ops.dequantize_4bit
+        return dequantize(*self._arguments(dtype))
+
+    @property
+    def _is_double(self) -> bool:
+        return self.nested_absmax is not None
+
+    def _arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Of the op that dequantizes a weight of its kind."""
         if self.nested_absmax is None:
-            return ops.dequantize_4bit(self.packed, self.absmax, self.code, self.shape, dtype, self.blocksize)
-        assert self.offset is not None
-        assert self.nested_code is not None
-        return ops.dequantize_4bit_double(
-            self.packed,
-            self.absmax,
-            self.nested_absmax,
-            self.offset,
-            self.code,
-            self.nested_code,
-            self.shape,
-            dtype,
-            self.blocksize,
-            self.nested_blocksize,
-        )
+            return self.packed, self.absmax, self.code, self.shape, dtype, self.blocksize
+        scales = (self.absmax, self.nested_absmax, self.offset)
+        sizes = (self.blocksize, self.nested_blocksize)
+        return self.packed, *scales, self.code, self.nested_code, self.shape, dtype, *sizes
 
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "int"}

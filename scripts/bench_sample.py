@@ -37,8 +37,9 @@ from halfbyte.kernels.attention import BACKENDS
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.attention_choice import AttentionShape, choose_attention
 from halfbyte.trainer.compiled_blocks import compile_blocks
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux import pack
 from halfbyte.trainer.recorded_forward import RecordedForwards, recorded_forwards
 from halfbyte.trainer.sampling import PictureSettings, PipelineCall

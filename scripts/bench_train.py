@@ -31,9 +31,10 @@ from bench_models import MODELS, graphs_note
 from step_agreement import agreement, agreement_table
 from step_profile import LowRankSides, profiled
 from train_table import page
-from trained_model import KEEP, ROW, Row, TrainedModel, gib
+from trained_model import ROW, Row, TrainedModel, gib
 
 from halfbyte.kernels.attention import BACKENDS, default_backend
+from halfbyte.trainer.denoiser import KEPT
 from halfbyte.trainer.optimizers import OPTIMIZERS
 from halfbyte.trainer.run_plan import CONTEXT_BYTES
 
@@ -195,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         default="full",
-        help=f"train.gradient_checkpointing, one or several of {', '.join(KEEP)}",
+        help=f"train.gradient_checkpointing, one or several of {', '.join(KEPT)}",
     )
     parser.add_argument("--attention", choices=BACKENDS, help="of ours; without: what needs no probe")
     parser.add_argument(
@@ -219,9 +220,9 @@ def _refusal(arguments: argparse.Namespace, device: torch.device) -> str | None:
     unknown = [name.strip() for name in (arguments.rows or "ours").split(";") if name.strip() not in ROW]
     if unknown:
         return f"--rows: got {'; '.join(unknown)}, accepted: {'; '.join(ROW)}, with semicolons between"
-    unknown = [name for name in arguments.checkpoint.split(",") if name not in KEEP]
+    unknown = [name for name in arguments.checkpoint.split(",") if name not in KEPT]
     if unknown:
-        return f"--checkpoint: got {', '.join(unknown)}, accepted: {', '.join(KEEP)}"
+        return f"--checkpoint: got {', '.join(unknown)}, accepted: {', '.join(KEPT)}"
     if arguments.stream and arguments.rows != "ours":
         return "--stream is for --rows ours"
     if arguments.agree and (arguments.rows or arguments.stream or arguments.profile):

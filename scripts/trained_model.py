@@ -10,10 +10,10 @@ from bench_models import MODELS, family_of, random_denoiser
 from torch import nn
 
 from halfbyte.trainer.adapters import add_lora, trained_parameters
-from halfbyte.trainer.denoiser import block_names
+from halfbyte.trainer.denoiser import KEPT, block_names
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import copies_to
-from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
 from halfbyte.trainer.families.host_store import HostStore
 from halfbyte.trainer.graphed_denoiser import GraphedDenoiser
@@ -24,13 +24,6 @@ from halfbyte.trainer.samples import Batch
 from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.timesteps import LogitNormal
 from halfbyte.trainer.weighting import NoWeighting
-
-KEEP: dict[str, Keep] = {
-    "none": "everything",
-    "selective": "attention",
-    "full": "inputs",
-    "offload": "inputs",
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Row:
         """Those of train.gradient_checkpointing that this way knows."""
         if not self.whole:
             return "none", "full"
-        return ("none", "selective", "full") if self.graphs else tuple(KEEP)
+        return ("none", "selective", "full") if self.graphs else tuple(KEPT)
 
 
 ROWS = (
@@ -130,7 +123,7 @@ class TrainedModel:
         if row.base != "peer":
             # torch compiles what runs layer by layer; a block that runs whole is compiled already.
             settings = BlockSettings(
-                "everything" if row.compiled else KEEP[checkpoint],
+                "everything" if row.compiled else KEPT[checkpoint],
                 store=HostStore() if checkpoint == "offload" else None,
                 whole=row.whole,
                 backend=attention,

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.base import TextEmbedding
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux import Flux, image_ids, pack, unpack
 from halfbyte.trainer.families.sd3 import SD3
 

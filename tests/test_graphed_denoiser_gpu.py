@@ -22,8 +22,9 @@ from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.averages import OptimizerAverage, Weights
 from halfbyte.trainer.ema import Ema
 from halfbyte.trainer.export import ADAPTER_FILE
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.graphed_denoiser import GraphedDenoiser

@@ -21,6 +21,7 @@ from runs import write_recipe
             ("train.gradient_checkpointing=offload", "lora.dora=true", "lora.dropout=0.1"),
             "layer by layer (lora.dora: true, lora.dropout: 0.1); checkpointing full, which offload is layer by layer",
         ),
+        (("quant.type=int8",), "layer by layer (an int8 base); checkpointing full"),
         (
             ("train.gradient_checkpointing=none", "train.fused_blocks=false"),
             "layer by layer (train.fused_blocks: false); checkpointing none",

@@ -228,11 +228,11 @@ def test_the_message_says_where_nothing_is_left_to_change(toy: Path, monkeypatch
     ("place", "said", "change"),
     [
         (
-            "families.base.PipelineEncoders.encode_texts",
+            "families.encoders.PipelineEncoders.encode_texts",
             r"in encoding.*\(encode ",
             "model.text_encoder_quant=int8",
         ),
-        ("families.base.PipelineEncoders.encode_images", r"in encoding.*\(encode ", ""),
+        ("families.encoders.PipelineEncoders.encode_images", r"in encoding.*\(encode ", ""),
         ("run.load_denoiser", r"in loading.*\(load and quantize\)", ""),
         ("run.export_trained", r"behind the last step.*\((export|sample)\)", ""),
     ],

@@ -17,7 +17,7 @@ from pretrain_styles import BACKGROUNDS, HELD_OUT_STYLE, STYLES
 from pretrain_vae import train_vae
 from torch import Tensor, nn
 
-from halfbyte.trainer.families.base import TextEmbedding
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.shift import NoShift
 

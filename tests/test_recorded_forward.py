@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from halfbyte.trainer.compiled_blocks import compile_blocks
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.placement import Placement

@@ -9,7 +9,8 @@ from test_graphed_denoiser import FAMILIES, Setup, batches, same
 from test_training_step import family_at
 from torch import Tensor
 
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.recorded_warm_up import warm_up
 from halfbyte.trainer.samples import Batch

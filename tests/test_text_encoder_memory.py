@@ -15,12 +15,12 @@ from halfbyte.quant.load import load_quantized
 from halfbyte.quant.serialize import save_quantized
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families import t5
-from halfbyte.trainer.families.base import free_unused
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.prepare import prepare
 from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.unused_memory import free_unused
 
 from runs import write_recipe
 

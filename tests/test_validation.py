@@ -16,7 +16,7 @@ from halfbyte.trainer.cache import fill
 from halfbyte.trainer.data import read_samples
 from halfbyte.trainer.errors import DataError, HalfbyteError
 from halfbyte.trainer.export import ADAPTER_FILE
-from halfbyte.trainer.families.base import TextEmbedding
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.held_out import set_aside
 from halfbyte.trainer.launch import World, read_world

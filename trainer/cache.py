@@ -25,7 +25,7 @@ from torch import Tensor
 from halfbyte.trainer.buckets import Size, View
 from halfbyte.trainer.data import load_pixels
 from halfbyte.trainer.errors import DataError
-from halfbyte.trainer.families.base import Encoders, LatentMoments, TextEmbedding
+from halfbyte.trainer.families.encoders import Encoders, LatentMoments, TextEmbedding
 
 log = logging.getLogger(__name__)
 

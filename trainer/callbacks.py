@@ -1,5 +1,6 @@
 """What happens around the training step: metrics, checkpoints, samples, stopping."""
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -131,9 +132,12 @@ class Recorder(StepCallback):
         self._since = 0
         self._started = 0.0
         self._overflows = 0  # rows in a row
+        self._tolerated = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lightning's hook."""
+        # What overflows in float16 is a step that the gradient scaler leaves out, to go on with a smaller scale.
+        self._tolerated = _MOST_OVERFLOWS if trainer.precision_plugin.state_dict() else 0
         if self.progress is not None:
             self.progress.restart()
         self._started = time.perf_counter()
@@ -158,10 +162,8 @@ class Recorder(StepCallback):
         now = time.perf_counter()
         pace = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
         self._since, self._started = step, now
-        # What overflows in float16 is a step that the gradient scaler leaves out, to go on with a smaller scale.
-        scaled = bool(trainer.precision_plugin.state_dict())
-        self._overflows = 0 if torch.isfinite(module.grad_norm) else self._overflows + 1
-        if not torch.isfinite(loss) or self._overflows > (_MOST_OVERFLOWS if scaled else 0):
+        self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
+        if not math.isfinite(value) or self._overflows > self._tolerated:
             raise HalfbyteError(
                 f"step {step}: the loss is {value} and the gradient norm {grad_norm}; the run is stopped and earlier"
                 " checkpoints are kept. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or compute_dtype:"

@@ -1,6 +1,6 @@
 """The transformer of a run: streamed and quantized, with its adapters, ready to train."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,13 @@ from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.saved_adapter import LoraLayer
 
+# By train.gradient_checkpointing, what blocks keep; offload keeps it on the host.
+KEPT: Mapping[str, Keep] = {
+    "none": "everything",
+    "selective": "attention",
+    "full": "inputs",
+    "offload": "inputs",
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -73,15 +80,9 @@ class Loaded:
 
 def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
     """How the blocks run, with `attention` as the backend."""
-    kept: dict[str, Keep] = {
-        "none": "everything",
-        "selective": "attention",
-        "full": "inputs",
-        "offload": "inputs",
-    }
     checkpointing = recipe.train.gradient_checkpointing
     return BlockSettings(
-        kept[checkpointing],
+        KEPT[checkpointing],
         store=HostStore() if checkpointing == "offload" else None,
         whole=recipe.train.fused_blocks,
         backend=attention,
@@ -168,10 +169,19 @@ def start_layers(recipe: Recipe, family: Family) -> dict[str, LoraLayer] | None:
 
 
 def load_denoiser(
-    recipe: Recipe, family: Family, world: World, console: Console, *, attention: str | None = None
+    recipe: Recipe,
+    family: Family,
+    world: World,
+    console: Console,
+    *,
+    attention: str | None = None,
+    start: Mapping[str, LoraLayer] | None = None,
 ) -> Loaded:
-    """The transformer with its adapters; `attention` names the backend, None takes what needs no probe."""
-    start = start_layers(recipe, family)
+    """The transformer with its adapters.
+
+    attention: names the backend; None takes what needs no probe. start: what `start_layers` gave; None: it is asked.
+    """
+    start = start or start_layers(recipe, family)
     loading = Shown(console, "loading the transformer", BYTES)
     denoiser = family.load_denoiser(
         quant_recipe(recipe),

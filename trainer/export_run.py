@@ -96,10 +96,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
 
 def _check_request(request: ExportRequest, recipe: Recipe, family: Family) -> None:
     """Raises RecipeError for what the run's base does not have, before anything is loaded."""
-    try:
-        held = base_recipe(recipe, family)
-    except ValueError as error:
-        raise RecipeError(f"model.path: {error}") from error
+    held = base_recipe(recipe, family)
     for asked, option, instead in (
         (request.base, "--base", "it is the model that the recipe names"),
         (request.merged, "--merged", "merge the adapter with diffusers' fuse_lora, which is exact"),

@@ -26,7 +26,8 @@ from halfbyte.trainer.callbacks import (
 )
 from halfbyte.trainer.denoiser import DTYPES
 from halfbyte.trainer.ema import Ema
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.graphed_denoiser import GraphedDenoiser
 from halfbyte.trainer.launch import World

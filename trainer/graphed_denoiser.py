@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from halfbyte.quant.autocast import autocast_dtype
 from halfbyte.trainer.adapters import trained_parameters
-from halfbyte.trainer.families.base import free_unused
 from halfbyte.trainer.recorded_step import Gradients, RecordedStep, Turn
 from halfbyte.trainer.recording import CudaRecorder, Key, Recorder, input_key, places_of, unless_it_fails
+from halfbyte.trainer.unused_memory import free_unused
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.averages import Weights
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.losses import Loss
 from halfbyte.trainer.randomness import generator, key, uniform
 from halfbyte.trainer.recipe_sections import ObjectiveSection

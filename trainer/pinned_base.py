@@ -44,12 +44,12 @@ def base_of(family: Family, digests: FileDigests) -> PinnedBase:
     )
 
 
-def pin_base(run: RunFolder, base: PinnedBase) -> None:
+def pin_base(run: RunFolder, family: Family, digests: FileDigests) -> None:
     """Writes into the run's folder what it is trained on, unless it goes on as it was started."""
     if run.pin.exists() and run.can_go_on:
         return
     work = run.pin.with_name(f".{run.pin.name}.tmp")
-    write_text(json.dumps(asdict(base), indent=1) + "\n", work)
+    write_text(json.dumps(asdict(base_of(family, digests)), indent=1) + "\n", work)
     work.replace(run.pin)
 
 

@@ -1,6 +1,6 @@
 """The pictures of a run that is planned: how many, and their sizes, as far as they are there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,12 @@ class PlannedPictures:
     @property
     def largest(self) -> Size:
         """The largest size that is trained at."""
-        return _largest(self.sizes)
+        return largest_size(self.sizes)
 
     @property
     def largest_held_out(self) -> Size:
         """The largest size that is measured at."""
-        return _largest(self.held_out_sizes)
+        return largest_size(self.held_out_sizes)
 
 
 def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
@@ -71,5 +71,6 @@ def _sizes(samples: Sequence[Sample], cropping: Cropping) -> frozenset[Size]:
     return frozenset(nearest_size(sample.width, sample.height, sizes) for sample in samples)
 
 
-def _largest(sizes: frozenset[Size]) -> Size:
+def largest_size(sizes: Iterable[Size]) -> Size:
+    """The one with the largest area."""
     return max(sizes, key=lambda size: (size[0] * size[1], size))

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from halfbyte.trainer.buckets import Cropping, Size, View, views_of
 from halfbyte.trainer.cache import LatentCache, fill
 from halfbyte.trainer.data import Sample, read_samples
-from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.held_out import refuse_trained, set_aside
 from halfbyte.trainer.launch import World, barrier
 from halfbyte.trainer.plan import Plan
@@ -20,6 +21,7 @@ from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.references import references_for
 from halfbyte.trainer.samples import PlannedBatches, TrainingSample, TrainingSet, collate
 from halfbyte.trainer.sampling import Prompt
+from halfbyte.trainer.unused_memory import free_unused
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from torch import Tensor, nn
 
 from halfbyte.quant.autocast import autocast_dtype
-from halfbyte.trainer.families.base import free_unused
 from halfbyte.trainer.recording import (
     CudaRecorder,
     HeldInputs,
@@ -28,6 +27,7 @@ from halfbyte.trainer.recording import (
     relative_difference,
     unless_it_fails,
 )
+from halfbyte.trainer.unused_memory import free_unused
 
 MOST_SHAPES = 4
 # They are the very same kernels; what is read or written in a wrong place is off by its own size.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.trainer.buckets import Size
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.graphed_denoiser import MOST_SHAPES, GraphedDenoiser
 from halfbyte.trainer.recording import relative_difference
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant.autocast import autocast_dtype
-from halfbyte.trainer.families.base import free_unused
+from halfbyte.trainer.unused_memory import free_unused
 
 log = logging.getLogger(__name__)
 

@@ -68,7 +68,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ),
         ("validation", _validation_plan(recipe, opening.held_out)),
         ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
-        ("blocks", _blocks(recipe)),
+        ("blocks", _blocks(recipe, opening.quant)),
         ("launches", _launches(recipe, world)),
         ("timesteps", objective.timesteps.describe()),
         ("shift", f"{objective.shift.describe()}; {_shift_note(opening, tokens)}"),
@@ -85,13 +85,13 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     ]
 
 
-def _blocks(recipe: Recipe) -> str:
+def _blocks(recipe: Recipe, quant: QuantRecipe | None) -> str:
     """How the blocks run, and what they keep for the backward."""
     train, lora = recipe.train, recipe.lora
     by_layer = {
         "train.fused_blocks: false": not train.fused_blocks,
         "train.fused_adapters: false": not train.fused_adapters,
-        "quant.type: int8": recipe.quant.type == "int8",
+        "an int8 base": quant is not None and quant.quant_type == "int8",
         "lora.dora: true": lora.dora,
         f"lora.dropout: {lora.dropout:g}": lora.dropout > 0,
     }

@@ -22,7 +22,7 @@ from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.launch import World, barrier, join
 from halfbyte.trainer.learned import what_was_learned
 from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
-from halfbyte.trainer.pinned_base import base_of, open_base, pin_base
+from halfbyte.trainer.pinned_base import open_base, pin_base
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe import Recipe
@@ -60,7 +60,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests)
     refuse_large(recipe, family)
-    start_layers(recipe, family)  # a broken adapter is told at once, not behind the encoding
+    start = start_layers(recipe, family)  # a broken adapter is told at once, not behind the encoding
     join(world)
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
@@ -69,7 +69,8 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
 
     attention = _attention(recipe, family, world, prepared)
     with told_when_full(recipe, family, "in loading the transformer", "load and quantize"):
-        loaded = load_denoiser(recipe, family, world, console, attention=attention.backend)
+        loaded = load_denoiser(recipe, family, world, console, attention=attention.backend, start=start)
+        del start
     denoiser = loaded.denoiser
     barrier(world)  # no process may find the folder of another one's start
     write_lines(console, opening_lines(_opening(recipe, family, world, loaded, prepared, attention)))
@@ -87,7 +88,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
         # Here the base has been read, and its digests are known.
-        pin_base(folder, base_of(family, digests))
+        pin_base(folder, family, digests)
         if saved is None:
             with told_when_full(recipe, family, "in drawing the first pictures", *_drawing(recipe)):
                 sampler.draw(0)

@@ -19,10 +19,11 @@ from halfbyte.trainer.encoder_memory import (
     text_working_bytes,
 )
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.graphed_denoiser import MOST_SHAPES
 from halfbyte.trainer.live_bytes import INSIDE, WORKING
-from halfbyte.trainer.planned_pictures import PlannedPictures, planned_pictures
+from halfbyte.trainer.planned_pictures import PlannedPictures, largest_size, planned_pictures
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.rehearsal import ADAPTERS, GRADIENTS, KEPT, Rehearsal, RehearsedStep
 from halfbyte.trainer.size_limits import refuse_large
@@ -205,7 +206,7 @@ class Planner:
         sizes = {self.pictures.largest}
         if recipe.validation.wanted:
             sizes.add(self.pictures.largest_held_out)
-        return self._at_resolution(recipe, max(sizes, key=lambda size: (size[0] * size[1], size)))
+        return self._at_resolution(recipe, largest_size(sizes))
 
     def rehearsal(self, recipe: Recipe) -> Rehearsal:
         """The recipe's layers on meta. Raises RecipeError where they are none of the model's."""

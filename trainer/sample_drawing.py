@@ -21,8 +21,8 @@ from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.compiled_blocks import compile_blocks
 from halfbyte.trainer.denoiser import keep_exact
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.base import TextEmbedding, free_unused
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.picture_files import Job
 from halfbyte.trainer.placement import Placement
@@ -31,6 +31,7 @@ from halfbyte.trainer.recorded_forward import NewRecorder, recorded_forwards
 from halfbyte.trainer.sample_subject import Subject
 from halfbyte.trainer.sampling import PictureSettings, PipelineCall
 from halfbyte.trainer.strength import AdapterStrength, put_on
+from halfbyte.trainer.unused_memory import free_unused
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from halfbyte.trainer.attention_choice import AttentionShape, choose_attention
 from halfbyte.trainer.cache import fill
 from halfbyte.trainer.errors import LaunchError, RecipeError
-from halfbyte.trainer.families.base import Family, TextEmbedding, free_unused
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World, join
@@ -27,6 +28,7 @@ from halfbyte.trainer.sample_request import SampleRequest
 from halfbyte.trainer.sample_subject import Subject, find_subject
 from halfbyte.trainer.sampling import PictureSettings
 from halfbyte.trainer.size_limits import refuse_large_drawings
+from halfbyte.trainer.unused_memory import free_unused
 from halfbyte.trainer.version import halfbyte_version
 
 log = logging.getLogger(__name__)

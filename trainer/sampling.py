@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from halfbyte.trainer.data import Sample, sample_bytes
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.pictures import decode
 
 

@@ -39,7 +39,8 @@ from halfbyte.trainer.compared_part import (
     write_part,
 )
 from halfbyte.trainer.errors import ExportError
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.lora_formats import PEFT_FILE, LoraFormat, file_name
 from halfbyte.trainer.saved_adapter import LoraLayer, SavedAdapter
 from halfbyte.trainer.text_encoder_export import WrittenTextEncoder, write_first_block

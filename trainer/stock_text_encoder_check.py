@@ -19,7 +19,7 @@ _SHOWN = 5
 
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    answer: dict[str, Any] = {"failures": [], "checked": [], "unread": [], "moved": 0.0}
+    answer: dict[str, Any] = {"failures": [], "checked": []}
     expected = load_file(job["expected"])
     model, info = T5EncoderModel.from_pretrained(
         job["folder"], dtype=torch.bfloat16, device_map={"": job["device"]}, output_loading_info=True

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from halfbyte.trainer.buckets import View
 from halfbyte.trainer.errors import HalfbyteError
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.metrics import Measurement
 from halfbyte.trainer.plan import Entry

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from halfbyte.quant.single_file import SingleFile
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.flux_blocks import fuse_blocks
 from halfbyte.trainer.families.flux_names import flux_names
 from halfbyte.trainer.families.original_names import OriginalName

@@ -7,8 +7,9 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from halfbyte.trainer.families.base import Family, TextEmbedding
+from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.families.original_names import OriginalName
 from halfbyte.trainer.families.sd3_blocks import fuse_blocks
 from halfbyte.trainer.families.sd3_names import sd3_names
