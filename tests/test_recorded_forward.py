@@ -28,7 +28,7 @@ from halfbyte.trainer.strength import AdapterStrength
 from fake_recorders import Broken, Recorders, Tape, Wrong
 from probe import inputs
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+CPU = torch.device("cpu")
 FAMILIES = pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
 
 

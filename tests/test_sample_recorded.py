@@ -10,8 +10,6 @@ import torch
 
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.trainer import sample_run
-from halfbyte.trainer.families.flux import Flux
-from halfbyte.trainer.families.sd3 import SD3
 from halfbyte.trainer.placement import Placement
 from halfbyte.trainer.sample_request import SampleRequest
 
@@ -20,7 +18,6 @@ from runs import run_here, write_recipe
 from sample_calls import drawn_pixels, invoke
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-FAMILIES = pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
 
 
 @pytest.mark.parametrize(
