@@ -109,3 +109,11 @@ def add_linear_4bit_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) 
         _add_input_grad(out, grad, weight)
     else:
         torch.ops.halfbyte.add_linear_4bit_input_grad_.default(out, grad, *weight)
+
+
+def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, not rounded on the way; of 16-bit matrices on CUDA at their own speed."""
+    # On meta as on CUDA, whose memory is planned there.
+    if (left.is_cuda or left.is_meta) and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()

@@ -111,6 +111,14 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
     return (_wide(dy) * (open_ + wide * open_ * closed * 2 * slope)).to(x.dtype)
 
 
+def gelu_tanh_gradients(
+    dy: Tensor, x: Tensor, lowered: Tensor, lifted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x (M, D), with lowered^T gelu(x) (P, D) and dx^T lifted (D, U), neither of them rounded."""
+    dx = gelu_tanh_backward(dy, x)
+    return dx, _wide(lowered).t() @ _wide(gelu_tanh(x)), _wide(dx).t() @ _wide(lifted)
+
+
 def _rms_factor(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 

@@ -14,6 +14,20 @@ _CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
+def gelu_gate(value):
+    """gelu(value) / value: (1 + tanh(u)) / 2 as sigmoid(2u), which cancels nowhere."""
+    return tl.sigmoid(2 * _SCALE * value * (1 + _CUBIC * value * value))
+
+
+@triton.jit
+def gelu_slope(value, gate):
+    """gelu's derivative at value, whose `gelu_gate` is at hand."""
+    square = value * value
+    closed = tl.sigmoid(-2 * _SCALE * value * (1 + _CUBIC * square))
+    return gate + value * gate * closed * (2 * _SCALE * (1 + 3 * _CUBIC * square))
+
+
+@triton.jit
 def _gelu_kernel(
     out,
     dy,
@@ -34,15 +48,12 @@ def _gelu_kernel(
     column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     inside = column < WIDTH
     value = tl.load(x + batch * x_batch + row * X_ROW + column, mask=inside, other=0.0).to(tl.float32)
-    # tanh(u) as sigmoid(2u), which cancels nowhere.
-    square = value * value
-    open_ = tl.sigmoid(2 * _SCALE * value * (1 + _CUBIC * square))
+    gate = gelu_gate(value)
     if BACKWARD:
         grad = tl.load(dy + batch * dy_batch + row * DY_ROW + column, mask=inside, other=0.0).to(tl.float32)
-        closed = tl.sigmoid(-2 * _SCALE * value * (1 + _CUBIC * square))
-        result = grad * (open_ + value * open_ * closed * (2 * _SCALE * (1 + 3 * _CUBIC * square)))
+        result = grad * gelu_slope(value, gate)
     else:
-        result = value * open_
+        result = value * gate
     place = out + batch * out_batch + row * OUT_ROW + column
     tl.store(place, result.to(out.dtype.element_ty), mask=inside)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels import reference
+from halfbyte.kernels.accumulate_ops import product_in_fp32
 from halfbyte.kernels.calibrated_rounding import output_error, round_calibrated
 from halfbyte.quant.linear import Linear4bit, Params4bit
-from halfbyte.quant.linear_group import product_in_fp32
 from halfbyte.quant.nf4 import QuantState
 
 Weights = Callable[[str], Tensor]

@@ -10,7 +10,8 @@ of blocks: the adapters lengthen the sum by their ranks, and nothing is read bac
     dx = [g, p] [W; A]    with p = g B,    dA = p^T x,    dB_i = s_i g_i^T u_i.
 
 These are plain functions over matrices; the blocks that are autograd functions as a whole (`trainer.families`) call
-them in both passes. x and u lie side by side in one matrix, and so do g and p: `widened` makes room for them.
+them in both passes. x and u lie side by side in one matrix, and so do g and p: `widened` makes room for them. Of x
+and u the backward reads each by itself, so that u, which is small, can be kept where x is made anew.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from halfbyte.kernels.accumulate_ops import product_in_fp32
 from halfbyte.kernels.packed_weight import PackedWeight
 from halfbyte.kernels.stack_ops import stack_weight, stackable
 
@@ -43,6 +45,10 @@ class GroupLayer:
     @property
     def rank(self) -> int:
         return 0 if self.down is None else self.down.shape[0]
+
+    def scaled(self, grad: Tensor) -> Tensor:
+        """dB (N, rank), contiguous, from the product that has not been scaled."""
+        return grad.contiguous() if self.scale == 1 else grad * self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ class LinearGroup:
         return like.new_empty((rows, columns + self.extra))
 
     def lift(self, x: Tensor) -> None:
-        """Fills the last columns of x (M, K + extra) with u: all of `forward` that `gradients` needs."""
+        """Fills the last columns of x (M, K + extra) with u."""
         if self.extra:
             _make_finite(x[:, self.width :])
             _matmul(x[:, : self.width], self._down(x.dtype).t(), x[:, self.width :])
@@ -91,32 +97,59 @@ class LinearGroup:
             return nn.functional.linear(x, stacked, self._bias(x))
         return self._one_by_one(x)
 
+    def lifted(self, x: Tensor) -> Tensor:
+        """u (M, extra) of an x (M, K + extra) that `forward` has seen, a view."""
+        return x[:, self.width :]
+
+    def lower(self, grad: Tensor) -> Tensor:
+        """Fills the last columns of grad (M, N + extra) with p, which is returned as a view (M, extra)."""
+        p = grad[:, self.outputs :]
+        if self.extra:
+            _make_finite(p)
+            upstream = grad[:, : self.outputs]
+            torch.mm(upstream, self._up(upstream), out=p)
+        return p
+
     def gradients(
-        self, grad: Tensor, x: Tensor, *, wants_input: bool
+        self, grad: Tensor, x: Tensor, u: Tensor, *, wants_input: bool, known: Sequence[Tensor | None] = ()
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
         """dx (M, K), and the fp32 gradients of each A and B.
 
-        grad (M, N + extra) has the gradients in its first columns, the rest is filled here; x (M, K + extra) is as
-        `forward` left it.
+        grad (M, N + extra) has the gradients in its first columns, the rest is filled here; x (M, K) and u (M, extra).
+        known: dB of the last layers, where it was made elsewhere.
         """
-        upstream, u, width, outputs = grad[:, : self.outputs], x[:, self.width :], self.width, self.outputs
-        downs: list[Tensor | None] = [None] * len(self.layers)
-        ups: list[Tensor | None] = [None] * len(self.layers)
-        if self.extra:
-            _make_finite(grad[:, outputs:])
-            torch.mm(upstream, self._up(upstream), out=grad[:, outputs:])
-            down_grad = product_in_fp32(grad[:, outputs:].t(), x[:, :width])
-            up_grad = product_in_fp32(upstream.t(), u)
-            row = first = 0
-            for index, layer in enumerate(self.layers):
-                if layer.rank:
-                    downs[index] = down_grad[first : first + layer.rank]
-                    part = up_grad[row : row + layer.outputs, first : first + layer.rank]
-                    ups[index] = part.contiguous() if layer.scale == 1 else part * layer.scale
-                row, first = row + layer.outputs, first + layer.rank
-        return self._input_gradient(grad) if wants_input else None, downs, ups
+        p = self.lower(grad)
+        downs = self.down_gradients(product_in_fp32(p.t(), x) if self.extra else p)
+        outputs = sum(layer.outputs for layer in self.layers[: len(self.layers) - len(known)])
+        ups = [*self.up_gradients(grad[:, :outputs], u), *known]
+        return self.input_gradient(grad) if wants_input else None, downs, ups
 
-    def _input_gradient(self, grad: Tensor) -> Tensor:
+    def down_gradients(self, whole: Tensor) -> list[Tensor | None]:
+        """Each layer's dA of p^T x (extra, K)."""
+        downs: list[Tensor | None] = []
+        first = 0
+        for layer in self.layers:
+            downs.append(whole[first : first + layer.rank] if layer.rank else None)
+            first += layer.rank
+        return downs
+
+    def up_gradients(self, upstream: Tensor, u: Tensor) -> list[Tensor | None]:
+        """dB, fp32, of as many layers as upstream (M, <= N) has outputs of, from u (M, extra)."""
+        whole = product_in_fp32(upstream.t(), u) if self.extra else None
+        ups: list[Tensor | None] = []
+        row = first = 0
+        for layer in self.layers:
+            if row == upstream.shape[1]:
+                break
+            if layer.rank and whole is not None:
+                ups.append(layer.scaled(whole[row : row + layer.outputs, first : first + layer.rank]))
+            else:
+                ups.append(None)
+            row, first = row + layer.outputs, first + layer.rank
+        return ups
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """dx (M, K) of grad (M, N + extra), whose last columns `lower` has filled."""
         if not self._stackable:
             total = None
             if self.extra:
@@ -221,11 +254,3 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
 def _scaled(layer: GroupLayer, dtype: torch.dtype) -> Tensor:
     assert layer.up is not None
     return (layer.up if layer.scale == 1 else layer.up.float() * layer.scale).to(dtype)
-
-
-def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, not rounded on the way; of 16-bit matrices on CUDA at their own speed."""
-    # On meta as on CUDA, whose memory is planned there.
-    if (left.is_cuda or left.is_meta) and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()

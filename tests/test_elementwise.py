@@ -7,9 +7,9 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from diffusers.models.transformers import transformer_flux
 from torch.nn import functional
 
+from halfbyte.kernels import copy_ops, gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels import elementwise_autograd as differentiable
 from halfbyte.kernels import elementwise_reference as reference
-from halfbyte.kernels import gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels.qk_rope_ops import Stream
 
 EPS = 1e-6
@@ -279,6 +279,40 @@ def test_fused_residual_and_norm_are_the_two():
     assert torch.equal(dupdate, modulation_ops.gated_residual_backward(dx, gate))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("p", "u"), [(6, 9), (0, 9), (6, 0), (70, 3)])
+def test_gelus_backward_brings_the_gradients_of_the_adapters_beside_it(dtype, p, u):
+    # y = gelu(s B (A x)) through the layer behind it: what autograd in float64 finds for the A behind and the B before.
+    rows, width = 11, 48
+    lifted, lowered = torch.randn(rows, u).to(dtype), torch.randn(rows, p).to(dtype)
+    x, dy = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
+    up = torch.zeros(width, u, dtype=torch.float64, requires_grad=True)
+    down = torch.zeros(p, width, dtype=torch.float64, requires_grad=True)
+    hidden = x.double().requires_grad_()
+    acted = functional.gelu(hidden + lifted.double() @ up.t(), approximate="tanh")
+    loss = (acted * dy.double()).sum() + ((acted @ down.t()) * lowered.double()).sum()
+    wanted = torch.autograd.grad(loss, (hidden, down, up))
+    buffer = torch.full((rows, width + 16), float("nan"), dtype=dtype)
+    found = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 16:])
+    assert buffer[:, :16].isnan().all()
+    for ours, exact in zip((buffer[:, 16:], *found), wanted, strict=True):
+        assert ours.shape == exact.shape
+        limit = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+        assert (ours.double() - exact).norm() <= limit * exact.norm()
+    assert all(part.dtype == torch.float32 for part in found)
+
+
+def test_rows_are_copied_into_their_slice_and_nowhere_else():
+    x = randn(2, 5, 64)[..., 8:40]
+    buffer = torch.full((2, 5, 50), float("nan"))
+    assert copy_ops.copy_rows(x, buffer[..., 10:42]).data_ptr() == buffer[..., 10:].data_ptr()
+    assert torch.equal(buffer[..., 10:42], x)
+    assert bool(buffer[..., :10].isnan().all() and buffer[..., 42:].isnan().all())
+    copied = copy_ops.copy_rows(x)
+    assert copied.is_contiguous()
+    assert torch.equal(copied, x)
+
+
 def test_differentiable_residual_and_gelu():
     x, update, dy = (randn(*SHAPE).requires_grad_() for _ in range(3))
     gate = randn(2, 48).requires_grad_()
@@ -307,6 +341,8 @@ def op_arguments():
         "gated_norm_backward": (dy, x, gate, scale, update, EPS),
         "gelu_tanh_": (dy, x),
         "gelu_tanh_backward_": (update, dy, x),
+        "gelu_tanh_gradients_": (update[0], dy[0], x[0], x[0, :, :5], dy[0, :, 40:]),
+        "copy_rows_": (update, x),
         "qk_norm_rope": (pair, pair, pair, norms, norms, angles, angles, 3, EPS),
         "qk_norm_rope_backward": (joint, joint, pair, pair, norms, norms, angles, angles, EPS),
     }
@@ -360,6 +396,14 @@ def test_mistakes_are_named():
         gelu_ops.gelu_tanh(x, x.mT.contiguous().mT)
     with raises("dy: got shape"):
         gelu_ops.gelu_tanh_backward(x[:, 1:], x)
+    with raises("lowered: got torch.float32 \\(4, 3\\), expected torch.float32 and the 5 rows of x"):
+        gelu_ops.gelu_tanh_gradients(x[0], x[0], x[0, 1:, :3], x[0], x[0])
+    with raises("lifted: got torch.float64"):
+        gelu_ops.gelu_tanh_gradients(x[0], x[0], x[0], x[0].double(), x[0])
+    with raises("out: got torch.float32 \\(2, 5, 47\\), expected torch.float32 \\(2, 5, 48\\) as x"):
+        copy_ops.copy_rows(x, x[..., 1:])
+    with raises("x: got shape \\(5, 48\\), expected \\(B, S, D\\)"):
+        copy_ops.copy_rows(x[0])
 
 
 def test_mistakes_of_streams_are_named():

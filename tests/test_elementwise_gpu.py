@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from halfbyte.kernels import copy_ops, gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels import elementwise_reference as reference
-from halfbyte.kernels import gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels.qk_rope_ops import Stream
 
 if not torch.cuda.is_available():
@@ -154,6 +154,54 @@ def test_gelu_equals_the_reference(width, dtype):
     assert_close(gelu_ops.gelu_tanh_backward(dy, x), expected)
     gelu_ops.gelu_tanh_backward(dy, x, dy)
     assert_close(dy, expected)
+
+
+# FLUX's MLP at 1024 px; several adapters' ranks; one that the kernel has no registers for; none on one side; odd sizes.
+@pytest.mark.parametrize(
+    ("rows", "width", "p", "u", "dtype"),
+    [
+        (4608, 12288, 16, 16, torch.bfloat16),
+        (1024, 9728, 40, 32, torch.bfloat16),
+        (300, 512, 64, 64, torch.float16),
+        (300, 512, 72, 16, torch.bfloat16),
+        (37, 100, 8, 0, torch.float32),
+        (37, 100, 0, 5, torch.float32),
+        (1, 64, 16, 7, torch.bfloat16),
+    ],
+)
+def test_gelus_gradients_with_the_adapters_equal_the_reference(rows, width, p, u, dtype):
+    x, dy = (part[0] for part in slices(2, (1, rows, width), dtype))
+    x = x * 4
+    lowered = torch.randn(rows, p + 8, device="cuda", dtype=dtype)[:, 8:]
+    lifted = torch.randn(rows, u + 3, device="cuda", dtype=dtype)[:, 3:]
+    buffer = torch.full((rows, width + 48), float("nan"), device="cuda", dtype=dtype)
+    down, up = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 48:])
+    dx, *expected = reference.gelu_tanh_gradients(dy, x, lowered, lifted)
+    assert_close(buffer[:, 48:], dx)
+    assert buffer[:, :48].isnan().all()
+    again = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 48:])
+    for ours, theirs, repeated in zip((down, up), expected, again, strict=True):
+        assert ours.dtype == torch.float32
+        assert ours.shape == theirs.shape
+        assert ours.is_contiguous()
+        assert torch.equal(ours, repeated)
+        # A value that rounds to a neighbour before it is multiplied shows in a sum, not in its size.
+        error = (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-30)
+        assert error < {torch.bfloat16: 3e-4, torch.float16: 1e-4, torch.float32: 4e-6}[dtype], error
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(3072, torch.bfloat16), (1000, torch.float32), (7, torch.uint8)]
+)
+def test_rows_are_copied_between_any_strides(width, dtype):
+    draws = torch.randint(0, 100, (2, 40, width + 24), device="cuda").to(dtype)
+    x = draws[:, 3:, 16 : width + 16]
+    buffer = torch.full((2, 37, width + 48), 101, device="cuda", dtype=dtype)
+    copy_ops.copy_rows(x, buffer[..., 48:])
+    assert torch.equal(buffer[..., 48:], x)
+    assert bool((buffer[..., :48] == 101).all())
+    assert torch.equal(copy_ops.copy_rows(x), x)
+    assert torch.equal(copy_ops.copy_rows(x.mT), x.mT)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.gelu_ops import gelu_tanh, gelu_tanh_backward
+from halfbyte.kernels.accumulate_ops import product_in_fp32
+from halfbyte.kernels.copy_ops import copy_rows
+from halfbyte.kernels.gelu_ops import gelu_tanh, gelu_tanh_gradients
 from halfbyte.quant.linear_group import LinearGroup
 from halfbyte.quant.lora import group_layer
 from halfbyte.trainer.families.host_store import HostStore
@@ -54,18 +56,53 @@ class AdapterGradients:
     groups: Sequence[LinearGroup]
 
     def __post_init__(self) -> None:
-        self._found: dict[int, list[Tensor | None]] = {}
+        self._downs: dict[int, list[Tensor | None]] = {}
+        self._ups: dict[int, list[Tensor | None]] = {}
+        self._last_ups: dict[int, Tensor | None] = {}
 
-    def through(self, group: LinearGroup, grad: Tensor, x: Tensor, *, wants_input: bool = True) -> Tensor:
-        """dx of `group`, whose adapters' gradients are kept; see `LinearGroup.gradients`."""
-        dx, downs, ups = group.gradients(grad, x, wants_input=wants_input)
-        self._found[id(group)] = [part for pair in zip(downs, ups, strict=True) for part in pair]
+    def through(
+        self, group: LinearGroup, grad: Tensor, x: Tensor, u: Tensor, *, wants_input: bool = True
+    ) -> Tensor:
+        """dx (M, K) of a group from its gradient (M, N + extra), with those of its adapters; x and u as in
+        `LinearGroup.gradients`. Of a group that writes what `gelu` has seen, the last B's gradient is there."""
+        known = [self._last_ups[id(group)]] if id(group) in self._last_ups else []
+        dx, downs, ups = group.gradients(grad, x, u, wants_input=wants_input, known=known)
+        self._downs[id(group)], self._ups[id(group)] = downs, ups
         return grad.new_empty(0) if dx is None else dx
+
+    def before(self, group: LinearGroup, grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """dx (M, K) and p (M, extra) of a group that reads gelu(hidden): all but its A's gradients, see `gelu`."""
+        p = group.lower(grad)
+        self._ups[id(group)] = group.up_gradients(grad[:, : group.outputs], u)
+        return group.input_gradient(grad), p
+
+    def gelu(
+        self,
+        reader: LinearGroup,
+        p: Tensor,
+        grad: Tensor,
+        writer: LinearGroup,
+        u: Tensor,
+        hidden: Tensor,
+        room: Tensor,
+        beside: Tensor | None = None,
+    ) -> None:
+        """Fills room (M, H) with the gradient of `hidden` (M, H), the output of writer's last layer, from that of
+        gelu(hidden) (M, H), which `reader` reads behind the columns `beside` (M, K - H); p is the reader's, u the
+        writer's."""
+        last = writer.layers[-1]
+        first = sum(layer.rank for layer in writer.layers[:-1])
+        down, up = gelu_tanh_gradients(grad, hidden, p, u[:, first : first + last.rank], out=room)
+        if beside is not None and reader.extra:
+            down = torch.cat((product_in_fp32(p.t(), beside), down), dim=1)
+        self._downs[id(reader)] = reader.down_gradients(down)
+        self._last_ups[id(writer)] = last.scaled(up) if last.rank else None
 
     def in_order(self) -> Iterator[Tensor | None]:
         """As autograd wants them."""
         for group in self.groups:
-            yield from self._found[id(group)]
+            for pair in zip(self._downs[id(group)], self._ups[id(group)], strict=True):
+                yield from pair
 
 
 def input_room(group: LinearGroup, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +124,7 @@ def _room(group: LinearGroup, columns: int, like: Tensor) -> tuple[Tensor, Tenso
 def widened(group: LinearGroup, stream: Tensor) -> Tensor:
     """(B * S, K + extra) with the stream (B, S, K) in its first columns."""
     wide, room = input_room(group, stream)
-    room.copy_(stream)
+    copy_rows(stream, out=room)
     return wide
 
 
@@ -113,11 +150,6 @@ def joined(first: Tensor, second: Tensor) -> Tensor:
     ):
         return first.as_strided((batch, total, width), strides)
     return torch.cat((first, second), dim=1)
-
-
-def hidden_gradient(grad: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """Fills out (M, H) with the gradient of `hidden` (M, H) from that of gelu(hidden); all may be slices."""
-    gelu_tanh_backward(grad[None], hidden[None], out=out[None])
 
 
 def plain(module: Any) -> bool:

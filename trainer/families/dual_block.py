@@ -28,7 +28,6 @@ from halfbyte.trainer.families.block_parts import (
     Keep,
     gelu_input,
     gradient_room,
-    hidden_gradient,
     input_room,
     widened,
 )
@@ -71,11 +70,15 @@ class DualBlock:
     def groups(self) -> tuple[LinearGroup, ...]:
         return tuple(group for stream in self.streams for group in stream.groups)
 
-    def normed(self, group: LinearGroup, stream: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def widened(self, group: LinearGroup, stream: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The modulated stream (M, D + extra); the last columns are not filled."""
         wide, room = input_room(group, stream)
         layer_norm_modulate(stream, scale, shift, eps=self.norm_eps, out=room)
         return wide
+
+    def normed(self, stream: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The modulated stream (M, D)."""
+        return layer_norm_modulate(stream, scale, shift, eps=self.norm_eps).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -109,28 +112,36 @@ class DualBlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs, modulations = (first, second), (first_modulation, second_modulation)
         with without_autocast(first.device.type):
-            projected = [
-                _project(block, part.heads, stream, Modulation.of(modulation))[1]
-                for part, stream, modulation in zip(block.streams, inputs, modulations, strict=True)
-            ]
+            # What each group's A make of its input, in the order of `StreamPart.groups`, where it is not made anew.
+            learns, keep = any(ctx.needs_input_grad), block.keep
+            projected, lifts = [], []
+            for part, stream, whole in zip(block.streams, inputs, modulations, strict=True):
+                wide, product = _project(block, part.heads, stream, Modulation.of(whole))
+                projected.append(product)
+                lifts.append(_lift(part.heads, wide, learns and keep == "everything"))
+                del wide
             out, statistics = block.attention.attend(block.attention.streams(projected, len(first)))
             middles, hiddens, results = [], [], []
             for part, stream, whole, attended in zip(
                 block.streams, inputs, modulations, _apart(out, inputs), strict=True
             ):
                 modulation = Modulation.of(whole)
-                update = part.out.forward(widened(part.out, attended)).view(stream.shape)
-                middle = gated_residual(stream, modulation.gate, update)
-                hidden = part.up.forward(
-                    block.normed(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
-                )
-                update = part.down.forward(gelu_input(part.down, hidden)).view(stream.shape)
+                wide = widened(part.out, attended)
+                middle = gated_residual(stream, modulation.gate, part.out.forward(wide).view(stream.shape))
+                lifts.append(_lift(part.out, wide, learns and keep != "inputs"))
+                wide = block.widened(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
+                hidden = part.up.forward(wide)
+                lifts.append(_lift(part.up, wide, learns and keep == "everything"))
+                wide = gelu_input(part.down, hidden)
+                update = part.down.forward(wide).view(stream.shape)
+                lifts.append(_lift(part.down, wide, learns))
                 results.append(gated_residual(middle, modulation.mlp_gate, update, clip=part.clip))
                 middles.append(middle)
                 hiddens.append(hidden)
-        kept: tuple[Tensor, ...] = ()
+                del wide, update, hidden
+        kept: tuple[Tensor | None, ...] = tuple(lifts)
         if block.keep != "inputs":
-            kept = (out, statistics, *middles)
+            kept = (*kept, out, statistics, *middles)
         if block.keep == "everything":
             kept = (*kept, *projected, *hiddens)
         save(ctx, inputs, (*modulations, *kept), block.store)
@@ -156,8 +167,13 @@ def _project(
     block: DualBlock, group: LinearGroup, stream: Tensor, modulation: Modulation
 ) -> tuple[Tensor, Tensor]:
     """The modulated stream (M, D + extra) and its queries, keys and values (M, 3 D)."""
-    normed = block.normed(group, stream, modulation.scale, modulation.shift)
-    return normed, group.forward(normed)
+    wide = block.widened(group, stream, modulation.scale, modulation.shift)
+    return wide, group.forward(wide)
+
+
+def _lift(group: LinearGroup, wide: Tensor, wanted: bool) -> Tensor | None:
+    """u (M, extra) of what `group` has seen, by itself: the rest of `wide` need not be kept for it."""
+    return group.lifted(wide).contiguous() if wanted else None
 
 
 def _apart(joint: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
@@ -184,35 +200,42 @@ class _DualBackward:
         self.wants_inputs = wants_inputs
         self.collected = AdapterGradients(block.groups)
 
-    def restore(self, kept: Sequence[Tensor]) -> None:
+    def restore(self, kept: Sequence[Tensor | None]) -> None:
         """Makes anew what was not kept: the projections, attention's output and the streams behind it."""
         block = self.block
-        self.hiddens: list[Tensor | None] = [None, None]
-        self.normed, self.projected = [], list(kept[4:6])
+        heads, (first, second) = kept[:2], (kept[2:5], kept[5:8])
+        self.lifts = [[heads[0], *first], [heads[1], *second]]
+        whole: list[Any] = list(kept[8:])
+        self.hiddens: list[Tensor | None] = whole[6:8] or [None, None]
+        self.normed, self.projected = [], whole[4:6]
         for index, part in enumerate(block.streams):
             stream, modulation = self.inputs[index], self.modulations[index]
-            if len(kept) > 4:
-                normed = block.normed(part.heads, stream, modulation.scale, modulation.shift)
-                part.heads.lift(normed)
+            if len(whole) > 4:
+                normed = block.normed(stream, modulation.scale, modulation.shift)
             else:
-                normed, projected = _project(block, part.heads, stream, modulation)
+                wide, projected = _project(block, part.heads, stream, modulation)
+                normed, self.lifts[index][0] = wide[:, : part.heads.width], part.heads.lifted(wide)
                 self.projected.append(projected)
             self.normed.append(normed)
-        if len(kept) > 4:
-            self.hiddens = list(kept[6:8])
         self.streams = block.attention.streams(self.projected, len(self.inputs[0]))
-        if kept:
-            self.out, self.statistics, *self.middles = kept[:4]
+        if whole:
+            self.out, self.statistics, *self.middles = whole[:4]
             return
         self.out, self.statistics = block.attention.attend(self.streams)
-        self.middles = [
-            gated_residual(
-                stream, modulation.gate, part.out.forward(widened(part.out, attended)).view(stream.shape)
-            )
-            for part, stream, modulation, attended in zip(
-                block.streams, self.inputs, self.modulations, _apart(self.out, self.inputs), strict=True
-            )
-        ]
+        self.middles = []
+        for index, attended in enumerate(_apart(self.out, self.inputs)):
+            part, stream = block.streams[index], self.inputs[index]
+            wide = widened(part.out, attended)
+            update = part.out.forward(wide).view(stream.shape)
+            self.lifts[index][1] = _lift(part.out, wide, True)
+            del wide
+            self.middles.append(gated_residual(stream, self.modulations[index].gate, update))
+
+    def lift(self, index: int, group: int) -> Tensor:
+        """u of one of a stream's groups, in the order of `StreamPart.groups`."""
+        lift = self.lifts[index][group]
+        assert lift is not None
+        return lift
 
     def run(self, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """The gradients of streams, modulations and adapters, as `DualBlockFunction.forward` takes them."""
@@ -252,26 +275,29 @@ class _DualBackward:
     def _mlp(self, index: int, grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The gradient of the stream behind attention, and of the MLP's shift, scale and gate."""
         part, modulation, middle = self.block.streams[index], self.modulations[index], self.middles[index]
-        normed = self.block.normed(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
         hidden = self.hiddens[index]
         if hidden is None:
-            hidden = part.up.forward(normed)
+            wide = self.block.widened(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
+            hidden = part.up.forward(wide)
+            normed, self.lifts[index][2] = wide[:, : part.up.width], part.up.lifted(wide)
+            del wide
         else:
-            part.up.lift(normed)
-        acted = gelu_input(part.down, hidden)
+            normed = self.block.normed(middle, modulation.mlp_scale, modulation.mlp_shift)
         gate_grad = None
         update_grad, room = gradient_room(part.down, grad)
         if self.wants_modulation:
-            update = part.down.forward(acted).view(grad.shape)
+            update = part.down.forward(gelu_input(part.down, hidden)).view(grad.shape)
             _, gate_grad = gated_residual_grads(grad, modulation.mlp_gate, update, out=room)
         else:
-            part.down.lift(acted)
             gated_residual_backward(grad, modulation.mlp_gate, out=room)
-        acted_grad = self.collected.through(part.down, update_grad, acted)
+        acted_grad, lowered = self.collected.before(part.down, update_grad, self.lift(index, 3))
         hidden_grad, _ = gradient_room(part.up, grad)
-        hidden_gradient(acted_grad, hidden, hidden_grad[:, : part.up.outputs])
-        del acted, acted_grad, update_grad, room
-        normed_grad = self.collected.through(part.up, hidden_grad, normed).view(grad.shape)
+        lift = self.lift(index, 2)
+        self.collected.gelu(
+            part.down, lowered, acted_grad, part.up, lift, hidden, hidden_grad[:, : part.up.outputs]
+        )
+        del acted_grad, lowered, update_grad, room
+        normed_grad = self.collected.through(part.up, hidden_grad, normed, lift).view(grad.shape)
         eps = self.block.norm_eps
         if gate_grad is None:
             return layer_norm_modulate_backward(
@@ -285,16 +311,15 @@ class _DualBackward:
     def _out(self, index: int, middle_grad: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient of the attention's output (B, S, D) in this stream, and of its gate."""
         part, modulation = self.block.streams[index], self.modulations[index]
-        wide = widened(part.out, attended)
         gate_grad = None
         update_grad, room = gradient_room(part.out, middle_grad)
         if self.wants_modulation:
-            update = part.out.forward(wide).view(attended.shape)
+            update = part.out.forward(widened(part.out, attended)).view(attended.shape)
             _, gate_grad = gated_residual_grads(middle_grad, modulation.gate, update, out=room)
         else:
-            part.out.lift(wide)
             gated_residual_backward(middle_grad, modulation.gate, out=room)
-        grad = self.collected.through(part.out, update_grad, wide)
+        seen = attended.reshape(-1, part.out.width)
+        grad = self.collected.through(part.out, update_grad, seen, self.lift(index, 1))
         return grad.view(attended.shape), gate_grad
 
     def _heads(
@@ -303,7 +328,9 @@ class _DualBackward:
         """The gradients of the block's input and of the attention's shift and scale, from the product's (M, 3 D)."""
         part, modulation, stream = self.block.streams[index], self.modulations[index], self.inputs[index]
         wants = self.wants_inputs or self.wants_modulation
-        normed_grad = self.collected.through(part.heads, heads_grad, self.normed[index], wants_input=wants)
+        normed_grad = self.collected.through(
+            part.heads, heads_grad, self.normed[index], self.lift(index, 0), wants_input=wants
+        )
         if not wants:
             return None, None
         normed_grad, eps = normed_grad.view(stream.shape), self.block.norm_eps

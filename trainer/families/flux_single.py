@@ -1,7 +1,8 @@
 """FLUX's single block as one autograd function: forward, and a backward that makes anew what was not kept.
 
 What is made anew is only what gradients depend on: of the products the one into queries, keys, values and MLP (58 %
-of the block's work in them), and attention where its output was not kept. Adapters, modulation and both streams get
+of the block's work in them), and attention where its output was not kept. What the adapters' A make of the layers'
+inputs is small and always kept where the input is not made anew with it. Adapters, modulation and both streams get
 their gradients; the frozen weights and the RMSNorm weights have none.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.copy_ops import copy_rows
 from halfbyte.kernels.modulation_ops import (
     gated_residual,
     gated_residual_backward,
@@ -27,7 +29,6 @@ from halfbyte.trainer.families.block_parts import (
     Keep,
     gelu_input,
     gradient_room,
-    hidden_gradient,
     input_room,
     joined,
 )
@@ -52,21 +53,20 @@ class SingleBlock:
 
     def project(self, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         """The modulated stream (M, D + extra) and the product of it (M, 3 D + H)."""
-        normed = self.normed(tokens, modulation)
-        return normed, self.into.forward(normed)
-
-    def normed(self, tokens: Tensor, modulation: Tensor) -> Tensor:
-        """The modulated stream (M, D + extra); the last columns are not filled."""
-        shift, scale, _ = modulation.chunk(3, dim=-1)
         wide, room = input_room(self.into, tokens)
-        layer_norm_modulate(tokens, scale, shift, eps=self.norm_eps, out=room)
-        return wide
+        self.normed(tokens, modulation, out=room)
+        return wide, self.into.forward(wide)
+
+    def normed(self, tokens: Tensor, modulation: Tensor, out: Tensor | None = None) -> Tensor:
+        """The modulated stream (B, S, D)."""
+        shift, scale, _ = modulation.chunk(3, dim=-1)
+        return layer_norm_modulate(tokens, scale, shift, eps=self.norm_eps, out=out)
 
     def mixed(self, out: Tensor, projected: Tensor) -> Tensor:
         """[attention, gelu(MLP)] (M, D + H + extra); the last columns are not filled."""
         mlp = self.out.width - out.shape[2] * out.shape[3]
         wide = gelu_input(self.out, projected[:, -mlp:], first=self.out.width - mlp)
-        wide[:, : self.out.width - mlp] = out.flatten(0, 1).flatten(1)
+        copy_rows(out.view(1, len(wide), -1), out=wide[None, :, : self.out.width - mlp])
         return wide
 
 
@@ -79,15 +79,18 @@ class SingleBlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with without_autocast(text.device.type):
             tokens = joined(text, image)
-            projected = block.project(tokens, modulation)[1]
+            normed, projected = block.project(tokens, modulation)
             out, statistics = block.attention.attend(block.attention.streams([projected], len(tokens)))
-            update = block.out.forward(block.mixed(out, projected)).view(tokens.shape)
+            mixed = block.mixed(out, projected)
+            update = block.out.forward(mixed).view(tokens.shape)
             result = gated_residual(tokens, modulation.chunk(3, dim=-1)[2], update, clip=True)
         kept: tuple[Tensor, ...] = ()
-        if block.keep != "inputs":
-            kept = (out, statistics)
-        if block.keep == "everything":
-            kept = (*kept, projected)
+        if any(ctx.needs_input_grad):
+            kept = (block.out.lifted(mixed).contiguous(),)
+            if block.keep != "inputs":
+                kept = (*kept, out, statistics)
+            if block.keep == "everything":
+                kept = (*kept, projected, block.into.lifted(normed).contiguous())
         save(ctx, (tokens,), (modulation, *kept), block.store)
         ctx.block = block
         ctx.texts = text.shape[1]
@@ -106,36 +109,43 @@ def _single_backward(
     block: SingleBlock = ctx.block
     batch, wants_modulation = len(tokens), ctx.needs_input_grad[2]
     _, scale, gate = modulation.chunk(3, dim=-1)
-    if len(kept) == 3:
-        projected, normed = kept[2], block.normed(tokens, modulation)
-        block.into.lift(normed)
+    mixed_lift, *kept = kept
+    if len(kept) == 4:
+        projected, lift = kept[2:]
+        normed = block.normed(tokens, modulation).flatten(0, 1)
     else:
-        normed, projected = block.project(tokens, modulation)
+        wide, projected = block.project(tokens, modulation)
+        normed, lift = wide[:, : block.into.width], block.into.lifted(wide)
     streams = block.attention.streams([projected], batch)
     out, statistics = kept[:2] if kept else block.attention.attend(streams)
     collected = AdapterGradients(block.groups)
 
-    mixed = block.mixed(out, projected)
     gate_grad = None
     update_grad, room = gradient_room(block.out, grad)
     if wants_modulation:
-        update = block.out.forward(mixed).view(tokens.shape)
+        update = block.out.forward(block.mixed(out, projected)).view(tokens.shape)
         _, gate_grad = gated_residual_grads(grad, gate, update, out=room)
     else:
-        block.out.lift(mixed)
         gated_residual_backward(grad, gate, out=room)
-    mixed_grad = collected.through(block.out, update_grad, mixed)
-    del mixed, update_grad, room
+    mixed_grad, lowered = collected.before(block.out, update_grad, mixed_lift)
 
     width = tokens.shape[-1]
-    attended = mixed_grad[:, :width].view(tokens.shape)
+    attended = copy_rows(mixed_grad[None, :, :width]).view(tokens.shape)
     into_grad, room = gradient_room(block.into, tokens)
     block.attention.backward(attended, streams, out, statistics, [room])
-    outputs = block.into.outputs
-    hidden_gradient(mixed_grad[:, width:], projected[:, 3 * width :], into_grad[:, 3 * width : outputs])
-    del mixed_grad, attended, projected, streams, room
+    collected.gelu(
+        block.out,
+        lowered,
+        mixed_grad[:, width:],
+        block.into,
+        lift,
+        projected[:, 3 * width :],
+        into_grad[:, 3 * width : block.into.outputs],
+        beside=out.view(len(mixed_grad), width),
+    )
+    del mixed_grad, update_grad, lowered, attended, projected, streams, room
 
-    normed_grad = collected.through(block.into, into_grad, normed).view(tokens.shape)
+    normed_grad = collected.through(block.into, into_grad, normed, lift).view(tokens.shape)
     modulation_grad = None
     if gate_grad is None:
         result = layer_norm_modulate_backward(normed_grad, tokens, scale, grad, eps=block.norm_eps)

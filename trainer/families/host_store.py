@@ -105,14 +105,16 @@ class HostStore:
         return self._streams[device]
 
 
-def save(ctx: Any, streams: Sequence[Tensor], others: Sequence[Tensor], store: HostStore | None) -> None:
+def save(
+    ctx: Any, streams: Sequence[Tensor], others: Sequence[Tensor | None], store: HostStore | None
+) -> None:
     """Keeps tensors for a backward: `streams` in host memory where there is a store, `others` where they are."""
     ctx.held = None if store is None else [store.put(stream) for stream in streams]
     ctx.streams = len(streams)
     ctx.save_for_backward(*(() if store is not None else streams), *others)
 
 
-def saved(ctx: Any) -> tuple[list[Tensor], list[Tensor]]:
+def saved(ctx: Any) -> tuple[list[Tensor], list[Any]]:
     """(streams, others) as `save` took them."""
     tensors = list(ctx.saved_tensors)
     if ctx.held is None:
