@@ -64,8 +64,8 @@ def _gradients_kernel(
         mask = inside[:, None] & within[None, :]
         value = tl.load(x + row[:, None] * X_ROW + column[None, :], mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + row[:, None] * DY_ROW + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = gelu_gate(value)
-        result = (grad * gelu_slope(value, gate)).to(out.dtype.element_ty)
+        gate, closed = gelu_gate(value)
+        result = (grad * gelu_slope(value, gate, closed)).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * OUT_ROW + column[None, :], result, mask=mask)
         if LOWERED > 0:
             narrow = _turned(lowered, row, inside, LOWERED_ROW, LOWERED, LOWERED_ROOM)

@@ -11,20 +11,23 @@ _TILE = 1024
 _WARPS = 4
 _SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 _CUBIC = tl.constexpr(0.044715)
+_LARGEST = tl.constexpr(1e38)
 
 
 @triton.jit
 def gelu_gate(value):
-    """gelu(value) / value: (1 + tanh(u)) / 2 as sigmoid(2u), which cancels nowhere."""
-    return tl.sigmoid(2 * _SCALE * value * (1 + _CUBIC * value * value))
+    """(gelu(value) / value, its difference from 1): (1 + tanh(u)) / 2 as sigmoid(2u) and sigmoid(-2u), which cancel
+    nowhere, by one exponential."""
+    falling = tl.exp(-2 * _SCALE * value * (1 + _CUBIC * value * value))
+    gate = 1 / (1 + falling)
+    # Where the exponential is infinite the gate is 0, and so is what the two are multiplied to.
+    return gate, tl.minimum(falling, _LARGEST) * gate
 
 
 @triton.jit
-def gelu_slope(value, gate):
-    """gelu's derivative at value, whose `gelu_gate` is at hand."""
-    square = value * value
-    closed = tl.sigmoid(-2 * _SCALE * value * (1 + _CUBIC * square))
-    return gate + value * gate * closed * (2 * _SCALE * (1 + 3 * _CUBIC * square))
+def gelu_slope(value, gate, closed):
+    """gelu's derivative at value, with what `gelu_gate` gave."""
+    return gate + value * gate * closed * (2 * _SCALE * (1 + 3 * _CUBIC * value * value))
 
 
 @triton.jit
@@ -48,10 +51,10 @@ def _gelu_kernel(
     column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     inside = column < WIDTH
     value = tl.load(x + batch * x_batch + row * X_ROW + column, mask=inside, other=0.0).to(tl.float32)
-    gate = gelu_gate(value)
+    gate, closed = gelu_gate(value)
     if BACKWARD:
         grad = tl.load(dy + batch * dy_batch + row * DY_ROW + column, mask=inside, other=0.0).to(tl.float32)
-        result = grad * gelu_slope(value, gate)
+        result = grad * gelu_slope(value, gate, closed)
     else:
         result = value * gate
     place = out + batch * out_batch + row * OUT_ROW + column

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from halfbyte.kernels.attention import attention, attention_backward, default_backend
+from halfbyte.kernels.attention import attention, attention_backward, default_backend, flash4_version
 
 GPU = pytest.mark.gpu
+NEEDS_FLASH4 = pytest.mark.skipif(flash4_version() is None, reason="needs flash-attn-4")
 ON = [("cpu", "cpu"), ("cpu", "deterministic")] + [
     pytest.param("cuda", name, marks=GPU) for name in ("cudnn", "flash", "efficient", "deterministic")
 ]
+ON.append(pytest.param("cuda", "flash4", marks=[GPU, NEEDS_FLASH4]))
 
 
 def draw(batch, tokens, heads, dim, *, device, dtype, seed=0):
@@ -97,7 +99,7 @@ def test_torchs_flags_are_left_as_they_were(monkeypatch):
 def test_an_unknown_backend_is_refused():
     parts = draw(1, 4, 1, 8, device="cpu", dtype=torch.float32)
     with pytest.raises(
-        ValueError, match="'fast', expected one of cudnn, flash, efficient, deterministic, cpu"
+        ValueError, match="'fast', expected one of cudnn, flash, flash4, efficient, deterministic, cpu"
     ):
         attention(*parts, "fast")
 

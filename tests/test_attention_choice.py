@@ -84,6 +84,30 @@ def test_a_cache_that_cannot_be_written_stops_nothing(probed, tmp_path, caplog):
     assert "cannot remember the attention probe" in caplog.text
 
 
+def test_a_package_that_is_not_there_is_named(probed, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_choice, "flash4_version", lambda: None)
+    calls = probed(FLASH, CUDNN)
+    with pytest.raises(
+        RecipeError, match=r"flash4 needs the package flash-attn-4: pip install 'halfbyte\[flash4\]'"
+    ):
+        choose_attention("flash4", SHAPE, CUDA, tmp_path)
+    assert calls == []
+    assert "flash4" not in choose_attention("auto", SHAPE, CUDA, tmp_path).reason
+
+
+def test_a_package_that_comes_or_changes_is_tried(probed, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_choice, "flash4_version", lambda: None)
+    probed(FLASH, CUDNN)
+    assert choose_attention("auto", SHAPE, CUDA, tmp_path).backend == "cudnn"
+    monkeypatch.setattr(attention_choice, "flash4_version", lambda: "4.0")
+    calls = probed(FLASH, {"backend": "flash4", "error": 0.003, "seconds": 0.001}, CUDNN)
+    choice = choose_attention("auto", SHAPE, CUDA, tmp_path)
+    assert (choice.backend, len(calls)) == ("flash4", 2)
+    monkeypatch.setattr(attention_choice, "flash4_version", lambda: "4.1")
+    probed(FLASH, {"backend": "flash4", "refused": "no kernel for sm_86"}, CUDNN)
+    assert "flash4 refused: no kernel for sm_86" in choose_attention("auto", SHAPE, CUDA, tmp_path).reason
+
+
 def test_a_fixed_order_needs_no_probe(probed, tmp_path):
     calls = probed(FLASH)
     choice = choose_attention("deterministic", SHAPE, CUDA, tmp_path)
@@ -115,5 +139,5 @@ def test_a_process_that_dies_leaves_what_it_had_printed(monkeypatch):
 def test_on_a_device_one_backend_at_least_is_right(tmp_path):
     device = torch.device("cuda", torch.cuda.current_device())
     choice = choose_attention("auto", SHAPE, device, tmp_path)
-    assert choice.backend in ("cudnn", "flash", "efficient")
+    assert choice.backend in ("cudnn", "flash", "flash4", "efficient")
     assert "probed" in choice.reason

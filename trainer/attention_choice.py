@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.kernels.attention import default_backend
+from halfbyte.kernels.attention import FLASH4_PACKAGE, default_backend, flash4_version
 from halfbyte.trainer.attention_probe import ORDER, TOLERANCE
 from halfbyte.trainer.errors import RecipeError
 
@@ -56,6 +56,10 @@ def choose_attention(
     if setting == "deterministic":
         kernel = default_backend(device, shape.dtype)
         return AttentionChoice(setting, f"{kernel}, its backward summed in a fixed order")
+    if setting == "flash4" and flash4_version() is None:
+        raise RecipeError(
+            f"train.attention: flash4 needs the package {FLASH4_PACKAGE}: pip install 'halfbyte[flash4]', or auto"
+        )
     results = _remembered(shape, device, cache)
     right = {
         result["backend"]: result["seconds"]
@@ -77,7 +81,7 @@ def choose_attention(
     others = [
         f"{name} {1e3 * right[name]:.2f}" if name in right else f"{name} {_told(results, name)}"
         for name in ORDER
-        if name != fastest
+        if name != fastest and (name != "flash4" or flash4_version() is not None)
     ]
     return AttentionChoice(
         fastest, f"{1e3 * right[fastest]:.2f} ms forward and backward, probed; {', '.join(others)}"
@@ -99,6 +103,7 @@ def _remembered(shape: AttentionShape, device: torch.device, cache: Path) -> lis
             torch.cuda.get_device_name(device),
             f"torch {torch.__version__}",
             f"cuDNN {torch.backends.cudnn.version()}",
+            *([] if flash4_version() is None else [f"{FLASH4_PACKAGE} {flash4_version()}"]),
             str(shape.dtype),
             f"{shape.tokens} x {shape.heads} x {shape.head_dim}",
         )

@@ -12,9 +12,9 @@ import statistics
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.attention import attention, attention_backward
+from halfbyte.kernels.attention import attention, attention_backward, flash4_version
 
-ORDER = ("efficient", "flash", "cudnn")
+ORDER = ("efficient", "flash", "flash4", "cudnn")
 # Of 16-bit outputs and gradients, as a share of the norm; a wrong backward is off by its whole size.
 TOLERANCE = 0.02
 _CHECKED_HEADS = 2  # the first and the last: all of them in fp32 would not fit beside a model
@@ -59,7 +59,7 @@ def seconds(backend: str, query: Tensor, key: Tensor, value: Tensor, grad: Tenso
 
 
 def probe(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, head_dim: int) -> None:
-    """Prints `{"backend", "error", "seconds"}` for each backend that takes the shapes and type."""
+    """Prints `{"backend", "error", "seconds"}` for each backend that is there and takes the shapes and type."""
     draws = torch.Generator(device).manual_seed(0)
     query, key, value = (
         torch.randn(1, tokens, heads, head_dim, device=device, generator=draws).to(dtype) for _ in range(3)
@@ -68,11 +68,16 @@ def probe(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, hea
     wide = torch.randn(1, tokens, 2 * heads * head_dim, device=device, generator=draws).to(dtype)
     grad = wide[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
     for backend in ORDER:
+        if backend == "flash4" and flash4_version() is None:
+            continue
         try:
             found = error(backend, query, key, value, grad)
             took = seconds(backend, query, key, value, grad)
-        except RuntimeError as refused:
-            result: dict[str, str | float] = {"backend": backend, "refused": str(refused).splitlines()[0]}
+        except (
+            Exception
+        ) as refused:  # whatever a package that is not ours raises for shapes that it does not take
+            reason = (str(refused) or type(refused).__name__).splitlines()[0]
+            result: dict[str, str | float] = {"backend": backend, "refused": reason}
         else:
             result = {"backend": backend, "error": found, "seconds": took}
         print(json.dumps(result), flush=True)
