@@ -16,7 +16,7 @@ from halfbyte.kernels.launch import Launcher
 from halfbyte.kernels.row_chunks_triton import readable
 
 _DEPTH = 32  # rows at a time
-_TILE = 128  # columns of x that a program has
+_TILE = 32  # columns of x that a program has
 _SHARES = 8  # parts of the rows, each another program's
 _SUM_TILE = 64
 _LEAST = 16  # rows of a matrix unit's operand
@@ -151,7 +151,8 @@ def gelu_tanh_gradients(
             _DEPTH,
             _TILE,
         ),
-        num_warps=4 if max(p, u) <= 32 else 8,
+        num_warps=4,
+        num_stages=3,
     )
     _launch_sum(
         (triton.cdiv(width, _SUM_TILE), 1, 1), (sums, down, up, shares), (*sizes, _SUM_TILE), num_warps=4

@@ -1,10 +1,11 @@
-"""4-bit weights dequantized into a wider matrix, as torch sees it: schema, fake, and which weights can be.
+"""4-bit weights dequantized into a wider matrix and adapters laid out beside them, as torch sees it.
 
-There is no reference to dispatch to: where the kernel cannot run, products are made layer by layer instead, see
-`halfbyte.quant.linear_group`. Tensors on meta stand for those of a CUDA device, whose memory is planned by running a
-step without values.
+Of weights there is no reference to dispatch to: where the kernel cannot run, products are made layer by layer instead,
+see `halfbyte.quant.linear_group`. Tensors on meta stand for those of a CUDA device, whose memory is planned by running
+a step without values.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from halfbyte.kernels.packed_weight import SCHEMA, PackedWeight
 from halfbyte.kernels.tracing import is_eager
 
 if HAS_TRITON:
-    from halfbyte.kernels import stacked_triton
+    from halfbyte.kernels import adapter_stack_triton, stacked_triton
 
 _WORD = 8  # 4-bit values
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
+_library.define("stack_downs_(Tensor(a!) out, Tensor[] downs) -> ()")
+_library.define("stack_ups_(Tensor(a!) out, Tensor[] ups, int[] starts, float[] scales) -> ()")
 _library.define(
     f"stack_weight_(Tensor(a!) out, {SCHEMA}, Tensor? up, float scale, int first, int columns) -> ()"
 )
@@ -31,6 +34,56 @@ def _stack_op(out: Tensor, *fields: Any) -> None:
 
 
 _library.impl("stack_weight_", _stack_op, "CUDA")
+
+
+def _stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
+    row = 0
+    for down in downs:
+        out[row : row + down.shape[0]] = down
+        row += down.shape[0]
+    out[row:] = 0
+
+
+def _stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]) -> None:
+    out.zero_()
+    first = 0
+    for up, start, scale in zip(ups, starts, scales, strict=True):
+        outputs, rank = up.shape
+        out[start : start + outputs, first : first + rank] = up if scale == 1 else up.float() * scale
+        first += rank
+
+
+def _stack_downs_cuda(out: Tensor, downs: Sequence[Tensor]) -> None:
+    run = adapter_stack_triton.stack_downs if _is_few(downs) else _stack_downs
+    run(out, downs)
+
+
+def _stack_ups_cuda(
+    out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]
+) -> None:
+    run = adapter_stack_triton.stack_ups if _is_few(ups) else _stack_ups
+    run(out, ups, starts, scales)
+
+
+def _is_few(adapters: Sequence[Tensor]) -> bool:
+    return 0 < len(adapters) <= adapter_stack_triton.MOST_LAYERS
+
+
+_library.impl("stack_downs_", _stack_downs, "CompositeExplicitAutograd")
+_library.impl("stack_ups_", _stack_ups, "CompositeExplicitAutograd")
+if HAS_TRITON:
+    _library.impl("stack_downs_", _stack_downs_cuda, "CUDA")
+    _library.impl("stack_ups_", _stack_ups_cuda, "CUDA")
+
+
+@torch.library.register_fake("halfbyte::stack_downs_", lib=_library)
+def _fake_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
+    return None
+
+
+@torch.library.register_fake("halfbyte::stack_ups_", lib=_library)
+def _fake_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]) -> None:
+    return None
 
 
 @torch.library.register_fake("halfbyte::stack_weight_", lib=_library)
@@ -57,3 +110,20 @@ def stack_weight(
         stacked_triton.stack_weight(out, weight, up, scale, first, columns)
     else:
         torch.ops.halfbyte.stack_weight_.default(out, *weight, up, scale, first, columns)
+
+
+def stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
+    """Fills out (extra, K) with A (rank, K) of several layers below each other, and with zeros behind them."""
+    if HAS_TRITON and out.is_cuda and is_eager(out):
+        _stack_downs_cuda(out, downs)
+    else:
+        torch.ops.halfbyte.stack_downs_.default(out, downs)
+
+
+def stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]) -> None:
+    """Fills out (N, extra), contiguous, with B (N_i, rank) of several layers on a diagonal of blocks: each times its
+    scale in fp32 before it is rounded, its rows from starts[i], its columns behind the layer's before; else zeros."""
+    if HAS_TRITON and out.is_cuda and is_eager(out):
+        _stack_ups_cuda(out, ups, starts, scales)
+    else:
+        torch.ops.halfbyte.stack_ups_.default(out, ups, starts, scales)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from halfbyte.kernels.accumulate_ops import product_in_fp32
 from halfbyte.kernels.packed_weight import PackedWeight
-from halfbyte.kernels.stack_ops import stack_weight, stackable
+from halfbyte.kernels.stack_ops import stack_downs, stack_ups, stack_weight, stackable
 
 # Rows of the stacked matrices start at multiples of this many values, as the matrix units of a GPU want them.
 _ALIGNMENT = 8
@@ -81,7 +81,7 @@ class LinearGroup:
         """Fills the last columns of x (M, K + extra) with u."""
         if self.extra:
             _make_finite(x[:, self.width :])
-            _matmul(x[:, : self.width], self._down(x.dtype).t(), x[:, self.width :])
+            _matmul(x[:, : self.width], self._down(x).t(), x[:, self.width :])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, K + extra), whose last columns are filled here with u -> (M, N) in x's dtype."""
@@ -153,7 +153,7 @@ class LinearGroup:
         if not self._stackable:
             total = None
             if self.extra:
-                total = grad[:, self.outputs :] @ self._down(grad.dtype)
+                total = grad[:, self.outputs :] @ self._down(grad)
             row = 0
             for layer in self.layers:
                 part, weight = grad[:, row : row + layer.outputs], self._weight(layer, grad.dtype)
@@ -168,7 +168,7 @@ class LinearGroup:
             stack_weight(stacked[row : row + layer.outputs], layer.weight, None, 1.0, 0, 0)
             row += layer.outputs
         if self.extra:
-            stacked[row:] = self._down(grad.dtype)
+            stack_downs(stacked[row:], self._downs)
         return grad @ stacked
 
     def _one_by_one(self, x: Tensor) -> Tensor:
@@ -198,24 +198,28 @@ class LinearGroup:
         weight = layer.weight
         return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight.to(dtype)
 
-    def _down(self, dtype: torch.dtype) -> Tensor:
-        """All A, (extra, K); rows beyond the ranks are zero."""
-        downs = [layer.down for layer in self.layers if layer.down is not None]
-        missing = self.extra - sum(down.shape[0] for down in downs)
-        if missing:
-            downs.append(downs[0].new_zeros((missing, self.width)))
-        return (downs[0] if len(downs) == 1 else torch.cat(downs)).to(dtype)
+    def _down(self, like: Tensor) -> Tensor:
+        """All A in like's dtype, (extra, K); rows beyond the ranks are zero."""
+        stacked = like.new_empty((self.extra, self.width))
+        stack_downs(stacked, self._downs)
+        return stacked
 
     def _up(self, like: Tensor) -> Tensor:
         """All s B as a diagonal of blocks, (N, extra)."""
-        stacked = like.new_zeros((self.outputs, self.extra))
-        row = first = 0
+        stacked = like.new_empty((self.outputs, self.extra))
+        ups, starts, scales, row = [], [], [], 0
         for layer in self.layers:
             if layer.up is not None:
-                scaled = layer.up if layer.scale == 1 else layer.up * layer.scale
-                stacked[row : row + layer.outputs, first : first + layer.rank] = scaled
-            row, first = row + layer.outputs, first + layer.rank
+                ups.append(layer.up)
+                starts.append(row)
+                scales.append(layer.scale)
+            row += layer.outputs
+        stack_ups(stacked, ups, starts, scales)
         return stacked
+
+    @property
+    def _downs(self) -> list[Tensor]:
+        return [layer.down for layer in self.layers if layer.down is not None]
 
     def _bias(self, x: Tensor) -> Tensor | None:
         if all(layer.bias is None for layer in self.layers):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfbyte.kernels.accumulate_ops import product_in_fp32
+from halfbyte.kernels.stack_ops import stack_downs, stack_ups
 from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.linear_group import GroupLayer, LinearGroup
 from halfbyte.quant.nf4 import QuantSpec
@@ -106,6 +107,38 @@ def test_what_is_not_asked_for_is_not_computed():
     grad = layers.widened(5, layers.outputs, x).normal_()
     dx, *_ = layers.gradients(grad, x[:, : layers.width], layers.lifted(x), wants_input=False)
     assert dx is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ranks", [(4,), (4, 0, 7), (16, 16, 16, 16), (3, 1, 2, 2, 5)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_adapters_are_laid_out_as_the_products_want_them(device, ranks, dtype):
+    outputs, width = [96, 40, 200, 64, 8][: len(ranks)], 1100
+    extra, scales = sum(ranks) + 3, [1.0, 0.3, 2.0, 1.0, 0.7][: len(ranks)]
+    downs = [torch.randn(rank, width, device=device) for rank in ranks if rank]
+    learned = [number for number, rank in enumerate(ranks) if rank]
+    ups = [torch.randn(outputs[number], ranks[number], device=device) for number in learned]
+    starts = [sum(outputs[:number]) for number in learned]
+    down = torch.full((extra, width), float("nan"), device=device, dtype=dtype)
+    stack_downs(down, downs)
+    assert torch.equal(down, torch.cat([*downs, torch.zeros(3, width, device=device)]).to(dtype))
+    up = torch.full((sum(outputs), extra), float("nan"), device=device, dtype=dtype)
+    stack_ups(up, ups, starts, [scales[number] for number in learned])
+    blocks = [torch.zeros(count, 0, device=device) for count in outputs]
+    for number, part in zip(learned, ups, strict=True):
+        blocks[number] = part * scales[number]
+    expected = torch.block_diag(*blocks) if learned else blocks[0]
+    assert torch.equal(up[:, :-3], expected.to(dtype))
+    assert not up[:, -3:].any()
+
+
+def test_the_layouts_pass_opcheck():
+    downs = [torch.randn(3, 16), torch.randn(2, 16)]
+    ups = [torch.randn(8, 3), torch.randn(4, 2)]
+    torch.library.opcheck(torch.ops.halfbyte.stack_downs_.default, (torch.empty(8, 16), downs))
+    torch.library.opcheck(
+        torch.ops.halfbyte.stack_ups_.default, (torch.empty(20, 8), ups, [0, 8], [1.0, 0.5])
+    )
 
 
 @GPU
