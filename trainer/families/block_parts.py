@@ -135,6 +135,11 @@ def gelu_input(group: LinearGroup, hidden: Tensor, first: int = 0) -> Tensor:
     return wide
 
 
+def lifted_alone(group: LinearGroup, wide: Tensor, wanted: bool) -> Tensor | None:
+    """u (M, extra) of what `group` has seen, by itself: the rest of `wide` need not be kept for it."""
+    return group.lifted(wide).contiguous() if wanted else None
+
+
 def joined(first: Tensor, second: Tensor) -> Tensor:
     """(B, T, D) and (B, S, D) -> (B, T + S, D); a view where they already lie in memory as one."""
     batch, tokens, width = first.shape

@@ -29,6 +29,7 @@ from halfbyte.trainer.families.block_parts import (
     gelu_input,
     gradient_room,
     input_room,
+    lifted_alone,
     widened,
 )
 from halfbyte.trainer.families.host_store import HostStore, save, saved
@@ -118,7 +119,7 @@ class DualBlockFunction(torch.autograd.Function):
             for part, stream, whole in zip(block.streams, inputs, modulations, strict=True):
                 wide, product = _project(block, part.heads, stream, Modulation.of(whole))
                 projected.append(product)
-                lifts.append(_lift(part.heads, wide, learns and keep == "everything"))
+                lifts.append(lifted_alone(part.heads, wide, learns and keep == "everything"))
                 del wide
             out, statistics = block.attention.attend(block.attention.streams(projected, len(first)))
             middles, hiddens, results = [], [], []
@@ -128,13 +129,13 @@ class DualBlockFunction(torch.autograd.Function):
                 modulation = Modulation.of(whole)
                 wide = widened(part.out, attended)
                 middle = gated_residual(stream, modulation.gate, part.out.forward(wide).view(stream.shape))
-                lifts.append(_lift(part.out, wide, learns and keep != "inputs"))
+                lifts.append(lifted_alone(part.out, wide, learns and keep != "inputs"))
                 wide = block.widened(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
                 hidden = part.up.forward(wide)
-                lifts.append(_lift(part.up, wide, learns and keep == "everything"))
+                lifts.append(lifted_alone(part.up, wide, learns and keep == "everything"))
                 wide = gelu_input(part.down, hidden)
                 update = part.down.forward(wide).view(stream.shape)
-                lifts.append(_lift(part.down, wide, learns))
+                lifts.append(lifted_alone(part.down, wide, learns))
                 results.append(gated_residual(middle, modulation.mlp_gate, update, clip=part.clip))
                 middles.append(middle)
                 hiddens.append(hidden)
@@ -169,11 +170,6 @@ def _project(
     """The modulated stream (M, D + extra) and its queries, keys and values (M, 3 D)."""
     wide = block.widened(group, stream, modulation.scale, modulation.shift)
     return wide, group.forward(wide)
-
-
-def _lift(group: LinearGroup, wide: Tensor, wanted: bool) -> Tensor | None:
-    """u (M, extra) of what `group` has seen, by itself: the rest of `wide` need not be kept for it."""
-    return group.lifted(wide).contiguous() if wanted else None
 
 
 def _apart(joint: Tensor, streams: Sequence[Tensor]) -> list[Tensor]:
@@ -227,7 +223,7 @@ class _DualBackward:
             part, stream = block.streams[index], self.inputs[index]
             wide = widened(part.out, attended)
             update = part.out.forward(wide).view(stream.shape)
-            self.lifts[index][1] = _lift(part.out, wide, True)
+            self.lifts[index][1] = lifted_alone(part.out, wide, True)
             del wide
             self.middles.append(gated_residual(stream, self.modulations[index].gate, update))
 

@@ -31,6 +31,7 @@ from halfbyte.trainer.families.block_parts import (
     gradient_room,
     input_room,
     joined,
+    lifted_alone,
 )
 from halfbyte.trainer.families.host_store import HostStore, save, saved
 from halfbyte.trainer.families.joint_attention import JointAttention
@@ -79,18 +80,21 @@ class SingleBlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with without_autocast(text.device.type):
             tokens = joined(text, image)
-            normed, projected = block.project(tokens, modulation)
+            learns = any(ctx.needs_input_grad)
+            wide, projected = block.project(tokens, modulation)
+            into_lift = lifted_alone(block.into, wide, learns and block.keep == "everything")
+            del wide
             out, statistics = block.attention.attend(block.attention.streams([projected], len(tokens)))
-            mixed = block.mixed(out, projected)
-            update = block.out.forward(mixed).view(tokens.shape)
+            wide = block.mixed(out, projected)
+            update = block.out.forward(wide).view(tokens.shape)
+            out_lift = lifted_alone(block.out, wide, learns)
+            del wide
             result = gated_residual(tokens, modulation.chunk(3, dim=-1)[2], update, clip=True)
-        kept: tuple[Tensor, ...] = ()
-        if any(ctx.needs_input_grad):
-            kept = (block.out.lifted(mixed).contiguous(),)
-            if block.keep != "inputs":
-                kept = (*kept, out, statistics)
-            if block.keep == "everything":
-                kept = (*kept, projected, block.into.lifted(normed).contiguous())
+        kept: tuple[Tensor | None, ...] = (out_lift, into_lift)
+        if block.keep != "inputs":
+            kept = (*kept, out, statistics)
+        if block.keep == "everything":
+            kept = (*kept, projected)
         save(ctx, (tokens,), (modulation, *kept), block.store)
         ctx.block = block
         ctx.texts = text.shape[1]
@@ -104,18 +108,19 @@ class SingleBlockFunction(torch.autograd.Function):
 
 
 def _single_backward(
-    ctx: Any, grad: Tensor, tokens: Tensor, modulation: Tensor, kept: Sequence[Tensor]
+    ctx: Any, grad: Tensor, tokens: Tensor, modulation: Tensor, kept: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     block: SingleBlock = ctx.block
     batch, wants_modulation = len(tokens), ctx.needs_input_grad[2]
     _, scale, gate = modulation.chunk(3, dim=-1)
-    mixed_lift, *kept = kept
-    if len(kept) == 4:
-        projected, lift = kept[2:]
-        normed = block.normed(tokens, modulation).flatten(0, 1)
+    out_lift, into_lift, *kept = kept
+    normed = None
+    if len(kept) == 3:
+        projected = kept[2]
     else:
         wide, projected = block.project(tokens, modulation)
-        normed, lift = wide[:, : block.into.width], block.into.lifted(wide)
+        normed, into_lift = wide[:, : block.into.width], block.into.lifted(wide)
+        del wide
     streams = block.attention.streams([projected], batch)
     out, statistics = kept[:2] if kept else block.attention.attend(streams)
     collected = AdapterGradients(block.groups)
@@ -127,7 +132,7 @@ def _single_backward(
         _, gate_grad = gated_residual_grads(grad, gate, update, out=room)
     else:
         gated_residual_backward(grad, gate, out=room)
-    mixed_grad, lowered = collected.before(block.out, update_grad, mixed_lift)
+    mixed_grad, lowered = collected.before(block.out, update_grad, out_lift)
 
     width = tokens.shape[-1]
     attended = copy_rows(mixed_grad[None, :, :width]).view(tokens.shape)
@@ -138,14 +143,16 @@ def _single_backward(
         lowered,
         mixed_grad[:, width:],
         block.into,
-        lift,
+        into_lift,
         projected[:, 3 * width :],
         into_grad[:, 3 * width : block.into.outputs],
         beside=out.view(len(mixed_grad), width),
     )
     del mixed_grad, update_grad, lowered, attended, projected, streams, room
 
-    normed_grad = collected.through(block.into, into_grad, normed, lift).view(tokens.shape)
+    if normed is None:
+        normed = block.normed(tokens, modulation).flatten(0, 1)
+    normed_grad = collected.through(block.into, into_grad, normed, into_lift).view(tokens.shape)
     modulation_grad = None
     if gate_grad is None:
         result = layer_norm_modulate_backward(normed_grad, tokens, scale, grad, eps=block.norm_eps)
