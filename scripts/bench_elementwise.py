@@ -1,6 +1,6 @@
 """Times the blocks' elementwise kernels on one GPU beside the same expressions in torch, eager and compiled.
 
-    python scripts/bench_elementwise.py results.json
+    python scripts/bench_elementwise.py results.json [PART OF A ROW'S NAME]
 
 Everything is checked against `kernels/elementwise_reference.py` first; nothing is timed if it is wrong. Times are
 microseconds on the device, medians over replays of a CUDA graph that goes through more buffers than the L2 cache
@@ -20,8 +20,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.nn import functional
 
+from halfbyte.kernels import copy_ops, gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels import elementwise_reference as reference
-from halfbyte.kernels import gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels.qk_rope_ops import Stream
 
 BF16 = torch.bfloat16
@@ -46,8 +46,8 @@ class Case:
     inputs: Callable[[], tuple[Tensor, ...]]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    # The same in torch; its gradients go to the inputs numbered, from gradients like its outputs.
-    torch_forward: Callable[..., Any]
+    # The same in torch; its gradients go to the inputs numbered, from gradients like its outputs. None: not timed.
+    torch_forward: Callable[..., Any] | None
     learned: tuple[int, ...]
 
 
@@ -168,6 +168,32 @@ def gelu_case(tokens: int, width: int) -> Case:
     )
 
 
+def adapters_case(tokens: int, width: int) -> Case:
+    """Forward: attention's output into its place beside the MLP; backward: GELU's with both neighbours' adapters."""
+    hidden, rank = 4 * width, 16
+
+    def backward(x: Tensor, dy: Tensor, part: Tensor, lowered: Tensor, lifted: Tensor, room: Tensor) -> Any:
+        return gelu_ops.gelu_tanh_gradients(dy[0, :, width:], x[0], lowered, lifted, room)
+
+    return Case(
+        "copy; GELU with adapters",
+        4 * tokens * width,
+        6 * tokens * hidden,
+        lambda: (
+            randn(1, tokens, hidden),
+            randn(1, tokens, hidden + width),
+            randn(1, tokens, width),
+            randn(tokens, rank),
+            randn(tokens, rank),
+            randn(tokens, hidden),
+        ),
+        lambda x, dy, part, *_: copy_ops.copy_rows(part, dy[..., :width]),
+        backward,
+        None,
+        (),
+    )
+
+
 def joint_case(lengths: tuple[int, ...], width: int, heads: int, turned: bool) -> Case:
     head_dim = width // heads
     tokens, count = sum(lengths), len(lengths)
@@ -227,6 +253,7 @@ def cases(text: int, image: int, width: int, heads: int) -> list[Case]:
         learned_residual_case(tokens, width),
         gated_norm_case(tokens, width),
         gelu_case(tokens, width),
+        adapters_case(tokens, width),
         joint_case((text, image), width, heads, turned),
         joint_case((tokens,), width, heads, turned),
     ]
@@ -253,6 +280,12 @@ def check() -> None:
     torch.full((1 << 24,), float("nan"), device="cuda")
     require("gelu_tanh", gelu_ops.gelu_tanh(x), reference.gelu_tanh(x))
     require("gelu_tanh_backward", gelu_ops.gelu_tanh_backward(dy, x), reference.gelu_tanh_backward(dy, x))
+    room, lowered, lifted = randn(100, 3072), randn(100, 16), randn(100, 24)
+    found = gelu_ops.gelu_tanh_gradients(dy[0], x[0], lowered, lifted, room)
+    require(
+        "gelu_tanh_gradients", (room, *found), reference.gelu_tanh_gradients(dy[0], x[0], lowered, lifted)
+    )
+    require("copy_rows", copy_ops.copy_rows(x.mT), x.mT)
     weight, (cos, sin) = randn(128), torch.randn(2, 100, 128, device="cuda")
     stream = Stream(x, update, dy, weight, weight)
     query, key, _ = qk_rope_ops.qk_norm_rope([stream], (cos, sin), heads=24)
@@ -289,7 +322,7 @@ def bench(case: Case, shape: str, copy_rate: float, peers: bool) -> Row:
     ):
         row.ours[name] = graph_us([lambda b=b, f=function: f(*b) for b in buffers])
         row.share[name] = size / copy_rate * 1e6 / row.ours[name]
-    if peers:
+    if peers and case.torch_forward is not None:
         for times, function in (
             (row.eager, case.torch_forward),
             (row.compiled, torch.compile(case.torch_forward, dynamic=False, fullgraph=True)),
@@ -309,7 +342,7 @@ def line(row: Row) -> str:
     return f"{row.what:28}" + "".join(cells)
 
 
-def main(path: str) -> None:
+def main(path: str, named: str = "") -> None:
     torch.seed()
     check()
     copy_rate, _ = ceilings()
@@ -320,7 +353,7 @@ def main(path: str) -> None:
     rows = []
     for name, shape in SHAPES.items():
         print(f"{name}, {shape[0]} + {shape[1]} tokens x {shape[2]}", flush=True)
-        for case in cases(*shape):
+        for case in (case for case in cases(*shape) if named in case.what):
             rows.append(bench(case, name, copy_rate, peers=name != "SD3.5 large 1024 px"))
             print(line(rows[-1]), flush=True)
             torch.cuda.empty_cache()
@@ -335,8 +368,8 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: bench_elementwise.py RESULTS.json")
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit("usage: bench_elementwise.py RESULTS.json [PART OF A ROW'S NAME]")
     if not torch.cuda.is_available():
         raise SystemExit("bench_elementwise.py: no CUDA device")
-    main(sys.argv[1])
+    main(*sys.argv[1:])
