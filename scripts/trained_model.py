@@ -9,7 +9,7 @@ import torch
 from bench_models import MODELS, family_of, random_denoiser
 from torch import nn
 
-from halfbyte.trainer.adapters import add_lora, trained_parameters
+from halfbyte.trainer.adapters import LoraVariant, add_lora, trained_parameters
 from halfbyte.trainer.denoiser import KEPT, block_names
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_copies import copies_to
@@ -35,6 +35,7 @@ class Row:
     whole: bool = True  # each block as one function; the peer's are diffusers'
     compiled: bool = False  # torch compiles what runs layer by layer
     graphs: bool = False  # a step is recorded and launched as a whole
+    dora: bool = False  # the adapters are DoRA's, whose blocks do not run whole
 
     @property
     def needs_cuda(self) -> bool:
@@ -54,6 +55,8 @@ ROWS = (
     Row("ours", "ours"),
     Row("ours by layer, compiled", "ours", whole=False, compiled=True),
     Row("ours by layer", "ours", whole=False),
+    Row("ours, DoRA", "ours", whole=False, dora=True),
+    Row("ours, DoRA, compiled", "ours", whole=False, compiled=True, dora=True),
     Row("bf16, graphs", "bf16", graphs=True),
     Row("bf16", "bf16"),
     Row("bf16 by layer, compiled", "bf16", whole=False, compiled=True),
@@ -83,8 +86,8 @@ def default_objective(family: Family, denoiser: nn.Module) -> DiffusionModule:
     )
 
 
-def adapt(denoiser: nn.Module, family: Family, rank: int, *, fused: bool) -> None:
-    """LoRA on every linear of the blocks."""
+def adapt(denoiser: nn.Module, family: Family, rank: int, *, fused: bool, dora: bool = False) -> None:
+    """LoRA or DoRA on every linear of the blocks."""
     add_lora(
         denoiser,
         rank=rank,
@@ -94,6 +97,7 @@ def adapt(denoiser: nn.Module, family: Family, rank: int, *, fused: bool) -> Non
         init="gaussian",
         seed=0,
         fused=fused,
+        variant=LoraVariant(dora=dora),
     )
 
 
@@ -108,7 +112,7 @@ class TrainedModel:
         place = keep_on_host(block_names(self.family)) if stream else None
         denoiser: Any = random_denoiser(model, self.family, row.base, device, place)
         self.base_gib = gib(torch.cuda.memory_allocated()) if device.type == "cuda" else None
-        adapt(denoiser, self.family, rank, fused=row.base != "peer")
+        adapt(denoiser, self.family, rank, fused=row.base != "peer", dora=row.dora)
         self.denoiser = denoiser.to(device)
         self.stream: BlockStream | None = None
         if stream:
