@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from bench_models import family_of, graphs_note, random_denoiser
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from make_checkpoint import SIZES, empty_pipeline
+from make_checkpoint import shapes_of
 from step_profile import profiled
 
 from halfbyte.kernels.attention import BACKENDS
@@ -113,8 +113,8 @@ class SampledModel:
             compile_blocks(denoiser, self.family)
         elif row.compiled:
             denoiser.compile_repeated_blocks(fullgraph=row.base != "peer")
-        size = SIZES["full" if model == "flux" else "toy"]
-        vae = AutoencoderKL.from_config(empty_pipeline(size).vae.config).to(device, torch.bfloat16)
+        shapes = shapes_of("flux", "full" if model == "flux" else "toy")
+        vae = AutoencoderKL.from_config(shapes.vae).to(device, torch.bfloat16)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
         self.pipeline = FluxPipeline(scheduler, vae, None, None, None, None, denoiser)
         self.pipeline.set_progress_bar_config(disable=True)

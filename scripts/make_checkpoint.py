@@ -1,175 +1,171 @@
-"""Write a pipeline of FLUX.1-dev's shapes with random weights, to try a start at full size without the Hub.
+"""Write a pipeline of a published model's shapes with random weights, to try a run at full size without the Hub.
 
-    python scripts/make_checkpoint.py FOLDER [--size full|toy] [--parts transformer,t5,clip,vae]
+    python scripts/make_checkpoint.py FOLDER [--model flux|sd35_large] [--size full|toy] [--parts transformer,vae,...]
 
-bf16 safetensors in shards, as the Hub holds them: 24 GB of transformer in three files, 9.5 GB of T5-XXL in two, CLIP
-and VAE. Tokenizers are the miniatures'. Weights are drawn on the GPU where there is one, in seconds; most of the
-time goes to the disk. `--size toy` has the same files with a few million parameters.
+bf16 safetensors in shards, as the Hub holds them. Tokenizers are the miniatures'. Weights are drawn on the GPU where
+there is one, in seconds; most of the time goes to the disk. `--size toy` has the same files with a few million
+parameters. What the full sizes take on the disk, in GB:
+
+    model                                   transformer  T5-XXL  CLIP-L  CLIP-G   VAE  in all
+    flux: FLUX.1-dev                               23.8     9.5     0.2             0.2    33.7
+    sd35_large: Stable Diffusion 3.5 large         16.3     9.5     0.2     1.4     0.2    27.6
 """
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, write_weights
-from halfbyte.trainer.mini_tokenizers import clip_tokenizer, t5_tokenizer
-
-PARTS = ("transformer", "t5", "clip", "vae")
+from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
+from halfbyte.trainer.published_shapes import PUBLISHED, Config, Pipeline
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What differs between the model and its toy."""
+class Model:
+    """A published model, and what is smaller in its toy."""
 
-    dual: int
-    single: int
-    heads: int
-    rope: tuple[int, int, int]  # features of a head that each axis turns
-    t5_layers: int
-    t5_heads: int
-    t5_feed_forward: int
-    text_width: int  # of T5's states
-    clip_layers: int
-    clip_width: int
-    vae_channels: tuple[int, int, int, int]
-    shard_bytes: int
+    published: str  # its name on the Hub
+    miniature: Callable[[], Any]  # a pipeline of the same class, whose tokenizers are taken
+    toy: Mapping[str, Config]  # by component
 
 
-SIZES = {
-    "full": Sizes(
-        19, 38, 24, (16, 56, 56), 24, 64, 10240, 4096, 12, 768, (128, 256, 512, 512), 9_990_000_000
+_TOY_VAE = {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8}
+_TOY_T5 = {"d_ff": 256, "num_layers": 2, "num_heads": 4}
+
+
+def _toy_clip(width: int, layers: int) -> Config:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    return {**sizes, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+
+
+MODELS = {
+    "flux": Model(
+        "black-forest-labs/FLUX.1-dev",
+        build_flux_pipeline,
+        {
+            "transformer": {
+                "num_layers": 2,
+                "num_single_layers": 3,
+                "attention_head_dim": 32,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 128,
+                "pooled_projection_dim": 64,
+                "axes_dims_rope": (8, 12, 12),
+            },
+            "text_encoder": _toy_clip(64, layers=2),
+            "text_encoder_2": {**_TOY_T5, "d_model": 128},
+            "vae": _TOY_VAE,
+        },
     ),
-    "toy": Sizes(2, 3, 4, (8, 12, 12), 2, 4, 256, 128, 2, 64, (16, 16, 32, 32), 1_000_000),
+    "sd35_large": Model(
+        "stabilityai/stable-diffusion-3.5-large",
+        build_sd3_pipeline,
+        {
+            "transformer": {
+                "num_layers": 3,
+                "num_attention_heads": 3,
+                "caption_projection_dim": 192,
+                "joint_attention_dim": 256,  # wider than both CLIPs side by side, as in the full model
+                "pooled_projection_dim": 192,
+                "pos_embed_max_size": 32,
+            },
+            "text_encoder": _toy_clip(64, layers=2),
+            "text_encoder_2": _toy_clip(128, layers=3),
+            "text_encoder_3": {**_TOY_T5, "d_model": 256},
+            "vae": _TOY_VAE,
+        },
+    ),
 }
+SHARD_BYTES = {"full": 9_990_000_000, "toy": 1_000_000}
+"""Of the transformer, by size; text encoders are in files of half as much."""
 
 
-def make_checkpoint(folder: Path, sizes: Sizes, device: torch.device, parts: tuple[str, ...] = PARTS) -> None:
-    """Writes the pipeline, or some of its `parts`; prints how long each took."""
-    pipeline = empty_pipeline(sizes)
-    for part in parts:
+def make_checkpoint(
+    folder: Path, model: str, size: str, device: torch.device, parts: Collection[str] | None = None
+) -> None:
+    """Writes the pipeline, or some of its parts' weights; prints how long each took.
+
+    model: of MODELS. size: of SHARD_BYTES. parts: of `parts_of`; None: all.
+    """
+    pipeline = empty_pipeline(model, size)
+    for part in parts_of(model) if parts is None else parts:
         began = time.perf_counter()
-        if part == "transformer":
-            _write(pipeline.transformer, folder / "transformer", WEIGHTS_FILE, sizes.shard_bytes, device, ())
-        elif part == "t5":
-            # As T5 is saved everywhere: its embedding once.
-            tied = ("encoder.embed_tokens.weight",)
-            _write(
-                pipeline.text_encoder_2,
-                folder / "text_encoder_2",
-                TEXT_WEIGHTS_FILE,
-                sizes.shard_bytes // 2,
-                device,
-                tied,
-            )
-        elif part == "clip":
-            _write(
-                pipeline.text_encoder,
-                folder / "text_encoder",
-                TEXT_WEIGHTS_FILE,
-                sizes.shard_bytes,
-                device,
-                (),
-            )
-        else:
-            _write(pipeline.vae, folder / "vae", WEIGHTS_FILE, sizes.shard_bytes, device, ())
-        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-        print(f"{part}: {time.perf_counter() - began:.1f} s, {size / 1e9:.1f} GB in all so far", flush=True)
-    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
-    pipeline.tokenizer_2.save_pretrained(folder / "tokenizer_2")
-    pipeline.scheduler.save_pretrained(folder / "scheduler")
+        _write(getattr(pipeline, part), folder / part, SHARD_BYTES[size], device)
+        written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        print(
+            f"{part}: {time.perf_counter() - began:.1f} s, {written / 1e9:.1f} GB in all so far", flush=True
+        )
+    for name, component in pipeline.components.items():
+        if component is not None and not isinstance(component, nn.Module):
+            component.save_pretrained(folder / name)
     pipeline.save_config(folder)
 
 
-def empty_pipeline(sizes: Sizes) -> FluxPipeline:
-    """The pipeline with its parameters on meta."""
-    clip, t5 = clip_tokenizer(), t5_tokenizer()
-    with init_empty_weights():
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=64,
-            num_layers=sizes.dual,
-            num_single_layers=sizes.single,
-            attention_head_dim=sum(sizes.rope),
-            num_attention_heads=sizes.heads,
-            joint_attention_dim=sizes.text_width,
-            pooled_projection_dim=sizes.clip_width,
-            guidance_embeds=True,
-            axes_dims_rope=sizes.rope,
-        )
-        text_encoder_2 = T5EncoderModel(
-            T5Config(
-                vocab_size=32128,
-                d_model=sizes.text_width,
-                d_kv=64,
-                d_ff=sizes.t5_feed_forward,
-                num_layers=sizes.t5_layers,
-                num_heads=sizes.t5_heads,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-            )
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=sizes.clip_width,
-                intermediate_size=4 * sizes.clip_width,
-                projection_dim=sizes.clip_width,
-                num_hidden_layers=sizes.clip_layers,
-                num_attention_heads=sizes.clip_width // 64,
-                max_position_embeddings=77,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=sizes.vae_channels,
-            layers_per_block=2,
-            latent_channels=16,
-            norm_num_groups=min(32, sizes.vae_channels[0] // 2),
-            sample_size=1024,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            force_upcast=True,
-        )
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
+def shapes_of(model: str, size: str) -> Pipeline:
+    """The configurations of a model's components, or those of its toy."""
+    published, toy = PUBLISHED[MODELS[model].published], MODELS[model].toy
+    if size == "full":
+        return published
+    return replace(
+        published,
+        transformer={**published.transformer, **toy["transformer"]},
+        vae={**published.vae, **toy["vae"]},
+        texts={part: (name, {**config, **toy[part]}) for part, (name, config) in published.texts.items()},
     )
-    return FluxPipeline(scheduler, vae, text_encoder, clip, text_encoder_2, t5, transformer)
 
 
-def _write(
-    model: nn.Module,
-    folder: Path,
-    weights_file: str,
-    shard_bytes: int,
-    device: torch.device,
-    left_out: tuple[str, ...],
-) -> None:
+def parts_of(model: str) -> tuple[str, ...]:
+    """The components that have weights."""
+    return ("transformer", *PUBLISHED[MODELS[model].published].texts, "vae")
+
+
+def empty_pipeline(model: str, size: str) -> DiffusionPipeline:
+    """The pipeline with its parameters on meta; a table of positions, which no draw makes, is there."""
+    shapes, miniature = shapes_of(model, size), MODELS[model].miniature()
+    components = {
+        **miniature.components,
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(shapes.scheduler),
+    }
+    with init_empty_weights():
+        denoiser = getattr(diffusers, shapes.transformer["_class_name"])
+        components["transformer"] = denoiser.from_config(shapes.transformer)
+        components["vae"] = AutoencoderKL.from_config(shapes.vae)
+        for part, (name, config) in shapes.texts.items():
+            encoder = getattr(transformers, name)
+            tokenizer = components[part.replace("text_encoder", "tokenizer")]
+            tokens = {
+                id_: getattr(tokenizer, id_) for id_ in ("bos_token_id", "eos_token_id", "pad_token_id")
+            }
+            components[part] = encoder(encoder.config_class.from_dict({**config, **tokens}))
+    pipeline: DiffusionPipeline = type(miniature)(**components)
+    return pipeline
+
+
+def _write(model: Any, folder: Path, shard_bytes: int, device: torch.device) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draws = torch.Generator(device).manual_seed(0)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in left_out}
-    groups = ({name: _drawn(name, shape, draws)} for name, shape in shapes.items())
-    write_weights(groups, folder, max_shard_bytes=shard_bytes, weights_file=weights_file)
-    if isinstance(model, FluxTransformer2DModel | AutoencoderKL):
+    # As T5 is saved everywhere: its embedding once.
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    groups = (
+        {name: _drawn(name, tensor.shape, draws) if tensor.is_meta else tensor.bfloat16()}
+        for name, tensor in tensors.items()
+    )
+    if isinstance(model, diffusers.ModelMixin):
+        write_weights(groups, folder, max_shard_bytes=shard_bytes, weights_file=WEIGHTS_FILE)
         model.save_config(folder)
     else:
+        write_weights(groups, folder, max_shard_bytes=shard_bytes // 2, weights_file=TEXT_WEIGHTS_FILE)
         model.config.save_pretrained(folder)
 
 
@@ -192,14 +188,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which of transformer, t5, clip and vae")
+    parser.add_argument("--model", choices=MODELS, default="flux")
+    parser.add_argument("--size", choices=SHARD_BYTES, default="full")
+    parser.add_argument("--parts", help="which components' weights, with commas between; all without it")
     arguments = parser.parse_args()
-    parts = tuple(arguments.parts.split(","))
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: got {', '.join(sorted(unknown))}, accepted: {', '.join(PARTS)}")
+    parts = known = parts_of(arguments.model)
+    if arguments.parts is not None:
+        parts = tuple(arguments.parts.split(","))
+    if unknown := set(parts) - set(known):
+        parser.error(f"--parts: got {', '.join(sorted(unknown))}, accepted: {', '.join(known)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    make_checkpoint(arguments.folder, SIZES[arguments.size], device, parts)
+    make_checkpoint(arguments.folder, arguments.model, arguments.size, device, parts)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError
 from typer.testing import CliRunner
 
+from halfbyte.quant.load_text_encoder import count_parameters
 from halfbyte.quant.weights_on_meta import model_on_meta
 from halfbyte.trainer import hub_download, source
 from halfbyte.trainer.cli import app, train_app
@@ -47,6 +49,22 @@ def test_a_published_model_has_its_parameters(
     opened = FAMILIES[family](source.ModelSource(name, folder, None), None)
     model = model_on_meta(opened.denoiser_class, opened.denoiser_config, None, torch.bfloat16)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("black-forest-labs/FLUX.1-dev", [123_060_480, 4_762_310_656]),
+        ("stabilityai/stable-diffusion-3.5-large", [123_650_304, 694_659_840, 4_762_310_656]),
+    ],
+)
+def test_published_encoders_have_their_parameters(name: str, parameters: list[int], tmp_path: Path) -> None:
+    folder = write_configurations(tmp_path, name)
+    counted = [
+        count_parameters(getattr(transformers, class_name), folder / part)
+        for part, (class_name, _) in PUBLISHED[name].texts.items()
+    ]
+    assert counted == parameters
 
 
 def test_recipes_of_hub_models_are_all_published_ones() -> None:

@@ -58,6 +58,7 @@ def _vae(*, shift_factor: float, scaling_factor: float) -> Config:
         "layers_per_block": 2,
         "latent_channels": 16,
         "norm_num_groups": 32,
+        "sample_size": 1024,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "shift_factor": shift_factor,
@@ -65,12 +66,13 @@ def _vae(*, shift_factor: float, scaling_factor: float) -> Config:
     }
 
 
-def _clip(width: int, layers: int, heads: int) -> Config:
+def _clip(width: int, layers: int, heads: int, activation: str) -> Config:
     return {
         "model_type": "clip_text_model",
         "vocab_size": 49408,
         "hidden_size": width,
         "intermediate_size": 4 * width,
+        "hidden_act": activation,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": 77,
@@ -78,6 +80,8 @@ def _clip(width: int, layers: int, heads: int) -> Config:
     }
 
 
+_CLIP_L = _clip(768, 12, 12, "quick_gelu")
+_CLIP_G = _clip(1280, 32, 20, "gelu")
 _T5: Config = {
     "model_type": "t5",
     "vocab_size": 32128,
@@ -102,15 +106,16 @@ class Pipeline:
 
 
 def _flux(transformer: Config, *, dynamic: bool) -> Pipeline:
-    texts = {"text_encoder": ("CLIPTextModel", _clip(768, 12, 12)), "text_encoder_2": ("T5EncoderModel", _T5)}
+    texts = {"text_encoder": ("CLIPTextModel", _CLIP_L), "text_encoder_2": ("T5EncoderModel", _T5)}
     vae = _vae(shift_factor=0.1159, scaling_factor=0.3611)
-    return Pipeline(transformer, vae, texts, {"use_dynamic_shifting": dynamic})
+    scheduler = {"shift": 3.0 if dynamic else 1.0, "use_dynamic_shifting": dynamic}
+    return Pipeline(transformer, vae, texts, scheduler)
 
 
 def _sd3(transformer: Config) -> Pipeline:
     texts = {
-        "text_encoder": ("CLIPTextModelWithProjection", _clip(768, 12, 12)),
-        "text_encoder_2": ("CLIPTextModelWithProjection", _clip(1280, 32, 20)),
+        "text_encoder": ("CLIPTextModelWithProjection", _CLIP_L),
+        "text_encoder_2": ("CLIPTextModelWithProjection", _CLIP_G),
         "text_encoder_3": ("T5EncoderModel", _T5),
     }
     return Pipeline(transformer, _vae(shift_factor=0.0609, scaling_factor=1.5305), texts, {"shift": 3.0})
