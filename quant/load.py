@@ -94,6 +94,16 @@ def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
     return config
 
 
+def stored_quantization(folder: Path) -> QuantRecipe | None:
+    """How a model's folder is quantized, by its config.json; None where it is not. Raises ValueError."""
+    stored = read_config(folder).get("quantization_config")
+    if stored is None:
+        return None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
+    return read_quantization_config(stored, str(folder / CONFIG_FILE))
+
+
 def empty_model(
     model_cls: type[Model], config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.bfloat16
 ) -> Model:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.load import empty_model, read_config
-from halfbyte.quant.serialize import read_quantization_config
+from halfbyte.quant.load import empty_model, stored_quantization
 from halfbyte.trainer.adapter_source import download_adapter
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
 from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
@@ -226,7 +225,7 @@ def _quant(
 
 def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe | None) -> T5Setting:
     asked = cast(T5Setting | None, request.text_encoder_quant)
-    stored = _stored(family.source.folder / family.t5_component)
+    stored = _stored(family.t5.path)
     if stored is not None and asked not in (None, "auto", stored.quant_type):
         raise RecipeError(
             f"--text-encoder-quant: T5 of {family.source.name} is stored in {stored.quant_type} and is taken as it is"
@@ -239,8 +238,7 @@ def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe |
 def _stored(folder: Path) -> QuantRecipe | None:
     """The quantization of a model's folder, None where it has none."""
     try:
-        stored = read_config(folder).get("quantization_config")
-        return None if stored is None else read_quantization_config(stored, str(folder / "config.json"))
+        return stored_quantization(folder)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
