@@ -212,7 +212,7 @@ def _quant(
         if stored is not None:
             if request.quant is not None and request.quant != stored.quant_type:
                 raise RecipeError(
-                    f"--quant: the transformer of {family.source.name} is stored in {stored.quant_type} and is taken as"
+                    f"--quant: the transformer of {family.transformer.name} is stored in {stored.quant_type} and is taken as"
                     " it is; leave out --quant"
                 )
             return replace(stored, compute_dtype=dtype)
@@ -228,7 +228,7 @@ def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe |
     stored = _stored(family.t5.path)
     if stored is not None and asked not in (None, "auto", stored.quant_type):
         raise RecipeError(
-            f"--text-encoder-quant: T5 of {family.source.name} is stored in {stored.quant_type} and is taken as it is"
+            f"--text-encoder-quant: T5 of {family.t5.name} is stored in {stored.quant_type} and is taken as it is"
         )
     if asked is not None and (stored is None or asked != stored.quant_type):
         return asked
