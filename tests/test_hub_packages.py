@@ -274,10 +274,10 @@ def test_a_package_in_model_path_is_told_what_to_write(calm, package):
     for named, told in (
         (
             PACKAGE,
-            f"write model.text_encoder: {PACKAGE} and model.transformer: {PACKAGE}, and as model.path the",
+            f"write model.transformer: {PACKAGE} and model.text_encoder: {PACKAGE}, and as model.path the",
         ),
         (LOOSE_T5, f"write model.text_encoder: {LOOSE_T5}, and as model.path the"),
-        (package / "both", f"and model.transformer: {package / 'both'}, and as model.path the"),
+        (package / "both", f"and model.text_encoder: {package / 'both'}, and as model.path the"),
     ):
         recipe = write_recipe(calm.folder, named, name="path")
         for run in ("train", "plan"):
@@ -288,7 +288,7 @@ def test_a_package_in_model_path_is_told_what_to_write(calm, package):
             assert told in answer.output
             assert not [request for request in faults.requests if request.endswith(".safetensors")]
     answer = calm.worker.run("train", str(recipe), f"model.path={PACKAGE}", "model.revision=main")
-    assert f"write model.text_encoder: {PACKAGE}@main and" in answer.output
+    assert f"write model.transformer: {PACKAGE}@main and" in answer.output
 
 
 def test_a_plan_reads_configurations_and_counts_t5_as_it_is_stored(calm):

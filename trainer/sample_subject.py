@@ -212,8 +212,8 @@ def _quant(
         if stored is not None:
             if request.quant is not None and request.quant != stored.quant_type:
                 raise RecipeError(
-                    f"--quant: the transformer of {family.transformer.name} is stored in {stored.quant_type} and is taken as"
-                    " it is; leave out --quant"
+                    f"--quant: the transformer of {family.transformer.name} is stored in {stored.quant_type} and is"
+                    " taken as it is; leave out --quant"
                 )
             return replace(stored, compute_dtype=dtype)
     if request.quant == "none":

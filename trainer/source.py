@@ -71,10 +71,10 @@ class ModelSource:
                 settings.append(f"model.text_encoder: {named}")
         if not settings:
             return ""
-        base = base if isinstance(base, str) and is_repository(base) and base != self.name else None
+        known = isinstance(base, str) and is_repository(base) and base != self.name
         return (
-            f". It holds a part of one: write {' and '.join(settings)}, and as model.path the pipeline that it belongs"
-            f" to, which has the rest{f': {base}' if base else ''}"
+            f". It holds a part of one: write {' and '.join(sorted(settings, reverse=True))}, and as model.path the"
+            f" pipeline that it belongs to, which has the rest{f': {base}' if known else ''}"
         )
 
     def require(self, components: Sequence[str], denoiser: str, config_alone: Sequence[str] = ()) -> None:
