@@ -259,6 +259,16 @@ def test_what_does_not_fit_is_told_with_its_line_before_any_weights_are_fetched(
     assert not (calm.folder / "wrong").exists()
 
 
+def test_a_pipeline_that_is_not_there_is_told_with_its_line(calm):
+    recipe = write_recipe(calm.folder, "we/nothing", name="absent")
+    answer = calm.worker.run("train", str(recipe))
+    assert (answer.code, f"{recipe}:2: model.path: no repository we/nothing" in answer.output) == (4, True)
+    settings = (f"model.path={BASE}", "model.revision=v9")
+    answer = calm.worker.run("train", str(recipe), *settings)
+    assert answer.code == 4
+    assert f"command line: model.revision=v9: {BASE} has no revision 'v9'" in answer.output
+
+
 def test_weights_that_are_not_there_are_told_of_the_repository(calm):
     tree = dict(calm.store.model(PACKAGE).tree)
     tree["transformer/pytorch_model.bin"] = tree.pop(WEIGHTS)

@@ -26,7 +26,7 @@ from halfbyte.trainer.lora_formats import PEFT_CONFIG
 from halfbyte.trainer.lora_start import find_file, read_layers
 from halfbyte.trainer.pinned_base import open_base
 from halfbyte.trainer.recipe import Recipe, load_written
-from halfbyte.trainer.recipe_folders import is_repository
+from halfbyte.trainer.recipe_folders import HubReference, is_repository
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.sample_request import SampleRequest
@@ -71,6 +71,7 @@ class Subject:
 
 def find_subject(request: SampleRequest, device: torch.device) -> Subject:
     """What the request's source is. Raises RecipeError or HubError; no weights but the adapter's are read."""
+    request = _at_its_revision(request)
     path = Path(request.source).expanduser()
     if (path / "recipe.yaml").is_file():
         subject = _of_run(request, RunFolder(path))
@@ -95,6 +96,17 @@ def find_subject(request: SampleRequest, device: torch.device) -> Subject:
     if subject.dtype == torch.float16 and device.type == "cpu":
         raise RecipeError("--dtype: float16 needs a CUDA device; use bfloat16 or float32")
     return subject
+
+
+def _at_its_revision(request: SampleRequest) -> SampleRequest:
+    """The request with owner/name@revision, as recipes may have it, told apart. Raises RecipeError."""
+    path = Path(request.source)
+    reference = None if path.exists() else HubReference.of(path)
+    if reference is None or reference.revision is None:
+        return request
+    if request.revision is not None:
+        raise RecipeError(f"--revision: got {request.revision}, but {request.source} names one already")
+    return replace(request, source=reference.name, revision=reference.revision)
 
 
 def _of_run(request: SampleRequest, run: RunFolder) -> Subject:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.trainer.base_licence import CARD_FILE
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.file_digests import FileDigests
-from halfbyte.trainer.hub_download import download
+from halfbyte.trainer.hub_download import NoSuchRevision, download
 from halfbyte.trainer.recipe_folders import is_folder, is_repository
 
 # The same weights again, 9.5 GB of T5 among them.
@@ -150,7 +150,11 @@ def resolve_configurations(
     path: str, revision: str | None, components: Sequence[str], denoiser: str
 ) -> ModelSource:
     """As `resolve`, for the components' configurations alone: a few small files, and no weights need be there."""
-    source = _find(path, revision, components, components)
+    try:
+        source = _find(path, revision, components, components)
+    except HubError as error:
+        setting = "model.revision" if isinstance(error, NoSuchRevision) else "model.path"
+        raise type(error)(f"{setting}: {error}") from error
     if source.revision is None:
         source.require_class(denoiser)
     else:
