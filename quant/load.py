@@ -88,10 +88,21 @@ def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    stored_class = config.get("_class_name", class_name)
+    # transformers' own have no _class_name.
+    stored_class = config.get("_class_name", next(iter(config.get("architectures") or ()), class_name))
     if class_name is not None and stored_class != class_name:
         raise ValueError(f"{path}: describes a {stored_class}, expected a {class_name}")
     return config
+
+
+def stored_quantization(folder: Path) -> QuantRecipe | None:
+    """How a model's folder is quantized, by its config.json; None where it is not. Raises ValueError."""
+    stored = read_config(folder).get("quantization_config")
+    if stored is None:
+        return None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
+    return read_quantization_config(stored, str(folder / CONFIG_FILE))
 
 
 def empty_model(

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, linear_layers
 from halfbyte.quant.fill import Place, Progress, fill
-from halfbyte.quant.load import default_dtype, read_config
+from halfbyte.quant.load import default_dtype, read_config, stored_quantization
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config, split_statistic
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.weights_on_meta import place_weights_on_meta
@@ -96,9 +96,21 @@ def count_parameters(model_cls: type[PreTrainedModel], folder: Path) -> int:
 def text_encoder_on_meta(
     model_cls: type[TextEncoder], folder: Path, recipe: QuantRecipe | None, dtype: torch.dtype
 ) -> TextEncoder:
-    """The encoder of a folder as `load_text_encoder` would give it, but for the values; from its config alone."""
+    """The encoder of a folder as `load_text_encoder` would give it, but for the values; from its config alone.
+
+    Of one that is quantized already that does not say which layers are packed: all are taken to be but those that
+    transformers keeps in fp32.
+    """
     model = _empty_encoder(model_cls, folder, dtype)
-    if recipe is not None:
+    stored = stored_quantization(folder)
+    if stored is not None:
+        kept = set(model._keep_in_fp32_modules or ())
+        _convert(
+            model,
+            stored,
+            {f"{path}.weight" for path, _ in linear_layers(model) if not kept & set(path.split("."))},
+        )
+    elif recipe is not None:
         _convert(model, recipe, None)
     for target, source in _tied_names(model).items():
         _share(model, target, source)

@@ -172,6 +172,12 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
     return stored
 
 
+def weight_files(folder: Path, weights_file: str = WEIGHTS_FILE) -> list[str]:
+    """The names of the files that hold a folder's weights, by its index where it has one. Raises ValueError."""
+    index = folder / f"{weights_file}.index.json"
+    return sorted(set(_read_index(index).values())) if index.is_file() else [weights_file]
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

@@ -128,7 +128,7 @@ def opened(recipe: Recipe) -> tuple[World, Family]:
     join(world)
     model = recipe.model
     return world, FAMILIES[model.family].open(
-        model.path, model.revision, model.max_sequence_length, model.transformer
+        model.path, model.revision, model.max_sequence_length, model.transformer, model.text_encoder
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy
@@ -70,8 +71,14 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def command(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` to its end."""
+def command(
+    *arguments: str, timeout: float = 180, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end; environ: what its environment has else."""
     return subprocess.run(
-        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=timeout
+        [sys.executable, *arguments],
+        env=environment() | dict(environ or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )

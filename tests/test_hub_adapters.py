@@ -59,6 +59,12 @@ def test_the_adapter_alone_is_fetched_and_an_older_commit_is_drawn_with(calm, tm
             request.split("/")[-1] for request in faults.requests if request.startswith("GET /ann/dog/")
         }
         assert fetched == {"README.md", ADAPTER, "adapter_config.json"}
+        answer = sample(calm, f"ann/dog@{old}", tmp_path / "at")
+        assert answer.code == 0, answer.output
+        drawn = [next((tmp_path / kind).glob("prompt*.png")) for kind in ("old", "at")]
+        assert Image.open(drawn[0]).tobytes() == Image.open(drawn[1]).tobytes()
+        answer = sample(calm, f"ann/dog@{old}", tmp_path / "twice", "--revision", "main")
+        assert (answer.code, "names one already" in answer.output) == (2, True), answer.output
         answer = sample(calm, "ann/dog", tmp_path / "new")
         assert (answer.code, "not a whole safetensors file" in answer.output) == (2, True), answer.output
     finally:

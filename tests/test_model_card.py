@@ -253,14 +253,20 @@ def test_what_is_not_known_is_not_told():
 
 def test_no_path_of_the_machine_is_published():
     own = facts(
-        model={"path": "/home/ann/models/flux", "transformer": "/home/ann/one.safetensors"},
+        model={
+            "path": "/home/ann/models/flux",
+            "transformer": "/home/ann/one.safetensors",
+            "text_encoder": "/home/ann/t5",
+        },
         lora={"init_from": "/home/ann/other"},
         validation={"path": "/home/ann/held out"},
     )
-    provenance = replace(own.provenance, base_model=None, revision=None, own_transformer=True)
+    given = {"own_transformer": True, "own_text_encoder": True}
+    provenance = replace(own.provenance, base_model=None, revision=None, **given)
     card = model_card(replace(own, provenance=provenance))
     assert "/home/" not in card
-    assert "The transformer was given apart from that model" in card
+    for part in ("transformer", "text encoder T5"):
+        assert f"The {part} was given apart from that model, as a folder" in card
     published = published_settings(own.recipe)
     assert "path" not in published["model"]
     assert "path" not in published["data"]

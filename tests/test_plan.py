@@ -308,7 +308,9 @@ def test_as_many_held_out_as_there_are_is_refused_as_by_a_run(toy: Path, held_ou
     assert result.exit_code == 3, result.output
     with pytest.raises(DataError) as caught:
         run_here(toy, setting)
-    assert str(caught.value) in result.output
+    setting, _, said = str(caught.value).partition(": ")
+    assert setting == "validation.held_out"
+    assert f"command line: validation.held_out={held_out}: {said}" in result.output
 
 
 def test_held_out_pictures_are_not_trained_on(toy: Path) -> None:

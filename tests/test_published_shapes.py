@@ -82,6 +82,15 @@ def test_the_command_plans_without_the_hub_and_says_so() -> None:
     assert "is not (wholly) in the local Hub cache" in told[0]
 
 
+def test_parts_of_repositories_out_of_reach_are_told_of() -> None:
+    named = [f"model.{field}=we/nf4-pkg" for field in ("transformer", "text_encoder")]
+    result = CliRunner().invoke(app, ["plan", str(RECIPE), *named])
+    assert result.exit_code == 0, result.output
+    for setting in ("model.transformer", "model.text_encoder"):
+        said = f"planned with the pipeline's own instead; {setting}: we/nf4-pkg is not (wholly) in the local Hub cache"
+        assert said in result.stdout
+
+
 def test_training_and_unknown_models_still_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     training = CliRunner().invoke(train_app, [str(RECIPE), f"output.dir={tmp_path / 'run'}"])

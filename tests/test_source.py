@@ -108,6 +108,21 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path, mini_flux, damage, sa
         open_flux(folder)
 
 
+def test_a_package_names_the_pipeline_that_it_was_made_from(tmp_path, mini_flux):
+    shutil.copytree(mini_flux / "transformer", tmp_path / "package" / "transformer")
+    config = tmp_path / "package" / "transformer" / "config.json"
+    facts = json.loads(config.read_text())
+    for made_from, said in (
+        ("we/flux", "which has the rest: we/flux$"),
+        ("/home/flux", "which has the rest$"),
+    ):
+        config.write_text(json.dumps(facts | {"_name_or_path": made_from}))
+        with pytest.raises(
+            RecipeError, match=f"write model.transformer: .*/package, and as model.path .*{said}"
+        ):
+            open_flux(tmp_path / "package")
+
+
 def test_a_fingerprint_changes_with_the_files_and_nothing_else(tmp_path, mini_flux):
     folder, memo = tmp_path / "model", FileDigests(tmp_path / "memo")
     shutil.copytree(mini_flux, folder)

@@ -5,25 +5,17 @@ import shutil
 
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
-from transformers import T5EncoderModel
 from typer.testing import CliRunner
 
 from halfbyte.trainer.cli import app
 from halfbyte.trainer.metrics import read_metrics
 from halfbyte.trainer.provenance import PROVENANCE_FILE, read_provenance
 
-from judge import stock_bitsandbytes_on_cpu
+from packages import write_package
 from runs import run_here, write_recipe
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-KINDS = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "int8": {"load_in_8bit": True},
-}
 # The recipe's default, which none of them is.
 DEFAULT = "nf4 with double quantization"
 
@@ -31,27 +23,11 @@ DEFAULT = "nf4 with double quantization"
 HELD = {"nf4": "nf4", "fp4": "fp4", "int8": "int8, outliers from 6"}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=HELD)
 def package(request, mini_flux, tmp_path):
     folder = tmp_path / "package"
-    shutil.copytree(mini_flux, folder)
-    settings = KINDS[request.param]
-    with stock_bitsandbytes_on_cpu():
-        transformer = FluxTransformer2DModel.from_pretrained(
-            mini_flux,
-            subfolder="transformer",
-            quantization_config=BitsAndBytesConfig(**settings),
-            dtype=torch.bfloat16,
-        )
-        t5 = T5EncoderModel.from_pretrained(
-            mini_flux / "text_encoder_2",
-            quantization_config=TransformersBitsAndBytesConfig(**settings),
-            dtype=torch.bfloat16,
-            device_map={"": "cpu"},
-        )
-        for name, model in (("transformer", transformer), ("text_encoder_2", t5)):
-            shutil.rmtree(folder / name)
-            model.save_pretrained(folder / name)
+    shutil.copytree(mini_flux, folder, ignore=shutil.ignore_patterns("transformer", "text_encoder_2"))
+    write_package(mini_flux, folder, transformer=request.param, t5=request.param)
     return request.param, folder
 
 

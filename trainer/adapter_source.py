@@ -8,11 +8,11 @@ from pathlib import Path
 
 from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
 from halfbyte.trainer.checkpoint_copy import copy_adapter
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.hub_download import download
 from halfbyte.trainer.lora_formats import PEFT_CONFIG, PEFT_FILE
 from halfbyte.trainer.lora_start import find_file
-from halfbyte.trainer.recipe_folders import is_repository
+from halfbyte.trainer.recipe_folders import HubReference
 from halfbyte.trainer.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -22,12 +22,11 @@ log = logging.getLogger(__name__)
 def adapter_at(path: Path) -> Iterator[Path]:
     """The file or folder with the adapter that `lora.init_from` names, as long as it is read.
 
-    A relative path is a Hub repository: those of files are absolute by now. Of a run that did not end it is the newest
-    checkpoint's. Raises RecipeError, or HubError.
+    Of a run that did not end it is the newest checkpoint's. Raises RecipeError, or HubError.
     """
-    run = RunFolder(path)
-    if not path.is_absolute() and is_repository(path.as_posix()):
-        yield download_adapter(path.as_posix(), None)
+    run, reference = RunFolder(path), HubReference.of(path)
+    if reference is not None:
+        yield download_adapter(reference.name, reference.revision)
     elif not (run.adapter / ADAPTER_FILE).is_file() and folders(run.checkpoints):
         with tempfile.TemporaryDirectory() as copies:
             log.info("%s has no adapter yet; its %s is taken", path, copy_adapter(run, None, Path(copies)))
@@ -36,15 +35,17 @@ def adapter_at(path: Path) -> Iterator[Path]:
         yield path
 
 
-def require_adapter(path: Path | None) -> None:
-    """Raises RecipeError or HubError where `lora.init_from` names something that holds no adapter."""
-    if path is None:
-        return
+def require_adapter(path: Path) -> str | None:
+    """The commit of the Hub repository that `lora.init_from` names; None where it names none.
+
+    Raises RecipeError or HubError where there is no adapter.
+    """
     try:
         with adapter_at(path) as found:
             find_file(found)
-    except RecipeError as error:
-        raise RecipeError(f"lora.init_from: {error}") from error
+            return None if HubReference.of(path) is None else found.name
+    except HalfbyteError as error:
+        raise type(error)(f"lora.init_from: {error}") from error
 
 
 def download_adapter(name: str, revision: str | None) -> Path:

@@ -10,10 +10,17 @@ from rich.console import Console
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER, bases, clear, holdings
 from halfbyte.trainer.cli_quantize import quantize_command
 from halfbyte.trainer.cli_sample import sample_command
-from halfbyte.trainer.command_line import INTERRUPTED, configure_logging, fail, quieten_libraries
+from halfbyte.trainer.command_line import (
+    INTERRUPTED,
+    configure_logging,
+    fail,
+    quieten_libraries,
+    told_where,
+)
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.launch import World, leave, read_world
-from halfbyte.trainer.recipe import json_schema_text, load_recipe
+from halfbyte.trainer.recipe import json_schema_text, load_document
+from halfbyte.trainer.recipe_file import Document
 
 app = typer.Typer(
     help="QLoRA fine-tuning of FLUX and SD3.",
@@ -54,10 +61,11 @@ def train_command(
     if fit is not None:
         fail(errors, None, "--fit: it chooses settings and trains nothing; add --plan", RecipeError.exit_code)
     world: World | None = None
+    written: Document | None = None
     try:
         world = read_world()
         configure_logging(world)
-        settings = load_recipe(recipe, overrides or [])
+        settings, written = load_document(recipe, overrides or [])
         quieten_libraries()
         # Slow to import, and a recipe with a mistake should be told at once.
         from halfbyte.trainer.run import run
@@ -66,7 +74,7 @@ def train_command(
         gc.freeze()
         finished = run(settings, world, console=Console(quiet=not world.leads, soft_wrap=True), resume=resume)
     except HalfbyteError as error:
-        fail(errors, world, str(error), error.exit_code)
+        fail(errors, world, told_where(error, written), error.exit_code)
     except KeyboardInterrupt:
         fail(errors, world, "interrupted", INTERRUPTED)
     finally:
@@ -204,8 +212,9 @@ def plan_command(
     Exit codes: 0 done, 2 recipe or model, or nothing fits the card, 3 data, 4 Hub, 130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    written: Document | None = None
     try:
-        settings = load_recipe(recipe, overrides or [], pictures_needed=False)
+        settings, written = load_document(recipe, overrides or [], pictures_needed=False)
         quieten_libraries()
         # Slow to import, as above.
         from halfbyte.trainer.plan_fit import parse_budget
@@ -214,7 +223,7 @@ def plan_command(
         budget = None if fit is None else parse_budget(fit)
         text, fits = show_plan(settings, budget=budget, as_json=as_json)
     except HalfbyteError as error:
-        fail(errors, None, str(error), error.exit_code)
+        fail(errors, None, told_where(error, written), error.exit_code)
     except KeyboardInterrupt:
         fail(errors, None, "interrupted", INTERRUPTED)
     typer.echo(text)

@@ -6,10 +6,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.command_line import INTERRUPTED, configure_logging, fail, quieten_libraries
+from halfbyte.trainer.command_line import (
+    INTERRUPTED,
+    configure_logging,
+    fail,
+    quieten_libraries,
+    told_where,
+)
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.launch import read_world
-from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.recipe import load_document
+from halfbyte.trainer.recipe_file import Document
 
 
 def quantize_command(
@@ -33,10 +40,11 @@ def quantize_command(
     130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    written: Document | None = None
     try:
         world = read_world()
         configure_logging(world)
-        settings = load_recipe(recipe, overrides or [], pictures_needed=samples > 0)
+        settings, written = load_document(recipe, overrides or [], pictures_needed=samples > 0)
         quieten_libraries()
         # Slow to import, and a recipe with a mistake should be told at once.
         from halfbyte.trainer.quantize import quantize, quantized_lines
@@ -44,6 +52,6 @@ def quantize_command(
         for line in quantized_lines(quantize(settings, output, samples, world, Console(soft_wrap=True))):
             typer.echo(line)
     except HalfbyteError as error:
-        fail(errors, None, str(error), error.exit_code)
+        fail(errors, None, told_where(error, written), error.exit_code)
     except KeyboardInterrupt:
         fail(errors, None, "interrupted", INTERRUPTED)

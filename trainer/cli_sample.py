@@ -17,7 +17,8 @@ def sample_command(
         str,
         typer.Argument(
             help="A run's folder; an adapter's file or folder, of diffusers, PEFT, ComfyUI or kohya, or its Hub"
-            " repository; or a pipeline, a folder or a Hub repository, to draw without an adapter."
+            " repository (owner/name or owner/name@revision); or a pipeline, a folder or a Hub repository, to draw"
+            " without an adapter."
         ),
     ],
     prompt: Annotated[

@@ -8,8 +8,9 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.errors import OutOfMemory
+from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
 from halfbyte.trainer.launch import World
+from halfbyte.trainer.recipe_file import Document
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
@@ -21,6 +22,11 @@ def fail(console: Console, world: World | None, message: str, code: int) -> NoRe
     if world is None or world.local_rank == 0 or code == OutOfMemory.exit_code:
         console.print(f"error: {message}", markup=False)
     raise typer.Exit(code)
+
+
+def told_where(error: HalfbyteError, written: Document | None) -> str:
+    """What went wrong, with the file and line of the setting that it begins with, where a recipe has been read."""
+    return str(error) if written is None else written.located(str(error))
 
 
 def configure_logging(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def base_recipe(recipe: Recipe, family: Family) -> QuantRecipe | None:
     try:
         own = read_quantization_config(stored, str(family.denoiser_folder / CONFIG_FILE))
     except ValueError as error:
-        raise RecipeError(f"{family.transformer_setting}: {error}") from error
+        raise RecipeError(f"{family.transformer.setting}: {error}") from error
     return replace(own, compute_dtype=DTYPES[recipe.quant.compute_dtype])
 
 
@@ -129,7 +130,7 @@ def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> Non
     folder = family.denoiser_folder
     if folder is None:
         raise RecipeError(
-            f"quant.exact: got {list(paths)}, but {family.transformer_file} is one file; expected []"
+            f"quant.exact: got {list(paths)}, but {family.transformer.path} is one file; expected []"
         )
     try:
         with exact_weights(folder) as weights:
@@ -156,13 +157,13 @@ def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
     return BlockStream(blocks, copies_to(world.device))
 
 
-def start_layers(recipe: Recipe, family: Family) -> dict[str, LoraLayer] | None:
+def start_layers(init_from: Path | None, family: Family) -> dict[str, LoraLayer] | None:
     """The adapter that lora.init_from names; None where it names none. Raises RecipeError as `read_layers` does,
     HubError."""
-    if recipe.lora.init_from is None:
+    if init_from is None:
         return None
     try:
-        with adapter_at(recipe.lora.init_from) as path:
+        with adapter_at(init_from) as path:
             return read_layers(path, family.original_names())
     except RecipeError as error:
         raise RecipeError(f"lora.init_from: {error}") from error
@@ -181,7 +182,7 @@ def load_denoiser(
 
     attention: names the backend; None takes what needs no probe. start: what `start_layers` gave; None: it is asked.
     """
-    start = start or start_layers(recipe, family)
+    start = start or start_layers(recipe.lora.init_from, family)
     loading = Shown(console, "loading the transformer", BYTES)
     denoiser = family.load_denoiser(
         quant_recipe(recipe),

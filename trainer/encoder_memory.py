@@ -14,6 +14,7 @@ from transformers import T5EncoderModel
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load_text_encoder import text_encoder_on_meta
 from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
+from halfbyte.trainer.component import PIPELINE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.block_stream import Visitors
@@ -33,15 +34,13 @@ def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> 
     for component in family.text_components:
         if component.startswith("tokenizer"):
             continue
-        folder = family.source.folder / component
-        model_cls: Any = getattr(transformers, listed[component][1])
-        recipe = None
-        if component == family.t5_component:
-            quant = settle(t5_quant, folder)
-            recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=_DTYPE)
-        encoder = _encoder(model_cls, folder, recipe)
-        streamed = stream_t5 and component == family.t5_component
-        visitors = Visitors(encoder, block_names(encoder) if streamed else ())
+        is_t5 = component == family.t5_component
+        if is_t5:
+            encoder: nn.Module = _t5(family, t5_quant)
+        else:
+            model_cls: Any = getattr(transformers, listed[component][1])
+            encoder = _encoder(model_cls, family.source.folder / component, None, PIPELINE)
+        visitors = Visitors(encoder, block_names(encoder) if is_t5 and stream_t5 else ())
         sizes[component] = _weights(encoder, visitors)
         on_host += visitors.host_bytes
     return sizes, on_host
@@ -49,8 +48,7 @@ def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> 
 
 def text_working_bytes(family: Family) -> int:
     """What T5 works with at its peak, one caption: three matrices of scores, and an MLP's two inner ones; fp32."""
-    folder = family.source.folder / family.t5_component
-    config: Any = _encoder(T5EncoderModel, folder, None).config
+    config: Any = _encoder(T5EncoderModel, family.t5.path, None, family.t5.setting).config
     tokens = family.max_sequence_length
     return 4 * (3 * config.num_heads * tokens**2 + tokens * (2 * config.d_ff + 4 * config.d_model))
 
@@ -70,11 +68,19 @@ def decoder_bytes(family: Family, dtype: torch.dtype, width: int, height: int) -
     return _weights(vae), _working(lambda: vae.decode(latents))
 
 
-def _encoder(model_cls: Any, folder: Path, recipe: QuantRecipe | None) -> nn.Module:
+def _t5(family: Family, asked: T5Setting) -> nn.Module:
+    """T5 as it is stored where that is packed, else as it is asked for."""
+    t5 = family.t5
+    quant = settle(asked, t5.path, named_by=t5.setting)
+    recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=_DTYPE)
+    return _encoder(T5EncoderModel, t5.path, recipe, t5.setting)
+
+
+def _encoder(model_cls: Any, folder: Path, recipe: QuantRecipe | None, named_by: str) -> nn.Module:
     try:
         encoder: nn.Module = text_encoder_on_meta(model_cls, folder, recipe, _DTYPE)
     except ValueError as error:
-        raise RecipeError(f"model.path: {error}") from error
+        raise RecipeError(f"{named_by}: {error}") from error
     return encoder
 
 

@@ -32,6 +32,7 @@ from halfbyte.trainer.merge import Survival, merge, total
 from halfbyte.trainer.provenance import (
     BASE_ERROR_FILE,
     PROVENANCE_FILE,
+    HubPart,
     write_base_error,
     write_provenance,
 )
@@ -59,6 +60,7 @@ class ExportSettings:
     quant: QuantRecipe | None  # how the base is held that it was trained on
     merged: bool = False  # also the base with the adapter merged in
     text_encoder: torch.device | None = None  # also T5, in NF4, quantized there
+    started_from: HubPart | None = None  # the adapter of the Hub that training started from
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _export(
     source = family.source
     base = None if source.revision is None else (source.name, source.revision)
     write_formats(adapter, formats, work, family.original_names(), name=settings.name, base=base)
-    write_provenance(family, settings.step, settings.quant, work)
+    write_provenance(family, settings.step, settings.quant, settings.started_from, work)
     check = survivals = None
     with ExitStack() as works:
         built = {folder.adapter: work}
@@ -154,8 +156,7 @@ def _export(
         component = None
         if settings.text_encoder is not None:
             component = folder.root / family.t5_component
-            encoder = family.source.folder / family.t5_component
-            written = write_text_encoder(encoder, build(component), settings.text_encoder)
+            written = write_text_encoder(family.t5, build(component), settings.text_encoder)
             if stock is not None:
                 stock.add_text_encoder(written, built[component])
             del written

@@ -24,7 +24,7 @@ from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.full_device import when_full
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.lora_formats import LoraFormat, formats_for
-from halfbyte.trainer.pinned_base import open_base
+from halfbyte.trainer.pinned_base import open_base, started_from
 from halfbyte.trainer.progress import BYTES, Shown
 from halfbyte.trainer.recipe import Recipe, load_written
 from halfbyte.trainer.run_folder import RunFolder
@@ -90,6 +90,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
             base_recipe(recipe, family),
             request.merged,
             world.device if request.text_encoder else None,
+            started_from(run, recipe.lora.init_from),
         )
         return export_saved(family, denoiser, adapter_file, target, settings)
 
@@ -104,7 +105,7 @@ def _check_request(request: ExportRequest, recipe: Recipe, family: Family) -> No
         if asked and held is None:
             raise RecipeError(f"{option}: the run's base is not quantized (quant.type: none); {instead}")
     if request.text_encoder:
-        check_text_encoder(family.source.folder / family.t5_component)
+        check_text_encoder(family.t5)
 
 
 def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.Module:

@@ -6,9 +6,10 @@ is left to guess; so the world is stated, and anything that would not train as a
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 # Read by OpenMP when torch loads it. Threads that spin while they wait make a busy machine ten times slower (measured
 # on two shared cores), and gain little on an idle one.
@@ -21,7 +22,9 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 import torch
 import torch.distributed
 
-from halfbyte.trainer.errors import LaunchError
+from halfbyte.trainer.errors import HalfbyteError, LaunchError
+
+T = TypeVar("T")
 
 _USE = "use `accelerate launch --multi_gpu --num_processes N -m halfbyte.trainer RECIPE` or `torchrun`"
 
@@ -89,6 +92,26 @@ def barrier(world: World) -> None:
     """Waits for every process."""
     if world.size > 1:
         torch.distributed.barrier()
+
+
+def told_by_first(world: World, find: Callable[[], T]) -> T:
+    """What the leading process finds, in every process; every process must ask.
+
+    Raises what it raises of HalfbyteError, in every process too.
+    """
+    if world.size == 1:
+        return find()
+    told: list[Any] = [None]
+    if world.leads:
+        try:
+            told = [find()]
+        except HalfbyteError as error:
+            told = [error]
+    torch.distributed.broadcast_object_list(told, device=torch.device("cpu"))
+    if isinstance(told[0], HalfbyteError):
+        raise told[0]
+    found: T = told[0]
+    return found
 
 
 def leave(world: World) -> None:

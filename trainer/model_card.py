@@ -13,10 +13,11 @@ from halfbyte.trainer.card_metadata import front_matter
 from halfbyte.trainer.denoiser import quant_recipe
 from halfbyte.trainer.lora_formats import PEFT_FILE
 from halfbyte.trainer.markdown import escaped, fenced, table
+from halfbyte.trainer.provenance import HubPart, Provenance
 from halfbyte.trainer.push_files import BASE, PushFile
 from halfbyte.trainer.recipe import Recipe
 from halfbyte.trainer.recipe_file import RecipeDumper
-from halfbyte.trainer.recipe_folders import is_folder
+from halfbyte.trainer.recipe_folders import HubReference, is_folder
 from halfbyte.trainer.usage_sample import Usage, usage_sample
 
 CARD_FILE = "README.md"
@@ -44,13 +45,34 @@ def _introduction(facts: CardFacts) -> str:
     if base is None:
         on = "a model that was a folder on the trainer's machine"
     else:
-        commit = f"https://huggingface.co/{base}/tree/{revision}"
-        on = f"[{escaped(base)}](https://huggingface.co/{base}) at revision [`{revision}`]({commit})"
+        on = _at(HubPart(base, str(revision)))
     text = f"A {_kind(facts.recipe)} for {on}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
-    if facts.provenance.own_transformer:
-        text += "\nThe transformer was given apart from that model, as a folder or a file of its own.\n"
+    text += _given_apart(facts.provenance)
     if prompt := facts.recipe.data.caption_prefix.strip():
         text += f"\nEvery caption began with: {escaped(prompt)}\n"
+    return text
+
+
+def _at(part: HubPart) -> str:
+    page = f"https://huggingface.co/{part.repository}"
+    return (
+        f"[{escaped(part.repository)}]({page}) at revision [`{part.revision}`]({page}/tree/{part.revision})"
+    )
+
+
+def _given_apart(provenance: Provenance) -> str:
+    """What came from elsewhere than the base."""
+    own = {"transformer": (provenance.own_transformer, "transformer", "as a folder or a file of its own")}
+    t5 = next((name for name in provenance.parts if name != "transformer"), "text_encoder")
+    own[t5] = (provenance.own_text_encoder, "text encoder T5", "as a folder of its own")
+    text = ""
+    for name, (is_own, called, how) in own.items():
+        if is_own:
+            part = provenance.parts.get(name)
+            how = how if part is None else f"as that of {_at(part)}"
+            text += f"\nThe {called} was given apart from that model, {how}.\n"
+    if provenance.started_from is not None:
+        text += f"\nTraining started from the adapter {_at(provenance.started_from)}.\n"
     return text
 
 
@@ -76,7 +98,7 @@ def _shown(picture: PushFile | None) -> str:
 
 def _usage(usage: Usage, facts: CardFacts) -> str:
     needed = "diffusers transformers accelerate peft sentencepiece protobuf" + (
-        " bitsandbytes" if usage.has_base else ""
+        " bitsandbytes" if usage.has_base or usage.provenance.parts else ""
     )
     text = f"## Use\n\nWith `pip install {needed}`:\n\n{fenced(usage_sample(usage), 'python')}"
     others = []
@@ -162,7 +184,7 @@ def published_settings(recipe: Recipe) -> dict[str, Any]:
     published = recipe.dump()
     for section, settings in recipe:
         for field, value in settings:
-            if isinstance(value, Path):
+            if isinstance(value, Path) and HubReference.of(value) is None:
                 del published[section][field]
     if is_folder(recipe.model.path):
         del published["model"]["path"]

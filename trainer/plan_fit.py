@@ -148,7 +148,8 @@ def open_planner(recipe: Recipe, published: Path | None = None) -> Planner:
     must stay for as long as the planner is used. None: that is an error.
     """
     model, family_class = recipe.model, FAMILIES[recipe.model.family]
-    components, denoiser = family_class.components(), family_class.denoiser_class.__name__
+    components = family_class.components(own_t5=model.text_encoder is not None)
+    denoiser = family_class.denoiser_class.__name__
     notes: tuple[str, ...] = ()
     try:
         source = resolve_configurations(model.path, model.revision, components, denoiser)
@@ -161,6 +162,15 @@ def open_planner(recipe: Recipe, published: Path | None = None) -> Planner:
         source.require_class(denoiser)
         notes = (f"planned from the shapes that {model.path} was published with; the Hub gave none: {error}",)
     family = family_class(source, model.max_sequence_length)
-    if model.transformer is not None:
-        family.take_transformer(model.transformer)
+    for named, take in (
+        (model.transformer, family.take_transformer),
+        (model.text_encoder, family.take_text_encoder),
+    ):
+        try:
+            if named is not None:
+                take(named)
+        except HubError as error:
+            if not notes or isinstance(error, NoSuchRevision):
+                raise
+            notes = (*notes, f"planned with the pipeline's own instead; {error}")
     return Planner(recipe, family, notes)

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load import read_config
 from halfbyte.quant.shards import ShardedWeights, write_text
 from halfbyte.trainer.base_licence import Licence, base_licence
+from halfbyte.trainer.component import Component
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.single_file import original_weights
@@ -24,6 +26,22 @@ PROVENANCE_FILE = "halfbyte.json"
 """Beside the adapter, and at the top of a repository that this trainer has pushed to."""
 BASE_ERROR_FILE = "quantization_error.json"
 """Beside the quantized base."""
+
+
+@dataclass(frozen=True)
+class HubPart:
+    """What a Hub repository other than that of the base gave."""
+
+    repository: str
+    revision: str  # the commit
+    subfolder: str | None = None
+
+    @classmethod
+    def of(cls, component: Component) -> "HubPart | None":
+        """None for what is not of the Hub."""
+        if component.revision is None:
+            return None
+        return cls(component.name, component.revision, component.subfolder)
 
 
 @dataclass(frozen=True)
@@ -40,12 +58,21 @@ class Provenance:
     max_sequence_length: int  # T5 tokens
     licence: Licence | None  # of the base, by its own card
     quant: QuantRecipe | None  # how the base was held; None: in the compute dtype
+    own_text_encoder: bool = False  # whether T5 was given apart from base_model (model.text_encoder)
+    parts: Mapping[str, HubPart] = field(
+        default_factory=dict
+    )  # those given apart, by the pipeline's names of them
+    started_from: HubPart | None = None  # the adapter, where it was one of the Hub (lora.init_from)
 
 
-def write_provenance(family: Family, step: int, quant: QuantRecipe | None, folder: Path) -> None:
+def write_provenance(
+    family: Family, step: int, quant: QuantRecipe | None, started_from: HubPart | None, folder: Path
+) -> None:
     """Writes the adapter's provenance into its folder."""
     source = family.source
     repository = None if source.revision is None else source.name
+    own = {"transformer": family.transformer, family.t5_component: family.t5}
+    parts = {name: HubPart.of(component) for name, component in own.items() if component.is_own}
     provenance = Provenance(
         halfbyte_version(),
         step,
@@ -53,10 +80,13 @@ def write_provenance(family: Family, step: int, quant: QuantRecipe | None, folde
         family.denoiser_class.__name__,
         repository,
         source.revision,
-        family.has_own_transformer,
+        family.transformer.is_own,
         family.max_sequence_length,
         base_licence(source.folder, repository, source.revision),
         quant,
+        family.t5.is_own,
+        {name: part for name, part in parts.items() if part is not None},
+        started_from,
     )
     facts = asdict(provenance) | {"quant": None if quant is None else quant.as_json()}
     write_text(json.dumps(facts, indent=1) + "\n", folder / PROVENANCE_FILE)
@@ -67,12 +97,15 @@ def read_provenance(file: Path) -> Provenance:
     facts = _read(file)
     try:
         licence, quant = facts.pop("licence"), facts.pop("quant")
+        parts, started_from = facts.pop("parts", {}), facts.pop("started_from", None)
         return Provenance(
             **facts,
+            parts={name: HubPart(**part) for name, part in parts.items()},
+            started_from=None if started_from is None else HubPart(**started_from),
             licence=None if licence is None else Licence(**licence),
             quant=None if quant is None else QuantRecipe.of_json(quant),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecipeError(
             f"{file}: not written by an export of this version; export the run again"
         ) from error
@@ -94,10 +127,9 @@ def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
 
 
 def _base_error(family: Family, denoiser: nn.Module) -> BaseError | None:
-    folder = family.denoiser_folder
-    if folder is None:
-        assert family.transformer_file is not None
-        with original_weights(family.transformer_file, family.original_names()) as (original, finish):
+    folder, file = family.transformer.path, family.transformer.file
+    if file is not None:
+        with original_weights(file, family.original_names()) as (original, finish):
             return base_error(denoiser, original, finish=finish)
     if read_config(folder).get("quantization_config") is not None:
         return None

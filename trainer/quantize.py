@@ -62,7 +62,7 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
         )
     model = recipe.model
     family = FAMILIES[model.family].open(
-        model.path, model.revision, model.max_sequence_length, model.transformer
+        model.path, model.revision, model.max_sequence_length, model.transformer, model.text_encoder
     )
     original = _original(family)
     if samples and original is None:

@@ -185,6 +185,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_nee
     the schema refuses, settings that contradict each other, and folders named there that do not exist (data.path
     only where `pictures_needed`).
     """
+    return load_document(path, overrides, pictures_needed=pictures_needed)[0]
+
+
+def load_document(
+    path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True
+) -> tuple[Recipe, Document]:
+    """As `load_recipe`, with what was written, to tell the line of what proves wrong later."""
     document = read(path)
     tree = SchemaTree(json_schema())
     apply_overrides(document, overrides, tree)
@@ -195,7 +202,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_nee
             if not tree.variants(node):
                 document.data[section] = {}
     resolve_folders(document, pictures_needed=pictures_needed)
-    return _validated(document, tree)
+    return _validated(document, tree), document
 
 
 def load_written(path: Path) -> Recipe:

@@ -25,6 +25,7 @@ _FLOAT = re.compile(
 )
 # Unicode's controls of direction: what stands behind one is shown elsewhere than it is.
 _REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_SETTING = re.compile(r"(\w+)\.(\w+): ")
 _SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 _TAG = "tag:yaml.org,2002:"
 
@@ -112,6 +113,14 @@ class Document:
             else:
                 value = value.get(key) if isinstance(value, dict) else None
         return value
+
+    def located(self, message: str) -> str:
+        """A message that begins with a setting, with the file and line where that is written."""
+        found = _SETTING.match(message)
+        path: KeyPath = () if found is None else (found[1], found[2])
+        if found is None or self.at(path) is None:
+            return message
+        return self.place(path).report(path, message[found.end() :])
 
     def refuse(self, place: Place, path: KeyPath, message: str) -> None:
         self.problems.append((place, place.report(path, message)))

@@ -2,13 +2,37 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from halfbyte.trainer.recipe_file import Document, KeyPath
 from halfbyte.trainer.recipe_schema import shown
 
 # owner/name as the Hub accepts it.
 _HUB_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9][\w.-]{0,95}/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+
+_REVISION = re.compile(r"\w[\w./+-]{0,99}")
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """A Hub repository where a file or folder could be named too: owner/name, or owner/name@revision."""
+
+    name: str
+    revision: str | None  # a branch, tag or commit; None: the main branch
+
+    @classmethod
+    def of(cls, path: Path | None) -> Self | None:
+        """None for files and folders, whose paths are absolute by now."""
+        if path is None or path.is_absolute():
+            return None
+        name, _, revision = path.as_posix().partition("@")
+        return cls(name, revision or None) if is_repository(name) else None
+
+    def at(self, commit: str) -> Path:
+        """The same repository at a commit, as a recipe would name it."""
+        return Path(f"{self.name}@{commit}")
 
 
 def is_folder(path: str) -> bool:
@@ -30,8 +54,9 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
     the command line; what it writes goes under the current folder.
     """
     _resolve_model(document)
-    _resolve(document, ("model", "transformer"), must_exist=True, file=True)
-    _resolve_adapter(document)
+    _resolve_unless_repository(document, ("model", "transformer"), file=True)
+    _resolve_unless_repository(document, ("model", "text_encoder"))
+    _resolve_unless_repository(document, ("lora", "init_from"), file=True)
     data = _resolve(document, ("data", "path"), must_exist=pictures_needed)
     _resolve(document, ("validation", "path"), must_exist=True)
     _resolve(document, ("sample", "references"), must_exist=True)
@@ -57,15 +82,27 @@ def _resolve_model(document: Document) -> None:
         document.problem(path, message)
 
 
-def _resolve_adapter(document: Document) -> None:
-    path: KeyPath = ("lora", "init_from")
+def _resolve_unless_repository(document: Document, path: KeyPath, *, file: bool = False) -> None:
+    """As `_resolve` of what must exist, but for a Hub repository, which stays as it is written."""
     written = document.at(path)
-    # runs/dog is no repository where there is a folder runs, as for pictures.
-    if isinstance(written, str) and is_repository(written):
-        folder = document.place(path).base / written
-        if not folder.exists() and not folder.parent.is_dir():
+    name, behind, revision = written.partition("@") if isinstance(written, str) else ("", "", "")
+    if is_repository(name):
+        # runs/dog is no repository where there is a folder runs, as for pictures.
+        folder = document.place(path).base / name
+        if not folder.parent.is_dir():
+            if behind and not _REVISION.fullmatch(revision):
+                document.problem(
+                    path,
+                    f"got {shown(written)}, expected a branch, tag or commit behind the @, or owner/name alone",
+                )
             return
-    _resolve(document, path, must_exist=True, file=True)
+    _resolve(
+        document,
+        path,
+        must_exist=True,
+        file=file,
+        instead="; expected one, or a Hub repository as owner/name",
+    )
 
 
 def _resolve(
@@ -75,8 +112,12 @@ def _resolve(
     base: Path | None = None,
     must_exist: bool = False,
     file: bool = False,
+    instead: str = "",
 ) -> Path | None:
-    """The absolute folder (or `file`) a field names, put into the document; None where the field names none."""
+    """The absolute folder (or `file`) a field names, put into the document; None where the field names none.
+
+    instead: what else is accepted, for the end of a message.
+    """
     written = document.at(path)
     if not isinstance(written, str):
         return None
@@ -95,6 +136,6 @@ def _resolve(
         document.problem(path, f"got '{written}', expected a folder; {folder} is a file")
     elif must_exist and not exists:
         document.problem(
-            path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}"
+            path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}{instead}"
         )
     return folder

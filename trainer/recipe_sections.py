@@ -84,15 +84,20 @@ class ModelSection(Section):
     revision: Text | None = None
     """A branch, tag or commit of the Hub repository; null: its main branch. A run keeps to the commit that it found."""
     transformer: FilePath | None = None
-    """What to take the transformer's weights from instead: a folder in diffusers' layout, as `halfbyte quantize`
-    writes one, or one safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8). Weights in full precision
-    are quantized at each start. The rest is path's, and so is the architecture."""
+    """What to take the transformer's weights from instead: a Hub repository (owner/name or owner/name@revision) or a
+    folder in diffusers' layout, as `halfbyte quantize` writes one, of either its transformer/ where it has one; or one
+    safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8). Weights in full precision are quantized at each
+    start. The rest is path's, and so is the architecture."""
+    text_encoder: FilePath | None = None
+    """What to take T5, the large text encoder, from instead: a Hub repository (owner/name or owner/name@revision) or a
+    folder, of either its text_encoder_2/ (FLUX) or text_encoder_3/ (SD3) where it has one. Its tokenizer is path's."""
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
     """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
     FLUX 512)."""
     text_encoder_quant: Literal["auto", "none", "int8", "nf4"] = "auto"
     """How T5, the large text encoder, is held while captions are encoded: none in bf16 (T5-XXL 9.5 GB), int8
-    (5.2 GB) or nf4 (4.4 GB, at seven times int8's error); auto: int8 above a billion parameters, else none."""
+    (5.2 GB) or nf4 (4.4 GB, at seven times int8's error); auto: int8 above a billion parameters, else none. One that is
+    stored quantized is taken as it is."""
     stream_text_encoder: bool = False
     """Keep T5's packed blocks in page-locked host memory while captions are encoded (T5-XXL in int8: 4.3 GB), each
     copied to the device ahead of its use: for SD3 on a card of 6 GB, FLUX on one of 4. Embeddings are the same."""
@@ -104,7 +109,9 @@ class ModelSection(Section):
     def _is_folder_or_repository(cls, path: str) -> str:
         if not is_folder(path) and not is_repository(path):
             accepted = "a Hub repository as owner/name, or a folder with ./, ../, / or ~ in front"
-            raise ValueError(f"got {shown(path)}, expected {accepted}")
+            name, behind, revision = path.partition("@")
+            hint = f"; write model.revision: {revision}" if behind and is_repository(name) else ""
+            raise ValueError(f"got {shown(path)}, expected {accepted}{hint}")
         return path
 
     @model_validator(mode="after")
@@ -181,8 +188,8 @@ class LoraSection(Section):
     """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
     init_from: FilePath | None = None
     """An adapter to start from instead: a run, a file or folder of diffusers, PEFT, ComfyUI or kohya, or a Hub
-    repository (owner/name) with the file of diffusers or PEFT. Where the run's rank is larger the update is the same;
-    layers without one start as init says. null: none."""
+    repository (owner/name or owner/name@revision) with the file of diffusers or PEFT. Where the run's rank is larger
+    the update is the same; layers without one start as init says. null: none."""
 
 
 class DataSection(Section):

@@ -46,7 +46,6 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     else:
         base = f"{opening.quant.describe()}; {opening.quantized_layers} layers, computed in {dtype}"
     where = f", {_bytes(opening.streamed)} of it streamed from host memory" if opening.streamed else ""
-    revision = f" @ {family.source.revision[:12]}" if family.source.revision else ""
     objective = recipe.objective
     tokens = sorted(
         {family.image_tokens(h // family.vae_scale, w // family.vae_scale) for w, h in opening.sizes}
@@ -54,7 +53,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     train, world = recipe.train, opening.world
     step = train.batch_size * train.grad_accumulation * world.size
     return [
-        ("model", f"{family.source.name}{revision} ({recipe.model.family})"),
+        ("model", f"{family.describe_source()} ({recipe.model.family})"),
         ("base", f"{base}; {_bytes(opening.footprint)}{where}"),
         (
             "trains",

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.console import Console
 
 from halfbyte.trainer import checkpoint
-from halfbyte.trainer.adapter_source import require_adapter
 from halfbyte.trainer.adapters import load_adapter_state
 from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser, start_layers
@@ -19,10 +18,17 @@ from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.fit import Finished, fit
 from halfbyte.trainer.full_device import told_when_full
-from halfbyte.trainer.launch import World, barrier, join
+from halfbyte.trainer.launch import World, barrier, join, told_by_first
 from halfbyte.trainer.learned import what_was_learned
 from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
-from halfbyte.trainer.pinned_base import open_base, pin_base
+from halfbyte.trainer.pinned_base import (
+    INIT_FROM,
+    at_commit,
+    find_commits,
+    open_base,
+    pin_base,
+    started_from,
+)
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe import Recipe
@@ -56,12 +62,16 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     repository = recipe.output.push_to_hub
     if world.leads and repository is not None:
         check_push(repository)
-    require_adapter(recipe.lora.init_from)  # ahead of any download
-    digests = FileDigests(recipe.data.cache_folder / "digests")
-    family = open_base(folder, recipe.model, digests)
-    refuse_large(recipe, family)
-    start = start_layers(recipe, family)  # a broken adapter is told at once, not behind the encoding
     join(world)
+    # One process asks, so that all read the same commits.
+    init_from = recipe.lora.init_from
+    commits = told_by_first(world, lambda: find_commits(folder, recipe.model, init_from))
+    if init_from is not None:
+        init_from = at_commit(init_from, commits.get(INIT_FROM))
+    digests = FileDigests(recipe.data.cache_folder / "digests")
+    family = open_base(folder, recipe.model, digests, commits=commits)
+    refuse_large(recipe, family)
+    start = start_layers(init_from, family)  # a broken adapter is told at once, not behind the encoding
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None
@@ -88,7 +98,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
         # Here the base has been read, and its digests are known.
-        pin_base(folder, family, digests)
+        pin_base(folder, family, digests, commits)
         if saved is None:
             with told_when_full(recipe, family, "in drawing the first pictures", *_drawing(recipe)):
                 sampler.draw(0)
@@ -224,6 +234,7 @@ def _export(
         output.self_check,
         recipe.train.steps,
         loaded.quant,
+        started_from=started_from(folder, recipe.lora.init_from),
     )
     exported = export_trained(family, denoiser, folder, settings)
     for line in exported_lines(exported):

@@ -233,9 +233,8 @@ def _opening(
     compiles: bool,
     launches: str,
 ) -> list[tuple[str, str]]:
-    source, adapter = subject.family.source, subject.adapter
-    revision = f" @ {source.revision[:12]}" if source.revision else ""
-    lines = [("model", source.name + revision), ("base", describe_base(subject))]
+    adapter = subject.adapter
+    lines = [("model", subject.family.describe_source()), ("base", describe_base(subject))]
     if adapter is not None:
         ranks = sorted({layer.rank for layer in adapter.layers.values()})
         spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
@@ -265,6 +264,7 @@ def _drawn_with(
             "name": family.source.name if family.source.revision else family.source.folder.resolve().name,
             "revision": family.source.revision,
             "weights": weights,
+            **_taken_apart(family, digests),
         },
         adapter=None if adapter is None else {"name": adapter.name, "sha256": adapter.sha256},
         steps=settings.steps,
@@ -281,6 +281,17 @@ def _drawn_with(
         device_map=request.device_map,
         halfbyte=halfbyte_version(),
     )
+
+
+def _taken_apart(family: Family, digests: FileDigests) -> dict[str, str]:
+    """What the base's weights do not say: repositories of the Hub by their commits, another T5 by its digest."""
+    told = {}
+    for name, part in (("transformer", family.transformer), ("text_encoder", family.t5)):
+        if part.is_own and part.revision is not None:
+            told[name] = f"{part.name}@{part.revision}"
+        elif part.is_own and part is family.t5:
+            told[name] = family.t5_fingerprint(digests)
+    return told
 
 
 def _heading(subject: Subject) -> str:

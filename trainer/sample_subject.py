@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.load import empty_model, read_config
-from halfbyte.quant.serialize import read_quantization_config
+from halfbyte.quant.load import empty_model, stored_quantization
 from halfbyte.trainer.adapter_source import download_adapter
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
 from halfbyte.trainer.checkpoint import ADAPTER_FILE, folders
@@ -27,7 +26,7 @@ from halfbyte.trainer.lora_formats import PEFT_CONFIG
 from halfbyte.trainer.lora_start import find_file, read_layers
 from halfbyte.trainer.pinned_base import open_base
 from halfbyte.trainer.recipe import Recipe, load_written
-from halfbyte.trainer.recipe_folders import is_repository
+from halfbyte.trainer.recipe_folders import HubReference, is_repository
 from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder import RunFolder
 from halfbyte.trainer.sample_request import SampleRequest
@@ -72,6 +71,7 @@ class Subject:
 
 def find_subject(request: SampleRequest, device: torch.device) -> Subject:
     """What the request's source is. Raises RecipeError or HubError; no weights but the adapter's are read."""
+    request = _at_its_revision(request)
     path = Path(request.source).expanduser()
     if (path / "recipe.yaml").is_file():
         subject = _of_run(request, RunFolder(path))
@@ -96,6 +96,17 @@ def find_subject(request: SampleRequest, device: torch.device) -> Subject:
     if subject.dtype == torch.float16 and device.type == "cpu":
         raise RecipeError("--dtype: float16 needs a CUDA device; use bfloat16 or float32")
     return subject
+
+
+def _at_its_revision(request: SampleRequest) -> SampleRequest:
+    """The request with owner/name@revision, as recipes may have it, told apart. Raises RecipeError."""
+    path = Path(request.source)
+    reference = None if path.exists() else HubReference.of(path)
+    if reference is None or reference.revision is None:
+        return request
+    if request.revision is not None:
+        raise RecipeError(f"--revision: got {request.revision}, but {request.source} names one already")
+    return replace(request, source=reference.name, revision=reference.revision)
 
 
 def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
@@ -213,8 +224,8 @@ def _quant(
         if stored is not None:
             if request.quant is not None and request.quant != stored.quant_type:
                 raise RecipeError(
-                    f"--quant: the transformer of {family.source.name} is stored in {stored.quant_type} and is taken as"
-                    " it is; leave out --quant"
+                    f"--quant: the transformer of {family.transformer.name} is stored in {stored.quant_type} and is"
+                    " taken as it is; leave out --quant"
                 )
             return replace(stored, compute_dtype=dtype)
     if request.quant == "none":
@@ -226,10 +237,10 @@ def _quant(
 
 def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe | None) -> T5Setting:
     asked = cast(T5Setting | None, request.text_encoder_quant)
-    stored = _stored(family.source.folder / family.t5_component)
+    stored = _stored(family.t5.path)
     if stored is not None and asked not in (None, "auto", stored.quant_type):
         raise RecipeError(
-            f"--text-encoder-quant: T5 of {family.source.name} is stored in {stored.quant_type} and is taken as it is"
+            f"--text-encoder-quant: T5 of {family.t5.name} is stored in {stored.quant_type} and is taken as it is"
         )
     if asked is not None and (stored is None or asked != stored.quant_type):
         return asked
@@ -239,8 +250,7 @@ def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe |
 def _stored(folder: Path) -> QuantRecipe | None:
     """The quantization of a model's folder, None where it has none."""
     try:
-        stored = read_config(folder).get("quantization_config")
-        return None if stored is None else read_quantization_config(stored, str(folder / "config.json"))
+        return stored_quantization(folder)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 

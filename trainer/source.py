@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.trainer.base_licence import CARD_FILE
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.file_digests import FileDigests
-from halfbyte.trainer.hub_download import download
-from halfbyte.trainer.recipe_folders import is_folder
+from halfbyte.trainer.hub_download import NoSuchRevision, download
+from halfbyte.trainer.recipe_folders import is_folder, is_repository
 
 # The same weights again, 9.5 GB of T5 among them.
 _OTHER_PRECISIONS = ["*.fp16*"]
@@ -28,6 +28,7 @@ class ModelSource:
     name: str  # what the recipe calls it: a repository's name or a folder
     folder: Path
     revision: str | None  # the commit of a Hub snapshot; None for a folder
+    asked: str | None = None  # the revision that it was asked for by
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's configuration, without its weights."""
@@ -44,7 +45,7 @@ class ModelSource:
         if not index.is_file():
             raise RecipeError(
                 f"model.path: {self.name}: no model_index.json in {self.folder}; expected a pipeline folder in"
-                " diffusers' layout (as DiffusionPipeline.save_pretrained writes it)"
+                f" diffusers' layout (as DiffusionPipeline.save_pretrained writes it){self._instead()}"
             )
         listed = _read_json(index)
         found = (listed.get("transformer") or [None, None])[1]
@@ -55,10 +56,40 @@ class ModelSource:
             )
         return listed
 
+    def _instead(self) -> str:
+        """What to write of a folder that is no pipeline, but holds a transformer, T5 or both."""
+        named = self.name if self.asked is None else f"{self.name}@{self.asked}"
+        settings, base = [], None
+        for folder in (self.folder, *sorted(path for path in self.folder.iterdir() if path.is_dir())):
+            if not (folder / "config.json").is_file():
+                continue
+            config = _read_json(folder / "config.json")
+            if str(config.get("_class_name")).endswith("Transformer2DModel"):
+                settings.append(f"model.transformer: {named}")
+                base = config.get("_name_or_path")
+            elif config.get("model_type") == "t5":
+                settings.append(f"model.text_encoder: {named}")
+        if not settings:
+            return ""
+        known = isinstance(base, str) and is_repository(base) and base != self.name
+        return (
+            f". It holds a part of one: write {' and '.join(sorted(settings, reverse=True))}, and as model.path the"
+            f" pipeline that it belongs to, which has the rest{f': {base}' if known else ''}"
+        )
+
     def require(self, components: Sequence[str], denoiser: str, config_alone: Sequence[str] = ()) -> None:
         """Raises RecipeError for another class of transformer, or naming every component the folder lacks."""
         listed = self.require_class(denoiser)
-        missing = [part for part in components if not self._holds(part, listed, part in config_alone)]
+        self._refuse_without(
+            [part for part in components if not self._holds(part, listed, part in config_alone)], components
+        )
+
+    def require_listed(self, components: Sequence[str], denoiser: str) -> None:
+        """As `require`, by the pipeline's index alone."""
+        listed = self.require_class(denoiser)
+        self._refuse_without([part for part in components if not _is_listed(part, listed)], components)
+
+    def _refuse_without(self, missing: Sequence[str], components: Sequence[str]) -> None:
         if missing:
             raise RecipeError(
                 f"model.path: {self.name}: lacks {', '.join(missing)}; a pipeline for training needs"
@@ -84,9 +115,8 @@ class ModelSource:
         return digest.hexdigest()
 
     def _holds(self, component: str, listed: dict[str, Any], config_alone: bool) -> bool:
-        entry = listed.get(component)
         folder = self.folder / component
-        if entry is None or entry[0] is None or not folder.is_dir():
+        if not _is_listed(component, listed) or not folder.is_dir():
             return False
         if config_alone:
             return (folder / "config.json").is_file()
@@ -120,8 +150,15 @@ def resolve_configurations(
     path: str, revision: str | None, components: Sequence[str], denoiser: str
 ) -> ModelSource:
     """As `resolve`, for the components' configurations alone: a few small files, and no weights need be there."""
-    source = _find(path, revision, components, components)
-    source.require_class(denoiser)
+    try:
+        source = _find(path, revision, components, components)
+    except HubError as error:
+        setting = "model.revision" if isinstance(error, NoSuchRevision) else "model.path"
+        raise type(error)(f"{setting}: {error}") from error
+    if source.revision is None:
+        source.require_class(denoiser)
+    else:
+        source.require_listed(components, denoiser)
     return source
 
 
@@ -182,12 +219,17 @@ def _download(
     name: str, revision: str | None, components: Sequence[str], config_alone: Sequence[str]
 ) -> ModelSource:
     # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
-    wanted = ["model_index.json", CARD_FILE]
+    wanted = ["model_index.json", "config.json", CARD_FILE]
     for part in components:
         endings = _CONFIGURATIONS if part in config_alone else _ALL
         wanted += [f"{part}/*{ending}" for ending in endings]
     folder = download(name, revision, wanted, _OTHER_PRECISIONS)
-    return ModelSource(name, folder, folder.name)
+    return ModelSource(name, folder, folder.name, revision)
+
+
+def _is_listed(component: str, listed: dict[str, Any]) -> bool:
+    entry = listed.get(component)
+    return entry is not None and entry[0] is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from halfbyte.quant.serialize import (
     split_statistic,
 )
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, write_text, write_weights
+from halfbyte.trainer.component import Component
 from halfbyte.trainer.errors import RecipeError
 
 _BLOCKS = "encoder.block."
@@ -33,30 +34,30 @@ class WrittenTextEncoder:
     config: Mapping[str, Any]
 
 
-def check_text_encoder(source: Path) -> None:
-    """Raises RecipeError where the T5 in `source` is none that can be quantized."""
+def check_text_encoder(t5: Component) -> None:
+    """Raises RecipeError where the T5 is none that can be quantized."""
     try:
-        config = read_config(source)
+        config = read_config(t5.path)
     except ValueError as error:
-        raise RecipeError(f"model.path: {error}") from error
+        raise RecipeError(f"{t5.setting}: {error}") from error
     if "quantization_config" in config:
         raise RecipeError(
-            f"--text-encoder: {source} is quantized already; use it as it is, and export without --text-encoder"
+            f"--text-encoder: {t5.path} is quantized already; use it as it is, and export without --text-encoder"
         )
 
 
-def write_text_encoder(source: Path, folder: Path, device: torch.device) -> WrittenTextEncoder:
-    """Quantizes the T5 in `source` on `device` and writes it into `folder`, which is empty.
+def write_text_encoder(t5: Component, folder: Path, device: torch.device) -> WrittenTextEncoder:
+    """Quantizes the T5 on `device` and writes it into `folder`, which is empty.
 
     Raises RecipeError where it is damaged, or quantized already.
     """
-    check_text_encoder(source)
+    check_text_encoder(t5)
     recipe = QuantRecipe("nf4", compute_dtype=torch.bfloat16)
     try:
-        config = read_config(source)
-        model = load_text_encoder(T5EncoderModel, source, recipe, dtype=torch.bfloat16, device=device)
+        config = read_config(t5.path)
+        model = load_text_encoder(T5EncoderModel, t5.path, recipe, dtype=torch.bfloat16, device=device)
     except ValueError as error:
-        raise RecipeError(f"model.path: {error}") from error
+        raise RecipeError(f"{t5.setting}: {error}") from error
     groups: dict[str, dict[str, Tensor]] = {}
     written: set[int] = set()
     for name, tensor in model.state_dict().items():

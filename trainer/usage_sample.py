@@ -21,18 +21,24 @@ class Usage:
 def usage_sample(usage: Usage) -> str:
     """A Python program. The prompt is the first that was drawn in training, with its seed and settings."""
     provenance, dtype = usage.provenance, usage.recipe.quant.compute_dtype
+    parts = _parts(usage)
+    text_encoders = [name for name in parts if name != BASE]
     pinned = "" if provenance.revision is None else f"    revision={_literal(provenance.revision)},\n"
     return (
         "import torch\n"
         f"from diffusers import {provenance.pipeline}"
-        + (f", {provenance.transformer}" if usage.has_base else "")
+        + (f", {provenance.transformer}" if BASE in parts else "")
+        + ("\nfrom transformers import T5EncoderModel" if text_encoders else "")
         + "\n\n"
         'device = "cuda" if torch.cuda.is_available() else "cpu"\n'
-        + (_transformer(usage.repository, provenance.transformer, dtype) if usage.has_base else "")
+        + "".join(
+            _part(name, provenance.transformer if name == BASE else "T5EncoderModel", part, dtype)
+            for name, part in parts.items()
+        )
         + f"pipeline = {provenance.pipeline}.from_pretrained(\n"
         + _base(provenance)
         + pinned
-        + ("    transformer=transformer,\n" if usage.has_base else "")
+        + "".join(f"    {name}={name},\n" for name in parts)
         + f"    torch_dtype=torch.{dtype},\n"
         ").to(device)\n"
         f"pipeline.load_lora_weights({_literal(usage.repository)}, weight_name={_literal(ADAPTER_FILE)})\n"
@@ -41,12 +47,21 @@ def usage_sample(usage: Usage) -> str:
     )
 
 
-def _transformer(repository: str, name: str, dtype: str) -> str:
-    return (
-        f"transformer = {name}.from_pretrained(\n"
-        f"    {_literal(repository)}, subfolder={_literal(BASE)}, torch_dtype=torch.{dtype}\n"
-        ")\n"
-    )
+def _parts(usage: Usage) -> dict[str, tuple[str, ...]]:
+    """What is not the base's: by the pipeline's names, the arguments that say where it is."""
+    parts = {}
+    for name, part in usage.provenance.parts.items():
+        subfolder = () if part.subfolder is None else (f"subfolder={_literal(part.subfolder)}",)
+        parts[name] = (_literal(part.repository), *subfolder, f"revision={_literal(part.revision)}")
+    if usage.has_base:
+        parts[BASE] = (_literal(usage.repository), f"subfolder={_literal(BASE)}")
+    return parts
+
+
+def _part(name: str, class_name: str, where: tuple[str, ...], dtype: str) -> str:
+    argument = "torch_dtype" if name == BASE else "dtype"  # diffusers' name, and transformers'
+    arguments = ", ".join((*where, f"{argument}=torch.{dtype}"))
+    return f"{name} = {class_name}.from_pretrained(\n    {arguments}\n)\n"
 
 
 def _base(provenance: Provenance) -> str:

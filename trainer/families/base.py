@@ -1,7 +1,8 @@
 """What a model family is: everything that differs between models, behind one interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.file_digest import file_digest
 from halfbyte.quant.fill import Place, Progress
 from halfbyte.quant.load import load_quantized, read_config
 from halfbyte.quant.serialize import CONFIG_FILE
-from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
+from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE
 from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.component import PIPELINE, Component, find, pipelines_component
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.encoders import Encoders, PipelineEncoders, TextEmbedding
@@ -22,7 +25,7 @@ from halfbyte.trainer.families.t5 import T5Setting
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.placement import Placement
 from halfbyte.trainer.single_file import load_single_file
-from halfbyte.trainer.source import ModelSource, resolve
+from halfbyte.trainer.source import ModelSource, resolve, resolve_configurations
 from halfbyte.trainer.unused_memory import free_unused
 
 
@@ -37,9 +40,10 @@ class Family(ABC):
     target_presets: ClassVar[dict[str, str]]
 
     @classmethod
-    def components(cls) -> tuple[str, ...]:
-        """Every part of the pipeline folder that training reads."""
-        return ("transformer", "vae", *cls.text_components, "scheduler")
+    def components(cls, *, own_t5: bool = False) -> tuple[str, ...]:
+        """Every part of the pipeline folder that training reads; own_t5: T5 is elsewhere."""
+        parts = ("transformer", "vae", *cls.text_components, "scheduler")
+        return tuple(part for part in parts if not own_t5 or part != cls.t5_component)
 
     @classmethod
     def open(
@@ -48,26 +52,44 @@ class Family(ABC):
         revision: str | None,
         max_sequence_length: int | None,
         transformer: Path | None = None,
+        text_encoder: Path | None = None,
     ) -> Self:
-        """The family at a folder or Hub repository, its transformer's weights from `transformer` if given.
+        """The family at a folder or Hub repository, its transformer's weights and its T5 from elsewhere if given.
 
-        Raises RecipeError or HubError, see `source.resolve`; a large file that is missing or cut short is told
-        here, and not when an hour of encoding is over.
+        Raises RecipeError or HubError, see `source.resolve` and `component.find`; a large file that is missing or cut
+        short is told here, and not when an hour of encoding is over.
         """
-        config_alone = () if transformer is None else ("transformer",)
-        source = resolve(path, revision, cls.components(), cls.denoiser_class.__name__, config_alone)
-        large = {"transformer": WEIGHTS_FILE, cls.t5_component: TEXT_WEIGHTS_FILE}
-        try:
-            for component, file in large.items():
-                if component in config_alone:
-                    continue
-                with ShardedWeights(source.folder / component, file):
-                    pass
-        except ValueError as error:
-            raise RecipeError(f"model.path: {error}") from error
+        family = cls.describe(path, revision, max_sequence_length, transformer, text_encoder)
+        family.source = resolve(
+            path,
+            family.source.revision,
+            cls.components(own_t5=text_encoder is not None),
+            cls.denoiser_class.__name__,
+            () if transformer is None else ("transformer",),
+        )
+        for component in (family.transformer, family.t5):
+            component.require_weights()
+        return family
+
+    @classmethod
+    def describe(
+        cls,
+        path: str,
+        revision: str | None,
+        max_sequence_length: int | None,
+        transformer: Path | None = None,
+        text_encoder: Path | None = None,
+    ) -> Self:
+        """As `open`, from configurations alone: of Hub repositories a few small files are fetched."""
+        needed, denoiser = cls.components(own_t5=text_encoder is not None), cls.denoiser_class.__name__
+        source = resolve_configurations(path, revision, needed, denoiser)
+        if source.revision is None:
+            source.require(needed, denoiser, () if transformer is None else ("transformer",))
         family = cls(source, max_sequence_length)
         if transformer is not None:
             family.take_transformer(transformer)
+        if text_encoder is not None:
+            family.take_text_encoder(text_encoder)
         return family
 
     def __init__(self, source: ModelSource, max_sequence_length: int | None) -> None:
@@ -75,30 +97,31 @@ class Family(ABC):
         self.denoiser_config = source.config("transformer")
         self.vae_config = source.config("vae")
         self.scheduler_config = source.config("scheduler")
-        self.transformer_file: Path | None = None  # instead of the source's, and so the folder
-        self.transformer_folder: Path | None = None
+        self.transformer = pipelines_component(source, "transformer", WEIGHTS_FILE)
+        self.t5 = pipelines_component(source, self.t5_component, TEXT_WEIGHTS_FILE)
         self.max_sequence_length = max_sequence_length or self.default_sequence_length()
 
-    def take_transformer(self, path: Path) -> None:
-        """Has `load_denoiser` read the weights from elsewhere.
+    def take_transformer(self, named: Path) -> None:
+        """Has the transformer's weights come from elsewhere than the pipeline.
 
-        path: a folder in diffusers' layout, quantized or not, or one file that names layers as the model's authors do.
-        Raises RecipeError where it is another model's, damaged, or a file of a family that has no such files.
+        named: a folder in diffusers' layout, quantized or not; a Hub repository, see `HubReference`, of which the
+        configuration alone is fetched; or one file that names layers as the model's authors do. Raises HubError, and
+        RecipeError where it is another model's, damaged, or a file of a family that has no such files.
         """
-        try:
-            if path.is_dir():
-                self.denoiser_config = self._config_of(path)
-                self.transformer_folder = path
-            elif not path.exists():
-                raise ValueError(
-                    f"{path}: no such file or folder; where it was moved, write its new place into the recipe (a run's"
-                    " is recipe.yaml in its own folder)"
-                )
+        found = find("model.transformer", named, "transformer", WEIGHTS_FILE)
+        with _told_of(found):
+            if found.file is not None:
+                self.check_file(found.file)
             else:
-                self.check_file(path)
-                self.transformer_file = path
-        except ValueError as error:
-            raise RecipeError(f"model.transformer: {error}") from error
+                self.denoiser_config = self._config_of(found.path)
+        self.transformer = found
+
+    def take_text_encoder(self, named: Path) -> None:
+        """Has T5 come from elsewhere than the pipeline: a folder or a Hub repository, see `take_transformer`."""
+        found = find("model.text_encoder", named, self.t5_component, TEXT_WEIGHTS_FILE)
+        with _told_of(found):
+            self._check_t5(found.path)
+        self.t5 = found
 
     def check_file(self, file: Path) -> None:
         """Raises ValueError where a transformer cannot be read from this one file."""
@@ -109,8 +132,6 @@ class Family(ABC):
     def _config_of(self, folder: Path) -> dict[str, Any]:
         """The configuration of a transformer that stands in for the source's. Raises ValueError."""
         config = read_config(folder, self.denoiser_class.__name__)
-        with ShardedWeights(folder):
-            pass
         own = self.denoiser_config
         for key in own.keys() & config.keys():
             if not key.startswith("_") and key != "quantization_config" and config[key] != own[key]:
@@ -120,6 +141,20 @@ class Family(ABC):
                 )
         return config
 
+    def _check_t5(self, folder: Path) -> None:
+        """Raises ValueError where a folder holds no T5 whose embeddings the transformer takes."""
+        config = read_config(folder)
+        kind = config.get("model_type")
+        if kind != "t5":
+            described = config.get("_class_name") or next(iter(config.get("architectures") or ()), kind)
+            raise ValueError(f"{folder / CONFIG_FILE}: describes a {described}, expected a T5EncoderModel")
+        width, taken = config.get("d_model"), self.denoiser_config.get("joint_attention_dim")
+        if taken is not None and width != taken:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: its embeddings are {width} wide, and the transformer takes {taken}; expected"
+                " the T5 of the same model"
+            )
+
     @abstractmethod
     def default_sequence_length(self) -> int:
         """T5 tokens a caption is padded to when the recipe does not say."""
@@ -127,28 +162,41 @@ class Family(ABC):
     @property
     def denoiser_folder(self) -> Path | None:
         """The folder of the transformer's weights, in diffusers' layout; None where one file holds them."""
-        if self.transformer_file is not None:
-            return None
-        return self.transformer_folder or self.source.folder / "transformer"
+        return None if self.transformer.file is not None else self.transformer.path
 
     @property
-    def has_own_transformer(self) -> bool:
-        """Whether the transformer's weights were given apart from the source."""
-        return self.transformer_file is not None or self.transformer_folder is not None
-
-    @property
-    def transformer_setting(self) -> str:
-        """The recipe's field that names the transformer's weights."""
-        return "model.transformer" if self.has_own_transformer else "model.path"
+    def commits(self) -> dict[str, str]:
+        """The commits of the Hub repositories that it was opened at, by the settings that name them."""
+        revisions = {
+            PIPELINE: self.source.revision,
+            **{part.setting: part.revision for part in (self.transformer, self.t5) if part.is_own},
+        }
+        return {setting: commit for setting, commit in revisions.items() if commit is not None}
 
     def denoiser_fingerprint(self, digests: FileDigests) -> str:
         """What tells the transformer's weights from all others."""
-        if self.transformer_file is not None:
-            return digests.of(self.transformer_file)
-        if self.transformer_folder is not None:
-            with ShardedWeights(self.transformer_folder) as weights:
-                return ":".join(digests.of(file) for file in weights.files)
+        if self.transformer.is_own:
+            return self.transformer.fingerprint(digests)
         return self.source.fingerprint(["transformer"], digests)
+
+    def t5_fingerprint(self, digests: FileDigests) -> str:
+        """What tells a T5 that was given apart from all others."""
+        config = self.t5.path / CONFIG_FILE
+        return f"{file_digest(config)}:{self.t5.fingerprint(digests)}"
+
+    def text_fingerprint(self, digests: FileDigests) -> str:
+        """What tells the text encoders and tokenizers from all others."""
+        if not self.t5.is_own:
+            return self.source.fingerprint(self.text_components, digests)
+        others = [part for part in self.text_components if part != self.t5_component]
+        return f"{self.source.fingerprint(others, digests)}:{self.t5_fingerprint(digests)}"
+
+    def describe_source(self) -> str:
+        """Where everything is from, for the start of the run."""
+        at = f" @ {self.source.revision[:12]}" if self.source.revision else ""
+        parts = (("transformer", self.transformer), ("T5", self.t5))
+        own = [f"; {name} of {part}" for name, part in parts if part.is_own]
+        return f"{self.source.name}{at}{''.join(own)}"
 
     @property
     def vae_scale(self) -> int:
@@ -216,23 +264,22 @@ class Family(ABC):
         denoiser: nn.Module
         how: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress, "place": place}
         try:
-            folder = self.denoiser_folder
-            if folder is None:
-                assert self.transformer_file is not None
+            file = self.transformer.file
+            if file is not None:
                 denoiser = load_single_file(
                     self.denoiser_class,
-                    self.transformer_file,
+                    file,
                     self.denoiser_config,
                     self.original_names(),
                     recipe,
                     **how,
                 )
-            elif cache is None or recipe is None or self.transformer_folder is not None:
-                denoiser = load_quantized(self.denoiser_class, folder, recipe, **how)
+            elif cache is None or recipe is None or self.transformer.is_own:
+                denoiser = load_quantized(self.denoiser_class, self.transformer.path, recipe, **how)
             else:
                 denoiser = cache.load(self.denoiser_class, self.source, recipe, **how)
         except ValueError as error:
-            raise RecipeError(f"{self.transformer_setting}: {error}") from error
+            raise RecipeError(f"{self.transformer.setting}: {error}") from error
         free_unused(device)
         return denoiser.requires_grad_(False)
 
@@ -298,3 +345,12 @@ class Family(ABC):
     def describe_guidance(self, guidance_scale: float) -> str:
         """What is made of the recipe's guidance_scale, for the start of the run."""
         return "not used: the model has no guidance embedding"
+
+
+@contextmanager
+def _told_of(component: Component) -> Iterator[None]:
+    """Within it a ValueError becomes a RecipeError of the setting that names the component."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{component.setting}: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle
+from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle, tell_stored
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.placement import Placement
 from halfbyte.trainer.unused_memory import free_unused
@@ -73,15 +73,15 @@ class PipelineEncoders(Encoders):
         self._placement = placement
         self._device = placement.device
         self._dtype = dtype
-        self._t5_folder = source.folder / family.t5_component
-        self._t5_quant = settle(t5_quant, self._t5_folder)
+        self._t5_quant = settle(t5_quant, family.t5.path, named_by=family.t5.setting)
+        tell_stored(t5_quant, family.t5.path)
         self._stream_t5 = stream_t5
         self._vae: Any = None
         self._pipeline: Any = None
         # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
         self.latent_fingerprint = source.fingerprint(["vae"], digests) + ":float32"
         settings = f"{family.max_sequence_length}:{dtype}:{self._t5_quant}"
-        self.text_fingerprint = source.fingerprint(family.text_components, digests) + ":" + settings
+        self.text_fingerprint = family.text_fingerprint(digests) + ":" + settings
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> LatentMoments:
@@ -105,11 +105,12 @@ class PipelineEncoders(Encoders):
             self._vae = None
             free_unused(self._device)
             t5 = load_t5(
-                self._t5_folder,
+                self._family.t5.path,
                 self._t5_quant,
                 dtype=self._dtype,
                 device=self._placement.loads_on,
                 stream=self._stream_t5,
+                named_by=self._family.t5.setting,
             )
             self._pipeline = self._family.pipeline_class.from_pretrained(
                 self._family.source.folder,

@@ -10,12 +10,13 @@ from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Block
 
 from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.load import read_config
+from halfbyte.quant.load import stored_quantization
 from halfbyte.quant.load_text_encoder import (
     count_parameters,
     load_text_encoder,
     text_encoder_on_meta,
 )
+from halfbyte.trainer.component import PIPELINE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_copies import copies_to
 from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
@@ -29,22 +30,35 @@ T5Setting = Literal["auto", "none", "int8", "nf4"]
 _LARGE = 10**9
 
 
-def settle(setting: T5Setting, folder: Path) -> T5Quant:
+def settle(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE) -> T5Quant:
     """How the T5 in `folder` is held: `auto` is int8 for more than a billion parameters, none for fewer.
 
-    A T5 that is stored packed is loaded as it is, which is none as well.
+    A T5 that is stored packed is loaded as it is, which is none as well, whatever the setting.
 
     int8 because it fits T5-XXL and the other encoders into 8 GB, at a seventh of NF4's error. The model decides and
-    not the card at hand, so that a recipe trains on the same embeddings everywhere. Raises RecipeError.
+    not the card at hand, so that a recipe trains on the same embeddings everywhere. Raises RecipeError,
+    with the setting that names the folder.
     """
-    if setting != "auto":
-        return setting
     try:
-        if "quantization_config" in read_config(folder):
+        if stored_quantization(folder) is not None:
             return "none"
+        if setting != "auto":
+            return setting
         return "int8" if count_parameters(T5EncoderModel, folder) > _LARGE else "none"
     except ValueError as error:
-        raise RecipeError(f"model.path: {error}") from error
+        raise RecipeError(f"{named_by}: {error}") from error
+
+
+def tell_stored(setting: T5Setting, folder: Path) -> None:
+    """Warns where the T5 in `folder` is stored packed otherwise than the setting has it."""
+    stored = stored_quantization(folder)
+    if stored is not None and setting not in ("auto", stored.quant_type):
+        log.warning(
+            "%s is quantized already and loaded as it is: %s; model.text_encoder_quant, %s, does not apply",
+            folder,
+            stored.describe(),
+            setting,
+        )
 
 
 def block_names(encoder: nn.Module) -> list[str]:
@@ -54,11 +68,17 @@ def block_names(encoder: nn.Module) -> list[str]:
 
 
 def load_t5(
-    folder: Path, quant: T5Quant, *, dtype: torch.dtype, device: torch.device, stream: bool = False
+    folder: Path,
+    quant: T5Quant,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: bool = False,
+    named_by: str = PIPELINE,
 ) -> nn.Module:
     """The T5 in `folder`, streamed from disk to the device, or, block by block as it computes, from the host's memory.
 
-    Raises RecipeError for damaged files, and where there is nothing packed to stream.
+    Raises RecipeError for damaged files, with the setting that names them, and where there is nothing packed to stream.
     """
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=dtype)
     log.info("loading T5 from %s, held %s", folder, "as it is stored" if recipe is None else f"in {quant}")
@@ -67,7 +87,7 @@ def load_t5(
         place = keep_on_host(names) if stream else None
         encoder = load_text_encoder(T5EncoderModel, folder, recipe, dtype=dtype, device=device, place=place)
     except ValueError as error:
-        raise RecipeError(f"model.path: {error}") from error
+        raise RecipeError(f"{named_by}: {error}") from error
     if stream:
         blocks = packed_blocks(encoder, names)
         if not blocks:

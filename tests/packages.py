@@ -1,0 +1,39 @@
+"""Folders as stock diffusers, transformers and bitsandbytes publish quantized parts of a pipeline."""
+
+from pathlib import Path
+
+import torch
+from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
+from transformers import T5EncoderModel
+
+from judge import stock_bitsandbytes_on_cpu
+
+KINDS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def write_package(pipeline: Path, folder: Path, *, transformer: str, t5: str) -> None:
+    """`transformer/` and `text_encoder_2/` of a FLUX pipeline, each of a kind of KINDS."""
+    with stock_bitsandbytes_on_cpu():
+        FluxTransformer2DModel.from_pretrained(
+            pipeline,
+            subfolder="transformer",
+            quantization_config=BitsAndBytesConfig(**KINDS[transformer]),
+            dtype=torch.bfloat16,
+        ).save_pretrained(folder / "transformer")
+    write_t5(pipeline / "text_encoder_2", folder / "text_encoder_2", t5)
+
+
+def write_t5(source: Path, folder: Path, kind: str) -> None:
+    """A T5 of a kind of KINDS."""
+    with stock_bitsandbytes_on_cpu():
+        T5EncoderModel.from_pretrained(
+            source,
+            quantization_config=TransformersBitsAndBytesConfig(**KINDS[kind]),
+            dtype=torch.bfloat16,
+            device_map={"": "cpu"},
+        ).save_pretrained(folder)
