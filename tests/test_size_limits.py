@@ -44,9 +44,9 @@ def test_the_limit_is_the_models(mini_flux: Any, mini_sd3: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("data.resolution=512", "data.resolution: got 512, expected at most 272"),
-        ("sample.width=528", "sample.width: got 528, expected at most 512"),
-        ("sample.height=1024", "sample.height: got 1024, expected at most 512"),
+        ("data.resolution=512", "command line: data.resolution=512: got 512, expected at most 272"),
+        ("sample.width=528", "command line: sample.width=528: got 528, expected at most 512"),
+        ("sample.height=1024", "command line: sample.height=1024: got 1024, expected at most 512"),
     ],
 )
 def test_a_run_is_refused_before_it_encodes(
