@@ -34,6 +34,7 @@ _library.define(
 
 
 FLASH4_PACKAGE = "flash-attn-4"
+FLASH4_INSTALL = "pip install 'flash-attn-4[cu13]>=4.0.0b36'"
 
 
 def flash4_version() -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.kernels.attention import FLASH4_PACKAGE, default_backend, flash4_version
+from halfbyte.kernels.attention import FLASH4_INSTALL, FLASH4_PACKAGE, default_backend, flash4_version
 from halfbyte.trainer.attention_probe import ORDER, TOLERANCE
 from halfbyte.trainer.errors import RecipeError
 
@@ -58,7 +58,7 @@ def choose_attention(
         return AttentionChoice(setting, f"{kernel}, its backward summed in a fixed order")
     if setting == "flash4" and flash4_version() is None:
         raise RecipeError(
-            f"train.attention: flash4 needs the package {FLASH4_PACKAGE}: pip install 'halfbyte[flash4]', or auto"
+            f"train.attention: flash4 needs the package {FLASH4_PACKAGE} ({FLASH4_INSTALL}); or write auto"
         )
     results = _remembered(shape, device, cache)
     right = {

@@ -262,8 +262,8 @@ class TrainSection(Section):
     attention: Literal["auto", "cudnn", "flash", "flash4", "efficient", "deterministic"] = "auto"
     """The kernel that attention runs on CUDA. auto: the fastest of those whose output and gradients prove right at
     the run's shapes, each tried in a process of its own, once for a device. flash4: FlashAttention-4, the fastest on
-    Hopper, where it is installed (pip install 'halfbyte[flash4]'). deterministic: flash, with a slower backward that
-    repeats to the bit, so that a resumed run does too; the CPU always does."""
+    Hopper, where it is installed (pip install 'flash-attn-4[cu13]>=4.0.0b36'). deterministic: flash, with a slower
+    backward that repeats to the bit, so that a resumed run does too; the CPU always does."""
     fused_adapters: bool = True
     """Compute each layer and its adapter as one function, which keeps less for the backward; false: PEFT's own
     layers, which give the same up to rounding."""
