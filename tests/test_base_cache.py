@@ -16,9 +16,10 @@ from rich.console import Console
 from halfbyte.quant import load as loading
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.linear import Linear4bit
-from halfbyte.quant.shards import ShardedWeights
+from halfbyte.quant.shards import WEIGHTS_FILE, ShardedWeights
 from halfbyte.trainer import base_cache
 from halfbyte.trainer.base_cache import BaseCache
+from halfbyte.trainer.component import pipelines_component
 from halfbyte.trainer.denoiser import load_denoiser
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3
@@ -60,7 +61,7 @@ def cache_in(folder):
 
 def start(model, work, recipe=RECIPES[0], *, revision=None, family=SD3, dtype=torch.bfloat16):
     """What a start loads, from its own cache object as its own process would."""
-    source = ModelSource("we/model", model, revision)
+    source = pipelines_component(ModelSource("we/model", model, revision), "transformer", WEIGHTS_FILE)
     return cache_in(work).load(family.denoiser_class, source, recipe, dtype=dtype, device=CPU)
 
 
@@ -342,6 +343,21 @@ def test_a_damaged_source_is_an_error_and_nothing_is_kept(sd3, tmp_path):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         start(sd3, tmp_path)
     assert entries(tmp_path) == []
+
+
+def test_a_transformer_given_apart_is_kept_too(mini_flux, tmp_path, monkeypatch):
+    apart = shutil.copytree(mini_flux / "transformer", tmp_path / "apart")
+    recipe = load_recipe(write_recipe(tmp_path, mini_flux), [f"model.transformer={apart}"])
+    world = read_world({"ACCELERATE_USE_CPU": "true"})
+    family = FAMILIES["flux"].open(recipe.model.path, None, None, recipe.model.transformer)
+    read = reads_of_the_source(monkeypatch)
+    cold = load_denoiser(recipe, family, world, Console(quiet=True)).denoiser
+    assert apart in read
+    read.clear()
+    warm = load_denoiser(recipe, family, world, Console(quiet=True)).denoiser
+    assert len(entries(tmp_path / "cache")) == 1
+    assert apart not in read
+    assert all(torch.equal(value, warm.state_dict()[name]) for name, value in cold.state_dict().items())
 
 
 @pytest.mark.parametrize("cache_base", ["true", "false"])

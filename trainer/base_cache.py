@@ -27,8 +27,8 @@ from halfbyte.quant.fill import Place, Progress
 from halfbyte.quant.load import load_quantized, read_config
 from halfbyte.quant.serialize import CONFIG_FILE, save_quantized
 from halfbyte.quant.shards import ShardedWeights, flush, write_text
+from halfbyte.trainer.component import Component
 from halfbyte.trainer.file_digests import FileDigests
-from halfbyte.trainer.source import ModelSource
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class BaseCache:
     def load(
         self,
         model_cls: type[ModelMixin],
-        source: ModelSource,
+        source: Component,
         recipe: QuantRecipe,
         *,
         dtype: torch.dtype,
@@ -57,12 +57,12 @@ class BaseCache:
         progress: Progress | None = None,
         place: Place | None = None,
     ) -> nn.Module:
-        """As `load_quantized` of the source's transformer: the kept one, or made anew and kept for the next start.
+        """As `load_quantized` of the source's folder: the kept one, or made anew and kept for the next start.
 
         A cache that cannot be written is warned about, and no more. Raises ValueError where the source itself
         cannot be loaded.
         """
-        folder = source.folder / "transformer"
+        folder = source.path
         load = partial(load_quantized, model_cls, dtype=dtype, device=device, progress=progress, place=place)
         if read_config(folder, model_cls.__name__).get("quantization_config") is not None:
             return load(folder, recipe)
@@ -96,12 +96,12 @@ class BaseCache:
         made_from = json.dumps([settings, fingerprint], sort_keys=True)
         return self._folder / hashlib.sha256(made_from.encode()).hexdigest()[:32]
 
-    def _known_fingerprint(self, source: ModelSource) -> str | None:
-        """What names the source's transformer, as far as that is known without reading its weights."""
+    def _known_fingerprint(self, source: Component) -> str | None:
+        """What names the source's content, as far as that is known without reading its weights."""
         if source.revision is not None:
-            return source.fingerprint(["transformer"], self._digests)
+            return source.fingerprint(self._digests)
         digest = hashlib.sha256()
-        folder = source.folder / "transformer"
+        folder = source.path
         with ShardedWeights(folder) as weights:
             digest.update((folder / CONFIG_FILE).read_bytes())
             for file in weights.files:
@@ -111,11 +111,9 @@ class BaseCache:
                 digest.update(f"\n{file.name}:{known}".encode())
         return digest.hexdigest()
 
-    def _quantized(
-        self, source: ModelSource, recipe: QuantRecipe, load: Callable[..., nn.Module]
-    ) -> nn.Module:
+    def _quantized(self, source: Component, recipe: QuantRecipe, load: Callable[..., nn.Module]) -> nn.Module:
         """The model from its source, whose digests are noted on the way: its bytes are read once for both."""
-        folder = source.folder / "transformer"
+        folder = source.path
         if source.revision is not None:
             return load(folder, recipe)
         with ShardedWeights(folder) as weights:

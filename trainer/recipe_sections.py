@@ -86,8 +86,8 @@ class ModelSection(Section):
     transformer: FilePath | None = None
     """What to take the transformer's weights from instead: a Hub repository (owner/name or owner/name@revision) or a
     folder in diffusers' layout, as `halfbyte quantize` writes one, of either its transformer/ where it has one; or one
-    safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8). Weights in full precision are quantized at each
-    start. The rest is path's, and so is the architecture."""
+    safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8), which is quantized at each start. The rest is
+    path's, and so is the architecture."""
     text_encoder: FilePath | None = None
     """What to take T5, the large text encoder, from instead: a Hub repository (owner/name or owner/name@revision) or a
     folder, of either its text_encoder_2/ (FLUX) or text_encoder_3/ (SD3) where it has one. Its tokenizer is path's."""

@@ -274,10 +274,10 @@ class Family(ABC):
                     recipe,
                     **how,
                 )
-            elif cache is None or recipe is None or self.transformer.is_own:
+            elif cache is None or recipe is None:
                 denoiser = load_quantized(self.denoiser_class, self.transformer.path, recipe, **how)
             else:
-                denoiser = cache.load(self.denoiser_class, self.source, recipe, **how)
+                denoiser = cache.load(self.denoiser_class, self.transformer, recipe, **how)
         except ValueError as error:
             raise RecipeError(f"{self.transformer.setting}: {error}") from error
         free_unused(device)
