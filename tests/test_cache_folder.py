@@ -6,9 +6,11 @@ from diffusers import SD3Transformer2DModel
 from typer.testing import CliRunner
 
 from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.shards import WEIGHTS_FILE
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
 from halfbyte.trainer.cli import app
+from halfbyte.trainer.component import pipelines_component
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.recipe_sections import DataSection
 from halfbyte.trainer.source import ModelSource
@@ -17,7 +19,7 @@ from halfbyte.trainer.source import ModelSource
 @pytest.fixture
 def folder(mini_sd3, tmp_path):
     cache = BaseCache(tmp_path / "bases", FileDigests(tmp_path / "digests"))
-    source = ModelSource("mini", mini_sd3, None)
+    source = pipelines_component(ModelSource("mini", mini_sd3, None), "transformer", WEIGHTS_FILE)
     cache.load(
         SD3Transformer2DModel, source, QuantRecipe("fp4"), dtype=torch.bfloat16, device=torch.device("cpu")
     )
