@@ -7,8 +7,8 @@ cuDNN is nearly twice as fast as flash on Hopper, and its backward trusts that t
 as the output does. Where it does not, the gradients are wrong in silence or the process dies (torch 2.11, cuDNN
 9.19), so the gradient is brought into that layout here.
 
-flash4 is FlashAttention-4, of a package that need not be there: on Hopper it takes 0.85 of cuDNN's time at FLUX's 24
-heads of 128, 0.75 at SD3.5's of 64.
+flash4 is FlashAttention-4, of a package that need not be there: on Hopper it takes 0.88 of cuDNN's time at FLUX's 24
+heads of 128, 0.80 at SD3.5 large's 38 of 64 (4608 tokens, scripts/bench_train.md).
 """
 
 import warnings
@@ -116,8 +116,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The output is contiguous as (B, S, H, D), and so must the gradient be: see above.
     if backend == "flash4":
-        found = _flash4()._flash_attn_bwd(query, key, value, out, grad.contiguous(), logsumexp)[:3]
-        query_grad, key_grad, value_grad = found
+        query_grad, key_grad, value_grad, *_ = _flash4()._flash_attn_bwd(
+            query, key, value, out, grad.contiguous(), logsumexp
+        )
         return query_grad, key_grad, value_grad
     parts = [part.transpose(1, 2) for part in (grad.contiguous(), query, key, value, out)]
     tokens, keys = query.shape[1], key.shape[1]

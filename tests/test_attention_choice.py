@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from halfbyte.trainer import attention_choice
+from halfbyte.trainer import attention_choice, attention_probe
 from halfbyte.trainer.attention_choice import AttentionShape, choose_attention, run_probe
 from halfbyte.trainer.errors import RecipeError
 
@@ -33,6 +33,12 @@ def probed(monkeypatch):
         return calls
 
     return give
+
+
+def installed(monkeypatch, version):
+    """Has FlashAttention-4 be there in this version, or not at all."""
+    for module in (attention_choice, attention_probe):
+        monkeypatch.setattr(module, "flash4_version", lambda: version)
 
 
 def test_the_fastest_that_is_right(probed, tmp_path):
@@ -85,7 +91,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(probed, tmp_path, caplog):
 
 
 def test_a_package_that_is_not_there_is_named(probed, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_choice, "flash4_version", lambda: None)
+    installed(monkeypatch, None)
     calls = probed(FLASH, CUDNN)
     with pytest.raises(
         RecipeError, match=r"flash4 needs the package flash-attn-4 \(pip install 'flash-attn-4"
@@ -96,14 +102,14 @@ def test_a_package_that_is_not_there_is_named(probed, tmp_path, monkeypatch):
 
 
 def test_a_package_that_comes_or_changes_is_tried(probed, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_choice, "flash4_version", lambda: None)
+    installed(monkeypatch, None)
     probed(FLASH, CUDNN)
     assert choose_attention("auto", SHAPE, CUDA, tmp_path).backend == "cudnn"
-    monkeypatch.setattr(attention_choice, "flash4_version", lambda: "4.0")
+    installed(monkeypatch, "4.0")
     calls = probed(FLASH, {"backend": "flash4", "error": 0.003, "seconds": 0.001}, CUDNN)
     choice = choose_attention("auto", SHAPE, CUDA, tmp_path)
     assert (choice.backend, len(calls)) == ("flash4", 2)
-    monkeypatch.setattr(attention_choice, "flash4_version", lambda: "4.1")
+    installed(monkeypatch, "4.1")
     probed(FLASH, {"backend": "flash4", "refused": "no kernel for sm_86"}, CUDNN)
     assert "flash4 refused: no kernel for sm_86" in choose_attention("auto", SHAPE, CUDA, tmp_path).reason
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from halfbyte.kernels.attention import FLASH4_INSTALL, FLASH4_PACKAGE, default_backend, flash4_version
-from halfbyte.trainer.attention_probe import ORDER, TOLERANCE
+from halfbyte.trainer.attention_probe import TOLERANCE, backends_here
 from halfbyte.trainer.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def choose_attention(
     fastest = min(right, key=lambda name: right[name])
     others = [
         f"{name} {1e3 * right[name]:.2f}" if name in right else f"{name} {_told(results, name)}"
-        for name in ORDER
-        if name != fastest and (name != "flash4" or flash4_version() is not None)
+        for name in backends_here()
+        if name != fastest
     ]
     return AttentionChoice(
         fastest, f"{1e3 * right[fastest]:.2f} ms forward and backward, probed; {', '.join(others)}"

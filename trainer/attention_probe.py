@@ -14,11 +14,16 @@ from torch import Tensor
 
 from halfbyte.kernels.attention import attention, attention_backward, flash4_version
 
-ORDER = ("efficient", "flash", "flash4", "cudnn")
+_ORDER = ("efficient", "flash", "flash4", "cudnn")
 # Of 16-bit outputs and gradients, as a share of the norm; a wrong backward is off by its whole size.
 TOLERANCE = 0.02
 _CHECKED_HEADS = 2  # the first and the last: all of them in fp32 would not fit beside a model
 _TIMED = 5
+
+
+def backends_here() -> tuple[str, ...]:
+    """Those whose packages are installed, in the order in which they are tried."""
+    return tuple(name for name in _ORDER if name != "flash4" or flash4_version() is not None)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list[Tensor]:
@@ -67,15 +72,12 @@ def probe(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, hea
     # As a block's backward has it: the first columns of the gradient of a wider matrix.
     wide = torch.randn(1, tokens, 2 * heads * head_dim, device=device, generator=draws).to(dtype)
     grad = wide[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
-    for backend in ORDER:
-        if backend == "flash4" and flash4_version() is None:
-            continue
+    for backend in backends_here():
         try:
             found = error(backend, query, key, value, grad)
             took = seconds(backend, query, key, value, grad)
-        except (
-            Exception
-        ) as refused:  # whatever a package that is not ours raises for shapes that it does not take
+        # Whatever a package that is not ours raises for a device or shapes that it does not take.
+        except Exception as refused:
             reason = (str(refused) or type(refused).__name__).splitlines()[0]
             result: dict[str, str | float] = {"backend": backend, "refused": reason}
         else:

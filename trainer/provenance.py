@@ -59,9 +59,8 @@ class Provenance:
     licence: Licence | None  # of the base, by its own card
     quant: QuantRecipe | None  # how the base was held; None: in the compute dtype
     own_text_encoder: bool = False  # whether T5 was given apart from base_model (model.text_encoder)
-    parts: Mapping[str, HubPart] = field(
-        default_factory=dict
-    )  # those given apart, by the pipeline's names of them
+    # Those given apart, by the pipeline's names of them.
+    parts: Mapping[str, HubPart] = field(default_factory=dict)
     started_from: HubPart | None = None  # the adapter, where it was one of the Hub (lora.init_from)
 
 
