@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from halfbyte.quant.dora import RowMagnitudes
 from halfbyte.quant.lora import fused_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
+from halfbyte.trainer.saved_adapter import first_fitting
 
 ADAPTER = "default"
+_DOWN = ".lora_A.weight"
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
         ("alpha_pattern", variant.alpha_pattern),
     ):
         for pattern in patterns:
-            # PEFT's rule, by which it also chose.
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+            if not any(first_fitting([pattern], name) for name in adapted):
                 examples = ", ".join(adapted[:: max(1, len(adapted) // 6)])
                 raise RecipeError(
                     f"lora.{setting}: {pattern!r} matches no layer with an adapter; accepted: regular expressions"
@@ -172,12 +173,28 @@ def by_parameter(denoiser: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: str | None = None) -> None:
     """Writes `pytorch_lora_weights.safetensors`, or `file`, as diffusers does: rank and alpha ride in its metadata."""
     model: Any = denoiser
+    state = adapter_state(denoiser)
+    layers = [name.removesuffix(_DOWN) for name in state if name.endswith(_DOWN)]
+    config: dict[str, Any] = model.peft_config[ADAPTER].to_dict()
+    config |= {name: _in_any_order(config[name], layers) for name in ("rank_pattern", "alpha_pattern")}
     pipeline_class.save_lora_weights(
         folder,
-        transformer_lora_layers=adapter_state(denoiser),
-        transformer_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),
+        transformer_lora_layers=state,
+        transformer_lora_adapter_metadata=config,
         weight_name=file,
     )
+
+
+def _in_any_order(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """The patterns for a file: diffusers sorts them, and the first that fits a layer is taken. Where that would be
+    another one, the layers' own names."""
+    chosen = {layer: first_fitting(patterns, layer) for layer in layers}
+    if all(first_fitting(sorted(patterns), layer) == pattern for layer, pattern in chosen.items()):
+        return dict(patterns)
+    # A pattern fits ends of names: from the start only itself.
+    return {
+        f"^{re.escape(name)}": patterns[pattern] for name, pattern in chosen.items() if pattern is not None
+    }
 
 
 def _saved_name(name: str) -> str:
