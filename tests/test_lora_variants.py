@@ -218,6 +218,30 @@ def test_a_pattern_that_matches_nothing_is_named(family, setting):
         adapt(family, denoiser, LoraVariant(**{setting: {"x_embedder": 2}}))
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["to_q", "to_kk"], "'to_kk' matches no layer"),
+        (["attn.to_out"], r"'attn\.to_out' matches transformer_blocks\.0\.attn\.to_out, a ModuleList"),
+        (r".*\.to_kk", r"to_kk' matches no layer"),
+        (".*", r"'\.\*' matches pos_embed, a FluxPosEmbed"),
+    ],
+)
+def test_a_target_that_is_no_linear_layer_is_named(family, targets, said):
+    """PEFT trains without a name that fits nothing, where others of the list do."""
+    with pytest.raises(RecipeError, match=rf"lora\.targets: .*{said}; accepted: all-linear.*such as .*attn"):
+        add_lora(
+            base(family),
+            rank=4,
+            alpha=8,
+            dropout=0.0,
+            targets=targets,
+            init="gaussian",
+            seed=1,
+            variant=LoraVariant(),
+        )
+
+
 def test_a_model_without_values_takes_dora(family):
     """As a plan needs it, which knows shapes alone."""
     with torch.device("meta"):

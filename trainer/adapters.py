@@ -57,10 +57,11 @@ def add_lora(
     """Puts fp32 adapters on the layers that `targets` matches (a regular expression, or module-name endings).
 
     `fused` computes a layer and its adapter as one function, see `halfbyte.quant.lora`; the adapters are the same.
-    Raises RecipeError when the targets or one of the variant's patterns match nothing, or DoRA finds a weight
-    without direction.
+    Raises RecipeError when one of the targets or of the variant's patterns matches nothing, or a target other than
+    linear layers, or DoRA finds a weight without direction.
     """
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    _check_targets(denoiser, targets, linears)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -73,16 +74,7 @@ def add_lora(
         alpha_pattern=dict(variant.alpha_pattern),
     )
     model: Any = denoiser
-    try:
-        model.add_adapter(fused_config(config) if fused else config, adapter_name=ADAPTER)
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        examples = ", ".join(linears[:: max(1, len(linears) // 6)])
-        raise RecipeError(
-            f"lora.targets: {targets!r} matches no layer; accepted: all-linear, attention, endings of module names,"
-            f" or a regular expression over whole names such as {examples}"
-        ) from error
+    model.add_adapter(fused_config(config) if fused else config, adapter_name=ADAPTER)
     adapters = trained_parameters(denoiser)
     for name, parameter in adapters.items():
         parameter.data = parameter.data.float()
@@ -93,6 +85,25 @@ def add_lora(
     if variant.dora:
         _check_directions(denoiser)
     return TrainedLayers(len(adapted), sum(p.numel() for p in adapters.values()), len(linears))
+
+
+def _check_targets(denoiser: nn.Module, targets: str | list[str], linears: list[str]) -> None:
+    """Each must fit a layer, which PEFT asks of all together, and linear layers alone, which have an export."""
+    modules = {name: module for name, module in denoiser.named_modules() if name}
+    examples = ", ".join(linears[:: max(1, len(linears) // 6)])
+    for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            found = [name for name in modules if re.fullmatch(target, name)]
+        else:
+            found = [name for name in modules if f".{name}".endswith(f".{target}")]
+        other = next((name for name in found if not isinstance(modules[name], nn.Linear)), None)
+        if found and other is None:
+            continue
+        fault = f"{other}, a {type(modules[other]).__name__}" if other else "no layer"
+        raise RecipeError(
+            f"lora.targets: {target!r} matches {fault}; accepted: all-linear, attention, endings of linear layers'"
+            f" names, or a regular expression over whole names such as {examples}"
+        )
 
 
 def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
