@@ -2,23 +2,28 @@
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe
 from halfbyte.quant.dora import RowMagnitudes, keep_lengths
 from halfbyte.trainer.adapters import (
+    ADAPTER,
     LoraVariant,
     adapter_state,
     add_lora,
     load_adapter_state,
+    save_adapter,
     trained_parameters,
 )
+from halfbyte.trainer.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.block_parts import BlockSettings
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.losses import MSE
 from halfbyte.trainer.module import DiffusionModule, Objective
 from halfbyte.trainer.samples import Batch
+from halfbyte.trainer.saved_adapter import read_saved
 from halfbyte.trainer.shift import ResolutionShift
 from halfbyte.trainer.timesteps import LogitNormal
 from halfbyte.trainer.weighting import NoWeighting
@@ -181,12 +186,60 @@ def test_patterns_set_rank_alpha_and_scale(family):
     assert {down.shape[0] for down in layers.values()} == {2, 4, 6}
 
 
+@pytest.mark.parametrize(
+    ("patterns", "kept"), [({"to_q": 2, "attn.to_q": 8}, False), ({"attn.to_q": 2, "to_k": 8}, True)]
+)
+def test_files_keep_which_pattern_came_first(family, tmp_path, patterns, kept):
+    """diffusers sorts them when it writes."""
+    trained = adapt(family, base(family), LoraVariant(rank_pattern=patterns, alpha_pattern=patterns))
+    save_adapter(trained, family.pipeline_class, str(tmp_path))
+    config = read_saved(tmp_path / ADAPTER_FILE).config
+    assert (config["rank_pattern"] == config["alpha_pattern"] == patterns) == kept
+    stock = family.denoiser_class.from_config(family.denoiser_config)
+    stock.load_lora_adapter(
+        str(tmp_path), prefix="transformer", adapter_name=ADAPTER, weight_name=ADAPTER_FILE
+    )
+    layers = {name: module for name, module in trained.named_modules() if isinstance(module, LoraLayer)}
+    assert {module.r[ADAPTER] for module in layers.values()} == ({2, 4, 8} if kept else {2, 4})
+    for name, module in layers.items():
+        loaded = stock.get_submodule(name)
+        assert (loaded.r, loaded.lora_alpha, loaded.scaling) == (
+            module.r,
+            module.lora_alpha,
+            module.scaling,
+        ), name
+
+
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_nothing_is_named(family, setting):
     denoiser = base(family)
     # The embedder is a linear layer, but has no adapter.
     with pytest.raises(RecipeError, match=rf"lora\.{setting}: 'x_embedder' matches no layer.*attn"):
         adapt(family, denoiser, LoraVariant(**{setting: {"x_embedder": 2}}))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["to_q", "to_kk"], "'to_kk' matches no layer"),
+        (["attn.to_out"], r"'attn\.to_out' matches transformer_blocks\.0\.attn\.to_out, a ModuleList"),
+        (r".*\.to_kk", r"to_kk' matches no layer"),
+        (".*", r"'\.\*' matches pos_embed, a FluxPosEmbed"),
+    ],
+)
+def test_a_target_that_is_no_linear_layer_is_named(family, targets, said):
+    """PEFT trains without a name that fits nothing, where others of the list do."""
+    with pytest.raises(RecipeError, match=rf"lora\.targets: .*{said}; accepted: all-linear.*such as .*attn"):
+        add_lora(
+            base(family),
+            rank=4,
+            alpha=8,
+            dropout=0.0,
+            targets=targets,
+            init="gaussian",
+            seed=1,
+            variant=LoraVariant(),
+        )
 
 
 def test_a_model_without_values_takes_dora(family):

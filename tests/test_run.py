@@ -207,6 +207,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, mini_flux):
     assert not (tmp_path / "run" / "adapter").exists(), "nothing is exported"
 
 
+def test_no_checkpoint_is_kept_of_weights_that_are_no_numbers(tmp_path, mini_flux):
+    """Between two rows of metrics such checkpoints would push out the last good one."""
+    recipe = write_recipe(tmp_path, mini_flux)
+    settings = ("optimizer.lr=1e30", "train.steps=20", "output.log_every=10", "checkpoint.every=1")
+    result = invoke(recipe, *settings, "checkpoint.keep=1")
+    assert result.exit_code == 1
+    assert "step 2: the adapter holds values that are not finite" in result.output
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert kept.name == "step-000001"
+    assert all(tensor.isfinite().all() for tensor in load_file(kept / ADAPTER_FILE).values())
+
+
 def test_a_folder_with_other_things_is_not_written_to(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     (tmp_path / "run").mkdir()

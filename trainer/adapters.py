@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ from halfbyte.quant.dora import RowMagnitudes
 from halfbyte.quant.lora import fused_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
+from halfbyte.trainer.saved_adapter import first_fitting
 
 ADAPTER = "default"
+_DOWN = ".lora_A.weight"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ def add_lora(
     """Puts fp32 adapters on the layers that `targets` matches (a regular expression, or module-name endings).
 
     `fused` computes a layer and its adapter as one function, see `halfbyte.quant.lora`; the adapters are the same.
-    Raises RecipeError when the targets or one of the variant's patterns match nothing, or DoRA finds a weight
-    without direction.
+    Raises RecipeError when one of the targets or of the variant's patterns matches nothing, or a target other than
+    linear layers, or DoRA finds a weight without direction.
     """
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    _check_targets(denoiser, targets, linears)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -71,16 +74,7 @@ def add_lora(
         alpha_pattern=dict(variant.alpha_pattern),
     )
     model: Any = denoiser
-    try:
-        model.add_adapter(fused_config(config) if fused else config, adapter_name=ADAPTER)
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        examples = ", ".join(linears[:: max(1, len(linears) // 6)])
-        raise RecipeError(
-            f"lora.targets: {targets!r} matches no layer; accepted: all-linear, attention, endings of module names,"
-            f" or a regular expression over whole names such as {examples}"
-        ) from error
+    model.add_adapter(fused_config(config) if fused else config, adapter_name=ADAPTER)
     adapters = trained_parameters(denoiser)
     for name, parameter in adapters.items():
         parameter.data = parameter.data.float()
@@ -93,14 +87,32 @@ def add_lora(
     return TrainedLayers(len(adapted), sum(p.numel() for p in adapters.values()), len(linears))
 
 
+def _check_targets(denoiser: nn.Module, targets: str | list[str], linears: list[str]) -> None:
+    """Each must fit a layer, which PEFT asks of all together, and linear layers alone, which have an export."""
+    modules = {name: module for name, module in denoiser.named_modules() if name}
+    examples = ", ".join(linears[:: max(1, len(linears) // 6)])
+    for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            found = [name for name in modules if re.fullmatch(target, name)]
+        else:
+            found = [name for name in modules if f".{name}".endswith(f".{target}")]
+        other = next((name for name in found if not isinstance(modules[name], nn.Linear)), None)
+        if found and other is None:
+            continue
+        fault = f"{other}, a {type(modules[other]).__name__}" if other else "no layer"
+        raise RecipeError(
+            f"lora.targets: {target!r} matches {fault}; accepted: all-linear, attention, endings of linear layers'"
+            f" names, or a regular expression over whole names such as {examples}"
+        )
+
+
 def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
     for setting, patterns in (
         ("rank_pattern", variant.rank_pattern),
         ("alpha_pattern", variant.alpha_pattern),
     ):
         for pattern in patterns:
-            # PEFT's rule, by which it also chose.
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+            if not any(first_fitting([pattern], name) for name in adapted):
                 examples = ", ".join(adapted[:: max(1, len(adapted) // 6)])
                 raise RecipeError(
                     f"lora.{setting}: {pattern!r} matches no layer with an adapter; accepted: regular expressions"
@@ -172,12 +184,28 @@ def by_parameter(denoiser: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: str | None = None) -> None:
     """Writes `pytorch_lora_weights.safetensors`, or `file`, as diffusers does: rank and alpha ride in its metadata."""
     model: Any = denoiser
+    state = adapter_state(denoiser)
+    layers = [name.removesuffix(_DOWN) for name in state if name.endswith(_DOWN)]
+    config: dict[str, Any] = model.peft_config[ADAPTER].to_dict()
+    config |= {name: _in_any_order(config[name], layers) for name in ("rank_pattern", "alpha_pattern")}
     pipeline_class.save_lora_weights(
         folder,
-        transformer_lora_layers=adapter_state(denoiser),
-        transformer_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),
+        transformer_lora_layers=state,
+        transformer_lora_adapter_metadata=config,
         weight_name=file,
     )
+
+
+def _in_any_order(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """The patterns for a file: diffusers sorts them, and the first that fits a layer is taken. Where that would be
+    another one, the layers' own names."""
+    chosen = {layer: first_fitting(patterns, layer) for layer in layers}
+    if all(first_fitting(sorted(patterns), layer) == pattern for layer, pattern in chosen.items()):
+        return dict(patterns)
+    # A pattern fits ends of names: from the start only itself.
+    return {
+        f"^{re.escape(name)}": patterns[pattern] for name, pattern in chosen.items() if pattern is not None
+    }
 
 
 def _saved_name(name: str) -> str:

@@ -22,6 +22,10 @@ from halfbyte.trainer.validation import Validation
 
 # The scale begins at 2**16 and is halved each time: by then it is gone, and it is not the scale.
 _MOST_OVERFLOWS = 24
+_STOPPED = (
+    "the run is stopped and earlier checkpoints are kept. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or"
+    " compute_dtype: bfloat16 instead of float16"
+)
 
 
 class StepCallback(Callback):
@@ -165,9 +169,7 @@ class Recorder(StepCallback):
         self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
         if not math.isfinite(value) or self._overflows > self._tolerated:
             raise HalfbyteError(
-                f"step {step}: the loss is {value} and the gradient norm {grad_norm}; the run is stopped and earlier"
-                " checkpoints are kept. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or compute_dtype:"
-                " bfloat16 instead of float16"
+                f"step {step}: the loss is {value} and the gradient norm {grad_norm}; {_STOPPED}"
             )
         device = self.world.device
         memory = _peak_bytes(module, device) / 2**30 if device.type == "cuda" else 0.0
@@ -226,7 +228,16 @@ class Checkpointer(StepCallback):
             self.save(trainer, module)
 
     def save(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Saves now; every process must call it."""
+        """Saves now; every process must call it.
+
+        Raises HalfbyteError where the weights are no numbers any more, as they may be since the last row of metrics:
+        a checkpoint of them would push out the good ones.
+        """
+        weights = trained_parameters(module.denoiser).values()
+        if not torch.stack([parameter.isfinite().all() for parameter in weights]).all():
+            raise HalfbyteError(
+                f"step {module.step}: the adapter holds values that are not finite; {_STOPPED}"
+            )
         if self.world.leads:
             accumulation = int(trainer.accumulate_grad_batches)
             position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)

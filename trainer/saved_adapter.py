@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,9 @@ class SavedAdapter:
 
     def scale(self, path: str, rank: int) -> float:
         """PEFT's: alpha / rank, or alpha / sqrt(rank) for rsLoRA, with the alpha of the first pattern that fits."""
-        alpha = self.config["lora_alpha"]
-        for pattern, other in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(_pefts(pattern), path):
-                alpha = other
-                break
+        alphas = self.config.get("alpha_pattern") or {}
+        pattern = first_fitting(alphas, path)
+        alpha = self.config["lora_alpha"] if pattern is None else alphas[pattern]
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     @property
@@ -188,6 +186,11 @@ def _by_layer(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict
         ending = next(ending for ending in endings if key.endswith(ending))
         found.setdefault(key.removesuffix(ending), {})[endings[ending]] = tensor.float()
     return found
+
+
+def first_fitting(patterns: Iterable[str], layer: str) -> str | None:
+    """The pattern that PEFT takes for a layer; None where none fits."""
+    return next((pattern for pattern in patterns if re.match(_pefts(pattern), layer)), None)
 
 
 def _pefts(pattern: str) -> str:
