@@ -126,6 +126,19 @@ def test_what_is_kept_between_the_passes():
     assert kept["everything"] - kept["attention"] == pytest.approx(4 * 7, abs=0.2)
 
 
+@pytest.mark.parametrize("keep", ["inputs", "attention", "everything"])
+def test_layers_without_adapters_keep_no_memory_of_their_inputs(keep):
+    held = {}
+    for targets in ("all-linear", "attention"):
+        model = denoiser(targets=Flux.target_presets[targets], settings=BlockSettings(keep))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(t), t)[1], lambda t: t):
+            model(**inputs())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in saved}
+        held[targets] = sum(storage.nbytes() for storage in storages.values())
+    assert held["attention"] <= held["all-linear"]
+
+
 @pytest.mark.parametrize("aside", ["dropout", "int8", "hook", "kwargs"])
 def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
     model = denoiser(
