@@ -10,6 +10,7 @@ from halfbyte.trainer.families.block_parts import BlockSettings, joined
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.flux_blocks import fuse_blocks
 from halfbyte.trainer.families.host_store import HostStore
+from halfbyte.trainer.live_bytes import LiveBytes
 
 TEXTS, TOKENS = 6, 16
 
@@ -202,6 +203,18 @@ def test_no_gradient_is_kept_where_none_is_wanted():
         expected = model(**inputs())[0]
     torch.testing.assert_close(model(**inputs())[0], expected)
     assert expected.grad_fn is None
+
+
+def test_without_gradients_nothing_is_held_for_a_backward():
+    peaks = {}
+    for keep in ("inputs", "everything"):
+        model, arguments = denoiser(settings=BlockSettings(keep)), inputs()
+        live = LiveBytes("cpu")
+        live.hold([*model.parameters(), *model.buffers()], "weights")
+        with live, torch.no_grad():
+            model(**arguments)
+        peaks[keep] = live.peak.nbytes
+    assert peaks["everything"] == peaks["inputs"]
 
 
 def test_inputs_go_to_the_host_only_where_a_backward_will_want_them():

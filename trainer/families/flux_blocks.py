@@ -94,7 +94,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
             self._attention(attention, rotary, x, joint=True),
             (StreamPart.of(groups[:4], clip=True), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
-            keep=self.settings.keep,
+            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
             store=self.settings.store if torch.is_grad_enabled() else None,
         )
 
@@ -139,7 +139,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             into,
             out,
             norm_eps=self.norm.norm.eps,
-            keep=self.settings.keep,
+            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
             store=self.settings.store if torch.is_grad_enabled() else None,
         )
 
