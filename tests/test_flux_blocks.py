@@ -5,11 +5,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from halfbyte.quant.convert import QuantRecipe, convert
+from halfbyte.quant.linear_group import LinearGroup
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.block_parts import BlockSettings, joined
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.flux_blocks import fuse_blocks
 from halfbyte.trainer.families.host_store import HostStore
+from halfbyte.trainer.families.joint_attention import JointAttention
 from halfbyte.trainer.live_bytes import LiveBytes
 
 TEXTS, TOKENS = 6, 16
@@ -140,7 +142,23 @@ def test_layers_without_adapters_keep_no_memory_of_their_inputs(keep):
     assert held["attention"] <= held["all-linear"]
 
 
-@pytest.mark.parametrize("aside", ["dropout", "int8", "hook", "kwargs"])
+@pytest.mark.parametrize(
+    ("keep", "products", "attentions"),
+    [("inputs", 2 * 6 + 2, 4), ("attention", 2 * 4 + 2, 0), ("everything", 0, 0)],
+)
+def test_what_is_kept_is_not_computed_again(monkeypatch, keep, products, attentions):
+    calls = []
+    for owner, name in ((LinearGroup, "forward"), (JointAttention, "attend")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    output = denoiser(settings=BlockSettings(keep))(**inputs())[0]
+    calls.clear()
+    output.sum().backward()
+    # Of a dual block's two streams those into attention and into the MLP, with attention also those out of it.
+    assert (calls.count("forward"), calls.count("attend")) == (products, attentions)
+
+
+@pytest.mark.parametrize("aside", ["dropout", "int8", "hook", "pre_hook", "forward", "kwargs"])
 def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
     model = denoiser(
         dropout=0.5 if aside == "dropout" else 0.0,
@@ -151,6 +169,15 @@ def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
         calls = []
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.attn.to_q.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    if aside in ("pre_hook", "forward"):
+        calls = []
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            if aside == "pre_hook":
+                block.attn.register_forward_pre_hook(lambda *_: calls.append(1))
+            else:
+                # As accelerate's hooks have it.
+                own = block.attn.forward
+                block.attn.forward = lambda *given, own=own, **named: calls.append(1) or own(*given, **named)
     arguments = inputs()
     if aside == "kwargs":
         arguments["joint_attention_kwargs"] = {"attention_mask": None}
@@ -164,7 +191,7 @@ def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
     assert not any("BlockFunction" in name for name in names)
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in trained_parameters(model).values())
-    if aside == "hook":
+    if aside in ("hook", "pre_hook", "forward"):
         assert len(calls) == 8  # once forward, once when the checkpoint runs again
 
 

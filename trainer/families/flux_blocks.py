@@ -119,8 +119,9 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             if block is not None:
                 modulation = self.norm.linear(self.norm.silu(temb)).to(dtype)
                 return SingleBlockFunction.apply(text, image, modulation, block, *adapters(block.groups))
-        if joint_attention_kwargs or not isinstance(self.attn.processor, SharedInputAttention):
-            # Another processor, an IP adapter's for one, makes queries and keys by itself.
+        ours = isinstance(self.attn.processor, SharedInputAttention)
+        if joint_attention_kwargs or not ours or not plain(self.attn):
+            # Another processor, an IP adapter's for one, makes queries and keys by itself; hooks need the call.
             forward: Callable[..., Any] = super().forward
         else:
             forward = self._shared
