@@ -207,6 +207,7 @@ def test_a_second_backward_gives_the_same_gradients():
 def test_autocast_decides_the_dtype():
     model = denoiser(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
+        assert "DualBlockFunctionBackward" in functions(model)
         output, grads = step(model, dtype=torch.float32)
     assert output.dtype == torch.bfloat16
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
