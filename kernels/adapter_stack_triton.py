@@ -11,7 +11,8 @@ from halfbyte.kernels.launch import Launcher
 MOST_LAYERS = 4
 
 _TILE = 1024
-_ROWS = 64
+_MOST_ROWS = 64
+_VALUES = 4096  # of a program: more than its registers hold would go through memory
 
 
 @triton.jit
@@ -129,16 +130,18 @@ def stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales:
     its columns behind those of the one before; zeros elsewhere."""
     missing = MOST_LAYERS - len(ups)
     rows, columns = out.shape
+    room = triton.next_power_of_2(columns)
+    at_once = max(1, min(_MOST_ROWS, _VALUES // room))
     _launch_up(
-        (triton.cdiv(rows, _ROWS), 1, 1),
+        (triton.cdiv(rows, at_once), 1, 1),
         (out, *_four(ups), *map(float, scales), *[1.0] * missing, rows),
         (
             columns,
             *(*starts, *[0] * missing),
             *(*(up.shape[0] for up in ups), *[0] * missing),
             *(*(up.shape[1] for up in ups), *[0] * missing),
-            _ROWS,
-            triton.next_power_of_2(columns),
+            at_once,
+            room,
         ),
         num_warps=4,
     )

@@ -68,6 +68,11 @@ def test_nothing_right_falls_back_and_says_so(probed, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert choose_attention("auto", SHAPE, CUDA, tmp_path).backend == "flash"
     assert "found no backend right" in caplog.text
+    # Nor is it remembered: the device may have been full.
+    probed({"backend": "flash", "refused": "CUDA out of memory"})
+    assert choose_attention("auto", SHAPE, CUDA, tmp_path).reason == "the probe told nothing"
+    probed(FLASH, CUDNN)
+    assert choose_attention("auto", SHAPE, CUDA, tmp_path).backend == "cudnn"
 
 
 def test_a_probe_is_remembered_by_device_and_shape(probed, tmp_path):

@@ -1,6 +1,8 @@
 """Checkpoints are whole or absent, and give back every bit."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +90,17 @@ def test_a_crash_before_the_rename_leaves_the_older_one(tmp_path):
         )
     assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-000003"]
     assert checkpoint.newest(tmp_path).position.step == 3
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, events = os.fsync, []
+    renamed = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd).st_ino) or synced(fd))
+    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("named") or renamed(path, target))
+    folder = save(tmp_path, 3)
+    named = events.index("named")
+    assert {folder.stat().st_ino, *(file.stat().st_ino for file in folder.iterdir())} <= {*events[:named]}
+    assert tmp_path.stat().st_ino in events[named:]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -86,6 +86,7 @@ def test_sd3_text_is_the_stock_pipelines(mini_sd3):
     text = encoded(family, ["a photo of a cat"])
     assert torch.equal(text.prompt_embeds, calls.inputs[0]["encoder_hidden_states"])
     assert torch.equal(text.pooled_prompt_embeds, calls.inputs[0]["pooled_projections"])
+    assert text.prompt_embeds.shape[1] == family.text_tokens
 
 
 def test_flux_sigma_survives_the_transformers_cast(mini_flux):
@@ -137,6 +138,32 @@ def test_targets_are_presets_or_regular_expressions(mini_flux):
         "the model's last layer is no block"
     )
     assert family.lora_targets(r".*\.to_q") == r".*\.to_q"
+
+
+def test_sd3s_presets_take_every_linear_of_its_blocks_but_the_modulation(mini_sd3):
+    family = opened(SD3, mini_sd3)
+    attention = [
+        f"transformer_blocks.11.{name}" for name in ("attn.to_q", "attn2.to_out.0", "attn.add_k_proj")
+    ]
+    feed_forward = [f"transformer_blocks.0.{name}" for name in ("ff.net.0.proj", "ff_context.net.2")]
+    others = ["transformer_blocks.0.norm1.linear", "proj_out", "attn.to_q"]
+    for preset, wanted in (("attention", attention), ("all-linear", attention + feed_forward)):
+        pattern = family.lora_targets(preset)
+        assert [n for n in attention + feed_forward + others if re.fullmatch(pattern, n)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("dual", "kinds"),
+    [([0, 1], [(0, 1), (2, 3), (4,)]), ([], [(0, 1, 2, 3), (4,)]), (None, [(0, 1, 2, 3), (4,)])],
+)
+def test_sd3s_blocks_are_of_three_kinds(mini_sd3, dual, kinds):
+    family = opened(SD3, mini_sd3)
+    family.denoiser_config |= {"num_layers": 5, "dual_attention_layers": dual}
+    names = [tuple(f"transformer_blocks.{number}" for number in kind) for kind in kinds]
+    assert list(family.block_kinds()) == names
+    some = family.config_of_blocks([kind[-1] for kind in names])
+    assert some["num_layers"] == len(kinds)
+    assert some["dual_attention_layers"] == ([0] if dual else [])
 
 
 @pytest.mark.parametrize(

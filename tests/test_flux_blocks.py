@@ -5,11 +5,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from halfbyte.quant.convert import QuantRecipe, convert
+from halfbyte.quant.linear_group import LinearGroup
 from halfbyte.trainer.adapters import add_lora, trained_parameters
 from halfbyte.trainer.families.block_parts import BlockSettings, joined
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.flux_blocks import fuse_blocks
 from halfbyte.trainer.families.host_store import HostStore
+from halfbyte.trainer.families.joint_attention import JointAttention
+from halfbyte.trainer.live_bytes import LiveBytes
 
 TEXTS, TOKENS = 6, 16
 
@@ -126,7 +129,36 @@ def test_what_is_kept_between_the_passes():
     assert kept["everything"] - kept["attention"] == pytest.approx(4 * 7, abs=0.2)
 
 
-@pytest.mark.parametrize("aside", ["dropout", "int8", "hook", "kwargs"])
+@pytest.mark.parametrize("keep", ["inputs", "attention", "everything"])
+def test_layers_without_adapters_keep_no_memory_of_their_inputs(keep):
+    held = {}
+    for targets in ("all-linear", "attention"):
+        model = denoiser(targets=Flux.target_presets[targets], settings=BlockSettings(keep))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.append(t), t)[1], lambda t: t):
+            model(**inputs())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in saved}
+        held[targets] = sum(storage.nbytes() for storage in storages.values())
+    assert held["attention"] <= held["all-linear"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "products", "attentions"),
+    [("inputs", 2 * 6 + 2, 4), ("attention", 2 * 4 + 2, 0), ("everything", 0, 0)],
+)
+def test_what_is_kept_is_not_computed_again(monkeypatch, keep, products, attentions):
+    calls = []
+    for owner, name in ((LinearGroup, "forward"), (JointAttention, "attend")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    output = denoiser(settings=BlockSettings(keep))(**inputs())[0]
+    calls.clear()
+    output.sum().backward()
+    # Of a dual block's two streams those into attention and into the MLP, with attention also those out of it.
+    assert (calls.count("forward"), calls.count("attend")) == (products, attentions)
+
+
+@pytest.mark.parametrize("aside", ["dropout", "int8", "hook", "pre_hook", "forward", "kwargs"])
 def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
     model = denoiser(
         dropout=0.5 if aside == "dropout" else 0.0,
@@ -137,6 +169,15 @@ def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
         calls = []
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             block.attn.to_q.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    if aside in ("pre_hook", "forward"):
+        calls = []
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            if aside == "pre_hook":
+                block.attn.register_forward_pre_hook(lambda *_: calls.append(1))
+            else:
+                # As accelerate's hooks have it.
+                own = block.attn.forward
+                block.attn.forward = lambda *given, own=own, **named: calls.append(1) or own(*given, **named)
     arguments = inputs()
     if aside == "kwargs":
         arguments["joint_attention_kwargs"] = {"attention_mask": None}
@@ -150,7 +191,7 @@ def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
     assert not any("BlockFunction" in name for name in names)
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in trained_parameters(model).values())
-    if aside == "hook":
+    if aside in ("hook", "pre_hook", "forward"):
         assert len(calls) == 8  # once forward, once when the checkpoint runs again
 
 
@@ -166,6 +207,7 @@ def test_a_second_backward_gives_the_same_gradients():
 def test_autocast_decides_the_dtype():
     model = denoiser(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
+        assert "DualBlockFunctionBackward" in functions(model)
         output, grads = step(model, dtype=torch.float32)
     assert output.dtype == torch.bfloat16
     assert {grad.dtype for grad in grads.values()} == {torch.float32}
@@ -189,6 +231,18 @@ def test_no_gradient_is_kept_where_none_is_wanted():
         expected = model(**inputs())[0]
     torch.testing.assert_close(model(**inputs())[0], expected)
     assert expected.grad_fn is None
+
+
+def test_without_gradients_nothing_is_held_for_a_backward():
+    peaks = {}
+    for keep in ("inputs", "everything"):
+        model, arguments = denoiser(settings=BlockSettings(keep)), inputs()
+        live = LiveBytes("cpu")
+        live.hold([*model.parameters(), *model.buffers()], "weights")
+        with live, torch.no_grad():
+            model(**arguments)
+        peaks[keep] = live.peak.nbytes
+    assert peaks["everything"] == peaks["inputs"]
 
 
 def test_inputs_go_to_the_host_only_where_a_backward_will_want_them():

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from halfbyte.kernels import gelu_ops
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.denoiser import add_adapters, block_settings, load_denoiser, quant_recipe
@@ -211,6 +212,17 @@ def test_live_bytes_adds_what_a_kernel_takes_inside() -> None:
         torch.ops.halfbyte.attention_backward(out, query, query, query, out, statistics, "flash")
     assert live.peak.by_kind[INSIDE] == 4 * 2 * 128 * 65
     assert live.flops == (2 + 5) * 2 * 2 * 100 * 100 * 64
+
+
+def test_gelus_gradients_are_sums_of_several_programs() -> None:
+    live = LiveBytes()
+    with live:
+        x, lowered, lifted = (
+            torch.empty(300, width, dtype=torch.bfloat16, device="meta") for width in (96, 16, 8)
+        )
+        gelu_ops.gelu_tanh_gradients(x, x, lowered, lifted, out=torch.empty_like(x))
+    assert live.peak.by_kind[INSIDE] == 8 * (16 + 8) * 96 * 4
+    assert live.flops == 2 * 300 * 96 * (16 + 8)
 
 
 def test_a_four_bit_product_over_many_rows_dequantizes_its_weight() -> None:

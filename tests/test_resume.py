@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.metrics import read_metrics
+from halfbyte.trainer.recipe import load_written
+from halfbyte.trainer.schedules import Cosine
 
 from runs import environment, run_here, write_recipe
 
@@ -46,13 +48,26 @@ def start(recipe, *overrides):
     )
 
 
-STEPS = ("train.steps=12", "checkpoint.every=4", "lora.dropout=0.1", "data.caption_dropout=0.3")
+STEPS = (
+    "train.steps=12",
+    "checkpoint.every=4",
+    "lora.dropout=0.1",
+    "data.caption_dropout=0.3",
+    "lr_schedule={name: cosine, warmup_steps: 3}",
+)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, mini_flux):
     folder = tmp_path_factory.mktemp("whole")
     return run_here(write_recipe(folder, mini_flux), *STEPS)
+
+
+def test_the_rate_follows_its_schedule(uninterrupted):
+    recipe = load_written(uninterrupted / "recipe.yaml")
+    schedule = Cosine(name="cosine", warmup_steps=3)
+    expected = [recipe.optimizer.lr * schedule.factor(step, 12) for step in range(12)]
+    assert [row.lr for row in read_metrics(uninterrupted / "metrics.csv")] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -113,7 +113,9 @@ def _remembered(shape: AttentionShape, device: torch.device, cache: Path) -> lis
     if key not in known:
         log.info("trying attention backends at %d tokens, once for this device", shape.tokens)
         known[key] = run_probe(shape, device)
-        _write(file, key, known[key])
+        # Where nothing is right the device was taken or broken, which need not be so at the next start.
+        if any("error" in result for result in known[key]):
+            _write(file, key, known[key])
     return known[key]
 
 

@@ -1,7 +1,8 @@
 """What an operation takes inside on CUDA, which its arguments and results do not show, and how much it computes.
 
 Inside: a 4-bit product over many rows dequantizes its weight, attention's backward sums the queries' gradients in
-fp32, int8 products are int32 first. All of it is gone when the operation returns.
+fp32, int8 products are int32 first, GELU's gradients come from a sum each of several programs. All of it is gone when
+the operation returns.
 """
 
 import math
@@ -14,6 +15,9 @@ from torch import Tensor
 _FEW_ROWS = 16
 _FLASH_TILE = 128  # tokens, to which flash's backward rounds its buffers up
 _FLASH_HEAD = 32
+# Programs that leave a sum each, and the rows that each takes at a time (`kernels.gelu_gradients_triton`).
+_GELU_SHARES = 8
+_GELU_ROWS = 32
 
 _Arguments = Sequence[Any]
 
@@ -69,6 +73,16 @@ def _attention_backward(args: _Arguments, _: Any) -> int:
     return int(4 * batch * heads * tokens * (width + 1))
 
 
+def _gelu_columns(args: _Arguments) -> int:
+    lowered, lifted = args[3:5]
+    return int(lowered.shape[1] + lifted.shape[1])
+
+
+def _gelu_gradients(args: _Arguments, _: Any) -> int:
+    rows, width = args[2].shape
+    return int(4 * min(_GELU_SHARES, -(-rows // _GELU_ROWS)) * _gelu_columns(args) * width)
+
+
 _INSIDE: dict[str, Callable[[_Arguments, Any], int]] = {
     "halfbyte::linear_4bit": _linear_4bit,
     "halfbyte::linear_4bit_input_grad": lambda args, _: _dequantized(args[0], args[1:]),
@@ -77,6 +91,7 @@ _INSIDE: dict[str, Callable[[_Arguments, Any], int]] = {
     "halfbyte::linear_int8": _linear_int8,
     "halfbyte::linear_int8_input_grad": _linear_int8_input_grad,
     "halfbyte::attention_backward": _attention_backward,
+    "halfbyte::gelu_tanh_gradients_": _gelu_gradients,
 }
 
 
@@ -114,6 +129,7 @@ _WORK: dict[str, Callable[[_Arguments, Any], int]] = {
     "aten::linear": lambda args, _: _linear(args[0], args[1].numel()),
     "aten::convolution": _convolution,
     "halfbyte::add_product_": lambda args, _: _product(args[1], args[2]),
+    "halfbyte::gelu_tanh_gradients_": lambda args, _: 2 * args[2].numel() * _gelu_columns(args),
     "halfbyte::linear_4bit": lambda args, _: _packed(args[0], args[2:]),
     "halfbyte::linear_4bit_input_grad": lambda args, _: _packed(args[0], args[1:]),
     "halfbyte::add_linear_4bit_": lambda args, _: _packed(args[1], args[2:]),

@@ -137,7 +137,8 @@ def gelu_input(group: LinearGroup, hidden: Tensor, first: int = 0) -> Tensor:
 
 def lifted_alone(group: LinearGroup, wide: Tensor, wanted: bool) -> Tensor | None:
     """u (M, extra) of what `group` has seen, by itself: the rest of `wide` need not be kept for it."""
-    return group.lifted(wide).contiguous() if wanted else None
+    # contiguous() would give a view without columns as it is, which holds all of `wide`.
+    return group.lifted(wide).clone(memory_format=torch.contiguous_format) if wanted else None
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

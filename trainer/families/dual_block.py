@@ -120,8 +120,10 @@ class DualBlockFunction(torch.autograd.Function):
                 wide, product = _project(block, part.heads, stream, Modulation.of(whole))
                 projected.append(product)
                 lifts.append(lifted_alone(part.heads, wide, learns and keep == "everything"))
-                del wide
+                del wide, product
             out, statistics = block.attention.attend(block.attention.streams(projected, len(first)))
+            if keep != "everything":
+                projected = []
             middles, hiddens, results = [], [], []
             for part, stream, whole, attended in zip(
                 block.streams, inputs, modulations, _apart(out, inputs), strict=True
@@ -138,13 +140,12 @@ class DualBlockFunction(torch.autograd.Function):
                 lifts.append(lifted_alone(part.down, wide, learns))
                 results.append(gated_residual(middle, modulation.mlp_gate, update, clip=part.clip))
                 middles.append(middle)
-                hiddens.append(hidden)
+                if keep == "everything":
+                    hiddens.append(hidden)
                 del wide, update, hidden
         kept: tuple[Tensor | None, ...] = tuple(lifts)
-        if block.keep != "inputs":
-            kept = (*kept, out, statistics, *middles)
-        if block.keep == "everything":
-            kept = (*kept, *projected, *hiddens)
+        if keep != "inputs":
+            kept = (*kept, out, statistics, *middles, *projected, *hiddens)
         save(ctx, inputs, (*modulations, *kept), block.store)
         ctx.block = block
         return results[0], results[1]
@@ -275,10 +276,11 @@ class _DualBackward:
         if hidden is None:
             wide = self.block.widened(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
             hidden = part.up.forward(wide)
-            normed, self.lifts[index][2] = wide[:, : part.up.width], part.up.lifted(wide)
+            normed, lift = wide[:, : part.up.width], part.up.lifted(wide)
             del wide
         else:
             normed = self.block.normed(middle, modulation.mlp_scale, modulation.mlp_shift)
+            lift = self.lift(index, 2)
         gate_grad = None
         update_grad, room = gradient_room(part.down, grad)
         if self.wants_modulation:
@@ -288,7 +290,6 @@ class _DualBackward:
             gated_residual_backward(grad, modulation.mlp_gate, out=room)
         acted_grad, lowered = self.collected.before(part.down, update_grad, self.lift(index, 3))
         hidden_grad, _ = gradient_room(part.up, grad)
-        lift = self.lift(index, 2)
         self.collected.gelu(
             part.down, lowered, acted_grad, part.up, lift, hidden, hidden_grad[:, : part.up.outputs]
         )

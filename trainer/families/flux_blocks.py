@@ -94,7 +94,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
             self._attention(attention, rotary, x, joint=True),
             (StreamPart.of(groups[:4], clip=True), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
-            keep=self.settings.keep,
+            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
             store=self.settings.store if torch.is_grad_enabled() else None,
         )
 
@@ -119,8 +119,9 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             if block is not None:
                 modulation = self.norm.linear(self.norm.silu(temb)).to(dtype)
                 return SingleBlockFunction.apply(text, image, modulation, block, *adapters(block.groups))
-        if joint_attention_kwargs or not isinstance(self.attn.processor, SharedInputAttention):
-            # Another processor, an IP adapter's for one, makes queries and keys by itself.
+        ours = isinstance(self.attn.processor, SharedInputAttention)
+        if joint_attention_kwargs or not ours or not plain(self.attn):
+            # Another processor, an IP adapter's for one, makes queries and keys by itself; hooks need the call.
             forward: Callable[..., Any] = super().forward
         else:
             forward = self._shared
@@ -139,7 +140,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             into,
             out,
             norm_eps=self.norm.norm.eps,
-            keep=self.settings.keep,
+            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
             store=self.settings.store if torch.is_grad_enabled() else None,
         )
 

@@ -80,21 +80,21 @@ class SingleBlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with without_autocast(text.device.type):
             tokens = joined(text, image)
-            learns = any(ctx.needs_input_grad)
-            wide, projected = block.project(tokens, modulation)
-            into_lift = lifted_alone(block.into, wide, learns and block.keep == "everything")
+            learns, keep = any(ctx.needs_input_grad), block.keep
+            wide, product = block.project(tokens, modulation)
+            into_lift = lifted_alone(block.into, wide, learns and keep == "everything")
             del wide
-            out, statistics = block.attention.attend(block.attention.streams([projected], len(tokens)))
-            wide = block.mixed(out, projected)
+            out, statistics = block.attention.attend(block.attention.streams([product], len(tokens)))
+            wide = block.mixed(out, product)
+            projected = (product,) if keep == "everything" else ()
+            del product
             update = block.out.forward(wide).view(tokens.shape)
             out_lift = lifted_alone(block.out, wide, learns)
             del wide
             result = gated_residual(tokens, modulation.chunk(3, dim=-1)[2], update, clip=True)
         kept: tuple[Tensor | None, ...] = (out_lift, into_lift)
-        if block.keep != "inputs":
-            kept = (*kept, out, statistics)
-        if block.keep == "everything":
-            kept = (*kept, projected)
+        if keep != "inputs":
+            kept = (*kept, out, statistics, *projected)
         save(ctx, (tokens,), (modulation, *kept), block.store)
         ctx.block = block
         ctx.texts = text.shape[1]

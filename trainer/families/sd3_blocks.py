@@ -70,7 +70,7 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
             self._attention(attention, x),
             (StreamPart.of(groups[:4], clip=False), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
-            keep=self.settings.keep,
+            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
             store=self.settings.store if torch.is_grad_enabled() else None,
         )
 
