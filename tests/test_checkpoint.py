@@ -73,6 +73,18 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, dam
     assert str(newer) in caplog.text
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_are_as_open_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = save(tmp_path, 3)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert len(modes) == 4
+    assert set(modes.values()) == {0o666 & ~umask}
+
+
 def test_a_crash_before_the_rename_leaves_the_older_one(tmp_path):
     save(tmp_path, 3)
 

@@ -73,6 +73,7 @@ def test_a_run_leaves_every_format(finished):
         "comfyui/dog.safetensors",
         "kohya/dog.safetensors",
     }
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in finished.rglob("*.safetensors"))
     fused = load_file(finished / "adapter" / "kohya" / "dog.safetensors")
     assert fused["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (7 * 64, 4 + 2 + 4 + 4)
 

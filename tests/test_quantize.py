@@ -132,6 +132,8 @@ def test_sd3_and_other_settings(mini_sd3, tmp_path, settings):
     assert (tmp_path / "calibrated" / "config.json").is_file()
     lines = list(quantized_lines(made))
     assert f"median of {len(made.fits)}" in lines[1]
+    # A relative owner/name would be taken for a Hub repository.
+    assert lines[-1] == f"train on it: model.transformer={tmp_path / 'calibrated'}"
 
 
 def test_little_room_means_more_passes_and_the_same_layers():

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from halfbyte.trainer.staging import open_as_folder
+
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -80,6 +82,7 @@ def save(
     (work / _STATE).write_text(json.dumps(state, indent=1))
     digests = {file.name: _digest(file) for file in sorted(work.iterdir())}
     (work / _MANIFEST).write_text(json.dumps(digests, indent=1))
+    open_as_folder(work)
     for file in work.iterdir():
         _sync(file)
     _sync(work)

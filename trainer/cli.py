@@ -22,13 +22,15 @@ from halfbyte.trainer.launch import World, leave, read_world
 from halfbyte.trainer.recipe import json_schema_text, load_document
 from halfbyte.trainer.recipe_file import Document
 
+# As plain text: rich would read the [defaults] in options' descriptions as its markup, and show none of them.
 app = typer.Typer(
     help="QLoRA fine-tuning of FLUX and SD3.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command("train")
@@ -108,7 +110,7 @@ def export_command(
         bool, typer.Option(help="Have stock diffusers load the export and compare predictions.")
     ] = True,
 ) -> None:
-    """Export a run's adapter, for diffusers and PEFT, ComfyUI and kohya.
+    """Export a run's adapter, for diffusers, PEFT, ComfyUI, kohya.
 
     The checkpoint of a run's last step goes to adapter/, transformer/ and merged/ in the run's folder, any other to
     the same folders below exports/step-N.
@@ -169,16 +171,18 @@ def push_command(
         ),
     ] = False,
 ) -> None:
-    """Push a run's adapter, quantized base, samples and model card to the Hub, in one commit.
+    """Push a run to the Hub, with a model card, in one commit.
 
-    The repository is made, private, where there is none. A push that was interrupted goes on where it was when it is
-    repeated. No training pictures and no paths of this machine are sent. Of what is there, only files that an earlier
-    push wrote and nobody has changed since are deleted, and a card that was written by hand is kept.
+    Adapter, quantized base, samples and card are sent, no training pictures and no paths of this machine. The
+    repository is made, private, where there is none. A push that was interrupted goes on where it was when it is
+    repeated. Of what is there, only files that an earlier push wrote and nobody has changed since are deleted, and a
+    card that was written by hand is kept.
 
     Exit codes: 0 done, 2 run or option, 4 Hub, 130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        quieten_libraries()
         # Slow to import, as above.
         from halfbyte.trainer.push import PushRequest, listing, prepare_push, push
 
@@ -205,9 +209,10 @@ def plan_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Tell what a run will take before anything is loaded: memory by phase, steps, time; no GPU is needed.
+    """Tell what a run will take: memory by phase, steps, time.
 
-    Where the Hub gives no configurations of a well-known model, those are planned that it was published with.
+    Nothing is loaded and no GPU is needed. Where the Hub gives no configurations of a well-known model, those are
+    planned that it was published with.
 
     Exit codes: 0 done, 2 recipe or model, or nothing fits the card, 3 data, 4 Hub, 130 interrupted.
     """
@@ -237,12 +242,21 @@ def schema_command(
         Path | None, typer.Argument(help="A file to write; without it the schema is printed.")
     ] = None,
 ) -> None:
-    """Write the recipe's JSON Schema, which editors complete and check recipes with."""
+    """Write the recipe's JSON Schema, for editors.
+
+    They complete and check recipes with it.
+
+    Exit codes: 0 done, 2 a file that cannot be written.
+    """
     text = json_schema_text()
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            errors = Console(stderr=True, highlight=False, soft_wrap=True)
+            fail(errors, None, f"{output}: cannot be written: {error.strerror}", RecipeError.exit_code)
 
 
 @app.command("cache")
@@ -255,7 +269,12 @@ def cache_command(
         typer.Option("--clear", help="Delete all of a kind: latents, texts, bases or digests."),
     ] = None,
 ) -> None:
-    """List what is kept between runs and what it takes; delete kinds of it, which the next run makes again."""
+    """List what is kept between runs and its size, or delete it.
+
+    What is deleted the next run makes again.
+
+    Exit codes: 0 done, 2 a kind that there is not.
+    """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     root = folder.expanduser()
     try:
@@ -291,7 +310,9 @@ def quant_report_command(
         Path | None, typer.Option("--json", help="Also write the report, of every layer, to this file.")
     ] = None,
 ) -> None:
-    """Measure what NF4, FP4, int8 and searched scales cost each layer, to choose quant.skip by numbers.
+    """Measure what quantization costs each layer.
+
+    NF4, FP4, int8 and searched scales side by side, to choose quant.skip by numbers.
 
     Exit codes: 0 done, 2 wrong folder or option, 130 interrupted.
     """

@@ -34,7 +34,9 @@ def quantize_command(
         ),
     ] = 256,
 ) -> None:
-    """Write a recipe's quantized transformer, calibrated on its pictures, to train on with model.transformer.
+    """Write a quantized transformer, calibrated on pictures.
+
+    The recipe's transformer on the recipe's pictures, to train on with model.transformer.
 
     Exit codes: 0 done, 2 recipe, model or folder, 3 pictures, 4 Hub, 5 launch environment, 6 out of memory,
     130 interrupted.

@@ -91,7 +91,9 @@ def sample_command(
         Path | None, typer.Option(help="For embeddings and packed bases. [the run's, else ~/.cache/halfbyte]")
     ] = None,
 ) -> None:
-    """Draw pictures with the quantized base and an adapter at several strengths, and a grid of them.
+    """Draw pictures with a run or an adapter, and a grid of them.
+
+    Over the quantized base, at several strengths and seeds.
 
     Exit codes: 0 done, 2 source, model or option, 4 Hub, 6 out of memory, 130 interrupted (what was drawn is kept).
     """

@@ -39,6 +39,8 @@ def configure_logging(world: World) -> None:
 
 def quieten_libraries() -> None:
     """Progress and notes of the libraries would stand between the lines that matter."""
+    # Without a GPU bitsandbytes wants a package of kernels when diffusers imports it; nothing here computes with it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,6 +1,7 @@
 """`halfbyte quantize`: the packed transformer of a recipe as a folder, for `model.transformer` and stock diffusers."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,7 +138,8 @@ def quantized_lines(quantized: Quantized) -> Iterator[str]:
         )
         for fit in sorted(fits, key=lambda fit: -fit.after)[:_SHOWN]:
             yield f"  {fit.path}: {fit.before:.2%} -> {fit.after:.2%}"
-    yield f"train on it: model.transformer={quantized.folder}"
+    # Absolute: owner/name would be a Hub repository's.
+    yield f"train on it: {shlex.quote(f'model.transformer={quantized.folder.absolute()}')}"
 
 
 def _original(family: Family) -> Path | None:

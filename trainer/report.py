@@ -1,6 +1,7 @@
 """What a run says of itself: the settings that decide the result before it, where everything is after it."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,7 +233,12 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
         lines.append(("samples", str(closing.samples)))
     if closing.pictures is not None:
         lines.append(("pictures", picture_result(closing.pictures)))
-    lines.append(("metrics", f"{closing.metrics} (also: tensorboard --logdir {closing.metrics.parent})"))
+    lines.append(
+        (
+            "metrics",
+            f"{closing.metrics} (also: tensorboard --logdir {shlex.quote(str(closing.metrics.parent))})",
+        )
+    )
     if closing.checkpoint is not None:
         lines.append(("checkpoint", str(closing.checkpoint)))
     return lines

@@ -31,8 +31,21 @@ def keep_others(folder: Path, work: Path, is_ours: Callable[[str], bool]) -> Non
         shutil.copy2(file, work / path, follow_symlinks=False)
 
 
+def open_as_folder(folder: Path) -> None:
+    """Lets those who may read and write in `folder` do so with its safetensors files, also in folders in it.
+
+    safetensors gives what it writes to its owner alone, whatever the umask: ComfyUI under another account could not
+    read it.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*.safetensors"):
+        if not file.is_symlink():
+            file.chmod(mode)
+
+
 def put_in_place(work: Path, folder: Path) -> None:
     """Renames `work` to `folder`; what was there goes only when the new one stands."""
+    open_as_folder(work)
     for file in work.rglob("*"):
         if not file.is_symlink():
             flush(file)
