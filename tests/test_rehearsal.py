@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.trainer.adapters import trained_parameters
@@ -117,7 +118,7 @@ def test_a_rehearsed_step_holds_what_a_step_holds(
         loss.backward()
     assert foretold.peak.nbytes == pytest.approx(live.peak.nbytes, rel=0.03)
     gradients = sum(allocated(parameter.grad.nbytes) for parameter in adapters if parameter.grad is not None)
-    assert rehearsal.held()[ADAPTERS] == gradients
+    assert rehearsal.held[ADAPTERS] == gradients
 
 
 @pytest.mark.parametrize("family_name", ["flux", "sd3"])
@@ -125,7 +126,7 @@ def test_a_rehearsed_step_holds_what_a_step_holds(
 def test_the_base_takes_what_it_is_foretold(folders: dict[str, Any], family_name: str, quant: str) -> None:
     recipe = load_recipe(folders[family_name], [f"quant.type={quant}", "quant.compute_dtype=bfloat16"])
     family = opened(recipe)
-    held = Rehearsal(recipe, family).held()
+    held = Rehearsal(recipe, family).held
     denoiser: Any = family.load_denoiser(
         quant_recipe(recipe), device=torch.device("cpu"), dtype=torch.bfloat16
     )
@@ -167,15 +168,39 @@ def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], 
     stream = load_denoiser(streamed, family, world, Console(quiet=True)).stream
     assert stream is not None
     assert visiting.visitors.host_bytes == stream.host_bytes
-    assert visiting.held()[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
-    rest = {kind: nbytes for kind, nbytes in visiting.held().items() if kind != VISITING}
+    assert visiting.held[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
+    rest = {kind: nbytes for kind, nbytes in visiting.held.items() if kind != VISITING}
     # What lies on the host is as much, but for the ends of tensors and the tables that all layers share.
     layers = sum(isinstance(module, QuantizedLinear) for module in visiting.denoiser.modules())
-    moved = sum(all_there.held().values()) - sum(rest.values())
+    moved = sum(all_there.held.values()) - sum(rest.values())
     assert moved == pytest.approx(stream.host_bytes, abs=2048 * layers)
     one, other = (rehearsal.step(streamed, SIDE, SIDE) for rehearsal in (all_there, visiting))
-    assert one.peak.nbytes - other.peak.nbytes == moved - visiting.held()[VISITING]
+    assert one.peak.nbytes - other.peak.nbytes == moved - visiting.held[VISITING]
     assert one.kept == other.kept
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_a_rehearsal_makes_no_values(folders: dict[str, Any], init: str) -> None:
+    """An adapter of a high rank would take the host's memory, and minutes to draw."""
+    recipe = load_recipe(folders["flux"], ["lora.rank=2048", f"lora.init={init}"])
+    family, on_cpu, called = opened(recipe), LiveBytes("cpu"), _Operations()
+    with on_cpu, called:
+        rehearsal = Rehearsal(recipe, family)
+    assert rehearsal.held[ADAPTERS] > 5e7
+    assert on_cpu.peak.nbytes < 1e5
+    assert not called.names & {"aten::normal_", "aten::uniform_"}
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the names of all that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_second_rehearsal_is_the_first(folders: dict[str, Any]) -> None:
