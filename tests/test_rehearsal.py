@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from halfbyte.kernels.gelu_ops import gelu_tanh_gradients
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.denoiser import add_adapters, block_settings, load_denoiser, quant_recipe
@@ -243,6 +244,17 @@ def test_a_four_bit_product_over_many_rows_dequantizes_its_weight() -> None:
     few, many = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (1, 100))
     assert inside("halfbyte::linear_4bit", (many, None, *fields), None) == 32 * 64 * 2
     assert inside("halfbyte::linear_4bit", (few, None, *fields), None) == 0
+
+
+@pytest.mark.parametrize(("rows", "shares"), [(4096, 8), (100, 4)])
+def test_gelus_gradients_are_summed_in_shares_of_the_rows(rows: int, shares: int) -> None:
+    width, lowered, lifted = 256, 16, 8
+    live = LiveBytes()
+    with live:
+        x, dy = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        narrow = [torch.empty(rows, size, dtype=torch.bfloat16, device="meta") for size in (lowered, lifted)]
+        gelu_tanh_gradients(dy, x, *narrow, out=dy)
+    assert live.peak.by_kind[INSIDE] == 4 * shares * (lowered + lifted) * width
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.classes))

@@ -1,7 +1,8 @@
 """What an operation takes inside on CUDA, which its arguments and results do not show, and how much it computes.
 
 Inside: a 4-bit product over many rows dequantizes its weight, attention's backward sums the queries' gradients in
-fp32, int8 products are int32 first. All of it is gone when the operation returns.
+fp32, GELU's gradients are sums of shares of the rows, int8 products are int32 first. All of it is gone when the
+operation returns.
 """
 
 import math
@@ -12,6 +13,9 @@ from torch import Tensor
 
 # Up to so many rows a 4-bit weight is multiplied as it is packed (`kernels.linear_triton`).
 _FEW_ROWS = 16
+# GELU's gradients are summed over so many parts of the rows, each of whole tiles (`kernels.gelu_gradients_triton`).
+_GELU_SHARES = 8
+_GELU_DEPTH = 32
 _FLASH_TILE = 128  # tokens, to which flash's backward rounds its buffers up
 _FLASH_HEAD = 32
 
@@ -69,6 +73,11 @@ def _attention_backward(args: _Arguments, _: Any) -> int:
     return int(4 * batch * heads * tokens * (width + 1))
 
 
+def _gelu_gradients(args: _Arguments, result: _Arguments) -> int:
+    shares = min(_GELU_SHARES, -(-args[2].shape[0] // _GELU_DEPTH))
+    return 4 * shares * sum(int(sums.numel()) for sums in result)
+
+
 _INSIDE: dict[str, Callable[[_Arguments, Any], int]] = {
     "halfbyte::linear_4bit": _linear_4bit,
     "halfbyte::linear_4bit_input_grad": lambda args, _: _dequantized(args[0], args[1:]),
@@ -77,6 +86,7 @@ _INSIDE: dict[str, Callable[[_Arguments, Any], int]] = {
     "halfbyte::linear_int8": _linear_int8,
     "halfbyte::linear_int8_input_grad": _linear_int8_input_grad,
     "halfbyte::attention_backward": _attention_backward,
+    "halfbyte::gelu_tanh_gradients_": _gelu_gradients,
 }
 
 
