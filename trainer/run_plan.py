@@ -133,6 +133,7 @@ class Planner:
         self._steps: dict[object, RehearsedStep] = {}
         self._predictions: dict[object, RehearsedStep] = {}
         self._encoders: dict[object, Phase] = {}
+        self._decoders: dict[object, tuple[int, int]] = {}
 
     @cached_property
     def pictures(self) -> PlannedPictures:
@@ -310,9 +311,7 @@ class Planner:
         if not sample.prompts:
             return None
         drawn = self._prediction(recipe, self._guided(recipe), (sample.width, sample.height))
-        weights, decoding = decoder_bytes(
-            self.family, DTYPES[recipe.quant.compute_dtype], sample.width, sample.height
-        )
+        weights, decoding = self._decoder(DTYPES[recipe.quant.compute_dtype], sample.width, sample.height)
         predicting = sum(_working(drawn).values())
         kept = self._kept(recipe)
         parts = {
@@ -327,6 +326,12 @@ class Planner:
         copies = self.rehearsal(recipe).visitors.host_bytes
         work = Work(drawn.flops * sample.steps, drawn.calls * sample.steps, copies * sample.steps)
         return Phase("sample", parts, self._on_host(recipe)), work
+
+    def _decoder(self, dtype: torch.dtype, width: int, height: int) -> tuple[int, int]:
+        key = (dtype, width, height)
+        if key not in self._decoders:
+            self._decoders[key] = decoder_bytes(self.family, *key)
+        return self._decoders[key]
 
     def _guided(self, recipe: Recipe) -> int:
         """How many predictions a sampling step takes: two with classifier-free guidance."""
