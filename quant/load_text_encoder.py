@@ -15,7 +15,7 @@ from halfbyte.quant.fill import Place, Progress, fill
 from halfbyte.quant.load import default_dtype, read_config, stored_quantization
 from halfbyte.quant.serialize import CONFIG_FILE, read_quantization_config, split_statistic
 from halfbyte.quant.shards import TEXT_WEIGHTS_FILE, ShardedWeights
-from halfbyte.quant.weights_on_meta import place_weights_on_meta
+from halfbyte.quant.weights_on_meta import built_on_meta, place_weights_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -103,15 +103,13 @@ def text_encoder_on_meta(
     """
     model = _empty_encoder(model_cls, folder, dtype)
     stored = stored_quantization(folder)
-    if stored is not None:
-        kept = set(model._keep_in_fp32_modules or ())
-        _convert(
-            model,
-            stored,
-            {f"{path}.weight" for path, _ in linear_layers(model) if not kept & set(path.split("."))},
-        )
-    elif recipe is not None:
-        _convert(model, recipe, None)
+    with built_on_meta():
+        if stored is not None:
+            kept = set(model._keep_in_fp32_modules or ())
+            layers = {f"{path}.weight" for path, _ in linear_layers(model) if not kept & set(path.split("."))}
+            _convert(model, stored, layers)
+        elif recipe is not None:
+            _convert(model, recipe, None)
     for target, source in _tied_names(model).items():
         _share(model, target, source)
     place_weights_on_meta(model, dtype)

@@ -1,11 +1,13 @@
 """Weights without values: a model on meta whose quantized layers have packed weights of the right sizes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert, kept_in_fp32
 from halfbyte.quant.linear import Linear4bit, Params4bit
@@ -16,6 +18,24 @@ from halfbyte.quant.nf4 import NESTED_BLOCKSIZE, NestedState, QuantSpec, QuantSt
 Model = TypeVar("Model", bound=ModelMixin)
 
 
+@contextmanager
+def built_on_meta() -> Iterator[None]:
+    """Modules that are made within are on meta, and are not filled by torch.nn.init: that it does in Python there, in
+    more time than all else takes."""
+    with torch.device("meta"), _NotFilled():
+        yield
+
+
+class _NotFilled(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's hook."""
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def model_on_meta(
     model_cls: type[Model], config: dict[str, Any], recipe: QuantRecipe | None, dtype: torch.dtype
 ) -> Model:
@@ -24,12 +44,13 @@ def model_on_meta(
     Raises ValueError where the configuration describes no such model, or the skip list names no layer.
     """
     try:
-        with default_dtype(dtype), torch.device("meta"):
+        with default_dtype(dtype), built_on_meta():
             model: Model = model_cls.from_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
     if recipe is not None:
-        convert(model, recipe)
+        with built_on_meta():
+            convert(model, recipe)
     place_weights_on_meta(model, dtype, in_fp32=kept_in_fp32(model))
     return model.eval().requires_grad_(False)
 

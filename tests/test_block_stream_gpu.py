@@ -219,7 +219,7 @@ def test_the_device_holds_what_the_plan_says(large_flux: Path, tmp_path: Path) -
         family = Flux.open(str(large_flux), None, 24)
         measured.append(held_and_peak(recipe, family))
         rehearsal = Rehearsal(recipe, family)
-        foretold.append((sum(rehearsal.held().values()), rehearsal.step(recipe, 64, 64).peak.nbytes))
+        foretold.append((sum(rehearsal.held.values()), rehearsal.step(recipe, 64, 64).peak.nbytes))
     assert rehearsal.visitors.host_bytes > 30 * MIB
     for place in (0, 1):
         saved = foretold[1][place] - foretold[2][place]

@@ -6,6 +6,7 @@ import torch
 from halfbyte.kernels import copy_ops, gelu_ops, modulation_ops, qk_rope_ops
 from halfbyte.kernels import elementwise_reference as reference
 from halfbyte.kernels.qk_rope_ops import Stream
+from halfbyte.trainer.kernel_memory import inside
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -188,6 +189,19 @@ def test_gelus_gradients_with_the_adapters_equal_the_reference(rows, width, p, u
         # A value that rounds to a neighbour before it is multiplied shows in a sum, not in its size.
         error = (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-30)
         assert error < {torch.bfloat16: 3e-4, torch.float16: 1e-4, torch.float32: 4e-6}[dtype], error
+
+
+@pytest.mark.parametrize("rows", [100, 4096])
+def test_gelus_gradients_take_inside_what_a_plan_says(rows):
+    width, p, u = 3072, 16, 32
+    x, dy = (torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    lowered, lifted = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in (p, u))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sums = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, dy)
+    taken = torch.cuda.max_memory_allocated() - before - sum(part.nbytes for part in sums)
+    assert taken == inside("halfbyte::gelu_tanh_gradients_", (dy, dy, x, lowered, lifted), sums)
 
 
 @pytest.mark.parametrize(

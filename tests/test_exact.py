@@ -140,7 +140,7 @@ def test_a_plan_counts_it(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     family = Flux.open(str(mini_flux), None, 24)
     plain, exact = (
-        sum(Rehearsal(load_recipe(recipe, [f"quant.exact={paths}"]), family).held().values())
+        sum(Rehearsal(load_recipe(recipe, [f"quant.exact={paths}"]), family).held.values())
         for paths in ("[]", "[proj_out]")
     )
     layer = load(mini_flux / "transformer").proj_out

@@ -68,7 +68,7 @@ def test_settings_are_chosen_for_a_card_the_cheapest_first(planner: Planner) -> 
     assert fitted.plan.largest.device_bytes <= 8 * GIB
     made = [change.settings[0] for change in fitted.changes]
     assert made == ["optimizer.name=adamw_8bit", "train.gradient_checkpointing=offload"]
-    assert all(change.cost for change in fitted.changes)
+    assert all(change.cost_in(fitted.recipe) for change in fitted.changes)
     assert "fits 8 GB with:" in "\n".join(fit_lines(fitted))
 
 
@@ -196,7 +196,21 @@ def test_a_base_in_full_precision_is_quantized_before_adapter_and_pictures_shrin
     fitted = fit(opened("quant.type=none"), 16 * GIB)
     assert fitted.fits
     assert made(fitted) == ["quant.type=nf4"]
-    assert "4 bits" in fitted.changes[0].cost
+    assert "4 bits" in fitted.changes[0].cost_in(fitted.recipe)
+
+
+def test_costs_are_told_of_the_recipe_that_fits(opened: Opened) -> None:
+    """Not of the steps on the way there, whose batch, resolution or accumulation may be another."""
+    planner = opened("train.cuda_graphs=false", "train.batch_size=2", "data.resolution=2048")
+    fitted = fit(planner, 4 * GIB)
+    assert fitted.fits
+    assert {"train.gradient_checkpointing=offload", "data.resolution=1024"} <= set(made(fitted))
+    told = "\n".join(fit_lines(fitted))
+    step = fitted.plan.phase("step")
+    assert f"({step.host['activations put aside'] / GIB:.1f} GB of host memory" in told
+    visitors = planner.rehearsal(fitted.recipe).visitors
+    copied = visitors.copied * fitted.recipe.train.grad_accumulation
+    assert f"{copied / GIB:.1f} GB copied from it a step" in told
 
 
 def test_dora_is_given_up_before_the_adapter_shrinks(toy: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from halfbyte.kernels import gelu_ops
+from halfbyte.kernels.gelu_ops import gelu_tanh_gradients
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.denoiser import add_adapters, block_settings, load_denoiser, quant_recipe
@@ -118,7 +119,7 @@ def test_a_rehearsed_step_holds_what_a_step_holds(
         loss.backward()
     assert foretold.peak.nbytes == pytest.approx(live.peak.nbytes, rel=0.03)
     gradients = sum(allocated(parameter.grad.nbytes) for parameter in adapters if parameter.grad is not None)
-    assert rehearsal.held()[ADAPTERS] == gradients
+    assert rehearsal.held[ADAPTERS] == gradients
 
 
 @pytest.mark.parametrize("family_name", ["flux", "sd3"])
@@ -126,7 +127,7 @@ def test_a_rehearsed_step_holds_what_a_step_holds(
 def test_the_base_takes_what_it_is_foretold(folders: dict[str, Any], family_name: str, quant: str) -> None:
     recipe = load_recipe(folders[family_name], [f"quant.type={quant}", "quant.compute_dtype=bfloat16"])
     family = opened(recipe)
-    held = Rehearsal(recipe, family).held()
+    held = Rehearsal(recipe, family).held
     denoiser: Any = family.load_denoiser(
         quant_recipe(recipe), device=torch.device("cpu"), dtype=torch.bfloat16
     )
@@ -168,15 +169,39 @@ def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], 
     stream = load_denoiser(streamed, family, world, Console(quiet=True)).stream
     assert stream is not None
     assert visiting.visitors.host_bytes == stream.host_bytes
-    assert visiting.held()[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
-    rest = {kind: nbytes for kind, nbytes in visiting.held().items() if kind != VISITING}
+    assert visiting.held[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
+    rest = {kind: nbytes for kind, nbytes in visiting.held.items() if kind != VISITING}
     # What lies on the host is as much, but for the ends of tensors and the tables that all layers share.
     layers = sum(isinstance(module, QuantizedLinear) for module in visiting.denoiser.modules())
-    moved = sum(all_there.held().values()) - sum(rest.values())
+    moved = sum(all_there.held.values()) - sum(rest.values())
     assert moved == pytest.approx(stream.host_bytes, abs=2048 * layers)
     one, other = (rehearsal.step(streamed, SIDE, SIDE) for rehearsal in (all_there, visiting))
-    assert one.peak.nbytes - other.peak.nbytes == moved - visiting.held()[VISITING]
+    assert one.peak.nbytes - other.peak.nbytes == moved - visiting.held[VISITING]
     assert one.kept == other.kept
+
+
+@pytest.mark.parametrize("init", ["gaussian", "kaiming"])
+def test_a_rehearsal_makes_no_values(folders: dict[str, Any], init: str) -> None:
+    """An adapter of a high rank would take the host's memory, and minutes to draw."""
+    recipe = load_recipe(folders["flux"], ["lora.rank=2048", f"lora.init={init}"])
+    family, on_cpu, called = opened(recipe), LiveBytes("cpu"), _Operations()
+    with on_cpu, called:
+        rehearsal = Rehearsal(recipe, family)
+    assert rehearsal.held[ADAPTERS] > 5e7
+    assert on_cpu.peak.nbytes < 1e5
+    assert not called.names & {"aten::normal_", "aten::uniform_"}
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the names of all that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_second_rehearsal_is_the_first(folders: dict[str, Any]) -> None:
@@ -214,22 +239,23 @@ def test_live_bytes_adds_what_a_kernel_takes_inside() -> None:
     assert live.flops == (2 + 5) * 2 * 2 * 100 * 100 * 64
 
 
-def test_gelus_gradients_are_sums_of_several_programs() -> None:
-    live = LiveBytes()
-    with live:
-        x, lowered, lifted = (
-            torch.empty(300, width, dtype=torch.bfloat16, device="meta") for width in (96, 16, 8)
-        )
-        gelu_ops.gelu_tanh_gradients(x, x, lowered, lifted, out=torch.empty_like(x))
-    assert live.peak.by_kind[INSIDE] == 8 * (16 + 8) * 96 * 4
-    assert live.flops == 2 * 300 * 96 * (16 + 8)
-
-
 def test_a_four_bit_product_over_many_rows_dequantizes_its_weight() -> None:
     fields = (None, None, None, None, None, None, (32, 64), 64, 0)
     few, many = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (1, 100))
     assert inside("halfbyte::linear_4bit", (many, None, *fields), None) == 32 * 64 * 2
     assert inside("halfbyte::linear_4bit", (few, None, *fields), None) == 0
+
+
+@pytest.mark.parametrize(("rows", "shares"), [(4096, 8), (100, 4)])
+def test_gelus_gradients_are_summed_in_shares_of_the_rows(rows: int, shares: int) -> None:
+    width, lowered, lifted = 256, 16, 8
+    live = LiveBytes()
+    with live:
+        x, dy = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        narrow = [torch.empty(rows, size, dtype=torch.bfloat16, device="meta") for size in (lowered, lifted)]
+        gelu_tanh_gradients(dy, x, *narrow, out=dy)
+    assert live.peak.by_kind[INSIDE] == 4 * shares * (lowered + lifted) * width
+    assert live.flops == 2 * rows * width * (lowered + lifted)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.classes))

@@ -55,11 +55,14 @@ def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> st
     planner = Planner(recipe, family)
     planned = sorted(map(planner.plan().phase, phases), key=lambda phase: phase.device_bytes, reverse=True)
     savings = {
-        shlex.join(saving.change.settings): f"{saving.saved / GIB:.1f} GB less; {saving.change.cost}"
+        shlex.join(saving.change.settings): saving
         for phase in planned
         for saving in cheapest_savings(planner, phase.name)
     }
-    changes = [f"{settings} ({saved})" for settings, saved in list(savings.items())[:_CHANGES]]
+    changes = [
+        f"{settings} ({saving.saved / GIB:.1f} GB less; {saving.change.cost_in(saving.change.applied(recipe))})"
+        for settings, saving in list(savings.items())[:_CHANGES]
+    ]
     listed = ", ".join(changes) or "none that is known here; a larger card"
     return (
         f"the device ran out of memory {when}. Planned are {planned[0].device_bytes / GIB:.1f} GB of the card"

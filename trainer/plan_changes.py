@@ -55,12 +55,16 @@ class Change:
     """Settings that take less together, and what they give up."""
 
     made: Sequence[Setting]
-    cost: str
+    cost: str | Callable[[Recipe], str]  # told of the recipe that has the change, where that decides it
 
     @property
     def settings(self) -> list[str]:
         """As the command line takes them."""
         return [setting.text for setting in self.made]
+
+    def cost_in(self, recipe: Recipe) -> str:
+        """What it gives up in a recipe that has it, with whatever else is changed there."""
+        return self.cost if isinstance(self.cost, str) else self.cost(recipe)
 
     def applied(self, recipe: Recipe) -> Recipe:
         """The recipe with it. Nothing is validated."""
@@ -150,18 +154,23 @@ def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[Change]:
     # Recorded steps exclude offload, whose graphs go first.
     within = [name for name in _KEEPING if is_accepted(kept[name].applied(recipe))]
     now = _KEEPING.index(recipe.train.gradient_checkpointing)
-    flops = planner.step(kept[planner.recipe.train.gradient_checkpointing].applied(recipe)).flops
+    before = kept[planner.recipe.train.gradient_checkpointing]
+
+    def arithmetic(changed: Recipe) -> str:
+        more = planner.step(changed).flops / planner.step(before.applied(changed)).flops - 1
+        return f"{100 * more:.0f} % more arithmetic"
+
+    def memory(changed: Recipe) -> str:
+        # Those of one micro-batch are there at a time.
+        return f"{planner.step(changed).host / GIB:.1f} GB of host memory, and copies beside the step"
+
     for name in within:
         if _KEEPING.index(name) <= now:
             continue
         smaller = kept[name].applied(recipe)
         if name != "full" and planner.training_bytes(smaller) == planner.training_bytes(full):
             continue
-        step = planner.step(smaller)
-        cost = f"{100 * (step.flops / flops - 1):.0f} % more arithmetic"
-        if name == "offload":
-            cost = f"{step.host / GIB:.1f} GB of host memory, and copies beside the step"
-        yield Change([kept[name]], cost)
+        yield Change([kept[name]], memory if name == "offload" else arithmetic)
 
 
 def _graphs(_: Planner, recipe: Recipe) -> Iterator[Change]:
@@ -192,12 +201,16 @@ def _streaming(planner: Planner, recipe: Recipe) -> Iterator[Change]:
     streamed = Change(settings, "").applied(recipe)
     if not is_accepted(streamed):
         return
-    visitors = planner.rehearsal(streamed).visitors
-    copied = visitors.copied * recipe.train.grad_accumulation
-    yield Change(
-        settings,
-        f"{visitors.host_bytes / GIB:.1f} GB of page-locked host memory, {copied / GIB:.1f} GB copied from it a step",
-    )
+
+    def copies(changed: Recipe) -> str:
+        visitors = planner.rehearsal(changed).visitors
+        copied = visitors.copied * changed.train.grad_accumulation
+        return (
+            f"{visitors.host_bytes / GIB:.1f} GB of page-locked host memory, {copied / GIB:.1f} GB copied from it a"
+            " step"
+        )
+
+    yield Change(settings, copies)
 
 
 def _rank(planner: Planner, recipe: Recipe) -> Iterator[Change]:

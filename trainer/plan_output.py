@@ -103,7 +103,7 @@ def fit_lines(fitted: Fit) -> Iterator[str]:
         else:
             yield f"{needs} that are known; the nearest that does is a card of {shown.budget / GIB:g} GB, as it is"
     for change in shown.changes:
-        yield f"  {shlex.join(change.settings)}  ({change.cost})"
+        yield f"  {shlex.join(change.settings)}  ({change.cost_in(shown.recipe)})"
 
 
 def _needed(plan: RunPlan) -> str:
@@ -173,7 +173,10 @@ def _json(plan: RunPlan, fitted: Fit | None) -> str:
             "budget_bytes": fitted.budget,
             "fits": fitted.fits,
             "nearest_card": None if fitted.fits else _named(smallest_card(shown.plan)),
-            "changes": [{"settings": change.settings, "cost": change.cost} for change in shown.changes],
+            "changes": [
+                {"settings": change.settings, "cost": change.cost_in(shown.recipe)}
+                for change in shown.changes
+            ],
         }
     return json.dumps(content, indent=2)
 

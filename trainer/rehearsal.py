@@ -6,8 +6,10 @@ optimizer keeps in the optimizers themselves.
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from halfbyte.quant.convert import QuantizedLinear
 from halfbyte.quant.exact import hold_exact
 from halfbyte.quant.meta_autocast import autocast_on_meta
-from halfbyte.quant.weights_on_meta import model_on_meta, weight_tensors
+from halfbyte.quant.weights_on_meta import built_on_meta, model_on_meta, weight_tensors
 from halfbyte.trainer.adapters import trained_parameters
 from halfbyte.trainer.denoiser import (
     DTYPES,
@@ -76,24 +78,26 @@ class Rehearsal:
         denoiser = model_on_meta(
             family.denoiser_class, family.denoiser_config, base_recipe(recipe, family), self.dtype
         )
-        add_adapters(recipe, family, denoiser)
+        with built_on_meta():
+            add_adapters(recipe, family, denoiser)
         self.denoiser: Any = denoiser
         self._hold_exact()
         self.adapters = trained_parameters(denoiser)
         self.visitors = Visitors(denoiser, block_names(family) if recipe.train.stream_blocks else ())
 
-    def held(self) -> dict[str, int]:
+    @cached_property
+    def held(self) -> Mapping[str, int]:
         """Bytes of the base by kind of layer, and of the adapters."""
         live = LiveBytes()
         return {**self._hold_base(live), ADAPTERS: live.hold(self.adapters.values(), ADAPTERS)}
 
-    @property
+    @cached_property
     def largest_weight(self) -> int:
         """Numbers in the largest matrix of the base."""
         layers = (module for module in self.denoiser.modules() if isinstance(module, nn.Linear))
         return max(layer.in_features * layer.out_features for layer in layers)
 
-    @property
+    @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Of the trained parameters."""
         return [tuple(parameter.shape) for parameter in self.adapters.values()]

@@ -133,6 +133,7 @@ class Planner:
         self._steps: dict[object, RehearsedStep] = {}
         self._predictions: dict[object, RehearsedStep] = {}
         self._encoders: dict[object, Phase] = {}
+        self._decoders: dict[object, tuple[int, int]] = {}
 
     @cached_property
     def pictures(self) -> PlannedPictures:
@@ -237,7 +238,7 @@ class Planner:
     def _kept(self, recipe: Recipe) -> dict[str, int]:
         """What stays on the device throughout the training."""
         rehearsal = self.rehearsal(recipe)
-        held = rehearsal.held()
+        held = rehearsal.held
         optimizer = recipe.optimizer.memory(rehearsal.shapes)
         parts = {**held, f"optimizer state ({recipe.optimizer.name})": optimizer.state}
         if recipe.ema.decay is not None:
@@ -253,7 +254,7 @@ class Planner:
         memory = sum(within.get(kind, 0) for kind in (KEPT, WORKING, INSIDE, GRADIENTS))
         memory += min(memory, RECORDED_GAPS)
         # cuBLAS has a workspace for the stream of the recording too.
-        return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held()[ADAPTERS]}
+        return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held[ADAPTERS]}
 
     def _train(self, recipe: Recipe, step: RehearsedStep) -> Phase:
         kept, recorded = self._kept(recipe), self._recorded(recipe)
@@ -299,7 +300,7 @@ class Planner:
 
     def _load(self, recipe: Recipe) -> Phase:
         rehearsal = self.rehearsal(recipe)
-        held = {kind: nbytes for kind, nbytes in rehearsal.held().items() if kind != ADAPTERS}
+        held = {kind: nbytes for kind, nbytes in rehearsal.held.items() if kind != ADAPTERS}
         # The largest weight as it is stored, its copy in the compute dtype, and the next ones under way.
         arriving = 3 * rehearsal.largest_weight * 2 + _READ_AHEAD
         host = {"read ahead": READING_BYTES, **self._on_host(recipe)}
@@ -310,9 +311,7 @@ class Planner:
         if not sample.prompts:
             return None
         drawn = self._prediction(recipe, self._guided(recipe), (sample.width, sample.height))
-        weights, decoding = decoder_bytes(
-            self.family, DTYPES[recipe.quant.compute_dtype], sample.width, sample.height
-        )
+        weights, decoding = self._decoder(DTYPES[recipe.quant.compute_dtype], sample.width, sample.height)
         predicting = sum(_working(drawn).values())
         kept = self._kept(recipe)
         parts = {
@@ -328,6 +327,12 @@ class Planner:
         work = Work(drawn.flops * sample.steps, drawn.calls * sample.steps, copies * sample.steps)
         return Phase("sample", parts, self._on_host(recipe)), work
 
+    def _decoder(self, dtype: torch.dtype, width: int, height: int) -> tuple[int, int]:
+        key = (dtype, width, height)
+        if key not in self._decoders:
+            self._decoders[key] = decoder_bytes(self.family, *key)
+        return self._decoders[key]
+
     def _guided(self, recipe: Recipe) -> int:
         """How many predictions a sampling step takes: two with classifier-free guidance."""
         nothing = torch.empty(0, device="meta")
@@ -341,7 +346,7 @@ class Planner:
 
     def _export(self, recipe: Recipe) -> Phase:
         kept = self._kept(recipe)
-        held = self.rehearsal(recipe).held()
+        held = self.rehearsal(recipe).held
         base = sum(nbytes for kind, nbytes in held.items() if kind != ADAPTERS)
         # The adapter as it is written and as it is read back; a shard of the base at a time.
         host = {ADAPTERS: 2 * held[ADAPTERS], **self._on_host(recipe)}
