@@ -153,6 +153,21 @@ def test_adafactors_rate_is_a_plain_one():
     assert 0.5e-2 < float(moved) <= 1.01e-2
 
 
+def test_adafactor_says_the_rate_that_it_took():
+    choice = Adafactor(name="adafactor", lr=0.6, weight_decay=0.0)
+    toy = Toy(choice)
+    for step, rate in enumerate((0.6, 0.6, 3**-0.5, 4**-0.5), 1):
+        before = toy.parameters["layer.lora_B"].detach().clone()
+        toy.parameters["layer.lora_A"].grad = torch.zeros(RANK, INPUTS)
+        toy.parameters[LENGTHS].grad = torch.zeros(OUTPUTS)
+        toy.parameters["layer.lora_B"].grad = torch.full((OUTPUTS, RANK), (-1.0) ** step)
+        toy.optimizer.step()
+        assert choice.rate(toy.optimizer) == pytest.approx(rate)
+        assert float((toy.parameters["layer.lora_B"].detach() - before).abs().mean()) == pytest.approx(
+            rate, rel=1e-4
+        )
+
+
 def test_prodigy_finds_its_rate_and_says_so():
     choice = Prodigy(name="prodigy")
     toy = Toy(choice)

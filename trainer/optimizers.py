@@ -115,7 +115,7 @@ class AdamW8Bit(AdamW):
 class Adafactor(OptimizerChoice):
     """Adam's second moment as the product of a row's and a column's mean, no first moment, torch's own; state: the
     rows and columns alone, next to nothing. lr is a plain rate as AdamW's, not relative to the weights' size unless
-    that is above 1, as DoRA's lengths may be."""
+    that is above 1, as DoRA's lengths may be; at step t it is at most 1 / sqrt(t)."""
 
     name: Literal["adafactor"]
     weight_decay: float = Field(default=0.01, ge=0)
@@ -146,6 +146,11 @@ class Adafactor(OptimizerChoice):
         """The means; what the update of the largest stack passes through. Gradients are handed over to stacks."""
         means, largest = factored(shapes)
         return OptimizerMemory(FP32 * means, FP32 * 2 * largest)
+
+    def rate(self, optimizer: torch.optim.Optimizer) -> float:
+        """lr, up to the bound that Adafactor has at step t: 1 / sqrt(t)."""
+        step = max((float(state["step"]) for state in optimizer.state.values()), default=1.0)
+        return min(super().rate(optimizer), step**-0.5)
 
 
 @OPTIMIZERS.register
