@@ -7,14 +7,14 @@ from prodigyopt import Prodigy as ProdigyOptimizer
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.optimizers import Adafactor, Prodigy
 
-SHAPES = [(4, 48), (40, 4), (4, 48), (24,), (6, 50)]
+SHAPES = [(4, 48), (40, 4), (4, 48), (24,), (6, 50), (24,)]
 
 
 def parameters(shapes=SHAPES):
     named = []
     for index, shape in enumerate(shapes):
         draws = torch.Generator().manual_seed(index)
-        start = torch.zeros(shape) if index == 1 else torch.randn(shape, generator=draws)
+        start = torch.zeros(shape) if index == 1 else torch.randn(shape, generator=draws) / 2
         named.append((f"layer{index}", torch.nn.Parameter(start)))
     return named
 
@@ -67,7 +67,7 @@ def test_adafactors_steps_are_the_librarys_where_shapes_differ():
 
 
 def test_a_stack_keeps_rows_and_columns_of_each_matrix():
-    """With no update clipped, matrices of one shape do what they do alone."""
+    """With no update clipped, what is of one shape does what it does alone; vectors have no rows and columns."""
     ours, theirs = parameters(), parameters()
     choice = Adafactor(name="adafactor", lr=1e-2, clip=100.0)
     library = torch.optim.Adafactor(theirs, lr=1e-2, eps=(None, 1.0), d=100.0, weight_decay=0.01)

@@ -24,8 +24,11 @@ each_choice = pytest.mark.parametrize("choice", [choice for choice, _ in CHOICES
 RANK, INPUTS, OUTPUTS = 4, 48, 40
 
 
+LENGTHS = "layer.lora_magnitude_vector.default.weight"
+
+
 class Toy:
-    """y = B A x, B at zero: a layer's update, fitted to another one of the same rank."""
+    """y = m * B A x, B at zero: a layer's update, fitted to another one of the same rank."""
 
     def __init__(self, choice, device="cpu", saved=None):
         """`saved` is a checkpoint: as in a run, its weights are there before the optimizer is."""
@@ -35,18 +38,19 @@ class Toy:
         down = torch.randn(RANK, INPUTS, generator=draws) / RANK
         self.parameters = {
             "layer.lora_A": torch.nn.Parameter(down.to(device)),
+            LENGTHS: torch.nn.Parameter(torch.ones(OUTPUTS, device=device)),
             "layer.lora_B": torch.nn.Parameter(torch.zeros(OUTPUTS, RANK, device=device)),
         }
-        self.names = list(self.parameters)
         for name, value in saved.adapter.items() if saved else ():
             self.parameters[name].data.copy_(value)
         self.optimizer = choice.build(list(self.parameters.items()))
+        self.names = checkpoint.parameter_names(self.optimizer)
         if saved:
             checkpoint.restore_optimizer(self.optimizer, self.names, saved.optimizer)
 
     def loss(self):
-        a, b = self.parameters.values()
-        return ((self.x @ a.t() @ b.t() - self.y) ** 2).mean()
+        a, lengths, b = self.parameters.values()
+        return ((self.x @ a.t() @ b.t() * lengths - self.y) ** 2).mean()
 
     def steps(self, count, first=0):
         for step in range(first, first + count):
@@ -122,12 +126,46 @@ def test_its_state_is_what_it_says(choice, numbers):
     assert choice.memory(large).state / (4 * 2 * 16 * 3072) == pytest.approx(numbers, abs=0.07)
 
 
+@each_choice
+def test_the_lengths_of_doras_rows_do_not_decay(choice):
+    """They begin as the base's own: nearer to zero is no nearer to the base."""
+    toy = Toy(choice.model_copy(update={"weight_decay": 0.5}))
+    before = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
+    for step in range(4):
+        for group in toy.optimizer.param_groups:
+            assert (group["weight_decay"] == 0) == (LENGTHS in group["param_names"])
+        a, lengths, b = toy.parameters.values()
+        a.grad, lengths.grad, b.grad = (
+            1e-12 * before["layer.lora_A"],
+            torch.zeros(OUTPUTS),
+            torch.ones_like(b),
+        )
+        toy.optimizer.step()
+        assert torch.allclose(toy.parameters[LENGTHS], before[LENGTHS], rtol=1e-7), step
+    assert toy.parameters["layer.lora_A"].norm() < before["layer.lora_A"].norm()
+
+
 def test_adafactors_rate_is_a_plain_one():
     """Its own is relative to the weights, and B starts at zero."""
     toy = Toy(Adafactor(name="adafactor", lr=1e-2, weight_decay=0.0))
     toy.steps(1, first=7)
     moved = toy.parameters["layer.lora_B"].detach().square().mean().sqrt()
     assert 0.5e-2 < float(moved) <= 1.01e-2
+
+
+def test_adafactor_says_the_rate_that_it_took():
+    choice = Adafactor(name="adafactor", lr=0.6, weight_decay=0.0)
+    toy = Toy(choice)
+    for step, rate in enumerate((0.6, 0.6, 3**-0.5, 4**-0.5), 1):
+        before = toy.parameters["layer.lora_B"].detach().clone()
+        toy.parameters["layer.lora_A"].grad = torch.zeros(RANK, INPUTS)
+        toy.parameters[LENGTHS].grad = torch.zeros(OUTPUTS)
+        toy.parameters["layer.lora_B"].grad = torch.full((OUTPUTS, RANK), (-1.0) ** step)
+        toy.optimizer.step()
+        assert choice.rate(toy.optimizer) == pytest.approx(rate)
+        assert float((toy.parameters["layer.lora_B"].detach() - before).abs().mean()) == pytest.approx(
+            rate, rel=1e-4
+        )
 
 
 def test_prodigy_finds_its_rate_and_says_so():
@@ -173,7 +211,8 @@ def test_schedule_free_averages_with_the_warmups_rates():
     """The library's own warm-up and the schedule's are one: both weigh the average by the rate."""
     ours = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)).steps(8)
     theirs = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2))
-    theirs.optimizer.param_groups[0]["warmup_steps"] = 8
+    for group in theirs.optimizer.param_groups:
+        group["warmup_steps"] = 8
     for _ in range(8):
         loss = theirs.loss()
         theirs.optimizer.zero_grad()

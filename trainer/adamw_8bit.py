@@ -1,7 +1,7 @@
 """AdamW with 8-bit moments as an optimizer of torch: a quarter of the state, one kernel for all parameters."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ _FIELDS = ("mean", "mean_scale", "square", "square_scale")
 class AdamW8bit(torch.optim.Optimizer):
     """Moments as bytes with a scale for each 256, see `halfbyte.kernels.adamw_8bit_reference`.
 
-    Takes one group of contiguous fp32 parameters on one device.
+    Takes groups of named parameters, contiguous and fp32, on one device.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Parameter]],
+        groups: Iterable[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float],
@@ -29,17 +29,14 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
-        super().__init__(list(named_parameters), defaults)
-        for parameter in self._parameters:
-            assert parameter.dtype == torch.float32, f"expected fp32 parameters, got {parameter.dtype}"
-            assert parameter.is_contiguous(), "expected contiguous parameters"
-        self._moments: Moments | None = None  # of all parameters in a row, each's padded to whole blocks
-        self._table: Any = None
-
-    @property
-    def _parameters(self) -> list[Parameter]:
-        (group,) = self.param_groups
-        return cast(list[Parameter], group["params"])
+        super().__init__(list(groups), defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                assert parameter.dtype == torch.float32, f"expected fp32 parameters, got {parameter.dtype}"
+                assert parameter.is_contiguous(), "expected contiguous parameters"
+        # Of each group, the moments of its parameters in a row, each's padded to whole blocks.
+        self._moments: list[Moments] = []
+        self._tables: list[Any] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -48,43 +45,51 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        (group,) = self.param_groups
+        self._in_a_row()
+        for number, group in enumerate(self.param_groups):
+            self._step(number, group)
+        return loss
+
+    def _step(self, number: int, group: dict[str, Any]) -> None:
         group["step"] += 1
         beta1, beta2 = group["betas"]
         step = AdamStep(group["step"], group["lr"], (beta1, beta2), group["eps"], group["weight_decay"])
-        moments = self._in_a_row()
-        parameters = self._parameters
+        parameters: list[Parameter] = group["params"]
         gradients = [None if p.grad is None else p.grad.contiguous() for p in parameters]
         if parameters[0].is_cuda:
             # Triton is there where CUDA is, and need not be elsewhere.
             from halfbyte.kernels import adamw_8bit_triton
 
-            if self._table is None:
-                self._table = adamw_8bit_triton.ParameterTable(parameters)
-            adamw_8bit_triton.update(self._table, parameters, gradients, moments, step)
-            return loss
+            if not self._tables:
+                self._tables = [
+                    adamw_8bit_triton.ParameterTable(each["params"]) for each in self.param_groups
+                ]
+            table, moments = self._tables[number], self._moments[number]
+            adamw_8bit_triton.update(table, parameters, gradients, moments, step)
+            return
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 own = Moments(**{name: self.state[parameter][name] for name in _FIELDS})
                 adamw_8bit_reference.update(parameter, gradient, own, step)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Optimizer's, which would turn the bytes into floats as the parameters are."""
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         if not state_dict["state"]:
             return
-        self._moments = None
+        self._moments = []
         self._in_a_row()
-        for number, parameter in enumerate(self._parameters):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
             for name in _FIELDS:
                 self.state[parameter][name].copy_(state_dict["state"][number][name])
 
-    def _in_a_row(self) -> Moments:
-        """All moments, made at the first step; each parameter's state is a part of them."""
-        if self._moments is not None:
-            return self._moments
-        parameters = self._parameters
+    def _in_a_row(self) -> None:
+        """Makes all moments, at the first step; each parameter's state is a part of them."""
+        if not self._moments:
+            self._moments = [self._of_group(group["params"]) for group in self.param_groups]
+
+    def _of_group(self, parameters: list[Parameter]) -> Moments:
         device = parameters[0].device
         blocks = [-(-parameter.numel() // BLOCK) for parameter in parameters]
         total = sum(blocks)
@@ -92,7 +97,7 @@ class AdamW8bit(torch.optim.Optimizer):
         def zeros(count: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
 
-        self._moments = Moments(
+        moments = Moments(
             zeros(total * BLOCK, torch.uint8),
             zeros(total, torch.float32),
             zeros(total * BLOCK, torch.uint8),
@@ -103,10 +108,10 @@ class AdamW8bit(torch.optim.Optimizer):
             values = slice(first * BLOCK, first * BLOCK + parameter.numel())
             scales = slice(first, first + count)
             self.state[parameter] = {
-                "mean": self._moments.mean[values],
-                "mean_scale": self._moments.mean_scale[scales],
-                "square": self._moments.square[values],
-                "square_scale": self._moments.square_scale[scales],
+                "mean": moments.mean[values],
+                "mean_scale": moments.mean_scale[scales],
+                "square": moments.square[values],
+                "square_scale": moments.square_scale[scales],
             }
             first += count
-        return self._moments
+        return moments

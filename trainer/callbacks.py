@@ -214,8 +214,8 @@ class Checkpointer(StepCallback):
         """Lightning's hook: optimizers exist, nothing has run."""
         if self.resume is None:
             return
-        names = list(trained_parameters(pl_module.denoiser))
-        checkpoint.restore_optimizer(trainer.optimizers[0], names, self.resume.optimizer)
+        optimizer = trainer.optimizers[0]
+        checkpoint.restore_optimizer(optimizer, checkpoint.parameter_names(optimizer), self.resume.optimizer)
         if self.resume.average is not None:
             pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))
         if self.resume.scaler:
@@ -241,12 +241,13 @@ class Checkpointer(StepCallback):
         if self.world.leads:
             accumulation = int(trainer.accumulate_grad_batches)
             position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
-            names = list(trained_parameters(module.denoiser))
+            optimizer = trainer.optimizers[0]
+            names = checkpoint.parameter_names(optimizer)
             checkpoint.save(
                 self.root,
                 position,
                 write_adapter=lambda folder: _write_adapters(module, folder),
-                optimizer=checkpoint.named_optimizer_state(trainer.optimizers[0], names),
+                optimizer=checkpoint.named_optimizer_state(optimizer, names),
                 scaler=trainer.precision_plugin.state_dict(),
             )
             checkpoint.prune(self.root, self.keep)

@@ -118,6 +118,11 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of its parameters, as its state numbers them."""
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
 def named_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Any]:
     """The optimizer's state under its parameters' names, which, unlike numbers, fit or visibly do not."""
     state = optimizer.state_dict()

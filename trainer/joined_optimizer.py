@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 Join = Callable[[list[Parameter]], Iterator[list[Parameter]]]
-Build = Callable[[list[tuple[str, Parameter]]], torch.optim.Optimizer]
+Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def all_in_one(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
@@ -22,7 +22,7 @@ def all_in_one(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
 
 
 def by_shape(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
-    """A stack for each shape, for optimizers that look at rows and columns."""
+    """A stack for each shape, for optimizers that look at rows and columns; vectors, which have neither, in a row."""
     groups: dict[torch.Size, list[Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.shape, []).append(parameter)
@@ -30,23 +30,26 @@ def by_shape(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Looks from outside as `build`'s optimizer over the parameters themselves: group, gradients and rate.
+    """Looks from outside as `build`'s optimizer over the parameters themselves: groups, gradients and rate.
 
     Its state is that of the joined tensors, each under the first parameter that went into it. A parameter without a
     gradient counts as one whose gradient is zero; after a step none has one.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], join: Join, build: Build) -> None:
-        super().__init__(list(named_parameters), {})
-        self._parts = list(join(self._group["params"]))
-        self._joined = [_join(parts) for parts in self._parts]
-        self.inner = build([(str(number), joined) for number, joined in enumerate(self._joined)])
+    def __init__(self, groups: Iterable[dict[str, Any]], join: Join, build: Build) -> None:
+        """groups: of named parameters, as torch's optimizers take them; `build` is given the same of joined ones."""
+        super().__init__(list(groups), {})
+        self._parts: list[list[Parameter]] = []
+        self._joined: list[Parameter] = []
+        inner: list[dict[str, Any]] = []
+        for group in self.param_groups:
+            parts = list(join(group["params"]))
+            joined = [_join(part) for part in parts]
+            self._parts += parts
+            self._joined += joined
+            inner.append({**_settings(group), "params": joined})
+        self.inner = build(inner)
         self._follow()
-
-    @property
-    def _group(self) -> dict[str, Any]:
-        (group,) = self.param_groups
-        return group
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of the inner optimizer, with the gradients that there are once the closure has run."""
@@ -73,8 +76,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As Optimizer's. Raises ValueError where parameters come in another order, and so lie elsewhere."""
-        (group,) = state_dict["param_groups"]
-        if group["params"] != list(range(len(self._group["params"]))):
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        if saved != list(range(len(saved))):
             raise ValueError("the saved optimizer has its parameters in another order")
         super().load_state_dict(state_dict)
         self._lead()
@@ -84,27 +87,28 @@ class JoinedOptimizer(torch.optim.Optimizer):
 
     def _lead(self) -> None:
         """The inner optimizer takes over this one's settings, the rate above all."""
-        (inner,) = self.inner.param_groups
-        inner.update({name: value for name, value in self._group.items() if name not in _OWN})
+        for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
+            inner.update(_settings(group))
 
     def _follow(self) -> None:
         """This one shows the inner one's settings, among them what it counts, and its state."""
-        (inner,) = self.inner.param_groups
-        self._group.update({name: value for name, value in inner.items() if name not in _OWN})
+        for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
+            group.update(_settings(inner))
         for joined, parts in zip(self._joined, self._parts, strict=True):
             if joined in self.inner.state:
                 self.state[parts[0]] = self.inner.state[joined]
 
 
-_OWN = ("params", "param_names")
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def _join(parts: list[Parameter]) -> Parameter:
-    """One tensor with all values, of which the parameters become views: stacked where they have one shape."""
+    """One tensor with all values, of which the parameters become views: matrices of one shape as a stack."""
     with torch.no_grad():
         values = [part.detach() for part in parts]
-        same = all(value.shape == values[0].shape for value in values)
-        joined = torch.stack(values) if same else torch.cat([value.reshape(-1) for value in values])
+        alike = values[0].dim() > 1 and all(value.shape == values[0].shape for value in values)
+        joined = torch.stack(values) if alike else torch.cat([value.reshape(-1) for value in values])
         views = joined.view(-1).split([value.numel() for value in values])
         for part, view in zip(parts, views, strict=True):
             part.data = view.view(part.shape)

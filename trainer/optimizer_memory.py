@@ -31,10 +31,11 @@ def in_blocks(shapes: Shapes, block: int) -> int:
 
 
 def factored(shapes: Shapes) -> tuple[int, int]:
-    """Parameters stacked by shape: the numbers in the rows' and columns' means, and those in the largest stack."""
+    """Parameters stacked by shape: the numbers in the rows' and columns' means, each of a vector's, and those in the
+    largest stack."""
     means, largest = 0, 0
     for shape, count in Counter(shapes).items():
-        *outer, rows, columns = (count, *shape)
+        *outer, rows, columns = (count, *shape) if len(shape) > 1 else (count, *shape, 0)
         means += math.prod(outer) * (rows + columns)
         largest = max(largest, count * math.prod(shape))
     return means, largest

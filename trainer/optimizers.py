@@ -22,6 +22,8 @@ from halfbyte.trainer.registry import Choice, Registry
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PositiveDecay = Annotated[float, Field(gt=0, lt=1)]
 Named = Iterable[tuple[str, Parameter]]
+MAGNITUDE = ".lora_magnitude_vector."
+"""In the name of a parameter that holds the lengths of DoRA's rows."""
 
 
 class OptimizerChoice(Choice):
@@ -34,7 +36,7 @@ class OptimizerChoice(Choice):
 
     @abstractmethod
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
-        """One group of the trainable parameters, named, so that a checkpoint can match its state by name."""
+        """Over the trainable parameters, named, so that a checkpoint can match its state by name; see `_groups`."""
 
     @abstractmethod
     def memory(self, shapes: Shapes) -> OptimizerMemory:
@@ -62,22 +64,22 @@ class AdamW(OptimizerChoice):
 
     name: Literal["adamw"]
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks the adapters by lr times this."""
+    """Each step shrinks A and B by lr times this; DoRA's lengths of rows stay."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
     """How much of the running means of the gradient and of its square each step keeps."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the squared mean, against division by zero."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
-        named = _trainable(named_parameters)
+        groups = _groups(named_parameters)
         optimizer = torch.optim.AdamW(
-            named,
+            groups,
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
             # One kernel for all adapters; on the CPU the plain loop is as fast at these sizes.
-            fused=_on_cuda(named),
+            fused=_on_cuda(groups),
         )
         # The fused kernel could divide by float16's loss scale itself, but gradients are clipped before it runs.
         optimizer._step_supports_amp_scaling = False
@@ -97,7 +99,7 @@ class AdamW8Bit(AdamW):
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         return AdamW8bit(
-            _trainable(named_parameters),
+            _groups(named_parameters),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -112,11 +114,12 @@ class AdamW8Bit(AdamW):
 @OPTIMIZERS.register
 class Adafactor(OptimizerChoice):
     """Adam's second moment as the product of a row's and a column's mean, no first moment, torch's own; state: the
-    rows and columns alone, next to nothing. lr is a plain rate as AdamW's, not relative to the weights' size."""
+    rows and columns alone, next to nothing. lr is a plain rate as AdamW's, not relative to the weights' size unless
+    that is above 1, as DoRA's lengths may be; at step t it is at most 1 / sqrt(t)."""
 
     name: Literal["adafactor"]
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks the adapters by lr times this."""
+    """Each step shrinks A and B by lr times this; DoRA's lengths of rows stay."""
     beta2_decay: float = Field(default=-0.8, lt=0)
     """At step t the running means keep 1 - t to this power."""
     clip: float = Field(default=1.0, ge=1)
@@ -124,7 +127,7 @@ class Adafactor(OptimizerChoice):
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         return JoinedOptimizer(
-            _trainable(named_parameters),
+            _groups(named_parameters),
             by_shape,
             lambda joined: torch.optim.Adafactor(
                 joined,
@@ -144,6 +147,11 @@ class Adafactor(OptimizerChoice):
         means, largest = factored(shapes)
         return OptimizerMemory(FP32 * means, FP32 * 2 * largest)
 
+    def rate(self, optimizer: torch.optim.Optimizer) -> float:
+        """lr, up to the bound that Adafactor has at step t: 1 / sqrt(t)."""
+        step = max((float(state["step"]) for state in optimizer.state.values()), default=1.0)
+        return min(super().rate(optimizer), step**-0.5)
+
 
 @OPTIMIZERS.register
 class Prodigy(OptimizerChoice):
@@ -155,7 +163,7 @@ class Prodigy(OptimizerChoice):
     lr: float = Field(default=1.0, gt=0)
     """A factor of the estimated rate: leave it at 1, and change d_coef where the estimate is too high or low."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks the adapters by the rate times this."""
+    """Each step shrinks A and B by the rate times this; DoRA's lengths of rows stay."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
     """How much of the running means of the gradient and of its square each step keeps."""
     eps: float = Field(default=1e-8, gt=0)
@@ -174,9 +182,9 @@ class Prodigy(OptimizerChoice):
     """Estimate from every so many-th number alone: 11 halves the state for little."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
-        return JoinedOptimizer(_trainable(named_parameters), all_in_one, self._build)
+        return JoinedOptimizer(_groups(named_parameters), all_in_one, self._build)
 
-    def _build(self, joined: Named) -> torch.optim.Optimizer:
+    def _build(self, joined: list[dict[str, Any]]) -> torch.optim.Optimizer:
         # It prints that its weight decay is decoupled.
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer: torch.optim.Optimizer = ProdigyOptimizer(
@@ -226,7 +234,7 @@ class ScheduleFreeAdamW(OptimizerChoice):
     lr: float = Field(default=1e-3, gt=0)
     """The learning rate after warm-up, usually 1 to 10 times AdamW's."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks the adapters by lr times this."""
+    """Each step shrinks A and B by lr times this; DoRA's lengths of rows stay."""
     betas: Annotated[tuple[PositiveDecay, Decay], Field(strict=False)] = (0.9, 0.999)
     """How near to the average the gradient is taken, and how much of the running mean of its square a step keeps."""
     eps: float = Field(default=1e-8, gt=0)
@@ -234,7 +242,7 @@ class ScheduleFreeAdamW(OptimizerChoice):
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         optimizer = AdamWScheduleFree(
-            _trainable(named_parameters),
+            _groups(named_parameters),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
@@ -252,11 +260,14 @@ class ScheduleFreeAdamW(OptimizerChoice):
         return OptimizerAverage(parameters, optimizer)
 
 
-def _trainable(named_parameters: Named) -> list[tuple[str, Parameter]]:
+def _groups(named_parameters: Named) -> list[dict[str, Any]]:
+    """What decays, and the lengths of DoRA's rows: those are the base's own, and no decay is to shrink it."""
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     assert named, "no trainable parameters"
-    return named
+    lengths = [item for item in named if MAGNITUDE in item[0]]
+    groups: list[dict[str, Any]] = [{"params": [item for item in named if MAGNITUDE not in item[0]]}]
+    return [*groups, {"params": lengths, "weight_decay": 0.0}] if lengths else groups
 
 
-def _on_cuda(named: list[tuple[str, Parameter]]) -> bool:
-    return all(parameter.is_cuda for _, parameter in named)
+def _on_cuda(groups: list[dict[str, Any]]) -> bool:
+    return all(parameter.is_cuda for group in groups for _, parameter in group["params"])
