@@ -83,6 +83,18 @@ def test_outputs_and_gradients_match_float64(kind, bias):
         assert error(ours, expected) < bound
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_with_a_hook_is_called_and_gives_the_same(kind, bias):
+    layer = adapt(base_of(kind, bias=bias))
+    x, upstream = drawn(7, INPUTS), drawn(7, OUTPUTS, seed=2)
+    fused, calls = computed(layer, x, upstream), []
+    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    for ours, theirs in zip(computed(layer, x, upstream), fused, strict=True):
+        assert error(ours, theirs.double()) < 2e-6
+    assert calls == [1]
+
+
 def test_pefts_own_layer_agrees():
     layer = adapt(base_of("plain"))
     twin = adapt(base_of("plain"), peft_layer.Linear)
