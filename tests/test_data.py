@@ -195,6 +195,12 @@ class TestBadFolders:
         (line,) = complaint(tmp_path)
         assert line.startswith(f"{tmp_path}: no pictures; accepted: .jpg, .jpeg, .png")
 
+    def test_a_dataset_saved_to_disk_is_told_how_to_be_written(self, tmp_path: Path) -> None:
+        Dataset.from_dict({"text": ["a dog"]}).save_to_disk(tmp_path / "saved")
+        (line,) = complaint(tmp_path / "saved")
+        assert "no pictures" in line
+        assert line.endswith("write it with to_parquet instead")
+
     def test_a_row_for_a_missing_picture_with_a_hint(self, tmp_path: Path) -> None:
         picture(tmp_path / "cat.jpg")
         rows(tmp_path, ("cat.jpg", "a cat"), ("dogs/dog.jpg", "a dog"), ("Cat.JPEG", "a cat"))

@@ -86,6 +86,25 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path, mini_flux, uninterrupted, ho
     assert_same(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_before_its_first_step_says_so(tmp_path, mini_flux, how):
+    recipe = write_recipe(tmp_path, mini_flux)
+    # Enough noise levels for some seconds of validation ahead of training.
+    levels = ",".join(f"{level / 400:g}" for level in range(1, 400))
+    settings = (*STEPS, "validation.held_out=1", f"validation.sigmas=[{levels}]")
+    process = start(recipe, *settings)
+    for line in process.stdout:
+        if line.startswith("ready after"):
+            break
+    time.sleep(1)
+    os.kill(process.pid, how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
 def test_a_finished_run_resumed_changes_nothing(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     folder = run_here(recipe)

@@ -286,19 +286,25 @@ class Sampler(StepCallback):
 class Interruption(StepCallback):
     """Turns Ctrl-C and SIGTERM into a stop at the next optimizer boundary, in every process at once.
 
-    Stands before the Checkpointer, which saves when the run is to stop.
+    Before the first step, and when asked twice, they end the run where it is. Stands before all others: what those do
+    ahead of training can take minutes, and the Checkpointer saves when the run is to stop.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.signal: int | None = None
         self.stopped = False
+        self._stepping = False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Lightning's hook; after it has set its own handlers, which would end the run with exit code 0."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook: from here on there is a step to finish."""
+        self._stepping = True
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """See `StepCallback`."""
@@ -313,6 +319,6 @@ class Interruption(StepCallback):
         self._before.clear()
 
     def _note(self, number: int, _: object) -> None:
-        if self.signal is not None:  # asked twice: at once
+        if self.signal is not None or not self._stepping:
             raise KeyboardInterrupt
         self.signal = number

@@ -122,7 +122,9 @@ def _find(root: Path, prefix: str, problems: Problems) -> list[_Found]:
     if tables:
         return _parquet_items(root, tables, prefix, problems)
     if not pictures:
-        problems.add(root, f"no pictures; accepted: {', '.join(PICTURE_SUFFIXES)}, or .parquet files")
+        arrow = any(file.suffix == ".arrow" for file in files)
+        hint = "; what datasets has saved to disk: write it with to_parquet instead" if arrow else ""
+        problems.add(root, f"no pictures; accepted: {', '.join(PICTURE_SUFFIXES)}, or .parquet files{hint}")
     return _picture_items(root, files, pictures, prefix, problems)
 
 

@@ -1,9 +1,11 @@
 """The training of a run: the Lightning loop with everything that watches it."""
 
 import logging
+import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +111,7 @@ def fit(
             sampler.draw(step)
 
     callbacks = [
+        interruption,
         *([] if graphed is None else [WarmUp(lambda: _warm_up(graphed, recipe, family, prepared, world))]),
         Averager(),
         *validator,
@@ -121,7 +124,6 @@ def fit(
             every=recipe.output.log_every,
             last_step=train.steps,
         ),
-        interruption,
         Checkpointer(
             world,
             folder.checkpoints,
@@ -155,7 +157,8 @@ def fit(
             with told_when_full(recipe, family, _WHEN_FULL, "step"), warnings.catch_warnings():
                 # The cache is read faster than a worker process could hand it over.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
+                with _interrupts_raised():
+                    trainer.fit(module, prepared.loader(recipe, world, first_step * train.grad_accumulation))
     finally:
         if graphed is not None:
             graphed.release()  # the last pictures need the memory
@@ -169,6 +172,19 @@ def fit(
     return Finished(
         done, module.step if first_step < train.steps else first_step, time.perf_counter() - began
     )
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Lets KeyboardInterrupt through: Lightning ignores SIGINT from then on and exits, with code 1 and no message."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as left:
+        if not isinstance(left.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from left
 
 
 def records_graphs(recipe: Recipe, world: World) -> bool:

@@ -196,8 +196,9 @@ class DataSection(Section):
     """The pictures and their captions."""
 
     path: FilePath
-    """A folder of pictures, with captions in metadata.jsonl or metadata.csv, or in .txt files beside them. A
-    relative path starts from the recipe file's folder, on the command line from the current one."""
+    """A folder of pictures, with captions in metadata.jsonl or metadata.csv, or in .txt files beside them; or a folder
+    of .parquet files, or one of them. A relative path starts from the recipe file's folder, on the command line from
+    the current one."""
     resolution: PictureSide = 1024
     """Pixels: the side of a square, or of the square with a bucket's area."""
     aspect_buckets: bool = True
