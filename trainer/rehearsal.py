@@ -54,6 +54,14 @@ class RehearsedStep:
     host: int  # bytes of them in the host's memory
 
 
+class _WithoutValues(DiffusionModule):
+    """The training step, but for the numbers that it draws in the host's memory, hundreds of GB of a huge batch."""
+
+    def normal(self, purpose: str, batch: Batch) -> Tensor:
+        """See `DiffusionModule`."""
+        return torch.empty_like(batch.latent_mean)
+
+
 class _MetaStore(HostStore):
     """The host's memory in a rehearsal."""
 
@@ -111,7 +119,7 @@ class Rehearsal:
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
         self._fuse(recipe, live)
-        module = training_module(recipe, self.family, self.denoiser, self.dtype)
+        module = training_module(recipe, self.family, self.denoiser, self.dtype, _WithoutValues)
         with live, _autocast(self.dtype):
             batch = self._batch(recipe.train.batch_size, width, height)
             live.hold([batch.latent_mean, batch.latent_std, *_text(batch)], BATCH)
@@ -136,7 +144,7 @@ class Rehearsal:
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
         self._fuse(self.recipe, live)
-        module = training_module(self.recipe, self.family, self.denoiser, self.dtype)
+        module = training_module(self.recipe, self.family, self.denoiser, self.dtype, _WithoutValues)
         with live, _autocast(self.dtype), torch.no_grad():
             batch = self._batch(batch_size, width, height)
             live.restart()
@@ -231,10 +239,14 @@ def _autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 
 def training_module(
-    recipe: Recipe, family: Family, denoiser: nn.Module, dtype: torch.dtype
+    recipe: Recipe,
+    family: Family,
+    denoiser: nn.Module,
+    dtype: torch.dtype,
+    kind: type[DiffusionModule] = DiffusionModule,
 ) -> DiffusionModule:
     """The recipe's training step, outside of a run."""
-    return DiffusionModule(
+    return kind(
         family,
         denoiser,
         Objective.of(recipe.objective),
