@@ -26,10 +26,11 @@ from halfbyte.trainer.denoiser import (
     base_recipe,
     block_names,
     block_settings,
+    streamed_blocks,
 )
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
-from halfbyte.trainer.families.block_stream import Visitors
+from halfbyte.trainer.families.block_stream import Visitors, packed_blocks
 from halfbyte.trainer.families.host_store import Held, HostStore
 from halfbyte.trainer.live_bytes import LiveBytes, Peak
 from halfbyte.trainer.module import DiffusionModule, Objective
@@ -79,7 +80,8 @@ class Rehearsal:
     """A recipe's denoiser with its adapters on meta, to be stepped at any size."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
-        """Raises RecipeError for adapters that fit no layer, ValueError for configurations of no model."""
+        """Raises RecipeError for adapters that fit no layer and where nothing is packed that could be streamed,
+        ValueError for configurations of no model."""
         self.recipe = recipe
         self.family = family
         self.dtype = DTYPES[recipe.quant.compute_dtype]
@@ -91,6 +93,8 @@ class Rehearsal:
         self.denoiser: Any = denoiser
         self._hold_exact()
         self.adapters = trained_parameters(denoiser)
+        if recipe.train.stream_blocks:
+            streamed_blocks(family, denoiser)
         self.visitors = Visitors(denoiser, block_names(family) if recipe.train.stream_blocks else ())
 
     @cached_property
@@ -98,6 +102,11 @@ class Rehearsal:
         """Bytes of the base by kind of layer, and of the adapters."""
         live = LiveBytes()
         return {**self._hold_base(live), ADAPTERS: live.hold(self.adapters.values(), ADAPTERS)}
+
+    @property
+    def streams(self) -> bool:
+        """Whether there are packed weights in the blocks."""
+        return bool(packed_blocks(self.denoiser, block_names(self.family)))
 
     @cached_property
     def largest_weight(self) -> int:
