@@ -290,6 +290,16 @@ def test_streamed_blocks_and_activations_are_copied(toy: Path) -> None:
     assert copies("train.stream_blocks=true", "train.gradient_checkpointing=offload") == streamed + put_aside
 
 
+def test_blocks_without_packed_weights_are_refused_to_stream_as_by_a_run(toy: Path) -> None:
+    skip = "quant.skip=[transformer_blocks, single_transformer_blocks]"
+    result = CliRunner().invoke(app, ["plan", str(toy), "train.stream_blocks=true", skip])
+    assert result.exit_code == 2, result.output
+    assert "quant.skip leaves nothing packed in the blocks" in result.output
+    fitted = CliRunner().invoke(app, ["plan", str(toy), "--fit", "0.1GB", skip])
+    assert "does not fit 0.1 GB" in fitted.output
+    assert "stream_blocks" not in fitted.output
+
+
 def test_what_fits_no_card_says_so(toy: Path) -> None:
     plan = open_planner(load_recipe(toy)).plan()
     first, *rest = plan.phases

@@ -192,6 +192,16 @@ def test_a_rehearsal_makes_no_values(folders: dict[str, Any], init: str) -> None
     assert not called.names & {"aten::normal_", "aten::uniform_"}
 
 
+def test_a_rehearsed_step_draws_nothing(folders: dict[str, Any]) -> None:
+    """The noise of a huge batch would take more than the host has."""
+    recipe = load_recipe(folders["flux"], ["train.batch_size=100"])
+    rehearsal, called = Rehearsal(recipe, opened(recipe)), _Operations()
+    with called:
+        rehearsal.step(recipe, SIDE, SIDE)
+        rehearsal.prediction(100, SIDE, SIDE)
+    assert not any(name.startswith(("aten::randn", "aten::normal")) for name in called.names)
+
+
 class _Operations(TorchDispatchMode):
     """Notes the names of all that torch dispatches."""
 

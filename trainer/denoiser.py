@@ -149,12 +149,17 @@ def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> Non
 
 
 def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
+    return BlockStream(streamed_blocks(family, denoiser), copies_to(world.device))
+
+
+def streamed_blocks(family: Family, denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks that hold packed weights. Raises RecipeError where there are none."""
     blocks = packed_blocks(denoiser, block_names(family))
     if not blocks:
         raise RecipeError(
             "train.stream_blocks: got true, but quant.skip leaves nothing packed in the blocks; expected false"
         )
-    return BlockStream(blocks, copies_to(world.device))
+    return blocks
 
 
 def start_layers(init_from: Path | None, family: Family) -> dict[str, LoraLayer] | None:

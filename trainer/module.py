@@ -96,12 +96,7 @@ class DiffusionModule(LightningModule):
     def corrupt(self, batch: Batch) -> NoisyBatch:
         """Draws latent, noise and sigma for each sample from its position in the run."""
         shape = batch.latent_mean.shape[1:]
-        draw = {
-            name: torch.stack(
-                [torch.randn(shape, generator=generator(self.seed, name, p)) for p in batch.positions]
-            ).to(batch.latent_mean.device)
-            for name in ("posterior", "noise")
-        }
+        draw = {name: self.normal(name, batch) for name in ("posterior", "noise")}
         u = [uniform(self.seed, "timestep", p) for p in batch.positions]
         latents = self.family.scale_latents(batch.latent_mean + batch.latent_std * draw["posterior"])
         sigma = self.objective.timesteps.sigmas(torch.tensor(u, dtype=torch.float64))
@@ -110,6 +105,12 @@ class DiffusionModule(LightningModule):
         weight = sigma[:, None, None, None]
         noise = draw["noise"]
         return NoisyBatch((1 - weight) * latents + weight * noise, noise - latents, sigma)
+
+    def normal(self, purpose: str, batch: Batch) -> Tensor:
+        """Standard normal numbers of the shape of the batch's latents, on their device, keyed by the samples."""
+        shape = batch.latent_mean.shape[1:]
+        drawn = [torch.randn(shape, generator=generator(self.seed, purpose, p)) for p in batch.positions]
+        return torch.stack(drawn).to(batch.latent_mean.device)
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective on one micro-batch: a scalar, fp32."""

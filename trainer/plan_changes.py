@@ -199,7 +199,7 @@ def _streaming(planner: Planner, recipe: Recipe) -> Iterator[Change]:
     if recipe.train.gradient_checkpointing == "offload":
         settings.append(Setting("train", "gradient_checkpointing", "full"))
     streamed = Change(settings, "").applied(recipe)
-    if not is_accepted(streamed):
+    if not is_accepted(streamed) or not planner.rehearsal(recipe).streams:
         return
 
     def copies(changed: Recipe) -> str:

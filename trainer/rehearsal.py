@@ -26,10 +26,11 @@ from halfbyte.trainer.denoiser import (
     base_recipe,
     block_names,
     block_settings,
+    streamed_blocks,
 )
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
-from halfbyte.trainer.families.block_stream import Visitors
+from halfbyte.trainer.families.block_stream import Visitors, packed_blocks
 from halfbyte.trainer.families.host_store import Held, HostStore
 from halfbyte.trainer.live_bytes import LiveBytes, Peak
 from halfbyte.trainer.module import DiffusionModule, Objective
@@ -54,6 +55,14 @@ class RehearsedStep:
     host: int  # bytes of them in the host's memory
 
 
+class _WithoutValues(DiffusionModule):
+    """The training step, but for the numbers that it draws in the host's memory, hundreds of GB of a huge batch."""
+
+    def normal(self, purpose: str, batch: Batch) -> Tensor:
+        """See `DiffusionModule`."""
+        return torch.empty_like(batch.latent_mean)
+
+
 class _MetaStore(HostStore):
     """The host's memory in a rehearsal."""
 
@@ -71,7 +80,8 @@ class Rehearsal:
     """A recipe's denoiser with its adapters on meta, to be stepped at any size."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
-        """Raises RecipeError for adapters that fit no layer, ValueError for configurations of no model."""
+        """Raises RecipeError for adapters that fit no layer and where nothing is packed that could be streamed,
+        ValueError for configurations of no model."""
         self.recipe = recipe
         self.family = family
         self.dtype = DTYPES[recipe.quant.compute_dtype]
@@ -83,6 +93,8 @@ class Rehearsal:
         self.denoiser: Any = denoiser
         self._hold_exact()
         self.adapters = trained_parameters(denoiser)
+        if recipe.train.stream_blocks:
+            streamed_blocks(family, denoiser)
         self.visitors = Visitors(denoiser, block_names(family) if recipe.train.stream_blocks else ())
 
     @cached_property
@@ -90,6 +102,11 @@ class Rehearsal:
         """Bytes of the base by kind of layer, and of the adapters."""
         live = LiveBytes()
         return {**self._hold_base(live), ADAPTERS: live.hold(self.adapters.values(), ADAPTERS)}
+
+    @property
+    def streams(self) -> bool:
+        """Whether there are packed weights in the blocks."""
+        return bool(packed_blocks(self.denoiser, block_names(self.family)))
 
     @cached_property
     def largest_weight(self) -> int:
@@ -111,7 +128,7 @@ class Rehearsal:
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
         self._fuse(recipe, live)
-        module = training_module(recipe, self.family, self.denoiser, self.dtype)
+        module = training_module(recipe, self.family, self.denoiser, self.dtype, _WithoutValues)
         with live, _autocast(self.dtype):
             batch = self._batch(recipe.train.batch_size, width, height)
             live.hold([batch.latent_mean, batch.latent_std, *_text(batch)], BATCH)
@@ -136,7 +153,7 @@ class Rehearsal:
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
         self._fuse(self.recipe, live)
-        module = training_module(self.recipe, self.family, self.denoiser, self.dtype)
+        module = training_module(self.recipe, self.family, self.denoiser, self.dtype, _WithoutValues)
         with live, _autocast(self.dtype), torch.no_grad():
             batch = self._batch(batch_size, width, height)
             live.restart()
@@ -231,10 +248,14 @@ def _autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 
 def training_module(
-    recipe: Recipe, family: Family, denoiser: nn.Module, dtype: torch.dtype
+    recipe: Recipe,
+    family: Family,
+    denoiser: nn.Module,
+    dtype: torch.dtype,
+    kind: type[DiffusionModule] = DiffusionModule,
 ) -> DiffusionModule:
     """The recipe's training step, outside of a run."""
-    return DiffusionModule(
+    return kind(
         family,
         denoiser,
         Objective.of(recipe.objective),
