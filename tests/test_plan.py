@@ -115,6 +115,9 @@ def test_the_plan_of_flux_has_the_known_sizes_and_work(planner: Planner) -> None
     assert texts.device["text_encoder_2"] / 1e9 == pytest.approx(4.9, abs=0.05)
     assert plan.largest is step
     assert step.device_bytes > step.allocated + CONTEXT_BYTES
+    # What was seen of the host, with the process, at a start from nothing (scripts/bench_start.md).
+    on_host = [plan.phase(name).host_bytes / 1e9 for name in ("encode texts", "load and quantize", "step")]
+    assert on_host == pytest.approx([2.1, 2.1, 2.8], rel=0.06)
     assert plan.pictures == 20
     assert plan.seen == planner.recipe.train.steps
 
