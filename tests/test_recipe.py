@@ -86,7 +86,7 @@ def test_what_must_be_given_is_named_with_its_meaning(write: Write) -> None:
         "recipe.yaml:1: model.path: missing, expected text: a Hub repository as owner/name, or a folder"
         " (./, ../, / or ~ in front), in diffusers' layout",
         "recipe.yaml:1: data.path: missing, expected a path: a folder of pictures, with captions in"
-        " metadata.jsonl or metadata.csv, or in .txt files beside them",
+        " metadata.jsonl or metadata.csv, or in .txt files beside them; or a folder of .parquet files, or one of them",
         "recipe.yaml:1: output.dir: missing, expected a path: the run's folder; a relative path starts from"
         " the current folder",
     ]
