@@ -1,6 +1,9 @@
 """Tensors to compute with, the same in each run, and how far results are from what they should be."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -15,3 +18,10 @@ def noise(
 def relative_error(ours: Tensor, expected: Tensor) -> float:
     """The norm of the difference as a share of that of `expected`, in float64."""
     return ((ours.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """That two files hold the same, bit by bit."""
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
