@@ -5,7 +5,6 @@ products see it, and then cast up. Before that it takes the step in bf16 as well
 this model. All steps see the same inputs, rounded to bf16 ahead of the transformer; A and B are random.
 """
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.module import DiffusionModule
 from halfbyte.trainer.randomness import generator
 from halfbyte.trainer.samples import Batch
+from halfbyte.trainer.unused_memory import free_unused
 
 _BY_LAYER, _FP32, _BF16 = "ours by layer", "fp32", "diffusers and PEFT in bf16"
 
@@ -96,7 +96,7 @@ def _ours(
         trained.settle(checkpoint, attention)
         found[checkpoint] = Gradients.of(trained.module, batch, autocast=True)
     del trained
-    _free(device)
+    free_unused(device)
     return found
 
 
@@ -131,12 +131,6 @@ def _fill_up(denoiser: nn.Module) -> None:
         if ".lora_B." in name:
             drawn = torch.randn(parameter.shape, generator=generator(0, f"up/{name}"))
             parameter.data.copy_(drawn / parameter.shape[1])  # the layer's rank
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def agreement_table(found: Sequence[dict[str, Any]]) -> str:

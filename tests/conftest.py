@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,27 @@ def mini_flux(tmp_path_factory):
 def mini_sd3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mini") / "sd3"
     build_sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_package(tmp_path_factory, mini_flux):
+    """Both parts in NF4 by stock bitsandbytes; and a T5 in int8 in a folder of its own."""
+    # Slow to import, and most tests do without.
+    from packages import write_package, write_t5
+
+    folder = tmp_path_factory.mktemp("package")
+    write_package(mini_flux, folder / "both", transformer="nf4", t5="nf4")
+    write_t5(mini_flux / "text_encoder_2", folder / "t5", "int8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare_flux(tmp_path_factory, mini_flux):
+    """The pipeline without the transformer's weights, and without T5."""
+    folder = tmp_path_factory.mktemp("bare") / "flux"
+    shutil.copytree(mini_flux, folder, ignore=shutil.ignore_patterns("text_encoder_2"))
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     return folder
 
 

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+from safetensors.torch import load, save
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 from transformers import T5EncoderModel
 
 from judge import stock_bitsandbytes_on_cpu
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+T5_WEIGHTS = "text_encoder_2/model.safetensors"
 
 KINDS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
@@ -37,3 +41,9 @@ def write_t5(source: Path, folder: Path, kind: str) -> None:
             dtype=torch.bfloat16,
             device_map={"": "cpu"},
         ).save_pretrained(folder)
+
+
+def with_halved_norms(content: bytes) -> bytes:
+    """A T5's file with other weights, which loads as it did."""
+    tensors = load(content)
+    return save({n: t / 2 if n.endswith("norm.weight") else t for n, t in tensors.items()}, {"format": "pt"})

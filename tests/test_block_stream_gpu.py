@@ -234,9 +234,10 @@ def test_a_run_on_the_gpu_streams_from_loading_to_export(
     devices: dict[str, list[str]] = {}
     fit = fitting.fit
 
-    def noted(recipe: Any, family: Any, world: Any, prepared: Any, denoiser: nn.Module, *rest: Any) -> Any:
-        finished = fit(recipe, family, world, prepared, denoiser, *rest)
-        blocks = packed_blocks(denoiser, block_names(family))
+    def noted(training: fitting.Training) -> fitting.Finished:
+        finished = fit(training)
+        denoiser = training.denoiser
+        blocks = packed_blocks(denoiser, block_names(training.family))
         layers = [[part for part in block.modules() if isinstance(part, QuantizedLayer)] for block in blocks]
         devices["packed"] = sorted(
             "+".join({layer.weight.device.type for layer in block}) for block in layers

@@ -12,6 +12,8 @@ from halfbyte.quant.linear8bit import Linear8bit
 from halfbyte.quant.lora import LORA_LAYERS, LoraLinear, lora_linears
 from halfbyte.quant.nf4 import QuantSpec
 
+from tensors import noise, relative_error
+
 INPUTS, OUTPUTS, RANK, ALPHA = 96, 80, 4, 6
 BASES = ["nf4", "int8", "plain"]
 
@@ -64,34 +66,26 @@ def computed(layer, x, upstream):
     return [y, *torch.autograd.grad(y, (x, *learning(layer).values()), upstream.to(y.dtype))]
 
 
-def error(ours, expected):
-    return float(((ours.double() - expected).norm() / expected.norm()).detach())
-
-
-def drawn(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", BASES)
 def test_outputs_and_gradients_match_float64(kind, bias):
     layer = adapt(base_of(kind, bias=bias))
-    x, upstream = drawn(3, 5, INPUTS), drawn(3, 5, OUTPUTS, seed=2)
+    x, upstream = noise(3, 5, INPUTS), noise(3, 5, OUTPUTS, seed=2)
     # LLM.int8() rounds activations to 8 bits as well.
     bound = 2e-2 if kind == "int8" else 3e-6
     for ours, expected in zip(computed(layer, x, upstream), exact(layer, x, upstream), strict=True):
-        assert error(ours, expected) < bound
+        assert relative_error(ours, expected) < bound
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", BASES)
 def test_a_base_with_a_hook_is_called_and_gives_the_same(kind, bias):
     layer = adapt(base_of(kind, bias=bias))
-    x, upstream = drawn(7, INPUTS), drawn(7, OUTPUTS, seed=2)
+    x, upstream = noise(7, INPUTS), noise(7, OUTPUTS, seed=2)
     fused, calls = computed(layer, x, upstream), []
     layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
     for ours, theirs in zip(computed(layer, x, upstream), fused, strict=True):
-        assert error(ours, theirs.double()) < 2e-6
+        assert relative_error(ours, theirs.double()) < 2e-6
     assert calls == [1]
 
 
@@ -99,15 +93,15 @@ def test_pefts_own_layer_agrees():
     layer = adapt(base_of("plain"))
     twin = adapt(base_of("plain"), peft_layer.Linear)
     twin.load_state_dict(layer.state_dict())
-    x, upstream = drawn(7, INPUTS), drawn(7, OUTPUTS, seed=2)
+    x, upstream = noise(7, INPUTS), noise(7, OUTPUTS, seed=2)
     for ours, theirs in zip(computed(layer, x, upstream), computed(twin, x, upstream), strict=True):
-        assert error(ours, theirs.double()) < 2e-6
+        assert relative_error(ours, theirs.double()) < 2e-6
 
 
 @pytest.mark.parametrize("kind", BASES)
 def test_a_new_adapter_changes_nothing(kind):
     base = base_of(kind)
-    x = drawn(7, INPUTS)
+    x = noise(7, INPUTS)
     before = base(x)
     layer = adapt(base, start=True)
     assert torch.allclose(layer(x), before, atol=1e-6)
@@ -118,7 +112,7 @@ def test_a_new_adapter_changes_nothing(kind):
 
 def test_bf16_is_as_good_as_the_plain_layer():
     """The judge is PEFT's layer over the same weights in the same precision."""
-    x, upstream = drawn(64, INPUTS), drawn(64, OUTPUTS, seed=2)
+    x, upstream = noise(64, INPUTS), noise(64, OUTPUTS, seed=2)
     layer = adapt(base_of("plain", dtype=torch.bfloat16))
     twin = adapt(base_of("plain", dtype=torch.bfloat16), peft_layer.Linear)
     twin.load_state_dict(layer.state_dict())
@@ -126,12 +120,12 @@ def test_bf16_is_as_good_as_the_plain_layer():
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (computed(one, x.bfloat16(), upstream.bfloat16()) for one in (layer, twin))
     for one, other, wanted in zip(ours, theirs, expected, strict=True):
-        assert error(one, wanted) < 1.5 * error(other, wanted)
+        assert relative_error(one, wanted) < 1.5 * relative_error(other, wanted)
 
 
 def test_layers_that_share_an_input_agree_with_themselves():
     layers = [adapt(base_of("nf4", seed=seed), seed=seed) for seed in (1, 2, 3)]
-    x = drawn(5, INPUTS)
+    x = noise(5, INPUTS)
     for alone, together in zip([layer(x) for layer in layers], lora_linears(x, layers), strict=True):
         assert torch.allclose(alone, together, atol=1e-5)
 
@@ -139,7 +133,7 @@ def test_layers_that_share_an_input_agree_with_themselves():
 @pytest.mark.parametrize("kind", BASES)
 def test_dropout_thins_only_what_the_adapter_sees(kind):
     layer = adapt(base_of(kind), lora_dropout=0.5).train()
-    x = drawn(7, INPUTS)
+    x = noise(7, INPUTS)
     torch.manual_seed(0)
     dropped = layer(x)
     torch.manual_seed(0)
@@ -157,17 +151,17 @@ def test_dropout_thins_only_what_the_adapter_sees(kind):
 def test_the_layer_compiles_whole():
     layer = adapt(base_of("nf4"))
     counter = CompileCounterWithBackend("aot_eager")
-    x, upstream = drawn(7, INPUTS), drawn(7, OUTPUTS, seed=2)
+    x, upstream = noise(7, INPUTS), noise(7, OUTPUTS, seed=2)
     eager = computed(layer, x, upstream)
     compiled = computed(torch.compile(layer, backend=counter, fullgraph=True), x, upstream)
     assert counter.frame_count == 1
     for one, other in zip(eager, compiled, strict=True):
-        assert error(one, other.double()) < 1e-6
+        assert relative_error(one, other.double()) < 1e-6
 
 
 def test_a_plain_base_merges_as_pefts():
     layer = adapt(base_of("plain"))
-    x = drawn(7, INPUTS)
+    x = noise(7, INPUTS)
     before = layer(x)
     layer.merge()
     assert torch.allclose(layer(x), before, atol=1e-5)

@@ -35,9 +35,9 @@ def test_a_run_on_the_gpu_ends_with_samples_and_the_base_there(mini_flux, tmp_pa
     devices = []
     fit = fitting.fit
 
-    def noted(recipe, family, world, prepared, denoiser, *rest):
-        finished = fit(recipe, family, world, prepared, denoiser, *rest)
-        devices.extend({parameter.device.type for parameter in denoiser.parameters()})
+    def noted(training):
+        finished = fit(training)
+        devices.extend({parameter.device.type for parameter in training.denoiser.parameters()})
         return finished
 
     monkeypatch.setattr("halfbyte.trainer.run.fit", noted)

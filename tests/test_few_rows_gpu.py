@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 from halfbyte.kernels import few_rows_triton, linear_triton
 
+from tensors import relative_error
+
 pytestmark = pytest.mark.gpu
 
 
@@ -33,10 +35,6 @@ def quantized_weight(shape, *, double=True, quant_type="nf4", blocksize=64):
     return PackedWeight(packed, *nested, code, reference.DYNAMIC_CODE.cuda(), shape, blocksize, 256)
 
 
-def error(out, expected):
-    return ((out.double() - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.parametrize(
     ("shape", "rows", "double", "dtype"),
     itertools.product(
@@ -53,8 +51,8 @@ def test_against_float64(shape, rows, double, dtype):
     exact = x.double() @ weight.dequantize(dtype).double().t()
     limit = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
     assert few_rows_triton.supports(weight, x) == (rows > 1)  # one row is multiplied right, but not fastest
-    assert error(few_rows_triton.linear_rows(x, weight, None), exact) < limit
-    assert error(few_rows_triton.linear_rows(x, weight, bias), exact + bias.double()) < limit
+    assert relative_error(few_rows_triton.linear_rows(x, weight, None), exact) < limit
+    assert relative_error(few_rows_triton.linear_rows(x, weight, bias), exact + bias.double()) < limit
 
 
 @pytest.mark.parametrize(

@@ -3,70 +3,39 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load, load_file, save
 from transformers import T5EncoderModel
-from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
-from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.flux import Flux
-from halfbyte.trainer.families.sd3 import SD3
-from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.metrics import read_metrics
-from halfbyte.trainer.pinned_base import find_commits
 from halfbyte.trainer.provenance import PROVENANCE_FILE, read_provenance
-from halfbyte.trainer.recipe import load_recipe
-from halfbyte.trainer.run_folder import RunFolder
 
 from hub_faults import Faults
 from hub_runs import BASE, hub_with_base, train
 from hub_store import Blob, Repository
-from packages import write_package, write_t5
+from packages import T5_WEIGHTS, WEIGHTS, with_halved_norms
 from runs import command, run_here, write_recipe
-from small_recipe import SMALL, Write, problems
+from tensors import assert_same_tensors
 
 PACKAGE, LOOSE_T5, GATED = "we/flux-nf4-pkg", "we/t5-int8", "we/gated"
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-T5_WEIGHTS = "text_encoder_2/model.safetensors"
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
 QUICK = ("sample.prompts=[]", "optimizer.lr=0.02")
 BOTH = (f"model.transformer={PACKAGE}", f"model.text_encoder={PACKAGE}")
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory, mini_flux):
-    """Both parts in NF4 by stock bitsandbytes; and a T5 in int8 in a folder of its own."""
-    folder = tmp_path_factory.mktemp("package")
-    write_package(mini_flux, folder / "both", transformer="nf4", t5="nf4")
-    write_t5(mini_flux / "text_encoder_2", folder / "t5", "int8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory, mini_flux):
-    """The pipeline without the transformer's weights, and without T5."""
-    folder = tmp_path_factory.mktemp("bare") / "flux"
-    shutil.copytree(mini_flux, folder, ignore=shutil.ignore_patterns("text_encoder_2"))
-    (folder / WEIGHTS).unlink()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def packaged_hub(tmp_path_factory, package, bare, mini_sd3):
-    with hub_with_base(tmp_path_factory.mktemp("hub"), bare) as to:
+def packaged_hub(tmp_path_factory, flux_package, bare_flux, mini_sd3):
+    with hub_with_base(tmp_path_factory.mktemp("hub"), bare_flux) as to:
         for name, folder in (
-            (PACKAGE, package / "both"),
-            (LOOSE_T5, package / "t5"),
+            (PACKAGE, flux_package / "both"),
+            (LOOSE_T5, flux_package / "t5"),
             ("we/sd3", mini_sd3),
-            ("we/clip", bare / "text_encoder"),
+            ("we/clip", bare_flux / "text_encoder"),
         ):
             to.store.add(Repository.of_folder(name, folder))
-        to.store.add(Repository.of_folder(GATED, package / "both", gated=True))
+        to.store.add(Repository.of_folder(GATED, flux_package / "both", gated=True))
         yield to
 
 
@@ -87,25 +56,19 @@ def losses(run):
     return [row.loss for row in read_metrics(run / "metrics.csv")]
 
 
-def assert_same(one, other):
-    one, other = load_file(one), load_file(other)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def test_it_trains_as_on_a_pipeline_with_these_parts(trained, package, bare, tmp_path):
+def test_it_trains_as_on_a_pipeline_with_these_parts(trained, flux_package, bare_flux, tmp_path):
     run, _ = trained
-    assert_same(run / WEIGHTS, package / "both" / WEIGHTS)
-    whole = shutil.copytree(bare, tmp_path / "whole")
-    shutil.copytree(package / "both", whole, dirs_exist_ok=True)
+    assert_same_tensors(run / WEIGHTS, flux_package / "both" / WEIGHTS)
+    whole = shutil.copytree(bare_flux, tmp_path / "whole")
+    shutil.copytree(flux_package / "both", whole, dirs_exist_ok=True)
     alone = run_here(write_recipe(tmp_path, whole), *QUICK)
     assert losses(run) == losses(alone)
-    assert_same(run / ADAPTER, alone / ADAPTER)
+    assert_same_tensors(run / ADAPTER, alone / ADAPTER)
 
 
-def test_a_quantized_t5_makes_other_embeddings_than_a_plain_one(trained, package, mini_flux, tmp_path):
+def test_a_quantized_t5_makes_other_embeddings_than_a_plain_one(trained, flux_package, mini_flux, tmp_path):
     """That what is compared above is the package's T5 at all."""
-    own = (f"model.transformer={package / 'both'}",)
+    own = (f"model.transformer={flux_package / 'both'}",)
     assert losses(run_here(write_recipe(tmp_path, mini_flux), *QUICK, *own)) != losses(trained[0])
 
 
@@ -156,16 +119,11 @@ def test_pictures_and_exports_are_of_the_same_parts(calm, trained, tmp_path):
     assert "text_encoder_2 is quantized already" in answer.output
 
 
-def halved(content):
-    tensors = load(content)
-    return save({n: t / 2 if n.endswith("norm.weight") else t for n, t in tensors.items()}, {"format": "pt"})
-
-
 def test_a_run_resumes_on_the_commits_that_it_was_started_on(calm, trained):
     train(calm, *QUICK, *BOTH, "train.steps=2", name="killed")
     repository = calm.store.model(PACKAGE)
     began_on = repository.head
-    changed = {T5_WEIGHTS: Blob(halved(repository.tree[T5_WEIGHTS].content), large=True)}
+    changed = {T5_WEIGHTS: Blob(with_halved_norms(repository.tree[T5_WEIGHTS].content), large=True)}
     head = repository.commit(
         {**repository.tree, **changed, "transformer/config.json": Blob(b"{", large=False)}
     )
@@ -177,7 +135,7 @@ def test_a_run_resumes_on_the_commits_that_it_was_started_on(calm, trained):
         answer = calm.worker.run(*resumed)
         assert answer.code == 0, answer.output
         assert f"T5 of {PACKAGE} @ {began_on[:12]}" in answer.output
-        assert_same(trained[0] / ADAPTER, calm.folder / "killed" / ADAPTER)
+        assert_same_tensors(trained[0] / ADAPTER, calm.folder / "killed" / ADAPTER)
         moved = shutil.copytree(calm.folder / "killed", calm.folder / "moved")
         settings = yaml.safe_load((moved / "recipe.yaml").read_text())
         settings["model"]["text_encoder"] = f"{PACKAGE}@{head}"
@@ -211,12 +169,12 @@ def test_a_repository_of_one_model_and_a_revision_of_another(calm):
     assert part.subfolder is None
 
 
-def test_a_plain_t5_in_several_files_is_the_pipelines(calm, mini_flux, package, tmp_path):
+def test_a_plain_t5_in_several_files_is_the_pipelines(calm, mini_flux, flux_package, tmp_path):
     t5 = T5EncoderModel.from_pretrained(mini_flux / "text_encoder_2", dtype=torch.bfloat16)
     t5.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("model-0*.safetensors"))) > 1
     calm.store.add(Repository.of_folder("we/sharded", tmp_path / "sharded"))
-    quick = (*QUICK, "train.steps=1", f"model.transformer={package / 'both'}")
+    quick = (*QUICK, "train.steps=1", f"model.transformer={flux_package / 'both'}")
     run = train(calm, *quick, "model.text_encoder=we/sharded", name="sharded")
     assert losses(run) == losses(run_here(write_recipe(tmp_path, mini_flux), *quick))
 
@@ -280,14 +238,14 @@ def test_weights_that_are_not_there_are_told_of_the_repository(calm):
     assert "no weights, expected diffusion_pytorch_model.safetensors" in answer.output
 
 
-def test_a_package_in_model_path_is_told_what_to_write(calm, package):
+def test_a_package_in_model_path_is_told_what_to_write(calm, flux_package):
     for named, told in (
         (
             PACKAGE,
             f"write model.transformer: {PACKAGE} and model.text_encoder: {PACKAGE}, and as model.path the",
         ),
         (LOOSE_T5, f"write model.text_encoder: {LOOSE_T5}, and as model.path the"),
-        (package / "both", f"and model.text_encoder: {package / 'both'}, and as model.path the"),
+        (flux_package / "both", f"and model.text_encoder: {flux_package / 'both'}, and as model.path the"),
     ):
         recipe = write_recipe(calm.folder, named, name="path")
         for run in ("train", "plan"):
@@ -318,97 +276,6 @@ def test_a_plan_reads_configurations_and_counts_t5_as_it_is_stored(calm):
     assert not [request for request in calm.hub.faults.requests if request.endswith(".safetensors")]
 
 
-def test_a_revision_must_be_one(write: Write):
-    for field in ("model.transformer", "model.text_encoder", "lora.init_from"):
-        (problem,) = problems(write(SMALL), f"{field}=ann/dog@")
-        assert problem == (
-            f"command line: {field}=ann/dog@: got 'ann/dog@', expected a branch, tag or commit behind the @, or"
-            " owner/name alone"
-        )
-    for named in ("ann/dog", "ann/dog@v1.0", "ann/dog@refs/pr/2"):
-        recipe = load_recipe(write(SMALL), [f"model.text_encoder={named}"])
-        assert recipe.to_yaml().count(f"text_encoder: {named}\n") == 1
-    (problem,) = problems(write(SMALL), "model.path=ann/dog@v1")
-    assert problem.endswith("in front; write model.revision: v1")
-    (problem,) = problems(write(SMALL), "model.text_encoder=../recipe.yaml")
-    assert "expected a folder" in problem
-    (problem,) = problems(write(SMALL), "model.text_encoder=./nothing")
-    assert problem.endswith("; expected one, or a Hub repository as owner/name")
-
-
-def settings(*overrides, recipe):
-    return load_recipe(recipe, [*QUICK, "train.steps=1", "train.grad_accumulation=1", *overrides])
-
-
-def test_local_packages_train_and_are_pinned(package, bare, tmp_path, monkeypatch):
-    own = shutil.copytree(package / "both", tmp_path / "own")
-    monkeypatch.chdir(tmp_path)
-    recipe = write_recipe(tmp_path, bare)
-    named = ("model.transformer=./own", "model.text_encoder=./own")
-    run = run_here(recipe, *QUICK, "train.steps=1", *named)
-    assert_same(run / WEIGHTS, own / WEIGHTS)
-    (own / T5_WEIGHTS).write_bytes(halved((own / T5_WEIGHTS).read_bytes()))
-    for arguments in (("export", run), ("train", recipe, *QUICK, *named, "--resume")):
-        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert done.exit_code == 2, done.output
-        assert f"T5 is not what {run} was started on" in done.output
-    (own / T5_WEIGHTS).unlink()
-    done = CliRunner().invoke(app, ["export", str(run)])
-    assert (
-        f"model.text_encoder: {own / 'text_encoder_2'}: no weights, expected model.safetensors" in done.output
-    )
-
-
-def test_sd3_takes_a_t5_from_a_package_of_its_own(mini_sd3, tmp_path):
-    bare = shutil.copytree(mini_sd3, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder_3"))
-    write_t5(mini_sd3 / "text_encoder_3", tmp_path / "package" / "text_encoder_3", "nf4")
-    with pytest.raises(RecipeError, match="lacks text_encoder_3"):
-        SD3.open(str(bare), None, 24)
-    whole = shutil.copytree(bare, tmp_path / "whole")
-    shutil.copytree(tmp_path / "package", whole, dirs_exist_ok=True)
-    embeddings = []
-    for family in (SD3.open(str(bare), None, 24, None, tmp_path / "package"), SD3.open(str(whole), None, 24)):
-        encoders = family.load_encoders(
-            device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path / "memo"
-        )
-        embeddings.append(encoders.encode_texts(["a dog"]).prompt_embeds)
-    assert torch.equal(*embeddings)
-    (tmp_path / "package" / "text_encoder_3").rename(tmp_path / "package" / "other")
-    (tmp_path / "package" / "model_index.json").write_text("{}")
-    said = r"model\.text_encoder: .*has no component 'text_encoder_3'; it has other"
-    with pytest.raises(RecipeError, match=said):
-        SD3.open(str(bare), None, 24, None, tmp_path / "package")
-
-
-def test_embeddings_are_kept_apart_by_the_t5_that_made_them(package, mini_flux, tmp_path):
-    other = shutil.copytree(package / "t5", tmp_path / "other")
-    (other / "model.safetensors").write_bytes(halved((other / "model.safetensors").read_bytes()))
-    skewed = shutil.copytree(package / "t5", tmp_path / "skewed")
-    config = json.loads((skewed / "config.json").read_text())
-    config["quantization_config"]["llm_int8_threshold"] = 0.0
-    (skewed / "config.json").write_text(json.dumps(config))
-    same = shutil.copytree(package / "t5", tmp_path / "same")
-
-    def fingerprint(text_encoder, quant="auto"):
-        family = Flux.open(str(mini_flux), None, 24, None, text_encoder)
-        encoders = family.load_encoders(
-            device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path / "memo", t5_quant=quant
-        )
-        return encoders.text_fingerprint
-
-    sources = (None, package / "both", package / "t5", other, skewed)
-    assert len({fingerprint(source) for source in sources}) == len(sources)
-    # However it is asked for, it is held as it is stored.
-    for quant in ("auto", "none", "int8", "nf4"):
-        assert fingerprint(same, quant) == fingerprint(package / "t5")
-    at = Flux.open(str(mini_flux), None, 24, None, package / "t5")
-    prints = set()
-    for revision in ("a" * 40, "b" * 40):
-        at.t5 = replace(at.t5, name=LOOSE_T5, revision=revision)
-        prints.add(at.text_fingerprint(FileDigests(tmp_path / "memo")))
-    assert len(prints) == 2
-
-
 def test_the_adapter_that_a_run_starts_from_is_pinned(calm, trained, tmp_path):
     """Also where the run goes on, though its repository is broken by then."""
     store, adapter = calm.store, (trained[0] / ADAPTER).read_bytes()
@@ -434,18 +301,6 @@ def test_the_adapter_that_a_run_starts_from_is_pinned(calm, trained, tmp_path):
     assert (started.repository, started.revision) == ("ann/dog", began_on)
     card = calm.worker.run("push", str(run), "--repo", "ann/card", "--dry-run").output
     assert "Training started from the adapter [ann/dog]" in card
-
-
-def test_a_run_of_a_former_version_has_its_commit_still(tmp_path, bare, package):
-    run = RunFolder(tmp_path)
-    run.adapter.mkdir()
-    run.pin.write_text(json.dumps({"revision": "a" * 40, "transformer": None, "rest": None}))
-    recipe = load_recipe(
-        write_recipe(tmp_path, bare), [f"model.transformer={package / 'both'}", "model.path=ann/dog"]
-    )
-    model = recipe.model.model_copy(update={"revision": "b" * 40})
-    with pytest.raises(ValueError, match=f"model.revision: got {'b' * 40}, but .* on ann/dog at {'a' * 40}"):
-        find_commits(run, model, None)
 
 
 def test_one_process_asks_where_the_branches_are(calm, tmp_path):

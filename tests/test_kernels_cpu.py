@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from halfbyte.kernels import int8_cpu, int8_ops, int8_reference, linear_ops, nf4_cpu, reference
 from halfbyte.kernels.packed_weight import PackedWeight
 
+from tensors import relative_error
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -41,10 +43,6 @@ def packed_weight(weight, double, quant_type="nf4", blocksize=64):
         blocksize,
         256,
     )
-
-
-def relative_error(out, expected):
-    return ((out.double() - expected).norm() / expected.norm()).item()
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 from halfbyte.kernels import int8_triton, linear_triton, nf4_triton
 
+from tensors import relative_error
+
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,10 +43,6 @@ def quantized_weight(weight, double, quant_type="nf4", blocksize=64):
     nested = reference.quantize_absmax(absmax, 256)
     nested_code = reference.DYNAMIC_CODE.cuda()
     return PackedWeight(packed, *nested, code, nested_code, tuple(weight.shape), blocksize, 256)
-
-
-def relative_error(out, expected):
-    return ((out.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -13,16 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from halfbyte.quant.linear import Linear4bit, Params4bit
 from halfbyte.quant.nf4 import QuantSpec
 
+from tensors import noise as noise_in
+
+noise = partial(noise_in, dtype=torch.bfloat16)
+
 
 def layer_of(in_features=96, out_features=80, *, bias=True, compute_dtype=torch.bfloat16, seed=0, **spec):
     torch.manual_seed(seed)
     linear = nn.Linear(in_features, out_features, bias).bfloat16()
     return Linear4bit.from_linear(linear, spec=QuantSpec(**spec), compute_dtype=compute_dtype)
-
-
-def noise(*shape, dtype=torch.bfloat16, seed=0, requires_grad=False):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return values.requires_grad_(requires_grad)
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (3, 5, 96), (0, 96)])

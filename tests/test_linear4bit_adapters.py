@@ -1,5 +1,7 @@
 """4-bit layers among others: in a model, under PEFT's adapters, and as bitsandbytes and diffusers see them."""
 
+from functools import partial
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -14,17 +16,15 @@ from halfbyte.quant.load import load_quantized
 from halfbyte.quant.nf4 import QuantSpec
 
 from probe import prediction
+from tensors import noise as noise_in
+
+noise = partial(noise_in, dtype=torch.bfloat16)
 
 
 def layer_of(in_features=96, out_features=80, *, bias=True, compute_dtype=torch.bfloat16, seed=0, **spec):
     torch.manual_seed(seed)
     linear = nn.Linear(in_features, out_features, bias).bfloat16()
     return Linear4bit.from_linear(linear, spec=QuantSpec(**spec), compute_dtype=compute_dtype)
-
-
-def noise(*shape, dtype=torch.bfloat16, seed=0, requires_grad=False):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return values.requires_grad_(requires_grad)
 
 
 @pytest.fixture

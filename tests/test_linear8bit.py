@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import bitsandbytes as bnb
 import pytest
@@ -15,10 +16,9 @@ from halfbyte.kernels import int8_ops
 from halfbyte.quant.int8 import quantize
 from halfbyte.quant.linear8bit import Int8Params, Linear8bit
 
+from tensors import noise as noise_in
 
-def noise(*shape, dtype=torch.bfloat16, seed=0, requires_grad=False):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return values.requires_grad_(requires_grad)
+noise = partial(noise_in, dtype=torch.bfloat16)
 
 
 def with_outliers(*shape, dtype=torch.bfloat16):

@@ -18,12 +18,9 @@ from halfbyte.trainer.adapters import add_lora, save_adapter, trained_parameters
 from halfbyte.trainer.families.flux import Flux
 
 from probe import prediction
+from tensors import noise, relative_error
 
 RANK, ALPHA = 4, 6
-
-
-def noise(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def base_of(inputs=96, outputs=80, *, bias=True, dtype=torch.float32, threshold=2.5, seed=0):
@@ -68,10 +65,6 @@ def exact(layer, x, upstream):
     return [product.double() + update + bias, *grads], y + bias
 
 
-def error(ours, expected):
-    return float(((ours.double() - expected).norm() / expected.norm()).detach())
-
-
 @pytest.mark.parametrize("rows", [(1,), (7,), (40,), (2, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
@@ -82,9 +75,9 @@ def test_output_and_gradients_are_those_of_float64(rows, bias, threshold, dtype,
     expected, plain = exact(layer, x, upstream)
     results = computed(layer, x, upstream)
     for ours, right in zip(results, expected, strict=True):
-        assert error(ours, right) < bound
+        assert relative_error(ours, right) < bound
     # What the rounding of the activations to 8 bits costs.
-    assert error(results[0], plain) < 0.02
+    assert relative_error(results[0], plain) < 0.02
 
 
 def test_it_is_what_peft_computes():

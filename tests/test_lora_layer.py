@@ -13,11 +13,9 @@ from halfbyte.quant.linear import Linear4bit
 from halfbyte.quant.lora import LORA_LAYERS, LoraLinear, LoraLinear4bit, lora_linears
 from halfbyte.quant.nf4 import QuantSpec
 
+from tensors import noise, relative_error
+
 RANK, ALPHA = 4, 6
-
-
-def noise(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def base_of(inputs=96, outputs=80, *, bias=True, quantized=True, dtype=torch.float32, seed=0):
@@ -72,10 +70,6 @@ def computed(layer, x, upstream):
     return [y, *torch.autograd.grad(y, (x, *factors(layer)), upstream)]
 
 
-def error(ours, expected):
-    return float(((ours.double() - expected).norm() / expected.norm()).detach())
-
-
 @pytest.mark.parametrize("rows", [(), (1,), (2,), (7,), (16,), (17,), (40,), (2, 5), (0,)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("quantized", [True, False])
@@ -86,7 +80,7 @@ def test_output_and_gradients_are_those_of_float64(rows, bias, quantized, dtype,
     for ours, expected in zip(computed(layer, x, upstream), exact(layer, x, upstream), strict=True):
         assert ours.shape == expected.shape
         if expected.norm() > 0:
-            assert error(ours, expected) < bound
+            assert relative_error(ours, expected) < bound
     assert all(factor.dtype == torch.float32 for factor in factors(layer))
 
 
@@ -111,9 +105,9 @@ def test_one_rounding_of_the_sum():
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = computed(layer, x, upstream), computed(stock(layer), x, upstream)
     for mine, peft, right in list(zip(ours, theirs, expected, strict=True))[:2]:
-        assert error(mine, right) < 0.85 * error(peft, right)
+        assert relative_error(mine, right) < 0.85 * relative_error(peft, right)
         # A float64 result rounded once to bf16 is the best there is.
-        assert error(mine, right) < 1.15 * error(right.bfloat16(), right)
+        assert relative_error(mine, right) < 1.15 * relative_error(right.bfloat16(), right)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -307,8 +301,8 @@ def test_gradients_through_dropout():
     right = nn.functional.linear(exact_x, dense(layer.base_layer), layer.base_layer.bias.double())
     right = right + layer.scaling["default"] * ((exact_x * mask) @ down.t()) @ up.t()
     expected = torch.autograd.grad(right.square().sum(), (exact_x, down, up))
-    assert error(y, right) < 1e-6
-    assert all(error(ours, judge) < 1e-5 for ours, judge in zip(grads, expected, strict=True))
+    assert relative_error(y, right) < 1e-6
+    assert all(relative_error(ours, judge) < 1e-5 for ours, judge in zip(grads, expected, strict=True))
     kept = kept_by(lambda: layer(x))
     assert ((6, 96), torch.float32) in kept
     assert len([shape for shape, _ in kept if shape == (6, 96)]) == 2, "the dropped input and its mask"
@@ -394,4 +388,4 @@ def test_on_the_gpu_few_rows_and_many(rows):
     x = noise(rows, 512, dtype=torch.bfloat16).cuda()
     upstream = noise(rows, 320, dtype=torch.bfloat16, seed=1).cuda()
     for ours, expected in zip(computed(layer, x, upstream), exact(layer, x, upstream), strict=True):
-        assert error(ours, expected) < 8e-3
+        assert relative_error(ours, expected) < 8e-3

@@ -10,6 +10,9 @@ from safetensors.torch import load, load_file, save, save_file
 from typer.testing import CliRunner
 
 from halfbyte.trainer.cli import app
+from halfbyte.trainer.pinned_base import find_commits
+from halfbyte.trainer.recipe import load_recipe
+from halfbyte.trainer.run_folder import RunFolder
 
 from hub_runs import BASE, hub_with_base, train
 from hub_store import Blob
@@ -175,3 +178,16 @@ def test_a_run_without_a_pin_is_taken_as_its_recipe_says(run_on_a_copy, caplog):
     assert (run / "base.json").is_file()
     (run / "base.json").write_text("{")
     assert f"{run / 'base.json'}: cannot be read" in refusal("export", run)
+
+
+def test_a_run_of_a_former_version_has_its_commit_still(tmp_path, bare_flux, flux_package):
+    run = RunFolder(tmp_path)
+    run.adapter.mkdir()
+    run.pin.write_text(json.dumps({"revision": "a" * 40, "transformer": None, "rest": None}))
+    recipe = load_recipe(
+        write_recipe(tmp_path, bare_flux),
+        [f"model.transformer={flux_package / 'both'}", "model.path=ann/dog"],
+    )
+    model = recipe.model.model_copy(update={"revision": "b" * 40})
+    with pytest.raises(ValueError, match=f"model.revision: got {'b' * 40}, but .* on ann/dog at {'a' * 40}"):
+        find_commits(run, model, None)

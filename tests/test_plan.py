@@ -129,6 +129,22 @@ def test_a_plan_is_read_and_parsed(planner: Planner) -> None:
     assert "fits 10 GB" in text
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_recorded_step_that_adds_up_gradients_is_rehearsed_as_it_is_recorded(
+    toy: Path, checkpointing: str
+) -> None:
+    """Finding none; what those of others add stays below the recording's own memory."""
+    settings = ["train.cuda_graphs=true", f"train.gradient_checkpointing={checkpointing}"]
+    planner = open_planner(load_recipe(toy, [*settings, "train.grad_accumulation=4", "lora.rank=64"]))
+    recipe = planner.recipe
+    phase, step = planner.plan().phase("step"), planner.step(recipe)
+    assert len(planner._steps) == 1
+    adding = planner.rehearsal(recipe).step(recipe, *planner.size(recipe))
+    assert adding.peak.nbytes > step.peak.nbytes
+    assert sum({**planner._kept(recipe), **adding.peak.by_kind}.values()) <= phase.allocated
+    assert (adding.flops, adding.host, adding.kept) == (step.flops, step.host, step.kept)
+
+
 def test_recorded_steps_keep_their_memory(planner: Planner) -> None:
     plain, recorded = planner.plan(), planner.plan(with_graphs(planner.recipe))
     step, before = recorded.phase("step"), plain.phase("step")

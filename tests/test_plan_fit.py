@@ -192,6 +192,14 @@ def test_every_change_is_needed(planner: Planner) -> None:
             assert planner.plan(recipe).largest.device_bytes > card * GIB, (card, left_out.settings)
 
 
+def test_no_step_is_rehearsed_where_another_phase_does_not_fit(toy: Path) -> None:
+    planner = open_planner(load_recipe(toy))
+    assert not planner.fits(planner.recipe, CONTEXT_BYTES)
+    assert not planner._steps
+    assert planner.fits(planner.recipe, planner.plan().largest.device_bytes)
+    assert not planner.fits(planner.recipe, planner.plan().largest.device_bytes - 1)
+
+
 def test_a_base_in_full_precision_is_quantized_before_adapter_and_pictures_shrink(opened: Opened) -> None:
     fitted = fit(opened("quant.type=none"), 16 * GIB)
     assert fitted.fits

@@ -75,3 +75,21 @@ def test_a_folder_has_no_revision(write: Write, tmp_path: Path) -> None:
         problem == f"command line: model.revision=main: got 'main', but {tmp_path} is a folder; expected null"
     )
     assert load_recipe(write(SMALL), ["model.revision=main"]).model.revision == "main"
+
+
+def test_a_revision_must_be_one(write: Write) -> None:
+    for field in ("model.transformer", "model.text_encoder", "lora.init_from"):
+        (problem,) = problems(write(SMALL), f"{field}=ann/dog@")
+        assert problem == (
+            f"command line: {field}=ann/dog@: got 'ann/dog@', expected a branch, tag or commit behind the @, or"
+            " owner/name alone"
+        )
+    for named in ("ann/dog", "ann/dog@v1.0", "ann/dog@refs/pr/2"):
+        recipe = load_recipe(write(SMALL), [f"model.text_encoder={named}"])
+        assert recipe.to_yaml().count(f"text_encoder: {named}\n") == 1
+    (problem,) = problems(write(SMALL), "model.path=ann/dog@v1")
+    assert problem.endswith("in front; write model.revision: v1")
+    (problem,) = problems(write(SMALL), "model.text_encoder=../recipe.yaml")
+    assert "expected a folder" in problem
+    (problem,) = problems(write(SMALL), "model.text_encoder=./nothing")
+    assert problem.endswith("; expected one, or a Hub repository as owner/name")

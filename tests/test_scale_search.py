@@ -21,14 +21,11 @@ from halfbyte.trainer.recipe import load_recipe
 
 from judge import stock_bitsandbytes_on_cpu
 from probe import prediction
+from tensors import noise
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 both_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 single_and_double = pytest.mark.parametrize("double_quant", [True, False])
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def restored(weight, **spec):
@@ -47,7 +44,7 @@ def block_errors(weight, values, blocksize=64):
 )
 @single_and_double
 def test_error_on_gaussian_weights(quant_type, plain, searched, double_quant):
-    weight = gaussian(512, 512).bfloat16().float()
+    weight = noise(512, 512).bfloat16().float()
     errors = [
         ((restored(weight, quant_type=quant_type, double_quant=double_quant, scale_search=search) - weight).norm()
          / weight.norm()).item()
@@ -59,7 +56,7 @@ def test_error_on_gaussian_weights(quant_type, plain, searched, double_quant):
 
 @both_types
 def test_scales_are_near_those_of_an_exhaustive_search(quant_type):
-    weight = gaussian(256, 64)
+    weight = noise(256, 64)
     largest = weight.abs().amax(dim=1, keepdim=True)
     values = reference.CODES[quant_type].sort().values
     best = torch.full((256,), float("inf"))
@@ -86,7 +83,7 @@ def test_scales_are_near_those_of_an_exhaustive_search(quant_type):
     seed=st.integers(0, 1000),
 )
 def test_no_block_is_worse(quant_type, double_quant, blocksize, dtype, shape, tails, exponent, seed):
-    weight = gaussian(*shape, seed=seed)
+    weight = noise(*shape, seed=seed)
     weight = (weight.sign() * weight.abs() ** (1 + tails) * 4.0**exponent).to(dtype)
     plain, searched = (
         block_errors(
@@ -109,7 +106,7 @@ def test_no_block_is_worse(quant_type, double_quant, blocksize, dtype, shape, ta
 @single_and_double
 @pytest.mark.parametrize("shape", [(3, 64), (5, 13), (1, 129)])
 def test_zero_blocks_and_tails(quant_type, double_quant, shape):
-    weight = gaussian(*shape)
+    weight = noise(*shape)
     weight.view(-1)[:64] = 0.0
     values = restored(weight, quant_type=quant_type, double_quant=double_quant, scale_search="mse")
     assert values.shape == shape
@@ -131,7 +128,7 @@ def test_blocks_that_gain_nothing_keep_the_plain_codes(quant_type):
 
 @both_types
 def test_offset_and_nested_scales_are_those_of_the_plain_weight(quant_type):
-    weight = gaussian(300, 70)
+    weight = noise(300, 70)
     plain = ops.quantize_4bit_double(weight, quant_type, 64, 256)
     searched = scale_search.quantize_4bit_double(weight, quant_type, 64, 256)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(searched[2:], plain[2:], strict=True))
@@ -140,7 +137,7 @@ def test_offset_and_nested_scales_are_those_of_the_plain_weight(quant_type):
 
 @single_and_double
 def test_the_result_is_the_same_in_chunks_of_any_size(double_quant, monkeypatch):
-    weight = gaussian(37, 129)
+    weight = noise(37, 129)
     spec = QuantSpec(double_quant=double_quant, scale_search="mse")
     packed, state = quantize(weight, spec)
     sizes, best_scale = [], scale_search._best_scale
@@ -162,7 +159,7 @@ def test_the_result_is_the_same_in_chunks_of_any_size(double_quant, monkeypatch)
 @single_and_double
 def test_bitsandbytes_dequantizes_to_the_same_numbers(quant_type, double_quant):
     packed, state = quantize(
-        gaussian(64, 128, dtype=torch.bfloat16), QuantSpec(quant_type, double_quant, scale_search="mse")
+        noise(64, 128, dtype=torch.bfloat16), QuantSpec(quant_type, double_quant, scale_search="mse")
     )
     again = unpack_state("w", packed, pack_state(state))
     assert torch.equal(bnb.functional.dequantize_4bit(packed, state), dequantize(packed, again))
@@ -211,7 +208,7 @@ def test_an_unknown_search_is_refused_and_recipes_pass_it_on():
 @both_types
 @single_and_double
 def test_the_gpu_finds_scales_as_good_and_the_same_every_time(quant_type, double_quant):
-    weight = gaussian(512, 1000).cuda()
+    weight = noise(512, 1000).cuda()
     spec = QuantSpec(quant_type, double_quant, scale_search="mse")
     (packed, state), (again, repeated) = quantize(weight, spec), quantize(weight, spec)
     assert torch.equal(packed, again)

@@ -79,7 +79,6 @@ class DiffusionModule(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.first_step = first_step
-        self.base_lr: float | None = None
         self.grad_norm: Tensor | None = None
         self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self.validation_loss: float | None = None  # where it was measured after the last optimizer step

@@ -111,7 +111,7 @@ def _without_needless(planner: Planner, made: list[Change], budget: int) -> list
     for change in reversed(made):
         others = [other for other in needed if other is not change]
         recipe = _applied(planner.recipe, others)
-        if is_accepted(recipe) and planner.plan(recipe).largest.device_bytes <= budget:
+        if is_accepted(recipe) and planner.fits(recipe, budget):
             needed = others
     return needed
 

@@ -16,7 +16,7 @@ from halfbyte.trainer.export import ExportSettings, export_trained
 from halfbyte.trainer.export_lines import exported_lines
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.file_digests import FileDigests
-from halfbyte.trainer.fit import Finished, fit
+from halfbyte.trainer.fit import Finished, Training, fit
 from halfbyte.trainer.full_device import told_when_full
 from halfbyte.trainer.launch import World, barrier, join, told_by_first
 from halfbyte.trainer.learned import what_was_learned
@@ -75,7 +75,6 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None
-    first_step = saved.position.step if saved else 0
 
     attention = _attention(recipe, family, world, prepared)
     with told_when_full(recipe, family, "in loading the transformer", "load and quantize"):
@@ -105,11 +104,12 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     barrier(world)
     if saved is not None:
         load_adapter_state(denoiser, saved.adapter)
-        console.print(f"resuming at step {first_step} from {saved.folder}", highlight=False)
+        console.print(f"resuming at step {saved.position.step} from {saved.folder}", highlight=False)
     ready = time.perf_counter() - started
     console.print(f"ready after {ready:.1f} s", highlight=False)
 
-    finished = fit(recipe, family, world, prepared, denoiser, folder, saved, sampler, console)
+    training = Training(recipe, family, world, prepared, denoiser, folder, saved, sampler, console)
+    finished = fit(training)
     if not finished.done:
         console.print(
             f"stopped at step {finished.step} of {recipe.train.steps}; go on with --resume", highlight=False
@@ -117,7 +117,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         return False
     if world.leads:
         with told_when_full(recipe, family, _WHEN_FULL_AT_THE_END, *_drawing(recipe)):
-            _export(recipe, family, loaded, folder, sampler, finished, prepared, console)
+            _export(training, loaded, finished)
     barrier(world)
     # After the last wait for each other: no process waits for an upload.
     if world.leads and repository is not None:
@@ -210,21 +210,13 @@ def _sample_settings(recipe: Recipe) -> SampleSettings:
     return SampleSettings(sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed)
 
 
-def _export(
-    recipe: Recipe,
-    family: Family,
-    loaded: Loaded,
-    folder: RunFolder,
-    sampler: PictureSampler,
-    finished: Finished,
-    prepared: Prepared,
-    console: Console,
-) -> None:
+def _export(training: Training, loaded: Loaded, finished: Finished) -> None:
+    recipe, folder, console, sampler = training.recipe, training.folder, training.console, training.sampler
     denoiser = loaded.denoiser.eval()
     sampler.draw(recipe.train.steps)
     held = recipe.quant.compute_dtype if loaded.quant is None else loaded.quant.quant_type
     name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {held}"
-    learned = what_was_learned(name, recipe.train.steps, prepared, sampler, folder)
+    learned = what_was_learned(name, recipe.train.steps, training.prepared, sampler, folder)
     output = recipe.output
     console.print("exporting", highlight=False)
     settings = ExportSettings(
@@ -236,7 +228,7 @@ def _export(
         loaded.quant,
         started_from=started_from(folder, recipe.lora.init_from),
     )
-    exported = export_trained(family, denoiser, folder, settings)
+    exported = export_trained(training.family, denoiser, folder, settings)
     for line in exported_lines(exported):
         console.print(line, highlight=False)
     saved = checkpoint.folders(folder.checkpoints)

@@ -159,14 +159,8 @@ class Planner:
         size = self.size(recipe)
         step = self.step(recipe)
         sampling = self._sample(recipe)
-        phases = [
-            self._encode_texts(recipe),
-            self._encode_pictures(self._largest_encoded(recipe)),
-            self._load(recipe),
-            self._train(recipe, step),
-            *([sampling[0]] if sampling else []),
-            self._export(recipe),
-        ]
+        *before, export = self._without_steps(recipe)
+        phases = [*before, self._train(recipe, step), *([sampling[0]] if sampling else []), export]
         train = recipe.train
         drawings = 2 + (train.steps - 1) // recipe.sample.every if recipe.sample.every else 2
         return RunPlan(
@@ -185,8 +179,25 @@ class Planner:
             notes=(*self.notes, *self.pictures.notes),
         )
 
+    def fits(self, recipe: Recipe, budget: int) -> bool:
+        """Whether each phase of the recipe's plan takes `budget` bytes at most; no step is rehearsed needlessly."""
+        known = max(phase.device_bytes for phase in self._without_steps(recipe))
+        return known <= budget and self.plan(recipe).largest.device_bytes <= budget
+
+    def _without_steps(self, recipe: Recipe) -> list[Phase]:
+        """The phases that need no rehearsed step: those ahead of the training, and the export."""
+        return [
+            self._encode_texts(recipe),
+            self._encode_pictures(self._largest_encoded(recipe)),
+            self._load(recipe),
+            self._export(recipe),
+        ]
+
     def step(self, recipe: Recipe) -> RehearsedStep:
         """One micro-batch of the recipe at its largest size."""
+        if recipe.train.cuda_graphs and not self._more_than_recorded(recipe):
+            # Recorded it finds no gradients, and the peak of the one that does is below what the recording adds to it.
+            recipe = _without_accumulation(recipe)
         train, size = recipe.train, self.size(recipe)
         key = (
             *self._layers(recipe),
@@ -252,8 +263,7 @@ class Planner:
         """What CUDA graphs hold from the second step to the last."""
         if not recipe.train.cuda_graphs:
             return {}
-        train = recipe.train.model_copy(update={"grad_accumulation": 1})
-        within = self.step(recipe.model_copy(update={"train": train})).peak.by_kind
+        within = self.step(_without_accumulation(recipe)).peak.by_kind
         memory = sum(within.get(kind, 0) for kind in (KEPT, WORKING, INSIDE, GRADIENTS))
         memory += min(memory, RECORDED_GAPS)
         # cuBLAS has a workspace for the stream of the recording too.
@@ -360,6 +370,11 @@ class Planner:
         if recipe.output.export_base and recipe.quant.type != "none":
             host["a shard of the base"] = min(base, _SHARD)
         return Phase("export", kept, host)
+
+
+def _without_accumulation(recipe: Recipe) -> Recipe:
+    train = recipe.train.model_copy(update={"grad_accumulation": 1})
+    return recipe.model_copy(update={"train": train})
 
 
 def _working(step: RehearsedStep) -> dict[str, int]:
