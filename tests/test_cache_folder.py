@@ -9,7 +9,7 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.shards import WEIGHTS_FILE
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.component import pipelines_component
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.recipe_sections import DataSection

@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file, save
 from transformers import T5EncoderModel
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.families.sd3 import SD3

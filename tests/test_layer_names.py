@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.quantize import quantize
 from halfbyte.trainer.recipe import load_recipe

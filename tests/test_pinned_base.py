@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load, load_file, save, save_file
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 
 from hub_runs import BASE, hub_with_base, train
 from hub_store import Blob
