@@ -107,6 +107,10 @@ class QuantRecipe:
         return Linear4bit.from_linear(linear, spec=self.spec, compute_dtype=self.compute_dtype, name=name)
 
 
+class SkipListError(ValueError):
+    """A skip list that does not fit the model; the message begins with the field, `skip: `."""
+
+
 @dataclass(frozen=True)
 class SkipMatch:
     """What one entry of a skip list keeps out of the quantization."""
@@ -147,7 +151,7 @@ def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -
     """Replace the linear layers of `model` in place by quantized ones; returns their paths.
 
     Layers with values are quantized where they are; layers on meta wait for theirs. With `check_skip` a skip
-    list is refused (ValueError) where an entry matches nothing, and warned about where it matches more than it
+    list is refused (SkipListError) where an entry matches nothing, and warned about where it matches more than it
     seems to say; off, for lists that a checkpoint brings along. Raises ValueError as well where adapters are
     already on the model, or no layer is left to quantize.
     """
@@ -179,7 +183,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def check_skip_list(model: nn.Module, skip: Sequence[str]) -> None:
-    """Raises ValueError where an entry matches no linear layer; warns where it matches more than it seems to say."""
+    """Raises SkipListError where an entry matches no linear layer; warns where it matches more than it seems to say."""
     model_name = type(model).__name__
     modules = {path for path, _ in model.named_modules()}
     for match in skip_matches(model, skip):
@@ -187,7 +191,11 @@ def check_skip_list(model: nn.Module, skip: Sequence[str]) -> None:
             known = modules | {path.rpartition(".")[2] for path in modules}
             near = difflib.get_close_matches(match.entry, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"skip: {match.entry!r} matches no linear layer of {model_name}{hint}")
+            holders = dict.fromkeys(path.partition(".")[0] for path, _ in linear_layers(model))
+            raise SkipListError(
+                f"skip: got {match.entry!r}, which matches no linear layer of {model_name}; expected names or paths of"
+                f" layers, or of modules that hold some: {', '.join(holders)} or what is inside of them{hint}"
+            )
         # Whoever names a module by its full path means that module, and gets every layer of the name.
         surplus = [path for path in match.layers if not f"{path}.".startswith(f"{match.entry}.")]
         if match.entry in modules and surplus:

@@ -34,8 +34,10 @@ def hold_exact(model: nn.Module, paths: Sequence[str], read: Read) -> None:
         layer = _layer(model, path)
         if not isinstance(layer, QuantizedLinear):
             continue
-        if any(part.isdigit() for part in path.split(".")):
-            raise ValueError(f"{path} lies within a block; expected layers outside of the blocks")
+        if _in_block(path):
+            raise ValueError(
+                f"got {path!r}, which lies within a block; expected layers outside of the blocks"
+            )
         weight = read(f"{path}.weight")
         if weight.shape != (layer.out_features, layer.in_features):
             raise ValueError(
@@ -67,12 +69,22 @@ def _layer(model: nn.Module, path: str) -> nn.Linear:
     found = modules.get(path)
     if hasattr(found, "base_layer"):
         raise ValueError(
-            f"{path} has an adapter, which multiplies by the packed weight; leave it out of lora.targets"
+            f"got {path!r}, which has an adapter, that multiplies by the packed weight; leave it out of lora.targets"
         )
     if not isinstance(found, nn.Linear):
-        near = difflib.get_close_matches(
-            path, [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        )
+        accepted = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, QuantizedLinear) and not _in_block(name) and not name.endswith("base_layer")
+        ]
+        near = difflib.get_close_matches(path, accepted, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{path!r} is no linear layer of {type(model).__name__}{hint}")
+        raise ValueError(
+            f"got {path!r}, which is no linear layer of {type(model).__name__}; expected whole paths, of"
+            f" {', '.join(accepted) or 'none'}{hint}"
+        )
     return found
+
+
+def _in_block(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))

@@ -41,7 +41,8 @@ def model_on_meta(
 ) -> Model:
     """The model that `config` describes as `load_quantized` would give it, but for the values.
 
-    Raises ValueError where the configuration describes no such model, or the skip list names no layer.
+    Raises ValueError where the configuration describes no such model, SkipListError where the skip list names no
+    layer, unless the configuration brings it along.
     """
     try:
         with default_dtype(dtype), built_on_meta():
@@ -50,7 +51,7 @@ def model_on_meta(
         raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
     if recipe is not None:
         with built_on_meta():
-            convert(model, recipe)
+            convert(model, recipe, check_skip="quantization_config" not in config)
     place_weights_on_meta(model, dtype, in_fp32=kept_in_fp32(model))
     return model.eval().requires_grad_(False)
 

@@ -9,7 +9,7 @@ export's self-check, come one after the other and are not held. Prints the peaks
 
 import sys
 
-from halfbyte.trainer.cli import train_app  # first: it readies torch's allocator
+from halfbyte.trainer.commands import train_app  # first: it readies torch's allocator
 from halfbyte.trainer.run_plan import CONTEXT_BYTES
 
 import torch  # isort: skip

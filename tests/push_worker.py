@@ -84,7 +84,7 @@ def _serve() -> None:
     from typer.testing import CliRunner
 
     from halfbyte.trainer import hub_client
-    from halfbyte.trainer.cli import app
+    from halfbyte.trainer.commands import app
 
     waits: list[float] = []
     # A test need not wait for what passes at once.

@@ -7,7 +7,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 
 
 def invoke(*arguments: object) -> Result:

@@ -1,5 +1,7 @@
 """`halfbyte cache`: what is kept, what it takes, and getting rid of it."""
 
+import json
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -9,7 +11,7 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.shards import WEIGHTS_FILE
 from halfbyte.trainer.base_cache import BaseCache
 from halfbyte.trainer.cache_folder import DEFAULT_FOLDER
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.component import pipelines_component
 from halfbyte.trainer.file_digests import FileDigests
 from halfbyte.trainer.recipe_sections import DataSection
@@ -18,14 +20,18 @@ from halfbyte.trainer.source import ModelSource
 
 @pytest.fixture
 def folder(mini_sd3, tmp_path):
-    cache = BaseCache(tmp_path / "bases", FileDigests(tmp_path / "digests"))
-    source = pipelines_component(ModelSource("mini", mini_sd3, None), "transformer", WEIGHTS_FILE)
-    cache.load(
-        SD3Transformer2DModel, source, QuantRecipe("fp4"), dtype=torch.bfloat16, device=torch.device("cpu")
-    )
+    keep(ModelSource("mini", mini_sd3, None), tmp_path)
     (tmp_path / "texts" / "ab").mkdir(parents=True)
     (tmp_path / "texts" / "ab" / "entry.safetensors").write_bytes(bytes(3 * 10**8))
     return tmp_path
+
+
+def keep(source, folder):
+    cache = BaseCache(folder / "bases", FileDigests(folder / "digests"))
+    component = pipelines_component(source, "transformer", WEIGHTS_FILE)
+    cache.load(
+        SD3Transformer2DModel, component, QuantRecipe("fp4"), dtype=torch.bfloat16, device=torch.device("cpu")
+    )
 
 
 def run(*arguments):
@@ -39,9 +45,24 @@ def test_each_kind_and_each_base_is_listed(folder):
     assert ["texts", "1", "files", "0.3", "GB"] in lines
     assert ["latents", "0", "files", "0.0", "GB"] in lines
     (base,) = (path for path in (folder / "bases").iterdir() if path.is_dir())
-    assert [base.name, "SD3Transformer2DModel", "fp4", "0.0", "GB"] in lines
+    packed = ["fp4", "with", "double", "quantization"]
+    assert [base.name, "SD3Transformer2DModel", "0.0", "GB", "mini", *packed] in lines
+    manifest = json.loads((base / "manifest.json").read_text())
+    # As older versions wrote it.
+    del manifest["source"]
+    (base / "manifest.json").write_text(json.dumps(manifest))
+    listed = run("--folder", folder).output
+    assert (
+        f"{base.name}  SD3Transformer2DModel  0.0 GB  unknown source  fp4 with double quantization" in listed
+    )
     (base / "manifest.json").write_text("{")
     assert f"{base.name}  damaged" in run("--folder", folder).output
+
+
+def test_a_base_of_the_hub_is_listed_with_its_commit(mini_sd3, tmp_path):
+    source = ModelSource("ann/model", mini_sd3, "0123456789abcdef")
+    keep(source, tmp_path)
+    assert "SD3Transformer2DModel  0.0 GB  ann/model @ 0123456789ab  fp4" in run("--folder", tmp_path).output
 
 
 def test_a_kind_is_deleted_and_no_other(folder):

@@ -101,7 +101,9 @@ def test_a_name_that_means_what_it_says_is_not(skip, request, caplog):
 
 
 def test_an_entry_that_matches_nothing_is_refused_with_a_suggestion(request):
-    with pytest.raises(ValueError, match=r"'projout' matches no linear layer .* did you mean 'proj_out'"):
+    with pytest.raises(
+        ValueError, match=r"'projout', which matches no linear layer .* did you mean 'proj_out'"
+    ):
         convert(on_meta(SD3Transformer2DModel, request), QuantRecipe(skip=("projout",)))
 
 

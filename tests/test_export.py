@@ -17,7 +17,7 @@ from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.load_text_encoder import load_text_encoder
 from halfbyte.trainer import compared_part, export, self_check
 from halfbyte.trainer.checkpoint import ADAPTER_FILE
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.export_run import ExportRequest, export_run
 from halfbyte.trainer.launch import read_world

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.flux import Flux
 from halfbyte.trainer.full_device import when_full

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 
 COMMANDS = ["train", "export", "push", "plan", "schema", "cache", "quant-report", "sample", "quantize"]
 

@@ -86,7 +86,7 @@ def test_any_process_in_a_world_of_one():
 )
 def test_the_allocator_is_told_before_torch_comes_unless_the_user_told_it(given, expected):
     program = (
-        "import os, sys, halfbyte.trainer.cli; assert 'torch' in sys.modules; "
+        "import os, sys, halfbyte.trainer.commands; assert 'torch' in sys.modules; "
         "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
     )
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

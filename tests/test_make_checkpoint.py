@@ -12,7 +12,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from halfbyte.quant.shards import ShardedWeights
-from halfbyte.trainer.cli import train_app
+from halfbyte.trainer.commands import train_app
 from halfbyte.trainer.metrics import read_metrics
 from halfbyte.trainer.published_shapes import PUBLISHED
 

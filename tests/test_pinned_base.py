@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load, load_file, save, save_file
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.pinned_base import find_commits
 from halfbyte.trainer.recipe import load_recipe
 from halfbyte.trainer.run_folder import RunFolder

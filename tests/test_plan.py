@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from halfbyte.quant.convert import QuantRecipe
 from halfbyte.quant.weights_on_meta import model_on_meta
 from halfbyte.trainer import full_device
-from halfbyte.trainer.cli import app, train_app
+from halfbyte.trainer.commands import app, train_app
 from halfbyte.trainer.errors import DataError, OutOfMemory, RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.flux import Flux

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from halfbyte.quant.load_text_encoder import count_parameters
 from halfbyte.quant.weights_on_meta import model_on_meta
 from halfbyte.trainer import hub_download, source
-from halfbyte.trainer.cli import app, train_app
+from halfbyte.trainer.commands import app, train_app
 from halfbyte.trainer.errors import HubError
 from halfbyte.trainer.hub_download import NoSuchRevision
 from halfbyte.trainer.plan_fit import open_planner

@@ -23,7 +23,7 @@ from halfbyte.quant.serialize import save_quantized
 from halfbyte.quant.shards import WEIGHTS_FILE
 from halfbyte.quant.skip_list import skip_list_for
 from halfbyte.quant.weight_error import SCHEMES, weight_error
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.t5 import load_t5
 from halfbyte.trainer.quant_report import SCHEME_NAMES, kind_of, quant_report

@@ -1,5 +1,6 @@
 """Which settings may be others when a run is resumed, and what is said of it."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -110,3 +111,27 @@ def test_what_changes_rounding_is_named_as_the_recipe_names_it(mini_flux: Path, 
     for name in HOW_IT_IS_COMPUTED:
         section, field = name.split(".")
         assert field in settings[section]
+
+
+def test_a_checkpoint_that_groups_its_parameters_otherwise_is_told(mini_flux: Path, tmp_path: Path) -> None:
+    """As those of DoRA do from before its magnitudes, which no decay is to shrink, had a group of their own."""
+    recipe = write_recipe(tmp_path, mini_flux)
+    dora = (*QUICK, "lora.dora=true")
+    run = run_here(recipe, *dora, "train.steps=2")
+    saved = run / "checkpoints" / "step-000002"
+    state, manifest = (json.loads((saved / name).read_text()) for name in ("state.json", "manifest.json"))
+    decayed, lengths = (group["params"] for group in state["param_groups"])
+    state["param_groups"] = [{**state["param_groups"][0], "params": decayed + lengths}]
+    (saved / "state.json").write_text(json.dumps(state))
+    manifest["state.json"] = hashlib.sha256((saved / "state.json").read_bytes()).hexdigest()
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError) as caught:
+        run_here(recipe, *dora, resume=True)
+    start = f"lora.init_from={saved / ADAPTER_FILE}"
+    assert str(caught.value) == (
+        f"--resume: {saved}: the saved optimizer has its parameters in other groups: 1 group of"
+        f" {len(decayed + lengths)} parameters, where this one has 2 groups of {len(decayed)} and {len(lengths)}"
+        " parameters. Another version of halfbyte or of a library wrote it: go on with that one, or start a new run"
+        f" from its weights: {start} output.dir=runs/other"
+    )
+    run_here(recipe, *dora, "train.steps=1", start, f"output.dir={tmp_path / 'other'}")

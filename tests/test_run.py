@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from halfbyte.quant.load import load_quantized
-from halfbyte.trainer.cli import app, train_app
+from halfbyte.trainer.commands import app, train_app
 from halfbyte.trainer.export import ADAPTER_FILE
 from halfbyte.trainer.metrics import read_metrics
 

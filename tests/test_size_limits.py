@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from halfbyte.trainer.buckets import bucket_sizes
-from halfbyte.trainer.cli import app, train_app
+from halfbyte.trainer.commands import app, train_app
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.flux import Flux

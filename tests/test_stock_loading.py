@@ -198,7 +198,7 @@ def test_a_skip_entry_without_a_layer_is_warned_of(ours, mini_flux, caplog):
         model = FluxTransformer2DModel.from_pretrained(
             mini_flux, subfolder="transformer", quantization_config=config
         )
-    assert "'lm_head' matches no linear layer of FluxTransformer2DModel" in caplog.text
+    assert "'lm_head', which matches no linear layer of FluxTransformer2DModel" in caplog.text
     assert type(model.proj_out) is nn.Linear
     assert layers(model)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from halfbyte.trainer.cli import app
+from halfbyte.trainer.commands import app
 from halfbyte.trainer.metrics import read_metrics
 from halfbyte.trainer.provenance import PROVENANCE_FILE, read_provenance
 

@@ -89,7 +89,7 @@ class BaseCache:
         if fingerprint is None:
             log.warning("the packed base is not kept: %s changed while it was read", folder)
         else:
-            self._keep(model, self._entry(settings, fingerprint), settings, damaged)
+            self._keep(model, self._entry(settings, fingerprint), settings, source, damaged)
         return model
 
     def _entry(self, settings: dict[str, Any], fingerprint: str) -> Path:
@@ -148,6 +148,7 @@ class BaseCache:
         model: nn.Module,
         entry: Path,
         settings: dict[str, Any],
+        source: Component,
         damaged: tuple[int, int] | None,
     ) -> None:
         """Writes an entry, unless another process does or has; in place of a `damaged` one."""
@@ -164,7 +165,7 @@ class BaseCache:
                 if needed + _SPARE_BYTES > free:
                     raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are left there")
                 save_quantized(model, work)
-                _write_manifest(work, settings)
+                _write_manifest(work, settings, source)
                 os.rename(work, entry)
                 flush(self._folder)
                 log.info("the packed base is kept in %s (%.1f GB)", entry, needed / 1e9)
@@ -200,13 +201,14 @@ def _lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _write_manifest(folder: Path, settings: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, settings: dict[str, Any], source: Component) -> None:
     # Read back, so that the digests are of what is there and not of what should be.
     files = {
         file.name: {"bytes": file.stat().st_size, "digest": file_digest(file)}
         for file in sorted(folder.iterdir())
     }
-    manifest = {"settings": settings, "files": files}
+    # The source for readers alone: what tells entries apart is its content, wherever that lies.
+    manifest = {"settings": settings, "source": str(source), "files": files}
     write_text(json.dumps(manifest, indent=2) + "\n", folder / _MANIFEST)
     flush(folder)
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.quant.convert import QuantRecipe
 from halfbyte.trainer.errors import RecipeError
 
 KINDS = ("latents", "texts", "bases", "digests")
@@ -30,16 +31,20 @@ def holdings(folder: Path) -> tuple[Holding, ...]:
 
 
 def bases(folder: Path) -> tuple[str, ...]:
-    """A line for each packed base: what it is of, how it is packed and what it takes."""
+    """A line for each packed base: what it is of, what it takes, where it is from and how it is packed."""
     lines = []
     for manifest in sorted((folder / "bases").glob("*/manifest.json")):
         try:
             read = json.loads(manifest.read_text(encoding="utf-8"))
             settings = read["settings"]
             nbytes = sum(file["bytes"] for file in read["files"].values())
-            quant = settings["quant"]["quant_type"]
-            lines.append(f"{manifest.parent.name}  {settings['model']}  {quant}  {nbytes / 1e9:.1f} GB")
-        except (OSError, ValueError, KeyError, TypeError):
+            quant = QuantRecipe.of_json(settings["quant"]).describe()
+            # Entries of older versions do not say it.
+            source = read.get("source", "unknown source")
+            lines.append(
+                f"{manifest.parent.name}  {settings['model']}  {nbytes / 1e9:.1f} GB  {source}  {quant}"
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             lines.append(f"{manifest.parent.name}  damaged; the next start that needs it makes it anew")
     return tuple(lines)
 

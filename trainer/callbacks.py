@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from halfbyte.trainer import checkpoint
 from halfbyte.trainer.adapters import by_parameter, save_adapter, trained_parameters
-from halfbyte.trainer.errors import HalfbyteError
+from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.launch import World, any_process, barrier
 from halfbyte.trainer.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.module import DiffusionModule
@@ -211,11 +211,20 @@ class Checkpointer(StepCallback):
         self.resume = resume
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook: optimizers exist, nothing has run."""
+        """Lightning's hook: optimizers exist, nothing has run. Raises RecipeError for a state that fits no more."""
         if self.resume is None:
             return
         optimizer = trainer.optimizers[0]
-        checkpoint.restore_optimizer(optimizer, checkpoint.parameter_names(optimizer), self.resume.optimizer)
+        try:
+            checkpoint.restore_optimizer(
+                optimizer, checkpoint.parameter_names(optimizer), self.resume.optimizer
+            )
+        except ValueError as error:
+            raise RecipeError(
+                f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote it: go on"
+                " with that one, or start a new run from its weights:"
+                f" lora.init_from={self.resume.folder / checkpoint.ADAPTER_FILE} output.dir=runs/other"
+            ) from error
         if self.resume.average is not None:
             pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))
         if self.resume.scaler:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,14 +131,26 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) ->
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: Mapping[str, Any]) -> None:
-    """Puts a saved state back; raises ValueError when it belongs to other parameters."""
+    """Puts a saved state back; raises ValueError when it belongs to other parameters, or groups them otherwise."""
     number = {name: i for i, name in enumerate(names)}
     listed = [name for group in saved["param_groups"] for name in group["params"]]
     if sorted(listed) != sorted(names):
         raise ValueError("the saved optimizer belongs to other parameters")
+    own = [group["param_names"] for group in optimizer.param_groups]
+    theirs = [group["params"] for group in saved["param_groups"]]
+    if [sorted(group) for group in own] != [sorted(group) for group in theirs]:
+        raise ValueError(
+            f"the saved optimizer has its parameters in other groups: {_sizes(theirs)}, where this one has"
+            f" {_sizes(own)}"
+        )
     groups = [{**group, "params": [number[n] for n in group["params"]]} for group in saved["param_groups"]]
     state = {number[name]: entry for name, entry in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sizes(groups: Sequence[Sequence[str]]) -> str:
+    sizes = " and ".join(str(len(group)) for group in groups)
+    return f"{len(groups)} group{'s' if len(groups) > 1 else ''} of {sizes} parameters"
 
 
 def _flatten(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

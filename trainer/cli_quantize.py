@@ -6,14 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.command_line import (
-    INTERRUPTED,
-    configure_logging,
-    fail,
-    quieten_libraries,
-    told_where,
-)
+from halfbyte.trainer.command_line import configure_logging, fail, quieten_libraries, told_where
 from halfbyte.trainer.errors import HalfbyteError
+from halfbyte.trainer.interrupts import INTERRUPTED, ended_at_once
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.recipe import load_document
 from halfbyte.trainer.recipe_file import Document
@@ -47,9 +42,10 @@ def quantize_command(
         world = read_world()
         configure_logging(world)
         settings, written = load_document(recipe, overrides or [], pictures_needed=samples > 0)
-        quieten_libraries()
-        # Slow to import, and a recipe with a mistake should be told at once.
-        from halfbyte.trainer.quantize import quantize, quantized_lines
+        with ended_at_once():
+            quieten_libraries()
+            # Slow to import, and a recipe with a mistake should be told at once.
+            from halfbyte.trainer.quantize import quantize, quantized_lines
 
         for line in quantized_lines(quantize(settings, output, samples, world, Console(soft_wrap=True))):
             typer.echo(line)

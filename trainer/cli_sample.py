@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.command_line import INTERRUPTED, configure_logging, fail, quieten_libraries
+from halfbyte.trainer.command_line import configure_logging, fail, quieten_libraries
 from halfbyte.trainer.errors import HalfbyteError
+from halfbyte.trainer.interrupts import INTERRUPTED, ended_at_once
 from halfbyte.trainer.launch import read_world
 from halfbyte.trainer.sample_request import SampleRequest, parse_seeds, parse_strengths, read_prompts
 
@@ -124,9 +125,10 @@ def sample_command(
         )
         world = read_world()
         configure_logging(world)
-        quieten_libraries()
-        # Slow to import, and a mistake in the options should be told at once.
-        from halfbyte.trainer.sample_run import sample
+        with ended_at_once():
+            quieten_libraries()
+            # Slow to import, and a mistake in the options should be told at once.
+            from halfbyte.trainer.sample_run import sample
 
         finished = sample(request, world, Console(soft_wrap=True))
     except HalfbyteError as error:

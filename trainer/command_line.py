@@ -12,9 +12,6 @@ from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
 from halfbyte.trainer.launch import World
 from halfbyte.trainer.recipe_file import Document
 
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended."""
-
 
 def fail(console: Console, world: World | None, message: str, code: int) -> NoReturn:
     """Ends the command with a message and an exit code."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert import QuantizedLinear
+from halfbyte.quant.convert import QuantizedLinear, SkipListError
 from halfbyte.quant.exact import hold_exact
 from halfbyte.quant.meta_autocast import autocast_on_meta
 from halfbyte.quant.weights_on_meta import built_on_meta, model_on_meta, weight_tensors
@@ -80,14 +80,17 @@ class Rehearsal:
     """A recipe's denoiser with its adapters on meta, to be stepped at any size."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
-        """Raises RecipeError for adapters that fit no layer and where nothing is packed that could be streamed,
-        ValueError for configurations of no model."""
+        """Raises RecipeError for adapters, skip lists and exact layers that fit no layer, and where nothing is packed
+        that could be streamed, ValueError for configurations of no model."""
         self.recipe = recipe
         self.family = family
         self.dtype = DTYPES[recipe.quant.compute_dtype]
-        denoiser = model_on_meta(
-            family.denoiser_class, family.denoiser_config, base_recipe(recipe, family), self.dtype
-        )
+        try:
+            denoiser = model_on_meta(
+                family.denoiser_class, family.denoiser_config, base_recipe(recipe, family), self.dtype
+            )
+        except SkipListError as error:
+            raise RecipeError(f"quant.{error}") from error
         with built_on_meta():
             add_adapters(recipe, family, denoiser)
         self.denoiser: Any = denoiser

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert import QuantRecipe
+from halfbyte.quant.convert import QuantRecipe, SkipListError
 from halfbyte.quant.file_digest import file_digest
 from halfbyte.quant.fill import Place, Progress
 from halfbyte.quant.load import load_quantized, read_config
@@ -259,7 +259,8 @@ class Family(ABC):
     ) -> nn.Module:
         """The transformer, quantized while it streams from disk, or as `cache` kept it; frozen.
 
-        place: what becomes of each quantized layer as it comes, see `fill`. Raises RecipeError for damaged files.
+        place: what becomes of each quantized layer as it comes, see `fill`. Raises RecipeError for damaged files, and
+        for a skip list that does not fit.
         """
         denoiser: nn.Module
         how: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress, "place": place}
@@ -278,6 +279,8 @@ class Family(ABC):
                 denoiser = load_quantized(self.denoiser_class, self.transformer.path, recipe, **how)
             else:
                 denoiser = cache.load(self.denoiser_class, self.transformer, recipe, **how)
+        except SkipListError as error:
+            raise RecipeError(f"quant.{error}") from error
         except ValueError as error:
             raise RecipeError(f"{self.transformer.setting}: {error}") from error
         free_unused(device)
