@@ -182,20 +182,28 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
+def refuse_unmatched(model: nn.Module, skip: Sequence[str]) -> None:
+    """Raises SkipListError where an entry matches no linear layer."""
+    for match in skip_matches(model, skip):
+        if match.layers:
+            continue
+        modules = {path for path, _ in model.named_modules()}
+        known = modules | {path.rpartition(".")[2] for path in modules}
+        near = difflib.get_close_matches(match.entry, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        holders = dict.fromkeys(path.partition(".")[0] for path, _ in linear_layers(model))
+        raise SkipListError(
+            f"skip: got {match.entry!r}, which matches no linear layer of {type(model).__name__}; expected names or"
+            f" paths of layers, or of modules that hold some: {', '.join(holders)} or what is inside of them{hint}"
+        )
+
+
 def check_skip_list(model: nn.Module, skip: Sequence[str]) -> None:
-    """Raises SkipListError where an entry matches no linear layer; warns where it matches more than it seems to say."""
+    """As `refuse_unmatched`; warns where an entry matches more than it seems to say."""
+    refuse_unmatched(model, skip)
     model_name = type(model).__name__
     modules = {path for path, _ in model.named_modules()}
     for match in skip_matches(model, skip):
-        if not match.layers:
-            known = modules | {path.rpartition(".")[2] for path in modules}
-            near = difflib.get_close_matches(match.entry, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            holders = dict.fromkeys(path.partition(".")[0] for path, _ in linear_layers(model))
-            raise SkipListError(
-                f"skip: got {match.entry!r}, which matches no linear layer of {model_name}; expected names or paths of"
-                f" layers, or of modules that hold some: {', '.join(holders)} or what is inside of them{hint}"
-            )
         # Whoever names a module by its full path means that module, and gets every layer of the name.
         surplus = [path for path in match.layers if not f"{path}.".startswith(f"{match.entry}.")]
         if match.entry in modules and surplus:

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.convert import QuantizedLinear, QuantRecipe, convert, kept_in_fp32, refuse_unmatched
 from halfbyte.quant.linear import Linear4bit, Params4bit
 from halfbyte.quant.linear8bit import Int8Params
 from halfbyte.quant.load import default_dtype
@@ -51,7 +51,10 @@ def model_on_meta(
         raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
     if recipe is not None:
         with built_on_meta():
-            convert(model, recipe, check_skip="quantization_config" not in config)
+            # Of what a list matches besides, loading warns.
+            if "quantization_config" not in config:
+                refuse_unmatched(model, recipe.skip)
+            convert(model, recipe, check_skip=False)
     place_weights_on_meta(model, dtype, in_fp32=kept_in_fp32(model))
     return model.eval().requires_grad_(False)
 

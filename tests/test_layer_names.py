@@ -60,3 +60,23 @@ def test_a_list_that_a_packed_transformer_brings_along_may_name_what_it_has_not(
     planned = CliRunner().invoke(app, ["plan", str(recipe), f"model.transformer={made}"])
     assert planned.exit_code == 0, planned.output
     run_here(recipe, f"model.transformer={made}", "sample.prompts=[]", "output.export_base=false")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("quant.skip=[nothing]", "quant.skip"),
+        ("quant.exact=[nothing]", "quant.exact"),
+        ("lora.targets=[to_q, nothing]", "lora.targets"),
+        ("lora.rank_pattern={nothing: 4}", "lora.rank_pattern"),
+    ],
+)
+def test_a_run_tells_it_before_it_encodes_or_keeps_anything(
+    mini_flux: Path, tmp_path: Path, override: str, told: str
+) -> None:
+    recipe = write_recipe(tmp_path, mini_flux)
+    kept = {file for file in tmp_path.rglob("*") if file.is_file()}
+    result = CliRunner().invoke(app, ["train", str(recipe), override])
+    assert (result.exit_code, told in result.stderr) == (2, True)
+    assert "encoding" not in result.output
+    assert {file for file in tmp_path.rglob("*") if file.is_file()} == kept

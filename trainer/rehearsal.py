@@ -80,17 +80,18 @@ class Rehearsal:
     """A recipe's denoiser with its adapters on meta, to be stepped at any size."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
-        """Raises RecipeError for adapters, skip lists and exact layers that fit no layer, and where nothing is packed
-        that could be streamed, ValueError for configurations of no model."""
+        """Raises RecipeError for adapters, skip lists and exact layers that fit no layer, where nothing is packed that
+        could be streamed, and for configurations of no model."""
         self.recipe = recipe
         self.family = family
         self.dtype = DTYPES[recipe.quant.compute_dtype]
+        base = base_recipe(recipe, family)
         try:
-            denoiser = model_on_meta(
-                family.denoiser_class, family.denoiser_config, base_recipe(recipe, family), self.dtype
-            )
+            denoiser = model_on_meta(family.denoiser_class, family.denoiser_config, base, self.dtype)
         except SkipListError as error:
             raise RecipeError(f"quant.{error}") from error
+        except ValueError as error:
+            raise RecipeError(f"{family.transformer.setting}: {error}") from error
         with built_on_meta():
             add_adapters(recipe, family, denoiser)
         self.denoiser: Any = denoiser

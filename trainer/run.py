@@ -32,6 +32,7 @@ from halfbyte.trainer.pinned_base import (
 from halfbyte.trainer.prepare import Prepared, prepare
 from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe import Recipe
+from halfbyte.trainer.rehearsal import Rehearsal
 from halfbyte.trainer.report import (
     Closing,
     Opening,
@@ -71,7 +72,9 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests, commits=commits)
     refuse_large(recipe, family)
-    start = start_layers(init_from, family)  # a broken adapter is told at once, not behind the encoding
+    # What fits no layer, and a broken adapter, are told at once, not behind the encoding.
+    Rehearsal(recipe, family)
+    start = start_layers(init_from, family)
     with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None

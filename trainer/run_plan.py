@@ -18,7 +18,6 @@ from halfbyte.trainer.encoder_memory import (
     text_encoder_bytes,
     text_working_bytes,
 )
-from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.base import Family
 from halfbyte.trainer.families.encoders import TextEmbedding
 from halfbyte.trainer.graphed_denoiser import MOST_SHAPES
@@ -227,12 +226,7 @@ class Planner:
         """The recipe's layers on meta. Raises RecipeError where they are none of the model's."""
         key = self._layers(recipe)
         if key not in self._rehearsals:
-            try:
-                self._rehearsals[key] = Rehearsal(recipe, self.family)
-            except RecipeError:
-                raise
-            except ValueError as error:
-                raise RecipeError(f"model.path: {self.family.source.name}: {error}") from error
+            self._rehearsals[key] = Rehearsal(recipe, self.family)
         return self._rehearsals[key]
 
     @staticmethod
