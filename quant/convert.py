@@ -182,9 +182,10 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def refuse_unmatched(model: nn.Module, skip: Sequence[str]) -> None:
-    """Raises SkipListError where an entry matches no linear layer."""
-    for match in skip_matches(model, skip):
+def refuse_unmatched(model: nn.Module, skip: Sequence[str]) -> Sequence[SkipMatch]:
+    """What the entries match. Raises SkipListError where one matches no linear layer."""
+    matches = skip_matches(model, skip)
+    for match in matches:
         if match.layers:
             continue
         modules = {path for path, _ in model.named_modules()}
@@ -196,14 +197,15 @@ def refuse_unmatched(model: nn.Module, skip: Sequence[str]) -> None:
             f"skip: got {match.entry!r}, which matches no linear layer of {type(model).__name__}; expected names or"
             f" paths of layers, or of modules that hold some: {', '.join(holders)} or what is inside of them{hint}"
         )
+    return matches
 
 
 def check_skip_list(model: nn.Module, skip: Sequence[str]) -> None:
     """As `refuse_unmatched`; warns where an entry matches more than it seems to say."""
-    refuse_unmatched(model, skip)
+    matches = refuse_unmatched(model, skip)
     model_name = type(model).__name__
     modules = {path for path, _ in model.named_modules()}
-    for match in skip_matches(model, skip):
+    for match in matches:
         # Whoever names a module by its full path means that module, and gets every layer of the name.
         surplus = [path for path in match.layers if not f"{path}.".startswith(f"{match.entry}.")]
         if match.entry in modules and surplus:

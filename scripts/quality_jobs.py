@@ -16,8 +16,9 @@ from quality_bases import Base, loading
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from halfbyte.trainer.denoiser import DTYPES, load_denoiser
+from halfbyte.trainer.denoiser import load_denoiser
 from halfbyte.trainer.families.base import Family
+from halfbyte.trainer.fit import validation_of
 from halfbyte.trainer.launch import World, join, read_world
 from halfbyte.trainer.metrics import VALIDATION, read_validation
 from halfbyte.trainer.prepare import prepare
@@ -111,7 +112,7 @@ def velocities(bench: Bench, base: Base) -> Velocities:
     """The predictions on the held-out pictures."""
     recipe = bench.settings(base, "train.seed=0")
     world, family = opened(recipe)
-    validation = validation_of(bench, base, recipe, family, world)
+    validation = untrained_validation(bench, base, recipe, family, world)
     sigmas: list[float] = []
     predicted: list[numpy.ndarray] = []
     losses: list[float] = []
@@ -132,20 +133,12 @@ def opened(recipe: Recipe) -> tuple[World, Family]:
     )
 
 
-def validation_of(bench: Bench, base: Base, recipe: Recipe, family: Family, world: World) -> Validation:
+def untrained_validation(
+    bench: Bench, base: Base, recipe: Recipe, family: Family, world: World
+) -> Validation:
     """The recipe's validation on an untrained base."""
     console = Console(quiet=True)
     prepared = prepare(recipe, family, world, console)
     with loading(base, type(family), recipe.quant.skip):
         denoiser = load_denoiser(recipe, family, world, console).denoiser
-    return Validation(
-        family,
-        denoiser,
-        prepared.held_out,
-        prepared.held_out_set,
-        sigmas=recipe.validation.sigmas,
-        guidance_scale=recipe.objective.guidance_scale,
-        compute_dtype=DTYPES[recipe.quant.compute_dtype],
-        batch_size=recipe.train.batch_size,
-        world=world,
-    )
+    return validation_of(recipe, family, world, prepared, denoiser)

@@ -32,7 +32,7 @@ def save(root, step, steps=3):
         root,
         checkpoint.Position(step, step * 2, 4),
         write_adapter=lambda folder: save_file(state, f"{folder}/{checkpoint.ADAPTER_FILE}"),
-        optimizer=checkpoint.named_optimizer_state(optimizer, list(parameters)),
+        optimizer=checkpoint.named_optimizer_state(optimizer),
         scaler={"scale": 65536.0},
     )
 
@@ -45,7 +45,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
     assert saved.scaler == {"scale": 65536.0}
     assert all(torch.equal(saved.adapter[name], p) for name, p in parameters.items())
     _, fresh = trained(steps=0)
-    checkpoint.restore_optimizer(fresh, list(parameters), saved.optimizer)
+    checkpoint.restore_optimizer(fresh, saved.optimizer)
     for one, other in zip(
         optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True
     ):
@@ -97,7 +97,7 @@ def test_a_crash_before_the_rename_leaves_the_older_one(tmp_path):
             tmp_path,
             checkpoint.Position(4, 8, 4),
             write_adapter=write_and_die,
-            optimizer=checkpoint.named_optimizer_state(optimizer, ["a", "b"]),
+            optimizer=checkpoint.named_optimizer_state(optimizer),
             scaler={},
         )
     assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-000003"]
@@ -130,9 +130,10 @@ def test_pruning_keeps_the_newest(tmp_path):
 
 def test_another_models_optimizer_is_refused(tmp_path):
     save(tmp_path, 3)
-    _, optimizer = trained()
+    parameters, _ = trained()
+    optimizer = torch.optim.AdamW(zip(("x", "y"), parameters.values(), strict=True))
     with pytest.raises(ValueError, match="other parameters"):
-        checkpoint.restore_optimizer(optimizer, ["x", "y"], checkpoint.newest(tmp_path).optimizer)
+        checkpoint.restore_optimizer(optimizer, checkpoint.newest(tmp_path).optimizer)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):

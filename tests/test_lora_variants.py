@@ -50,14 +50,13 @@ def base(family, quant_type="nf4"):
     return family.load_denoiser(recipe, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def adapt(family, denoiser, variant, *, fused=True):
-    targets = family.lora_targets("all-linear")
+def adapt(family, denoiser, variant, *, fused=True, targets=None):
     add_lora(
         denoiser,
         rank=4,
         alpha=8,
         dropout=0.0,
-        targets=targets,
+        targets=family.lora_targets("all-linear") if targets is None else targets,
         init="gaussian",
         seed=1,
         fused=fused,
@@ -230,16 +229,7 @@ def test_a_pattern_that_matches_nothing_is_named(family, setting):
 def test_a_target_that_is_no_linear_layer_is_named(family, targets, said):
     """PEFT trains without a name that fits nothing, where others of the list do."""
     with pytest.raises(RecipeError, match=rf"lora\.targets: .*{said}; accepted: all-linear.*such as .*attn"):
-        add_lora(
-            base(family),
-            rank=4,
-            alpha=8,
-            dropout=0.0,
-            targets=targets,
-            init="gaussian",
-            seed=1,
-            variant=LoraVariant(),
-        )
+        adapt(family, base(family), LoraVariant(), targets=targets)
 
 
 def test_a_model_without_values_takes_dora(family):

@@ -44,9 +44,8 @@ class Toy:
         for name, value in saved.adapter.items() if saved else ():
             self.parameters[name].data.copy_(value)
         self.optimizer = choice.build(list(self.parameters.items()))
-        self.names = checkpoint.parameter_names(self.optimizer)
         if saved:
-            checkpoint.restore_optimizer(self.optimizer, self.names, saved.optimizer)
+            checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
 
     def loss(self):
         a, lengths, b = self.parameters.values()
@@ -69,7 +68,7 @@ class Toy:
             root,
             checkpoint.Position(3, 3, 1),
             write_adapter=lambda folder: save_file(trained, f"{folder}/{checkpoint.ADAPTER_FILE}"),
-            optimizer=checkpoint.named_optimizer_state(self.optimizer, self.names),
+            optimizer=checkpoint.named_optimizer_state(self.optimizer),
             scaler={},
         )
 

@@ -14,10 +14,9 @@ from halfbyte.quant.dora import RowMagnitudes
 from halfbyte.quant.lora import fused_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
-from halfbyte.trainer.saved_adapter import first_fitting
+from halfbyte.trainer.saved_adapter import DOWN, MAGNITUDE, first_fitting
 
 ADAPTER = "default"
-_DOWN = ".lora_A.weight"
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _check_directions(denoiser: nn.Module) -> None:
         if not isinstance(module, RowMagnitudes) or module.base_squares.is_meta:
             continue
         if not bool(module.base_squares.all()):
-            layer = name.partition(".lora_magnitude_vector")[0]
+            layer = name.partition(MAGNITUDE)[0]
             raise RecipeError(
                 f"lora.dora: {layer} has rows of zeros, whose direction DoRA cannot keep; leave the layer out of"
                 " lora.targets, or set lora.dora: false"
@@ -185,7 +184,7 @@ def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: st
     """Writes `pytorch_lora_weights.safetensors`, or `file`, as diffusers does: rank and alpha ride in its metadata."""
     model: Any = denoiser
     state = adapter_state(denoiser)
-    layers = [name.removesuffix(_DOWN) for name in state if name.endswith(_DOWN)]
+    layers = [name.removesuffix(DOWN) for name in state if name.endswith(DOWN)]
     config: dict[str, Any] = model.peft_config[ADAPTER].to_dict()
     config |= {name: _in_any_order(config[name], layers) for name in ("rank_pattern", "alpha_pattern")}
     pipeline_class.save_lora_weights(
@@ -209,6 +208,4 @@ def _in_any_order(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[st
 
 
 def _saved_name(name: str) -> str:
-    return name.replace(f".lora_magnitude_vector.{ADAPTER}.weight", ".lora_magnitude_vector").replace(
-        f".{ADAPTER}.", "."
-    )
+    return name.replace(f"{MAGNITUDE}.{ADAPTER}.weight", MAGNITUDE).replace(f".{ADAPTER}.", ".")

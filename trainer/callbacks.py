@@ -214,11 +214,8 @@ class Checkpointer(StepCallback):
         """Lightning's hook: optimizers exist, nothing has run. Raises RecipeError for a state that fits no more."""
         if self.resume is None:
             return
-        optimizer = trainer.optimizers[0]
         try:
-            checkpoint.restore_optimizer(
-                optimizer, checkpoint.parameter_names(optimizer), self.resume.optimizer
-            )
+            checkpoint.restore_optimizer(trainer.optimizers[0], self.resume.optimizer)
         except ValueError as error:
             raise RecipeError(
                 f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote it: go on"
@@ -250,13 +247,11 @@ class Checkpointer(StepCallback):
         if self.world.leads:
             accumulation = int(trainer.accumulate_grad_batches)
             position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
-            optimizer = trainer.optimizers[0]
-            names = checkpoint.parameter_names(optimizer)
             checkpoint.save(
                 self.root,
                 position,
                 write_adapter=lambda folder: _write_adapters(module, folder),
-                optimizer=checkpoint.named_optimizer_state(optimizer, names),
+                optimizer=checkpoint.named_optimizer_state(trainer.optimizers[0]),
                 scaler=trainer.precision_plugin.state_dict(),
             )
             checkpoint.prune(self.root, self.keep)

@@ -118,20 +118,21 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of its parameters, as its state numbers them."""
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Of its parameters, as its state numbers them."""
     return [name for group in optimizer.param_groups for name in group["param_names"]]
 
 
-def named_optimizer_state(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Any]:
-    """The optimizer's state under its parameters' names, which, unlike numbers, fit or visibly do not."""
-    state = optimizer.state_dict()
+def named_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer of named parameters under their names, which, unlike numbers, fit or visibly do not."""
+    state, names = optimizer.state_dict(), _names(optimizer)
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: Mapping[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Puts a saved state back; raises ValueError when it belongs to other parameters, or groups them otherwise."""
+    names = _names(optimizer)
     number = {name: i for i, name in enumerate(names)}
     listed = [name for group in saved["param_groups"] for name in group["params"]]
     if sorted(listed) != sorted(names):

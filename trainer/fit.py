@@ -146,7 +146,8 @@ def _watching(training: Training, writer: MetricsWriter | None, shown: Progress 
     last_step, global_batch = recipe.train.steps, recipe.train.batch_size * world.size
     if training.prepared.held_out:
         every = recipe.validation.every
-        yield Validator(_validation(training), writer, shown, every=every, last_step=last_step)
+        validation = validation_of(recipe, training.family, world, training.prepared, training.denoiser)
+        yield Validator(validation, writer, shown, every=every, last_step=last_step)
     yield Recorder(
         world,
         writer,
@@ -173,18 +174,20 @@ def _watching(training: Training, writer: MetricsWriter | None, shown: Progress 
     yield Sampler(world, draw, every=recipe.sample.every, last_step=last_step)
 
 
-def _validation(training: Training) -> Validation:
-    recipe, prepared = training.recipe, training.prepared
+def validation_of(
+    recipe: Recipe, family: Family, world: World, prepared: Prepared, denoiser: nn.Module
+) -> Validation:
+    """The recipe's validation of a denoiser, on the pictures that are held out."""
     return Validation(
-        training.family,
-        training.denoiser,
+        family,
+        denoiser,
         prepared.held_out,
         prepared.held_out_set,
         sigmas=recipe.validation.sigmas,
         guidance_scale=recipe.objective.guidance_scale,
         compute_dtype=DTYPES[recipe.quant.compute_dtype],
         batch_size=recipe.train.batch_size,
-        world=training.world,
+        world=world,
     )
 
 

@@ -18,12 +18,11 @@ from halfbyte.trainer.averages import OptimizerAverage, Weights
 from halfbyte.trainer.joined_optimizer import JoinedOptimizer, all_in_one, by_shape
 from halfbyte.trainer.optimizer_memory import FP32, OptimizerMemory, Shapes, factored, in_blocks, numbers
 from halfbyte.trainer.registry import Choice, Registry
+from halfbyte.trainer.saved_adapter import MAGNITUDE
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PositiveDecay = Annotated[float, Field(gt=0, lt=1)]
 Named = Iterable[tuple[str, Parameter]]
-MAGNITUDE = ".lora_magnitude_vector."
-"""In the name of a parameter that holds the lengths of DoRA's rows."""
 
 
 class OptimizerChoice(Choice):

@@ -15,9 +15,10 @@ from halfbyte.trainer.errors import RecipeError
 
 METADATA = "lora_adapter_metadata"
 _PREFIX = "transformer."
-_MAGNITUDE = ".lora_magnitude_vector"
+DOWN = ".lora_A.weight"
+MAGNITUDE = ".lora_magnitude_vector"
 # What ends a layer's name in a key of PEFT and diffusers, and what it is.
-_ENDINGS = {".lora_A.weight": "down", ".lora_B.weight": "up", _MAGNITUDE: "lengths"}
+_ENDINGS = {DOWN: "down", ".lora_B.weight": "up", MAGNITUDE: "lengths"}
 # In files without a configuration, which may carry the scale themselves, as ComfyUI's and kohya's do.
 PLAIN_ENDINGS = _ENDINGS | {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
 
@@ -63,7 +64,7 @@ class SavedAdapter:
     @property
     def is_dora(self) -> bool:
         """Whether lengths of rows learned as well."""
-        return any(name.endswith(_MAGNITUDE) for name in self.tensors)
+        return any(name.endswith(MAGNITUDE) for name in self.tensors)
 
 
 def read_saved(file: Path) -> SavedAdapter:
@@ -119,7 +120,7 @@ def whole_adapter(
                 f"{where} has alpha_pattern {pattern!r}, which is no regular expression: {error}"
             ) from error
     if config.get("use_dora") and not all("lengths" in part for part in parts.values()):
-        raise RecipeError(f"{file}: is a DoRA adapter (use_dora) without the lengths of rows (…{_MAGNITUDE})")
+        raise RecipeError(f"{file}: is a DoRA adapter (use_dora) without the lengths of rows (…{MAGNITUDE})")
     return SavedAdapter({name.removeprefix(prefix): t for name, t in tensors.items()}, config)
 
 

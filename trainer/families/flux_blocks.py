@@ -94,8 +94,8 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
             self._attention(attention, rotary, x, joint=True),
             (StreamPart.of(groups[:4], clip=True), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
-            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
-            store=self.settings.store if torch.is_grad_enabled() else None,
+            keep=self.kept,
+            store=self.store,
         )
 
 
@@ -140,8 +140,8 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             into,
             out,
             norm_eps=self.norm.norm.eps,
-            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
-            store=self.settings.store if torch.is_grad_enabled() else None,
+            keep=self.kept,
+            store=self.store,
         )
 
     def _shared(

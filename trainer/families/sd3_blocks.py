@@ -6,7 +6,6 @@ run layer by layer; so does any block that `LinearGroup` cannot take, see `flux_
 
 from typing import Any
 
-import torch
 from diffusers.models import attention as diffusers_attention
 from torch import Tensor, nn
 
@@ -70,8 +69,8 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
             self._attention(attention, x),
             (StreamPart.of(groups[:4], clip=False), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
-            keep=self.settings.keep if torch.is_grad_enabled() else "inputs",
-            store=self.settings.store if torch.is_grad_enabled() else None,
+            keep=self.kept,
+            store=self.store,
         )
 
     def _attention(self, module: Any, x: Tensor) -> JointAttention:

@@ -9,13 +9,24 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.attention import default_backend
 from halfbyte.quant.autocast import autocast_dtype
-from halfbyte.trainer.families.block_parts import BlockSettings
+from halfbyte.trainer.families.block_parts import BlockSettings, Keep
+from halfbyte.trainer.families.host_store import HostStore
 
 
 class WholeBlock:
     """What the blocks of every family share; mixed into diffusers' classes."""
 
     settings: BlockSettings
+
+    @property
+    def kept(self) -> Keep:
+        """What the whole block keeps for its backward; where there will be none, as little as it can."""
+        return self.settings.keep if torch.is_grad_enabled() else "inputs"
+
+    @property
+    def store(self) -> HostStore | None:
+        """Where its inputs wait for the backward; None: on the device, or for none."""
+        return self.settings.store if torch.is_grad_enabled() else None
 
     def computed_in(self, x: Tensor) -> torch.dtype:
         """What the block computes in: autocast's dtype, or the input's."""
