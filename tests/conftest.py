@@ -11,7 +11,7 @@ import torch
 # Before huggingface_hub is imported by anything: no test may reach a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from halfbyte.trainer.mini import build_flux_pipeline, build_sd3_pipeline
+from scripts.mini.tiny_pipelines import build_flux_pipeline, build_sd3_pipeline
 
 from small_recipe import Write
 
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The mark `gpu` is for tests that need a CUDA device; scripts/test_gpu runs those alone."""
+    """The mark `gpu` is for tests that need a CUDA device; scripts/dev/test_gpu runs those alone."""
     if torch.cuda.is_available():
         return
     for item in items:

@@ -14,7 +14,7 @@ from halfbyte.trainer.errors import RecipeError
 
 if TYPE_CHECKING:
     # Families import diffusers, which takes seconds: only those a run uses are imported, when it uses them.
-    from halfbyte.trainer.families.base import Family
+    from halfbyte.trainer.families.family import Family
 
 # Strict, so that "10" is no number and 1 is not true; a whole number still passes where a float is asked for.
 SETTINGS = ConfigDict(
@@ -136,7 +136,7 @@ class FamilyRegistry:
 
 FAMILIES = FamilyRegistry(
     {
-        "flux": "halfbyte.trainer.families.flux:Flux",
-        "sd3": "halfbyte.trainer.families.sd3:SD3",
+        "flux": "halfbyte.trainer.families.flux.family:Flux",
+        "sd3": "halfbyte.trainer.families.sd3.family:SD3",
     }
 )

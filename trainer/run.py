@@ -7,21 +7,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from halfbyte.trainer import checkpoint
-from halfbyte.trainer.adapters import load_adapter_state
-from halfbyte.trainer.attention_choice import AttentionChoice, AttentionShape, choose_attention
-from halfbyte.trainer.denoiser import DTYPES, Loaded, load_denoiser, start_layers
+from halfbyte.trainer.adapters.lora import load_adapter_state
+from halfbyte.trainer.data.prepare import Prepared, prepare
+from halfbyte.trainer.data.size_limits import refuse_large
+from halfbyte.trainer.denoiser.attention import AttentionChoice, AttentionShape, choose_attention
+from halfbyte.trainer.denoiser.load import DTYPES, Loaded, load_denoiser, start_layers
 from halfbyte.trainer.errors import HubError, RecipeError
-from halfbyte.trainer.export import ExportSettings, export_trained
-from halfbyte.trainer.export_lines import exported_lines
-from halfbyte.trainer.families.base import Family
-from halfbyte.trainer.file_digests import FileDigests
-from halfbyte.trainer.fit import Finished, Training, fit
-from halfbyte.trainer.full_device import told_when_full
-from halfbyte.trainer.launch import World, barrier, join, told_by_first
-from halfbyte.trainer.learned import what_was_learned
-from halfbyte.trainer.metrics import METRICS, StepMetrics, read_metrics
-from halfbyte.trainer.pinned_base import (
+from halfbyte.trainer.export.export import ExportSettings, export_trained
+from halfbyte.trainer.export.export_lines import exported_lines
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.plan.advice import told_when_full
+from halfbyte.trainer.plan.dry_run import Rehearsal
+from halfbyte.trainer.pretrained.file_digests import FileDigests
+from halfbyte.trainer.publish.push import PushRequest, check_push, prepare_push, push
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.run_folder import checkpoint
+from halfbyte.trainer.run_folder.folder import RunFolder, claim
+from halfbyte.trainer.run_folder.pinned_base import (
     INIT_FROM,
     at_commit,
     find_commits,
@@ -29,11 +31,11 @@ from halfbyte.trainer.pinned_base import (
     pin_base,
     started_from,
 )
-from halfbyte.trainer.prepare import Prepared, prepare
-from halfbyte.trainer.push import PushRequest, check_push, prepare_push, push
-from halfbyte.trainer.recipe import Recipe
-from halfbyte.trainer.rehearsal import Rehearsal
-from halfbyte.trainer.report import (
+from halfbyte.trainer.runtime.world import World, barrier, join, told_by_first
+from halfbyte.trainer.sample.sampler import PictureSampler, SampleSettings
+from halfbyte.trainer.training.loop import Finished, Training, fit
+from halfbyte.trainer.training.metrics import METRICS, StepMetrics, read_metrics
+from halfbyte.trainer.training.opening import (
     Closing,
     Opening,
     closing_lines,
@@ -41,9 +43,7 @@ from halfbyte.trainer.report import (
     write_lines,
     write_summary,
 )
-from halfbyte.trainer.run_folder import RunFolder, claim
-from halfbyte.trainer.sampling import PictureSampler, SampleSettings
-from halfbyte.trainer.size_limits import refuse_large
+from halfbyte.trainer.training.outcome import what_was_learned
 
 log = logging.getLogger(__name__)
 

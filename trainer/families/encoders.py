@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle, tell_stored
-from halfbyte.trainer.file_digests import FileDigests
-from halfbyte.trainer.placement import Placement
-from halfbyte.trainer.unused_memory import free_unused
+from halfbyte.trainer.pretrained.file_digests import FileDigests
+from halfbyte.trainer.runtime.device_memory import free_unused
+from halfbyte.trainer.runtime.placement import Placement
 
 if TYPE_CHECKING:
-    from halfbyte.trainer.families.base import Family
+    from halfbyte.trainer.families.family import Family
 
 
 @dataclass(frozen=True)

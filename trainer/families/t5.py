@@ -9,17 +9,13 @@ from torch import nn
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Block
 
-from halfbyte.quant.convert import QuantRecipe
-from halfbyte.quant.load import stored_quantization
-from halfbyte.quant.load_text_encoder import (
-    count_parameters,
-    load_text_encoder,
-    text_encoder_on_meta,
-)
-from halfbyte.trainer.component import PIPELINE
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.load.text_encoder import count_parameters, load_text_encoder, text_encoder_on_meta
+from halfbyte.quant.load.transformer import stored_quantization
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.block_copies import copies_to
-from halfbyte.trainer.families.block_stream import BlockStream, keep_on_host, packed_blocks
+from halfbyte.trainer.families.offload.block_stream import BlockStream, keep_on_host, packed_blocks
+from halfbyte.trainer.families.offload.copies import copies_to
+from halfbyte.trainer.pretrained.component import PIPELINE
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,136 @@
+"""What the ops take: types, sizes and layout of their operands, checked before anything is read.
+
+Kernels index by these numbers alone, so an operand that is too short would be read beyond its end, and torch would
+broadcast it to a wrong weight. The checks run at every call: comparisons of plain integers, no launch, and on
+symbolic sizes guards that hold.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.quantize_4bit import reference
+
+QUANT_TYPES = tuple(reference.CODES)
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_quantize(
+    weight: Tensor, quant_type: str, blocksize: int, nested_blocksize: int = BLOCKSIZES[0]
+) -> None:
+    """The operands of `quantize_4bit` and `quantize_4bit_double`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type: got {quant_type!r}, accepted: {', '.join(QUANT_TYPES)}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight: got {weight.dtype}, accepted: {', '.join(map(str, WEIGHT_DTYPES))}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight: got the empty shape {tuple(weight.shape)}, expected at least one value")
+    _check_blocksize("blocksize", blocksize)
+    _check_blocksize("nested_blocksize", nested_blocksize)
+
+
+def check_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    scale_dtype: torch.dtype = torch.float32,
+) -> None:
+    """The operands of `dequantize_4bit`, whose scales have `scale_dtype`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    numel = 1
+    for size in shape:
+        if size < 1:
+            raise ValueError(f"shape: got {tuple(shape)}, expected positive sizes")
+        numel *= size
+    _check_blocksize("blocksize", blocksize)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, expected a floating-point type")
+    device = packed.get_device()
+    _check("packed", packed, torch.uint8, (numel + 1) // 2, device)
+    _check("absmax", absmax, scale_dtype, (numel + blocksize - 1) // blocksize, device)
+    _check("code", code, torch.float32, 16, device)
+
+
+def check_dequantize_double(
+    packed: Tensor,
+    codes: Tensor,
+    nested_absmax: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    nested_code: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int,
+    nested_blocksize: int,
+) -> None:
+    """The operands of `dequantize_4bit_double`, whose 8-bit scales are called absmax as in a `PackedWeight`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    check_dequantize(packed, codes, code, shape, dtype, blocksize, torch.uint8)
+    _check_blocksize("nested_blocksize", nested_blocksize)
+    device = packed.get_device()
+    blocks = (codes.numel() + nested_blocksize - 1) // nested_blocksize
+    _check("nested_absmax", nested_absmax, torch.float32, blocks, device)
+    _check("offset", offset, torch.float32, 1, device)
+    _check("nested_code", nested_code, torch.float32, 256, device)
+
+
+def check_int8(quantized: Tensor, absmax: Tensor) -> None:
+    """A weight of LLM.int8(): int8 (N, K) and the fp32 (N,) of its rows.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if quantized.dtype is not torch.int8 or quantized.dim() != 2:
+        raise ValueError(
+            f"quantized: got {quantized.dtype} {tuple(quantized.shape)}, expected torch.int8 (N, K)"
+        )
+    _check("absmax", absmax, torch.float32, quantized.shape[0], quantized.get_device())
+
+
+def check_rows(name: str, rows: Tensor, width: int, bias: Tensor | None = None, outputs: int = 0) -> None:
+    """What a weight is multiplied by, (..., width), and the bias (outputs,) that is added.
+
+    Raises:
+        ValueError: naming the argument, or "bias".
+    """
+    if rows.dim() == 0 or rows.shape[-1] != width:
+        raise ValueError(f"{name}: got shape {tuple(rows.shape)}, expected (..., {width})")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs or not bias.is_contiguous()):
+        raise ValueError(
+            f"bias: got shape {tuple(bias.shape)} with strides {bias.stride()}, expected ({outputs},) contiguous"
+        )
+
+
+def _check_blocksize(name: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{name}: got {blocksize}, accepted: {', '.join(map(str, BLOCKSIZES))}")
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: int) -> None:
+    # Tensors of the CPU and of meta have no number; there torch itself refuses to mix them.
+    if (
+        tensor.dtype is not dtype
+        or tensor.numel() != numel
+        or not tensor.is_contiguous()
+        or (device >= 0 and tensor.get_device() != device)
+    ):
+        layout = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
+        raise ValueError(
+            f"{name}: got {tensor.dtype} {tuple(tensor.shape)}{layout} on {tensor.device}, expected {numel} values of"
+            f" {dtype}, contiguous and on the device of the other operands"
+        )

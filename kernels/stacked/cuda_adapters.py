@@ -1,0 +1,147 @@
+"""The adapters of a group of layers cast and laid out for its products on CUDA, in one launch each."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.kernels.triton_launch import Launcher
+
+MOST_LAYERS = 4
+
+_TILE = 1024
+_MOST_ROWS = 64
+_VALUES = 4096  # of a program: more than its registers hold would go through memory
+
+
+@triton.jit
+def _down_kernel(
+    out,
+    first,
+    second,
+    third,
+    fourth,
+    WIDTH: tl.constexpr,
+    OUT_ROW: tl.constexpr,
+    END1: tl.constexpr,
+    END2: tl.constexpr,
+    END3: tl.constexpr,
+    END4: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Row r of out is row r of the four below each other, 0 beyond them."""
+    row = tl.program_id(1)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = column < WIDTH
+    value = tl.zeros((TILE,), tl.float32)
+    if row < END1:
+        value = tl.load(first + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    elif row < END2:
+        value = tl.load(second + (row - END1) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    elif row < END3:
+        value = tl.load(third + (row - END2) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    elif row < END4:
+        value = tl.load(fourth + (row - END3) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * OUT_ROW + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(
+    up,
+    row,
+    column,
+    scale,
+    START: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """The layer's values in a tile of the diagonal, 0 elsewhere."""
+    own = (row >= START) & (row < START + OUTPUTS) & (column >= FIRST) & (column < FIRST + RANK)
+    return tl.load(up + (row - START) * RANK + column - FIRST, mask=own, other=0.0).to(tl.float32) * scale
+
+
+@triton.jit
+def _up_kernel(
+    out,
+    first,
+    second,
+    third,
+    fourth,
+    scale1,
+    scale2,
+    scale3,
+    scale4,
+    rows,
+    COLUMNS: tl.constexpr,
+    START1: tl.constexpr,
+    START2: tl.constexpr,
+    START3: tl.constexpr,
+    START4: tl.constexpr,
+    OUTPUTS1: tl.constexpr,
+    OUTPUTS2: tl.constexpr,
+    OUTPUTS3: tl.constexpr,
+    OUTPUTS4: tl.constexpr,
+    RANK1: tl.constexpr,
+    RANK2: tl.constexpr,
+    RANK3: tl.constexpr,
+    RANK4: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROOM: tl.constexpr,
+):
+    """out (rows, COLUMNS), contiguous: the four times their scales on a diagonal of blocks, 0 elsewhere."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, ROOM)[None, :]
+    value = _part(first, row, column, scale1, START1, OUTPUTS1, 0, RANK1)
+    if RANK2 > 0:
+        value += _part(second, row, column, scale2, START2, OUTPUTS2, RANK1, RANK2)
+    if RANK3 > 0:
+        value += _part(third, row, column, scale3, START3, OUTPUTS3, RANK1 + RANK2, RANK3)
+    if RANK4 > 0:
+        value += _part(fourth, row, column, scale4, START4, OUTPUTS4, RANK1 + RANK2 + RANK3, RANK4)
+    mask = (row < rows) & (column < COLUMNS)
+    tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+_launch_down = Launcher(_down_kernel)
+_launch_up = Launcher(_up_kernel)
+
+
+def _four(parts: Sequence[Tensor]) -> list[Tensor]:
+    contiguous = [part.contiguous() for part in parts]
+    return contiguous + contiguous[-1:] * (MOST_LAYERS - len(parts))
+
+
+def stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
+    """Fills out (extra, K) with at most four A (rank, K) below each other, and with zeros behind them."""
+    ends, end = [], 0
+    for down in downs:
+        end += down.shape[0]
+        ends.append(end)
+    ends += [end] * (MOST_LAYERS - len(ends))
+    extra, width = out.shape
+    grid = (triton.cdiv(width, _TILE), extra, 1)
+    _launch_down(grid, (out, *_four(downs)), (width, out.stride(0), *ends, _TILE), num_warps=4)
+
+
+def stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]) -> None:
+    """Fills out (N, extra), contiguous, with at most four B (N_i, rank) times their scales: B_i's rows from starts[i],
+    its columns behind those of the one before; zeros elsewhere."""
+    missing = MOST_LAYERS - len(ups)
+    rows, columns = out.shape
+    room = triton.next_power_of_2(columns)
+    at_once = max(1, min(_MOST_ROWS, _VALUES // room))
+    _launch_up(
+        (triton.cdiv(rows, at_once), 1, 1),
+        (out, *_four(ups), *map(float, scales), *[1.0] * missing, rows),
+        (
+            columns,
+            *(*starts, *[0] * missing),
+            *(*(up.shape[0] for up in ups), *[0] * missing),
+            *(*(up.shape[1] for up in ups), *[0] * missing),
+            at_once,
+            room,
+        ),
+        num_warps=4,
+    )

@@ -1,0 +1,135 @@
+"""Weights without values: a model on meta whose quantized layers have packed weights of the right sizes."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from halfbyte.quant.convert.replace_linears import (
+    QuantizedLinear,
+    QuantRecipe,
+    convert,
+    kept_in_fp32,
+    refuse_unmatched,
+)
+from halfbyte.quant.formats.nf4 import NESTED_BLOCKSIZE, NestedState, QuantSpec, QuantState
+from halfbyte.quant.layers.linear4bit import Linear4bit, Params4bit
+from halfbyte.quant.layers.linear8bit import Int8Params
+from halfbyte.quant.load.transformer import default_dtype
+
+Model = TypeVar("Model", bound=ModelMixin)
+
+
+@contextmanager
+def built_on_meta() -> Iterator[None]:
+    """Modules that are made within are on meta, and are not filled by torch.nn.init: that it does in Python there, in
+    more time than all else takes."""
+    with torch.device("meta"), _NotFilled():
+        yield
+
+
+class _NotFilled(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's hook."""
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def model_on_meta(
+    model_cls: type[Model], config: dict[str, Any], recipe: QuantRecipe | None, dtype: torch.dtype
+) -> Model:
+    """The model that `config` describes as `load_quantized` would give it, but for the values.
+
+    Raises ValueError where the configuration describes no such model, SkipListError where the skip list names no
+    layer, unless the configuration brings it along.
+    """
+    try:
+        with default_dtype(dtype), built_on_meta():
+            model: Model = model_cls.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
+    if recipe is not None:
+        with built_on_meta():
+            # Of what a list matches besides, loading warns.
+            if "quantization_config" not in config:
+                refuse_unmatched(model, recipe.skip)
+            convert(model, recipe, check_skip=False)
+    place_weights_on_meta(model, dtype, in_fp32=kept_in_fp32(model))
+    return model.eval().requires_grad_(False)
+
+
+def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Collection[str] = ()) -> None:
+    """Gives every parameter and stored buffer of a model on meta the dtype and size that loading would give it.
+
+    `dtype` is that of what is not quantized, but for modules with a name of `in_fp32`.
+    """
+    placed: dict[int, nn.Parameter] = {}  # what is shared stays one
+    for path, module in model.named_modules():
+        own_dtype = torch.float32 if set(in_fp32) & set(path.split(".")) else dtype
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(module, QuantizedLinear) and name == "weight":
+                module.weight = _packed(module)
+            else:
+                if id(parameter) not in placed:
+                    value = torch.empty(parameter.shape, dtype=own_dtype, device="meta")
+                    placed[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = placed[id(parameter)]
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            # What no file holds stays as the model makes it.
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=own_dtype, device="meta")
+
+
+def weight_tensors(module: nn.Module) -> list[Tensor]:
+    """What a module itself holds, the statistics of a packed weight included."""
+    tensors: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return tensors + (statistics_of(module) if isinstance(module, QuantizedLinear) else [])
+
+
+def statistics_of(module: QuantizedLinear) -> list[Tensor]:
+    """The tensors beside a layer's codes: those that its statistics hold, without the tables all layers share."""
+    statistics = module.weight.statistics
+    if isinstance(statistics, Tensor):
+        return [statistics]
+    nested = statistics.nested
+    return [statistics.absmax] + ([] if nested is None else [nested.absmax, nested.offset])
+
+
+def _packed(module: QuantizedLinear) -> Params4bit | Int8Params:
+    outputs, width = module.out_features, module.in_features
+    if isinstance(module, Linear4bit):
+        codes = _empty(((outputs * width + 1) // 2, 1), torch.uint8)
+        return Params4bit(codes, quant_state=_state(module.spec, outputs, width, module.compute_dtype))
+    return Int8Params(_empty((outputs, width), torch.int8), SCB=_empty((outputs,), torch.float32))
+
+
+def _state(spec: QuantSpec, outputs: int, width: int, dtype: torch.dtype) -> QuantState:
+    blocks = -(-outputs * width // spec.blocksize)
+    nested = None
+    if spec.double_quant:
+        nested = NestedState(
+            _empty((-(-blocks // NESTED_BLOCKSIZE),), torch.float32),
+            _empty((256,), torch.float32),
+            _empty((), torch.float32),
+            NESTED_BLOCKSIZE,
+        )
+    return QuantState(
+        spec.quant_type,
+        torch.Size((outputs, width)),
+        dtype,
+        spec.blocksize,
+        _empty((16,), torch.float32),
+        _empty((blocks,), torch.float32 if nested is None else torch.uint8),
+        nested,
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

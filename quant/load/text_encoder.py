@@ -1,0 +1,160 @@
+"""Load a text encoder of transformers from a folder, streamed like the transformer and quantized if asked."""
+
+import logging
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe, linear_layers
+from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, ShardedWeights
+from halfbyte.quant.load.fill import Place, Progress, fill
+from halfbyte.quant.load.on_meta import built_on_meta, place_weights_on_meta
+from halfbyte.quant.load.serialize import CONFIG_FILE, read_quantization_config, split_statistic
+from halfbyte.quant.load.transformer import default_dtype, read_config, stored_quantization
+
+log = logging.getLogger(__name__)
+
+TextEncoder = TypeVar("TextEncoder", bound=PreTrainedModel)
+
+
+def load_text_encoder(
+    model_cls: type[TextEncoder],
+    folder: Path,
+    recipe: QuantRecipe | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    place: Place | None = None,
+) -> TextEncoder:
+    """The encoder of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
+
+    In 4 bits the modules that transformers would keep in fp32 stay in `dtype` (T5's forward casts what goes into
+    its `wo` to the weight's dtype, and packed codes have none that could be meant); in int8 they are quantized
+    too. Where the folder is quantized already it is taken as it is. `place` gets each quantized layer when it has
+    its weight.
+
+    Raises ValueError, naming the file or the tensor, where files or tensors are missing, damaged or of another
+    shape.
+    """
+    folder, device = Path(folder), torch.device(device)
+    config = read_config(folder)
+    stored = config.get("quantization_config")
+    if stored is not None:
+        own = read_quantization_config(stored, str(folder / CONFIG_FILE), dtype=dtype)
+        if recipe is not None and recipe.quant_type != own.quant_type:
+            log.warning(
+                "%s is quantized already and loaded as it is: %s, not %s",
+                folder,
+                own.quant_type,
+                recipe.quant_type,
+            )
+        recipe = own
+    model = _empty_encoder(model_cls, folder, dtype)
+    with ShardedWeights(folder, TEXT_WEIGHTS_FILE) as weights:
+        tied = _tied(model, weights.names)
+        ignored = [
+            re.compile(pattern)
+            for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
+        surplus = {name for name in weights.names if any(pattern.search(name) for pattern in ignored)}
+        if recipe is not None:
+            layers = (
+                None
+                if stored is None
+                else {parts[0] for parts in map(split_statistic, weights.names) if parts}
+            )
+            _convert(model, recipe, layers)
+        fill(
+            model,
+            weights,
+            packed=stored is not None,
+            dtype=dtype,
+            device=device,
+            leave_out={*surplus, *tied},
+            progress=progress,
+            place=place,
+        )
+    for target, source in tied.items():
+        _share(model, target, source)
+    # Buffers that are no part of the checkpoint were computed when the model was built.
+    return model.to(device).eval().requires_grad_(False)
+
+
+def count_parameters(model_cls: type[PreTrainedModel], folder: Path) -> int:
+    """How many parameters the encoder of a folder has, shared ones once; from its config alone."""
+    model = _empty_encoder(model_cls, folder, torch.bfloat16)
+    tied = _tied_names(model)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
+
+
+def text_encoder_on_meta(
+    model_cls: type[TextEncoder], folder: Path, recipe: QuantRecipe | None, dtype: torch.dtype
+) -> TextEncoder:
+    """The encoder of a folder as `load_text_encoder` would give it, but for the values; from its config alone.
+
+    Of one that is quantized already that does not say which layers are packed: all are taken to be but those that
+    transformers keeps in fp32.
+    """
+    model = _empty_encoder(model_cls, folder, dtype)
+    stored = stored_quantization(folder)
+    with built_on_meta():
+        if stored is not None:
+            kept = set(model._keep_in_fp32_modules or ())
+            layers = {f"{path}.weight" for path, _ in linear_layers(model) if not kept & set(path.split("."))}
+            _convert(model, stored, layers)
+        elif recipe is not None:
+            _convert(model, recipe, None)
+    for target, source in _tied_names(model).items():
+        _share(model, target, source)
+    place_weights_on_meta(model, dtype)
+    return model
+
+
+def _empty_encoder(model_cls: type[TextEncoder], folder: Path, dtype: torch.dtype) -> TextEncoder:
+    try:
+        config = model_cls.config_class.from_pretrained(folder)
+        assert isinstance(config, PreTrainedConfig)
+        with default_dtype(dtype), init_empty_weights():
+            return model_cls(config)
+    except (TypeError, ValueError, OSError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: no {model_cls.__name__} can be built from it: {error}"
+        ) from error
+
+
+def _convert(model: PreTrainedModel, recipe: QuantRecipe, layers: set[str] | None) -> None:
+    """Replaces the linear layers whose weights are named in `layers`; without it, all that may be packed."""
+    kept = set(model._keep_in_fp32_modules or ()) if recipe.quant_type != "int8" else set()
+    for path, linear in list(linear_layers(model)):
+        name = f"{path}.weight"
+        wanted = name in layers if layers is not None else not kept & set(path.split("."))
+        if wanted and not isinstance(linear, QuantizedLinear):
+            model.set_submodule(path, recipe.quantized(linear, name))
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are one with another -> that other one, as the class says."""
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {target: source for target, source in tied.items() if target in own and source in own}
+
+
+def _tied(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """As `_tied_names`, the other way around where a file with `names` has only the first of the two."""
+    tied = {}
+    for target, source in _tied_names(model).items():
+        if target in names and source not in names:
+            target, source = source, target
+        tied[target] = source
+    return tied
+
+
+def _share(model: PreTrainedModel, target: str, source: str) -> None:
+    path, _, leaf = target.rpartition(".")
+    model.get_submodule(path).register_parameter(leaf, model.get_parameter(source))

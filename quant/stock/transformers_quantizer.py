@@ -1,0 +1,225 @@
+"""Our layers behind transformers' own `from_pretrained`, in place of bitsandbytes: T5 and CLIP in 4 bits or in 8."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from halfbyte.quant.convert.dequantize import dequantize
+from halfbyte.quant.convert.replace_linears import QuantizedLinear, kept_in_fp32
+from halfbyte.quant.formats import int8, packing
+from halfbyte.quant.layers.linear4bit import Params4bit
+from halfbyte.quant.layers.linear8bit import Int8Params
+from halfbyte.quant.load.serialize import read_quantization_config
+from halfbyte.quant.stock.model import (
+    check_device_map,
+    check_loaded,
+    count_weights,
+    default_device,
+    has_weight,
+)
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+class _Quantize(ConversionOps):
+    """A full-precision weight into its layer."""
+
+    def __init__(self, hf_quantizer: "HalfbyteHfQuantizer") -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, nn.Parameter]:
+        return {name: self._quantized(model, name, _first(value)) for name, value in input_dict.items()}
+
+    def _quantized(self, model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, QuantizedLinear)
+        return self.hf_quantizer.fill(layer, lambda: layer.quantize(value, name))
+
+
+class _Unpack(ConversionOps):
+    """Packed codes and their statistics into their layer; a layer that is not quantized gets its weight as it is."""
+
+    def __init__(self, hf_quantizer: "HalfbyteHfQuantizer") -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Every weight gets a copy of its converter; all of them report to one quantizer.
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, full_layer_name: str, **_: Any
+    ) -> dict[str, Tensor]:
+        tensors = {name: _first(value) for name, value in input_dict.items()}
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if isinstance(module, QuantizedLinear):
+            return {"weight": self._unpacked(module, tensors, full_layer_name)}
+        return {"weight": self._plain(model, tensors, full_layer_name)}
+
+    def _unpacked(self, layer: QuantizedLinear, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
+        def load() -> None:
+            if "weight" not in tensors:
+                raise ValueError(f"{name}: missing; the file holds only {', '.join(sorted(tensors))} of it")
+            statistics = {n.removeprefix("weight."): t for n, t in tensors.items() if n != "weight"}
+            layer.load_packed(tensors["weight"], statistics, name)
+
+        return self.hf_quantizer.fill(layer, load)
+
+    def _plain(self, model: Any, tensors: dict[str, Tensor], name: str) -> Tensor:
+        own = model.get_parameter_or_buffer(name)
+        weight = tensors.get("weight")
+        if weight is None or len(tensors) > 1 or weight.is_floating_point() != own.is_floating_point():
+            self.hf_quantizer.problems.append(
+                ValueError(
+                    f"{name}: packed in the file, though its layer is none that quantization_config means"
+                )
+            )
+            return torch.zeros(own.shape, dtype=own.dtype)
+        # transformers leaves the dtype of what goes through a quantizer as it is in the file.
+        in_fp32 = own.dtype == torch.float16 and set(kept_in_fp32(model)) & set(name.split("."))
+        return weight.to(torch.float32 if in_fp32 else own.dtype)
+
+
+class HalfbyteHfQuantizer(HfQuantizer):
+    """Loads bitsandbytes checkpoints into our layers, and quantizes others on the way in; CPU or CUDA."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.problems: list[ValueError] = []
+        """What was wrong with the checkpoint's weights, in the order of reading."""
+
+    def fill(self, layer: QuantizedLinear, put: Callable[[], None]) -> nn.Parameter:
+        """The layer's weight once `put` has given it one, or an empty one and a further problem.
+
+        What is raised during the conversion comes out of transformers as a RuntimeError without a name.
+        """
+        try:
+            put()
+        except ValueError as error:
+            self.problems.append(error)
+            layer.weight = layer.parameter_class.make(torch.empty(0, dtype=layer.code_dtype), False, None)
+        return layer.weight
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes that `device_map="auto"` counts a quantized weight's element as."""
+        return 1.0 if self._eight else 0.5
+
+    @property
+    def _eight(self) -> bool:
+        config: Any = self.quantization_config
+        return bool(config.load_in_8bit)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Raises ValueError for a device map with modules on the disk."""
+        check_device_map(device_map)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The current GPU, or the CPU where there is none."""
+        return {"": default_device()} if device_map is None else device_map
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, Any]:
+        """Leaves a tenth for the weight that is being quantized."""
+        return {device: size * 0.9 if isinstance(size, int) else size for device, size in max_memory.items()}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        """Whether the parameter is a quantized layer's weight."""
+        path, _dot, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What a full-precision weight goes through."""
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What packed weights go through: each with its statistics."""
+        if not self.pre_quantized:
+            return []
+        # The plain weight last: as a pattern it matches the others too.
+        beside = int8.STATISTICS if self._eight else tuple(f"weight.{name}" for name in packing.STATISTICS)
+        names = [*beside, "weight"]
+        return [WeightConverter(names, "weight", [_Unpack(self)])]
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
+        config: Any = self.quantization_config
+        recipe = read_quantization_config(config.to_dict(), "quantization_config", dtype=model.dtype)
+        # transformers' own rule for what is skipped; it is not the one of diffusers.
+        skipped = self.get_modules_to_not_convert(
+            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+        )
+        for path, module in list(model.named_modules()):
+            if type(module) is nn.Linear and should_convert_module(path, skipped):
+                layer = recipe.quantized(module, f"{path}.weight")
+                if self.pre_quantized:
+                    # The loader casts what it reads to the dtype that it finds here.
+                    meta = layer.weight.data
+                    layer.weight = (
+                        Int8Params(meta.to(torch.int8)) if self._eight else Params4bit(meta.to(torch.uint8))
+                    )
+                model.set_submodule(path, layer)
+        initialize = model.initialize_weights
+
+        def initialize_weights() -> None:
+            self._check_read(model)
+            initialize()
+
+        # What transformers calls once all is read, to draw what the checkpoint lacks: of packed weights it cannot.
+        model.initialize_weights = initialize_weights
+
+    def _check_read(self, model: nn.Module) -> None:
+        """Raises ValueError for the first problem, or naming what the checkpoint lacks of a quantized layer."""
+        if self.problems:
+            raise self.problems[0]
+        for path, module in model.named_modules():
+            if not isinstance(module, QuantizedLinear):
+                continue
+            if not has_weight(module):
+                raise ValueError(f"{path}.weight: missing from the checkpoint")
+            # transformers marks what it has read.
+            if module.bias is not None and not hasattr(module.bias, "_is_hf_initialized"):
+                raise ValueError(f"{path}.bias: missing from the checkpoint")
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Raises ValueError, naming the tensor, for what is missing, damaged or not finite."""
+        del model.initialize_weights
+        self._check_read(model)
+        check_loaded(model)
+        count_weights(model)
+        model.is_loaded_in_8bit = self._eight
+        model.is_loaded_in_4bit = not self._eight
+        # save_pretrained would undo what loading converted; the layers' state dict is in the file's form already.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(isinstance(operation, _Unpack) for operation in getattr(conversion, "operations", ()))
+        ]
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `model.dequantize()` does: plain layers, in the dtype of the others unless one is given."""
+        dequantize(model, model.dtype if dtype is None else dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes bitsandbytes' files: the layers' state dict has their keys."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train through the frozen layers."""
+        return True
+
+
+def register() -> None:
+    """From here on transformers' `from_pretrained` builds our layers for bitsandbytes checkpoints and configs."""
+    for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        AUTO_QUANTIZER_MAPPING[kind] = HalfbyteHfQuantizer

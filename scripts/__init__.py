@@ -1,0 +1,1 @@
+"""Benchmarks and the making of the miniatures, run from the root as `python -m scripts.bench.train`."""

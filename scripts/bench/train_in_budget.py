@@ -1,0 +1,39 @@
+"""A run of `train` on a large card, held to what a small one has.
+
+    python -m scripts.bench.train_in_budget GIB RECIPE [settings by dotted name]
+
+torch's allocator gives the process GIB less a CUDA context, from encoding to export, and no more; a run that needs
+more ends with exit code 6, as it would on that card. Processes that the run starts, for the attention probe and the
+export's self-check, come one after the other and are not held. Prints the peaks of what was allocated and reserved.
+"""
+
+import sys
+
+from halfbyte.trainer.cli.app import train_app  # first: it readies torch's allocator
+from halfbyte.trainer.plan.planner import CONTEXT_BYTES
+
+import torch  # isort: skip
+
+
+def main() -> None:
+    """Reads the budget; the rest is `train`'s."""
+    if len(sys.argv) < 3:
+        raise SystemExit("usage: scripts/bench/train_in_budget.py GIB RECIPE [settings]")
+    budget = float(sys.argv.pop(1))
+    allowed = budget * 2**30 - CONTEXT_BYTES
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        train_app()
+    finally:
+        allocated, reserved = (
+            peak() / 2**30 for peak in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        )
+        print(
+            f"within {budget:g} GiB: at most {allocated:.2f} GiB allocated and {reserved:.2f} reserved"
+            f" of {allowed / 2**30:.2f}",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the tests of whole runs share: a recipe of seconds, and ways to start it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy
+from PIL import Image
+from rich.console import Console
+
+from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.run import run
+from halfbyte.trainer.runtime.world import World, read_world
+
+PICTURES = 6
+
+
+def write_pictures(folder: Path) -> Path:
+    """Pictures with text captions: gradients of different colours."""
+    folder.mkdir()
+    for number in range(PICTURES):
+        ramp = numpy.linspace(0, 255, 80)[None, :, None] * numpy.ones((72, 1, 3))
+        ramp[..., number % 3] = 40 * number
+        Image.fromarray(ramp.astype("uint8")).save(folder / f"picture{number}.png")
+        (folder / f"picture{number}.txt").write_text(f"a gradient, number {number}")
+    return folder
+
+
+def write_recipe(folder: Path, model: Path, *, family: str = "flux", name: str = "run") -> Path:
+    """A recipe over `folder/pictures` (made here) that takes a few steps."""
+    if not (folder / "pictures").exists():
+        write_pictures(folder / "pictures")
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(
+        f"""
+model: {{family: {family}, path: {model}, max_sequence_length: 24}}
+quant: {{type: nf4, double_quant: true, compute_dtype: float32}}
+lora: {{rank: 4, alpha: 4, targets: all-linear}}
+data: {{path: ./pictures, resolution: 64, cache_dir: ./cache}}
+objective:
+  shift: {{name: static, shift: 2.0}}
+optimizer: {{name: adamw, lr: 1.0e-3}}
+train: {{steps: 4, batch_size: 1, grad_accumulation: 2, seed: 5}}
+sample: {{prompts: [a gradient], steps: 2, width: 64, height: 64}}
+checkpoint: {{every: 2, keep: 2}}
+output: {{dir: {folder / name}, self_check: false}}
+"""
+    )
+    return recipe
+
+
+def run_here(recipe: Path, *overrides: str, resume: bool = False, world: World | None = None) -> Path:
+    """Runs in this process; returns the run's folder."""
+    settings = load_recipe(recipe, overrides)
+    assert run(
+        settings,
+        world or read_world({"ACCELERATE_USE_CPU": "true"}),
+        console=Console(quiet=True),
+        resume=resume,
+    )
+    return settings.output.dir
+
+
+def environment() -> dict[str, str]:
+    """For a process of its own: two threads shared, no network, no launcher's leftovers."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_", "SLURM_"))
+    }
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(
+    *arguments: str, timeout: float = 180, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end; environ: what its environment has else."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment() | dict(environ or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

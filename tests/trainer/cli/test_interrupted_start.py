@@ -1,0 +1,51 @@
+"""Ctrl-C while a command still imports its libraries."""
+
+import subprocess
+import sys
+
+import pytest
+
+from runs import environment
+
+# Sends Ctrl-C to itself where an import of this name begins.
+INTERRUPTED_AT = """
+import os, signal, sys
+def interrupt(event, details):
+    if event == "import" and details[0] == {module!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
+sys.argv = {arguments!r}
+{start}
+"""
+STARTS = {
+    "train": ("from halfbyte.trainer.cli.main import train; train()", ["train", "run.yaml"]),
+    "halfbyte": ("from halfbyte.trainer.cli.main import main; main()", ["halfbyte", "quant-report", "model"]),
+    "module": (
+        "import runpy; runpy.run_module('halfbyte.trainer', run_name='__main__', alter_sys=True)",
+        ["train", "run.yaml"],
+    ),
+}
+
+
+# numpy's passes no KeyboardInterrupt on, and Lightning is imported once the command has begun.
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [
+        ("train", "torch"),
+        ("train", "numpy._core._multiarray_umath"),
+        ("train", "halfbyte.trainer.recipe.recipe"),
+        ("module", "torch.nn"),
+        ("halfbyte", "torch.nn"),
+        ("halfbyte", "lightning.pytorch"),
+    ],
+)
+def test_a_command_that_is_stopped_while_it_imports_says_so(start: str, module: str) -> None:
+    code, arguments = STARTS[start]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT.format(module=module, arguments=arguments, start=code)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")

@@ -1,0 +1,95 @@
+"""The moving average of the adapter: its formula, and that looking at it changes nothing."""
+
+import pytest
+import torch
+
+from halfbyte.trainer.optim.averages import Weights
+from halfbyte.trainer.optim.ema import Ema
+
+
+def parameters(count=2):
+    draws = torch.Generator().manual_seed(0)
+    return {f"layer{i}": torch.nn.Parameter(torch.randn(4, 3, generator=draws)) for i in range(count)}
+
+
+def walk(trained, step):
+    for number, parameter in enumerate(trained.values()):
+        parameter.data.fill_(step + 0.1 * number)
+
+
+def test_the_average_is_the_formulas():
+    trained = parameters()
+    ema = Ema(trained, decay=0.5, warmup=False)
+    expected = trained["layer0"].detach().double()
+    for step in range(1, 6):
+        walk(trained, step)
+        ema.update(step)
+        expected = 0.5 * expected + 0.5 * step
+    assert torch.allclose(ema.average["layer0"].double(), expected, atol=1e-6)
+
+
+def test_the_warmup_forgets_the_start():
+    kept = []
+    for step in (1, 10, 1000):
+        trained = parameters()
+        ema = Ema(trained, decay=0.99)
+        before = ema.average["layer0"].clone()
+        walk(trained, 0)
+        ema.update(step)
+        kept.append(float((ema.average["layer0"] / before).mean()))
+    assert kept == pytest.approx([2 / 11, 11 / 20, 0.99], rel=1e-5)
+
+
+def test_rarer_updates_keep_the_span():
+    each, third = parameters(), parameters()
+    one, other = Ema(each, decay=0.9, warmup=False), Ema(third, decay=0.9, every=3, warmup=False)
+    for step in range(1, 7):
+        for trained, ema in ((each, one), (third, other)):
+            walk(trained, 1)  # where the weights stand still, both have come as near to them
+            ema.update(step)
+    assert torch.allclose(one.average["layer0"], other.average["layer0"], atol=1e-6)
+    before = other.average["layer0"].clone()
+    other.update(7)
+    assert torch.equal(other.average["layer0"], before)
+
+
+def test_looking_puts_every_bit_back():
+    trained = parameters()
+    ema = Ema(trained, decay=0.9)
+    walk(trained, 1 / 3)
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+    def look():
+        with ema.in_place():
+            assert all(parameter.equal(ema.average[name]) for name, parameter in trained.items())
+            assert not trained["layer0"].equal(before["layer0"])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        look()
+    assert all(parameter.equal(before[name]) for name, parameter in trained.items())
+    assert all(parameter.requires_grad for parameter in trained.values())
+
+
+def test_a_bf16_adapter_has_an_fp32_average():
+    trained = {name: torch.nn.Parameter(value.data.bfloat16()) for name, value in parameters().items()}
+    ema = Ema(trained, decay=0.999, warmup=False)
+    walk(trained, 1)
+    ema.update(1)
+    assert {value.dtype for value in ema.average.values()} == {torch.float32}
+    assert not ema.average["layer0"].equal(trained["layer0"].float())
+
+
+def test_an_average_of_other_parameters_is_refused():
+    ema = Ema(parameters(), decay=0.9)
+    ema.restore({name: torch.ones(4, 3) for name in ema.average})
+    assert float(ema.average["layer1"].mean()) == 1
+    with pytest.raises(ValueError, match="other parameters"):
+        ema.restore({"layer0": torch.ones(4, 3)})
+
+
+def test_without_an_average_what_trains_is_seen():
+    weights = Weights()
+    assert not weights.averaged
+    with weights.in_place():
+        pass

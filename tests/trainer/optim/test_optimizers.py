@@ -1,0 +1,263 @@
+"""Each optimizer: it learns, goes on after a checkpoint to the bit, and holds the state it says."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from halfbyte.trainer.optim.averages import OptimizerAverage
+from halfbyte.trainer.optim.optimizers import (
+    OPTIMIZERS,
+    Adafactor,
+    AdamW,
+    AdamW8Bit,
+    Prodigy,
+    ScheduleFreeAdamW,
+)
+from halfbyte.trainer.run_folder import checkpoint
+
+# With the fp32 numbers of state that each says it holds a parameter, of large matrices.
+CHOICES = {
+    "adamw": (AdamW(name="adamw", lr=1e-2), 2.0),
+    "adamw_8bit": (AdamW8Bit(name="adamw_8bit", lr=1e-2), 0.508),
+    "adafactor": (Adafactor(name="adafactor", lr=1e-2), 0.06),
+    "prodigy": (Prodigy(name="prodigy", d0=1e-4), 4.0),
+    "prodigy sliced": (Prodigy(name="prodigy", d0=1e-4, slice_p=11), 2.2),
+    "schedule_free_adamw": (ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2), 2.0),
+}
+each_choice = pytest.mark.parametrize("choice", [choice for choice, _ in CHOICES.values()], ids=list(CHOICES))
+
+RANK, INPUTS, OUTPUTS = 4, 48, 40
+
+
+LENGTHS = "layer.lora_magnitude_vector.default.weight"
+
+
+class Toy:
+    """y = m * B A x, B at zero: a layer's update, fitted to another one of the same rank."""
+
+    def __init__(self, choice, device="cpu", saved=None):
+        """`saved` is a checkpoint: as in a run, its weights are there before the optimizer is."""
+        draws = torch.Generator().manual_seed(3)
+        self.x = torch.randn(64, INPUTS, generator=draws).to(device)
+        self.y = self.x @ torch.randn(INPUTS, OUTPUTS, generator=draws).to(device) / INPUTS**0.5
+        down = torch.randn(RANK, INPUTS, generator=draws) / RANK
+        self.parameters = {
+            "layer.lora_A": torch.nn.Parameter(down.to(device)),
+            LENGTHS: torch.nn.Parameter(torch.ones(OUTPUTS, device=device)),
+            "layer.lora_B": torch.nn.Parameter(torch.zeros(OUTPUTS, RANK, device=device)),
+        }
+        for name, value in saved.adapter.items() if saved else ():
+            self.parameters[name].data.copy_(value)
+        self.optimizer = choice.build(list(self.parameters.items()))
+        if saved:
+            checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
+
+    def loss(self):
+        a, lengths, b = self.parameters.values()
+        return ((self.x @ a.t() @ b.t() * lengths - self.y) ** 2).mean()
+
+    def steps(self, count, first=0):
+        for step in range(first, first + count):
+            loss = self.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            for group in self.optimizer.param_groups:
+                base = group.setdefault("base_lr", group["lr"])
+                group["lr"] = base * (step + 1) / 8  # a schedule of the rate
+            self.optimizer.step()
+        return self
+
+    def save(self, root):
+        trained = {f"transformer.{name}": value.detach().cpu() for name, value in self.parameters.items()}
+        return checkpoint.save(
+            root,
+            checkpoint.Position(3, 3, 1),
+            write_adapter=lambda folder: save_file(trained, f"{folder}/{checkpoint.ADAPTER_FILE}"),
+            optimizer=checkpoint.named_optimizer_state(self.optimizer),
+            scaler={},
+        )
+
+
+def test_every_optimizer_is_among_them():
+    assert {choice.name for choice, _ in CHOICES.values()} == set(OPTIMIZERS.classes)
+
+
+@each_choice
+def test_it_learns(choice):
+    toy = Toy(choice)
+    first = toy.loss().item()
+    for step in range(60):
+        toy.steps(1, first=min(step, 7))
+    assert toy.loss().item() < 0.95 * first
+
+
+@each_choice
+def test_it_goes_on_after_a_checkpoint_to_the_bit(choice, tmp_path):
+    whole = Toy(choice).steps(6)
+    Toy(choice).steps(3).save(tmp_path)
+    resumed = Toy(choice, saved=checkpoint.newest(tmp_path)).steps(3, first=3)
+    for name, parameter in whole.parameters.items():
+        assert parameter.equal(resumed.parameters[name]), name
+    assert choice.rate(whole.optimizer) == choice.rate(resumed.optimizer)
+
+
+@each_choice
+def test_what_it_saves_is_that_very_state(choice, tmp_path):
+    """So that it could be written again, a bit further on, by a run that was resumed."""
+    toy = Toy(choice).steps(3)
+    first = toy.save(tmp_path / "first")
+    again = Toy(choice, saved=checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
+    for name in (checkpoint.ADAPTER_FILE, "optimizer.safetensors", "state.json"):
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("choice", "numbers"), CHOICES.values(), ids=list(CHOICES))
+def test_its_state_is_what_it_says(choice, numbers):
+    shapes = [(8, 256), (256, 8), (8, 250), (300,), (8, 256), (300,)]
+    parameters = [(str(index), torch.nn.Parameter(torch.randn(shape))) for index, shape in enumerate(shapes)]
+    optimizer = choice.build(parameters)
+    for _, parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    held = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim() > 0  # counters aside
+    }
+    assert sum(held.values()) == choice.memory(shapes).state
+    large = [(16, 3072), (3072, 16)]
+    assert choice.memory(large).state / (4 * 2 * 16 * 3072) == pytest.approx(numbers, abs=0.07)
+
+
+@each_choice
+def test_the_lengths_of_doras_rows_do_not_decay(choice):
+    """They begin as the base's own: nearer to zero is no nearer to the base."""
+    toy = Toy(choice.model_copy(update={"weight_decay": 0.5}))
+    before = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
+    for step in range(4):
+        for group in toy.optimizer.param_groups:
+            assert (group["weight_decay"] == 0) == (LENGTHS in group["param_names"])
+        a, lengths, b = toy.parameters.values()
+        a.grad, lengths.grad, b.grad = (
+            1e-12 * before["layer.lora_A"],
+            torch.zeros(OUTPUTS),
+            torch.ones_like(b),
+        )
+        toy.optimizer.step()
+        assert torch.allclose(toy.parameters[LENGTHS], before[LENGTHS], rtol=1e-7), step
+    assert toy.parameters["layer.lora_A"].norm() < before["layer.lora_A"].norm()
+
+
+def test_adafactors_rate_is_a_plain_one():
+    """Its own is relative to the weights, and B starts at zero."""
+    toy = Toy(Adafactor(name="adafactor", lr=1e-2, weight_decay=0.0))
+    toy.steps(1, first=7)
+    moved = toy.parameters["layer.lora_B"].detach().square().mean().sqrt()
+    assert 0.5e-2 < float(moved) <= 1.01e-2
+
+
+def test_adafactor_says_the_rate_that_it_took():
+    choice = Adafactor(name="adafactor", lr=0.6, weight_decay=0.0)
+    toy = Toy(choice)
+    for step, rate in enumerate((0.6, 0.6, 3**-0.5, 4**-0.5), 1):
+        before = toy.parameters["layer.lora_B"].detach().clone()
+        toy.parameters["layer.lora_A"].grad = torch.zeros(RANK, INPUTS)
+        toy.parameters[LENGTHS].grad = torch.zeros(OUTPUTS)
+        toy.parameters["layer.lora_B"].grad = torch.full((OUTPUTS, RANK), (-1.0) ** step)
+        toy.optimizer.step()
+        assert choice.rate(toy.optimizer) == pytest.approx(rate)
+        assert float((toy.parameters["layer.lora_B"].detach() - before).abs().mean()) == pytest.approx(
+            rate, rel=1e-4
+        )
+
+
+def test_prodigy_finds_its_rate_and_says_so():
+    choice = Prodigy(name="prodigy")
+    toy = Toy(choice)
+    toy.steps(1, first=7)
+    assert choice.rate(toy.optimizer) == pytest.approx(1e-6, rel=1e-3)
+    for _ in range(60):
+        toy.steps(1, first=7)
+    assert choice.rate(toy.optimizer) > 1e-4
+
+
+def test_prodigy_is_warned_about_another_optimizers_rate(capsys):
+    assert Prodigy(name="prodigy").advice() == []
+    (line,) = Prodigy(name="prodigy", lr=1e-4).advice()
+    assert "0.0001" in line
+    assert "d_coef" in line
+    assert AdamW(name="adamw").advice() == []
+    Toy(Prodigy(name="prodigy", weight_decay=0.1))
+    assert capsys.readouterr().out == ""
+
+
+def test_schedule_free_shows_its_average_and_trains_on():
+    choice = ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)
+    toy, undisturbed = Toy(choice).steps(4), Toy(choice).steps(4)
+    weights = choice.weights(toy.parameters, toy.optimizer)
+    assert isinstance(weights, OptimizerAverage)
+    trained = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
+    with weights.in_place():
+        for name, parameter in toy.parameters.items():
+            # y = (1 - beta) z + beta x, x the average and y the weights that train (Defazio et al. 2024, eq. 3)
+            z = toy.optimizer.state[parameter]["z"]
+            expected = (trained[name] - (1 - 0.9) * z) / 0.9
+            assert torch.allclose(parameter, expected, atol=1e-6)
+        assert not torch.allclose(toy.parameters["layer.lora_B"], trained["layer.lora_B"], atol=1e-4)
+    toy.steps(2, first=4)
+    undisturbed.steps(2, first=4)
+    for name, parameter in toy.parameters.items():
+        assert parameter.equal(undisturbed.parameters[name]), "a look changed what trains"
+
+
+def test_schedule_free_averages_with_the_warmups_rates():
+    """The library's own warm-up and the schedule's are one: both weigh the average by the rate."""
+    ours = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)).steps(8)
+    theirs = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2))
+    for group in theirs.optimizer.param_groups:
+        group["warmup_steps"] = 8
+    for _ in range(8):
+        loss = theirs.loss()
+        theirs.optimizer.zero_grad()
+        loss.backward()
+        theirs.optimizer.step()
+    for one, other in zip(ours.parameters.values(), theirs.parameters.values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.gpu
+@each_choice
+def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
+    whole, cpu = Toy(choice, "cuda").steps(6), Toy(choice).steps(6)
+    for one, other in zip(whole.parameters.values(), cpu.parameters.values(), strict=True):
+        assert torch.allclose(one.cpu(), other, atol=5e-3)
+    Toy(choice, "cuda").steps(3).save(tmp_path)
+    resumed = Toy(choice, "cuda", checkpoint.newest(tmp_path)).steps(3, first=3)
+    for name, parameter in whole.parameters.items():
+        assert parameter.equal(resumed.parameters[name]), name
+        assert math.isfinite(float(parameter.sum()))
+
+
+@pytest.mark.gpu
+@each_choice
+def test_scaled_gradients_are_unscaled_first(choice):
+    """As float16 trains: what is clipped has its true size, and a step with infinite gradients is left out."""
+    scaled, plain = Toy(choice, "cuda"), Toy(choice, "cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler.scale(scaled.loss()).backward()
+    scaler.unscale_(scaled.optimizer)
+    plain.loss().backward()
+    for one, other in zip(scaled.parameters.values(), plain.parameters.values(), strict=True):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+    scaler.step(scaled.optimizer)
+    plain.optimizer.step()
+    scaler.update()
+    for one, other in zip(scaled.parameters.values(), plain.parameters.values(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+        one.grad = torch.full_like(one, float("inf"))
+    before = [parameter.detach().clone() for parameter in scaled.parameters.values()]
+    scaler.step(scaled.optimizer)
+    assert all(p.equal(value) for p, value in zip(scaled.parameters.values(), before, strict=True))

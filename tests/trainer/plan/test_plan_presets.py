@@ -1,0 +1,54 @@
+"""The recipes for cards of a size: by the plan each fits its card in every phase, and uses what it has."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from halfbyte.trainer.plan.fit import open_planner
+from halfbyte.trainer.plan.planner import GIB
+from halfbyte.trainer.plan.published_configs import write_configurations
+from halfbyte.trainer.recipe.document import RecipeLoader
+from halfbyte.trainer.recipe.recipe import differences, load_recipe
+
+from repository import RECIPES
+
+FOLDER = RECIPES
+PRESETS = sorted(path for path in FOLDER.glob("*.yaml") if re.search(r"_\d+gb$", path.stem))
+
+
+def test_there_are_presets() -> None:
+    assert {path.stem for path in PRESETS} >= {f"flux_{card}gb" for card in (4, 6, 8, 12, 16, 24)}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_preset_does_not_name_is_the_full_recipes(path: Path) -> None:
+    """As its head says."""
+    (full,) = re.findall(r"What is not named here is as in (\w+)\.yaml", path.read_text())
+    written = yaml.load(path.read_text(), Loader=RecipeLoader)
+    for line in differences(load_recipe(FOLDER / f"{full}.yaml"), load_recipe(path)):
+        section, field = line.split(":")[0].split(".")[:2]
+        assert field in written[section], line
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("full_size")
+    published = {
+        "flux": "black-forest-labs/FLUX.1-dev",
+        "sd35_large": "stabilityai/stable-diffusion-3.5-large",
+    }
+    return {model: write_configurations(root / model, name) for model, name in published.items()}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_its_card(path: Path, models: dict[str, Path]) -> None:
+    """With pictures drawn as well: their prompts are the user's, and take nothing from the rest."""
+    model, card = path.stem.rsplit("_", 1)
+    budget = int(card.removesuffix("gb")) * GIB
+    recipe = load_recipe(path, [f"model.path={models[model]}", "sample.prompts=[a dog]"])
+    plan = open_planner(recipe).plan()
+    for phase in plan.phases:
+        assert phase.device_bytes <= budget, phase.name
+    assert plan.largest.device_bytes > 0.7 * budget

@@ -1,0 +1,166 @@
+"""FLUX in one file: BFL's and ComfyUI's names, bf16 and fp8, judged by diffusers' own conversion."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from safetensors.torch import load_file, save_file
+
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.flux.names import flux_names
+from halfbyte.trainer.pretrained.layer_names import swap_halves
+from halfbyte.trainer.registry import FAMILIES
+
+from probe import prediction
+from runs import run_here, write_recipe
+
+WIDTH, FULL = 64, 3072  # of the miniature, and what diffusers' conversion has in its code
+
+
+@pytest.fixture(scope="module")
+def original(mini_flux):
+    """The miniature by its authors' names."""
+    model = FluxTransformer2DModel.from_pretrained(mini_flux, subfolder="transformer", dtype=torch.bfloat16)
+    state, tensors = model.state_dict(), {}
+    for name in flux_names(model.config):
+        for leaf, own in ((name.leaf, "weight"), ("bias", "bias")):
+            if f"{name.parts[0]}.{own}" in state:
+                stacked = torch.cat([state.pop(f"{part}.{own}") for part in name.parts])
+                tensors[f"{name.name}.{leaf}"] = swap_halves(stacked) if name.swapped else stacked
+    assert not state
+    return tensors
+
+
+def opened(model, file):
+    return FAMILIES["flux"].open(str(model), None, None, file)
+
+
+def loaded(model, file, recipe=None, dtype=torch.bfloat16):
+    return opened(model, file).load_denoiser(recipe, device=torch.device("cpu"), dtype=dtype)
+
+
+def full_width(tensors):
+    """Rows of linear1 filled up to the full model's, for diffusers' conversion."""
+    grown = {}
+    for name, tensor in tensors.items():
+        if ".linear1." in name:
+            parts = tensor.split((WIDTH, WIDTH, WIDTH, 4 * WIDTH))
+            rows = [FULL, FULL, FULL, 4 * FULL]
+            filled = [
+                torch.cat((part, part.new_zeros(size - len(part), *part.shape[1:])))
+                for part, size in zip(parts, rows, strict=True)
+            ]
+            tensor = torch.cat(filled)
+        grown[name] = tensor
+    return grown
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_it_is_what_diffusers_makes_of_it(original, mini_flux, tmp_path, prefix):
+    others = {"vae.decoder.weight": torch.zeros(2)} if prefix else {}
+    save_file(
+        {prefix + name: tensor for name, tensor in original.items()} | others, tmp_path / "flux.safetensors"
+    )
+    state = loaded(mini_flux, tmp_path / "flux.safetensors").state_dict()
+    judged = convert_flux_transformer_checkpoint_to_diffusers(full_width(original))
+    assert judged.keys() == state.keys()
+    for name, tensor in judged.items():
+        assert torch.equal(tensor[: len(state[name])], state[name]), name
+
+
+def test_it_is_quantized_as_the_folder_is(original, mini_flux, tmp_path):
+    save_file(original, tmp_path / "flux.safetensors")
+    ours = loaded(mini_flux, tmp_path / "flux.safetensors", QuantRecipe("nf4"))
+    folder = opened(mini_flux, None).load_denoiser(
+        QuantRecipe("nf4"), device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    assert all(torch.equal(tensor, folder.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+def described(kind):
+    """As ComfyUI's newer files say how a layer is quantized."""
+    return torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("ending", ["scale_weight", "weight_scale", None])
+@pytest.mark.parametrize("each_row", [False, True])
+def test_fp8_is_multiplied_by_its_scales(original, mini_flux, tmp_path, ending, each_row):
+    tensors, expected = {}, {}
+    for name, tensor in original.items():
+        if not name.endswith(".weight") or tensor.dim() != 2:
+            tensors[name] = expected[name] = tensor
+            continue
+        scale = torch.ones(())
+        if ending is not None:
+            scale = tensor.float().abs().amax(dim=1 if each_row else None) / 448
+        rows = scale.reshape(-1, 1) if scale.dim() else scale
+        tensors[name] = (tensor.float() / rows).to(torch.float8_e4m3fn)
+        expected[name] = (tensors[name].float() * rows).bfloat16()
+        if ending is not None:
+            tensors[name.removesuffix("weight") + ending] = scale
+            tensors[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+        if ending == "weight_scale":
+            tensors[name.removesuffix("weight") + "comfy_quant"] = described("float8_e4m3fn")
+    tensors["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    save_file(expected, tmp_path / "plain.safetensors")
+    ours, plain = (
+        loaded(mini_flux, tmp_path / f"{name}.safetensors").state_dict() for name in ("fp8", "plain")
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_run_trains_on_it(original, mini_flux, tmp_path):
+    save_file(original, tmp_path / "flux.safetensors")
+    quick = ("sample.prompts=[]", "train.steps=1", "train.grad_accumulation=1")
+    bare = tmp_path / "model"
+    bare.symlink_to(mini_flux)
+    run = run_here(write_recipe(tmp_path, bare), *quick, f"model.transformer={tmp_path / 'flux.safetensors'}")
+    again = run_here(write_recipe(tmp_path, mini_flux, name="again"), *quick)
+    first, second = (
+        load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (run, again)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    errors = [
+        json.loads((folder / "transformer" / "quantization_error.json").read_text())
+        for folder in (run, again)
+    ]
+    assert errors[0]["layers"] == errors[1]["layers"]
+    assert errors[0]["relative"] == pytest.approx(errors[1]["relative"], rel=1e-6)
+    assert prediction(loaded(mini_flux, tmp_path / "flux.safetensors")).isfinite().all()
+
+
+def test_what_does_not_fit_is_named(original, mini_flux, mini_sd3, tmp_path):
+    file = tmp_path / "flux.safetensors"
+    with pytest.raises(RecipeError, match=r"model\.transformer: .*no such file or folder"):
+        opened(mini_flux, file)
+    file.write_bytes(b"torn")
+    with pytest.raises(RecipeError, match=r"model\.transformer: .*not a whole safetensors"):
+        opened(mini_flux, file)
+    tensors = dict(original)
+    del tensors["guidance_in.in_layer.weight"]
+    tensors["double_blocks.2.img_mod.lin.weight"] = torch.zeros(2, 2)
+    save_file(tensors, file)
+    with pytest.raises(RecipeError, match=r"1 missing \(guidance_in.*1 unexpected \(double_blocks\.2"):
+        loaded(mini_flux, file)
+    save_file(original | {"img_in.weight.quant_state.bitsandbytes__nf4": torch.zeros(2)}, file)
+    with pytest.raises(RecipeError, match="quantized already"):
+        loaded(mini_flux, file)
+    marked = {"img_in.comfy_quant": described("int8_tensorwise")}
+    save_file(original | marked, file)
+    with pytest.raises(
+        RecipeError, match=r"img_in\.comfy_quant says 'int8_tensorwise'.*stored as bfloat16; accepted"
+    ):
+        loaded(mini_flux, file)
+    save_file(original | {"img_in.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, file)
+    with pytest.raises(RecipeError, match=r"img_in\.comfy_quant does not say how"):
+        loaded(mini_flux, file)
+    narrow = {name: t[:-1].contiguous() if name.endswith("qkv.weight") else t for name, t in original.items()}
+    save_file(narrow, file)
+    with pytest.raises(RecipeError, match=r"expected 192 rows, got shape \(191, 64\)"):
+        loaded(mini_flux, file)
+    with pytest.raises(RecipeError, match=r"model\.transformer: .*flux alone"):
+        FAMILIES["sd3"].open(str(mini_sd3), None, None, file)

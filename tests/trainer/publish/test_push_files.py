@@ -1,0 +1,197 @@
+"""What of a run is pushed, and runs that cannot be: told with exit code 2 before a word is said to the Hub."""
+
+import json
+import shutil
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from halfbyte.trainer.cli.app import app
+from halfbyte.trainer.publish.push import PushRequest, prepare_push
+
+from hub_faults import Faults
+from runs import run_here, write_recipe
+
+ADAPTER = "adapter/pytorch_lora_weights.safetensors"
+BASE = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, mini_flux):
+    """A run over a folder."""
+    folder = tmp_path_factory.mktemp("files")
+    return run_here(write_recipe(folder, mini_flux, name="dog"), "train.steps=2", "train.grad_accumulation=1")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(finished, tmp_path / "dog")
+
+
+def dry(run, *options):
+    """This process is offline, so that a word to the Hub would be an error."""
+    return CliRunner().invoke(app, ["push", str(run), "--repo", "ann/dog", "--dry-run", *options])
+
+
+def test_a_dry_run_lists_files_with_sizes_and_shows_the_card(run):
+    (run / "adapter" / ".env").write_text("HF_TOKEN=secret")
+    (run / "adapter" / "notes.txt").write_text("mine")
+    (run / "transformer" / "pickle.bin").write_bytes(b"")
+    result = dry(run)
+    assert result.exit_code == 0, result.output
+    listed, _, card = result.output.partition("README.md:\n")
+    for name in (ADAPTER.removeprefix("adapter/"), BASE, "halfbyte.json", "samples/00.png", "README.md"):
+        assert name in listed
+    size = (run / BASE).stat().st_size
+    assert f"{size / 1000:.1f} kB" in listed
+    assert "private where it is made" in listed
+    for never in (".env", "notes.txt", "pickle.bin", "recipe.yaml", "checkpoints", "samples.png"):
+        assert never not in listed
+    assert card.startswith("---\n")
+    assert "a folder on the trainer's machine" in card
+    assert str(run.parent) not in card.replace(str(run), "")
+    assert '"path/to/the/base"' in card
+
+
+def test_the_error_of_the_base_is_measured(run):
+    measured = json.loads((run / "transformer" / "quantization_error.json").read_text())
+    assert measured["relative"] == pytest.approx(0.092, rel=0.02), "NF4's on Gaussian weights"
+    assert measured["measured"] == measured["weights"] > 500_000
+    assert f"Quantization error: {measured['relative']:.2%}" in dry(run).output
+
+
+def cut(file):
+    return lambda run: (run / file).write_bytes((run / file).read_bytes()[:-1])
+
+
+def halve(file):
+    return lambda run: (run / file).write_bytes((run / file).read_bytes()[:5000])
+
+
+def write(file, text):
+    return lambda run: (run / file).write_text(text)
+
+
+def remove(name):
+    def gone(run):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return gone
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (remove("recipe.yaml"), "holds no recipe.yaml"),
+        (write("recipe.yaml", "model: {family: llama}"), "recipe.yaml:1: model.family: got 'llama'"),
+        (remove("adapter"), "has no adapter/pytorch_lora_weights.safetensors, which a finished run has"),
+        (remove(ADAPTER), "has no adapter/pytorch_lora_weights.safetensors"),
+        (cut(ADAPTER), "not a whole safetensors file"),
+        (cut("adapter/kohya/dog.safetensors"), "kohya/dog.safetensors: not a whole safetensors file"),
+        (
+            write("adapter/adapter_model.safetensors", "version https://git-lfs"),
+            "not a whole safetensors file",
+        ),
+        (
+            lambda run: save_file({"x": numpy.zeros(2)}, run / ADAPTER),
+            "expected a transformer's LoRA as diffusers writes it",
+        ),
+        (remove("adapter/halfbyte.json"), "exported by an older version; export it again"),
+        (write("adapter/halfbyte.json", "{"), "cannot be read as JSON"),
+        (write("adapter/halfbyte.json", "{}"), "not written by an export of this version"),
+        (write("adapter/halfbyte.json", "[]"), "expected a JSON object"),
+        (cut(BASE), "not a whole safetensors file"),
+        (remove(BASE), "no weights, expected"),
+        (remove("transformer/config.json"), "config.json: missing"),
+        (write("transformer/config.json", "{"), "not a JSON file"),
+        (write("transformer/quantization_error.json", "{}"), "not written by an export of this version"),
+        (halve("samples/step-000002-00.png"), "not a whole picture"),
+        (write("summary.json", "{}"), "not the summary of a run"),
+        (write("summary.json", "null"), "not the summary of a run"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_told_with_the_file(run, damage, told):
+    damage(run)
+    result = dry(run)
+    assert result.exit_code == 2, result.output
+    assert told in result.output
+    assert result.output.count("error:") == 1
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_folder_that_is_no_run_and_names_that_are_none(run, tmp_path):
+    assert "holds no recipe.yaml" in dry(tmp_path / "nowhere").output
+    assert "holds no recipe.yaml" in dry(run / "recipe.yaml").output
+    for name in ("dog", "ann/dog.git", "a/b/c", "ann/--x", "ann/", ""):
+        result = CliRunner().invoke(app, ["push", str(run), "--repo", name])
+        assert result.exit_code == 2, name
+        assert "expected a Hub repository as owner/name" in result.output
+    assert "output.push_to_hub is null" in CliRunner().invoke(app, ["push", str(run)]).output
+
+
+def test_no_byte_names_a_folder_of_the_machine(run, finished, mini_flux):
+    """Of run, pictures, cache or base, all of which are below one."""
+    ready = prepare_push(PushRequest(run, "ann/dog"))
+    below = str(mini_flux.parent.parent).encode()
+    assert str(finished).startswith(below.decode())
+    for file in ready.files:
+        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        assert below not in content, file.name
+
+
+def test_offline_is_told(run, monkeypatch):
+    """As this process is."""
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    result = CliRunner().invoke(app, ["push", str(run), "--repo", "ann/dog"])
+    assert result.exit_code == 4
+    assert "HF_HUB_OFFLINE is set; unset it" in result.output
+
+
+def test_a_run_that_moved_to_another_machine_is_pushed(run):
+    """None of the folders in its recipe need be there."""
+    recipe = run / "recipe.yaml"
+    text = recipe.read_text().replace(str(run.parent.parent), "/no/such/place")
+    lines = [
+        f"  path: /no/such/place{n}" if "  path: " in line else line
+        for n, line in enumerate(text.splitlines())
+    ]
+    recipe.write_text("\n".join(lines))
+    assert dry(run).exit_code == 0, dry(run).output
+
+
+def test_a_run_without_a_base_or_pictures_is_an_adapter_alone(run):
+    shutil.rmtree(run / "transformer")
+    shutil.rmtree(run / "samples")
+    result = dry(run)
+    assert result.exit_code == 0, result.output
+    for absent in ("transformer/", "FluxTransformer2DModel", "bitsandbytes", "## Samples"):
+        assert absent not in result.output.partition("README.md:\n")[2].replace("by bitsandbytes", ""), absent
+
+
+def test_an_exported_checkpoint_is_pushed_as_such(run):
+    assert "has no export of step 1" in dry(run, "--checkpoint", "1").output
+    answer = CliRunner().invoke(app, ["export", str(run), "--checkpoint", "2", "--no-self-check"])
+    assert answer.exit_code == 0, answer.output
+    assert dry(run, "--checkpoint", "2").exit_code == 0
+    # A run that went on: what stands is the adapter of the step it says, not of the recipe's last.
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 2\n", "steps: 8\n", 1))
+    result = dry(run)
+    assert "| steps | 2 of 8 |" in result.output
+
+
+def test_a_large_file_is_told_by_itself_and_sent_once(hub, pushed_run, tmp_path):
+    run = shutil.copytree(pushed_run, tmp_path / "dog")
+    big = run / "adapter" / "comfyui" / "big.safetensors"
+    save_file({"x": numpy.zeros(3 * 10**6, dtype="float32")}, big)
+    hub.hub.faults = Faults()
+    answer = hub.worker.run("push", str(run), "--repo", "ann/big")
+    assert answer.code == 0, answer.output
+    assert "uploading comfyui/big.safetensors (12.0 MB), 0 B of 13." in answer.output
+    assert "small files (1." in answer.output
+    assert "12.0 MB of 13." in answer.output
+    assert hub.store.model("ann/big").tree["comfyui/big.safetensors"].content == big.read_bytes()

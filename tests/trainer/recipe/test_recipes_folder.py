@@ -1,0 +1,107 @@
+"""The recipes that ship: each loads, says everything in sight, and what is generated beside them is current."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from halfbyte.trainer.recipe.document import RecipeLoader
+from halfbyte.trainer.recipe.recipe import json_schema, json_schema_text, load_recipe
+from halfbyte.trainer.recipe.reference_page import reference_page
+
+from repository import RECIPES
+
+FOLDER = RECIPES
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+EXPECTED = {
+    "flux_lora",
+    "flux_mini",
+    "flux_schnell_lora",
+    "sd35_large_lora",
+    "sd3_lora",
+    "sd3_mini",
+}
+
+# Recipes for a card, as flux_8gb: they name what makes them fit, and leave the rest to a full one.
+FULL = [path for path in RECIPES if not re.search(r"_\d+gb$", path.stem)]
+
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+def test_the_recipes_are_there() -> None:
+    assert {path.stem for path in RECIPES} >= EXPECTED
+
+
+@each_recipe
+def test_every_recipe_loads_from_any_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path)
+    assert recipe.output.dir == tmp_path / "runs" / path.stem
+    pictures = "blueprints/train" if path.stem.endswith("_mini") else "photos"
+    assert recipe.data.path == FOLDER / pictures
+
+
+@each_recipe
+def test_every_recipe_names_its_schema_for_editors(path: Path) -> None:
+    assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=recipe.schema.json"
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_every_recipe_shows_every_section_and_setting(path: Path) -> None:
+    written = yaml.load(path.read_text(), Loader=RecipeLoader)
+    complete = load_recipe(path).dump()
+    for section, fields in complete.items():
+        # Settings of the choices and the text length have their place on the reference page alone.
+        hidden = {"max_sequence_length"} if section == "model" else {"betas", "eps"}
+        assert set(fields) - hidden <= set(written[section]), section
+
+
+@each_recipe
+def test_objectives_are_the_models_own(path: Path) -> None:
+    recipe = load_recipe(path)
+    shift = recipe.objective.shift
+    if recipe.model.family == "sd3":
+        assert shift.model_dump() == {"name": "static", "shift": 3.0}
+        assert recipe.quant.skip == ("proj_out",)
+    else:
+        assert shift.name == ("none" if "schnell" in path.stem else "resolution")
+
+
+@each_recipe
+def test_every_recipe_fits_the_json_schema(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    validator = jsonschema.Draft202012Validator(json_schema())
+    written = yaml.load(path.read_text(), Loader=RecipeLoader)
+    assert [error.message for error in validator.iter_errors(written)] == []
+    written["optimizer"]["lr"] = "1e-4x"
+    written["train"]["stepz"] = 1
+    assert len(list(validator.iter_errors(written))) == 2
+
+
+def test_the_json_schema_beside_the_recipes_is_current() -> None:
+    written = (FOLDER / "recipe.schema.json").read_text()
+    assert written == json_schema_text(), "run `halfbyte schema recipes/recipe.schema.json`"
+
+
+def test_the_reference_page_is_current() -> None:
+    written = (FOLDER / "REFERENCE.md").read_text()
+    assert written == reference_page(), (
+        "run `python -m halfbyte.trainer.recipe.reference_page > recipes/REFERENCE.md`"
+    )
+
+
+def test_every_field_is_described_in_the_schema_and_on_the_page() -> None:
+    schema, page = json_schema(), reference_page()
+    for name, definition in schema["$defs"].items():
+        assert definition.get("description"), f"{name} has no docstring"
+        for field, node in definition["properties"].items():
+            # A choice's name is described by the class it names.
+            if "const" not in node:
+                assert node.get("description"), f"{name}.{field} has no description"
+                assert f"`{field}`" in page, f"{name}.{field} is not on the page"
+    assert json.loads(json_schema_text()) == schema

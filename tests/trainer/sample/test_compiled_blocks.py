@@ -1,0 +1,117 @@
+"""Blocks that torch compiles, without gradients: what they compute, in one graph a kind and whatever the strength."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.lora import linear_group
+from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
+from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.sample.compiled_blocks import compile_blocks
+from halfbyte.trainer.sample.strength import AdapterStrength
+
+from probe import inputs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def adapted(kind, model, *, compiled, whole=True):
+    family = FAMILIES[kind].open(str(model), None, None)
+    recipe = QuantRecipe("nf4", compute_dtype=torch.float32)
+    denoiser = family.load_denoiser(recipe, device=CPU, dtype=torch.float32)
+    add_lora(
+        denoiser,
+        rank=4,
+        alpha=8,
+        dropout=0.0,
+        targets=family.lora_targets("all-linear"),
+        init="gaussian",
+        seed=0,
+    )
+    draws = torch.Generator().manual_seed(1)
+    for name, parameter in trained_parameters(denoiser).items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=draws)
+    family.fuse_blocks(denoiser, BlockSettings("inputs", whole=whole, backend="cpu"))
+    if compiled:
+        compile_blocks(denoiser, family)
+    return denoiser.eval()
+
+
+def forward(denoiser):
+    with torch.no_grad():
+        return denoiser(**inputs(denoiser, torch.float32))[0]
+
+
+def apart(one, other):
+    return (one - other).norm() / other.norm()
+
+
+def stack_weight(out, *fields):
+    """The kernel's work in plain torch."""
+    *weight, up, scale, first, columns = fields
+    packed = PackedWeight.of(tuple(weight))
+    width = packed.shape[1]
+    assert out.shape == (packed.shape[0], width + columns)
+    out[:, :width] = packed.dequantize(out.dtype)
+    out[:, width:] = 0
+    if up is not None:
+        out[:, width + first : width + first + up.shape[1]] = up * scale
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Blocks are traced, functionalized and not compiled: what the graphs hold is the point here, and it is quick."""
+
+    def compile_block(block, fullgraph):
+        compiled = torch.compile(block._call_impl, backend="aot_eager", fullgraph=fullgraph)
+        block._compiled_call_impl = compiled
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+
+
+@pytest.mark.usefixtures("traced")
+def test_stacked_weights_compile_and_strengths_share_a_graph(mini_sd3, monkeypatch):
+    """As on a GPU: the weights of a product are unpacked into one matrix by an op that writes into its part of it."""
+    eager, compiled = (adapted("sd3", mini_sd3, compiled=flag) for flag in (False, True))
+    strengths = [AdapterStrength(denoiser) for denoiser in (eager, compiled)]
+    expected = []
+    for strength in (1, 0.5, 0):
+        strengths[0].set(strength)
+        expected.append(forward(eager))
+    assert apart(expected[1], expected[0]) > 1e-2
+    monkeypatch.setattr(linear_group, "stackable", lambda weight: True)
+    with torch.library._scoped_library("halfbyte", "IMPL") as library:
+        library.impl("stack_weight_", stack_weight, "CPU")
+        strengths[1].set(1)
+        assert apart(forward(compiled), expected[0]) < 1e-5
+        # A kind each: with two attentions, plain, the last; one of the three has the products stacked.
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs == 3
+        strengths[1].set(0.5)
+        assert apart(forward(compiled), expected[1]) < 1e-5
+        assert counters["stats"]["unique_graphs"] == graphs, "scaled in place: nothing is compiled again"
+        strengths[1].set(0)
+        assert apart(forward(compiled), expected[2]) < 1e-5
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("whole", [True, False])
+def test_fluxs_blocks_are_one_graph_each(mini_flux, whole):
+    expected = forward(adapted("flux", mini_flux, compiled=False))
+    assert apart(forward(adapted("flux", mini_flux, compiled=True, whole=whole)), expected) < 1e-5
+    assert not counters["graph_break"]
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4

@@ -1,0 +1,93 @@
+"""Adapters at any strength, scaled where they lie."""
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer as PeftLayer
+
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.trainer.adapters.saved import LoraLayer
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.sample.source import Adapter
+from halfbyte.trainer.sample.strength import AdapterStrength, put_on
+
+from probe import prediction
+
+CPU = torch.device("cpu")
+NAMES = ("proj_out", "single_transformer_blocks.1.proj_out", "transformer_blocks.0.attn.to_q", "x_embedder")
+
+
+@pytest.fixture(scope="module")
+def family(mini_flux):
+    return FAMILIES["flux"].open(str(mini_flux), None, None)
+
+
+def base_of(family):
+    return family.load_denoiser(
+        QuantRecipe("nf4", compute_dtype=torch.float32), device=CPU, dtype=torch.float32
+    )
+
+
+def adapter_of(family, *, dora=False):
+    """Of another rank on each layer, with a scale that is no power of two."""
+    draws = torch.Generator().manual_seed(0)
+    layers = {}
+    for rank, name in enumerate(NAMES, start=2):
+        layer = base_of(family).get_submodule(name)
+        down = torch.randn(rank, layer.in_features, generator=draws) / layer.in_features**0.5
+        up = torch.randn(layer.out_features, rank, generator=draws) / 2
+        lengths = None
+        if dora:
+            lengths = layer.dequantize(torch.float32).norm(dim=1) * (
+                1 + torch.rand(layer.out_features, generator=draws)
+            )
+        layers[name] = LoraLayer(down, up, 0.3 * rank, lengths)
+    return Adapter("test", layers, "0" * 64)
+
+
+def merged(family, adapter, strength):
+    """The adapter's definition: W + s B A, and for DoRA each row as long as it says, from the base's lengths on."""
+    model = base_of(family)
+    for name, layer in adapter.layers.items():
+        linear = model.get_submodule(name)
+        weight = linear.dequantize(torch.float32)
+        sum_ = weight + strength * layer.scale * layer.up @ layer.down
+        if layer.lengths is not None:
+            base = weight.norm(dim=1)
+            lengths = base + strength * (layer.lengths - base)
+            sum_ = sum_ * (lengths / sum_.norm(dim=1))[:, None]
+        plain = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+        plain.weight.data = sum_
+        if linear.bias is not None:
+            plain.bias.data = linear.bias.data
+        model.set_submodule(name, plain)
+    return prediction(model, torch.float32)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_strength_is_what_it_says_in_any_order(family, dora):
+    adapter = adapter_of(family, dora=dora)
+    denoiser = base_of(family)
+    bare = prediction(denoiser, torch.float32)
+    put_on(denoiser, adapter, "test")
+    strength = AdapterStrength(denoiser)
+    for value in (1, 0.3, 0, -0.5, 1):
+        strength.set(value)
+        found, expected = prediction(denoiser, torch.float32), merged(family, adapter, value)
+        assert (found - expected).norm() / expected.norm() < 1e-4, value
+        if value == 0:
+            assert found.equal(bare), "to the bit"
+        else:
+            assert (found - bare).norm() / bare.norm() > 1e-2
+
+
+def test_the_adapter_is_on_its_layers_alone_at_their_ranks(family):
+    """Some names are the ends of others: proj_out is also the last layer of each single block."""
+    denoiser = base_of(family)
+    adapter = adapter_of(family)
+    put_on(denoiser, adapter, "test")
+    found = {
+        name: module.r["default"]
+        for name, module in denoiser.named_modules()
+        if isinstance(module, PeftLayer)
+    }
+    assert found == {name: layer.rank for name, layer in adapter.layers.items()}

@@ -1,0 +1,35 @@
+"""metrics.csv across crashes and resumes."""
+
+from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics, read_metrics
+
+
+def row(step, loss=1 / 3):
+    return StepMetrics(step, loss, 1e-4, 0.1, 12.5, 0.0)
+
+
+def test_rows_come_back_to_the_bit(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(row(1))
+    writer.write(row(2, 0.1 + 0.2))
+    writer.close()
+    assert read_metrics(tmp_path / "metrics.csv") == [row(1), row(2, 0.1 + 0.2)]
+
+
+def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 6):
+        writer.write(row(step))
+    writer.close()
+    resumed = MetricsWriter(tmp_path, 3)
+    resumed.write(row(4, 9.0))
+    resumed.close()
+    assert [(r.step, r.loss) for r in read_metrics(tmp_path / "metrics.csv")][2:] == [(3, 1 / 3), (4, 9.0)]
+
+
+def test_a_row_cut_by_a_crash_is_left_out(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write(row(1))
+    writer.close()
+    path = tmp_path / "metrics.csv"
+    path.write_text(path.read_text() + "2,0.5,0.0")
+    assert read_metrics(path) == [row(1)]

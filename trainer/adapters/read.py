@@ -1,0 +1,201 @@
+"""An adapter in any of the forms that adapters come in, and a run that starts from one: `lora.init_from`."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer as PeftLayer
+from torch import Tensor, nn
+
+from halfbyte.trainer.adapters.formats import (
+    COMFYUI_PREFIX,
+    KOHYA_PREFIX,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+)
+from halfbyte.trainer.adapters.saved import (
+    METADATA,
+    LoraLayer,
+    diffusers_adapter,
+    layer_parts,
+    read_tensors,
+    whole_adapter,
+)
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
+from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+
+log = logging.getLogger(__name__)
+
+_DIFFUSERS_PREFIX = "transformer."
+_TEXT_PREFIXES = ("text_encoder", "lora_te", "text_encoders.")
+
+
+def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLayer]:
+    """The adapter at `path`, a file or a folder of any form, by diffusers' names of the layers.
+
+    names: the model's layers by their authors' names. Raises RecipeError for what is no adapter, or one that is not
+    LoRA, whole and of finite numbers.
+    """
+    file = find_file(path)
+    tensors, metadata = read_tensors(file)
+    text = [key for key in tensors if key.startswith(_TEXT_PREFIXES)]
+    if text:
+        log.warning(
+            "%s: %d tensors for text encoders are left out, which are not trained here", file, len(text)
+        )
+    own = {key: tensor for key, tensor in tensors.items() if key not in text}
+    if not own:
+        raise RecipeError(f"{file} holds no adapter of a transformer")
+    if METADATA in metadata and all(key.startswith(_DIFFUSERS_PREFIX) for key in own):
+        return diffusers_adapter(file, own, metadata[METADATA]).layers()
+    if all(key.startswith(PEFT_PREFIX) for key in own):
+        config_file = file.with_name(PEFT_CONFIG)
+        return whole_adapter(file, own, PEFT_PREFIX, _peft_config(config_file), str(config_file)).layers()
+    parts = layer_parts(file, own)
+    for prefix, dots in ((COMFYUI_PREFIX, "."), (KOHYA_PREFIX, "_")):
+        if all(layer.startswith(prefix) for layer in parts):
+            known = {prefix + original.name.replace(".", dots): original for original in names}
+            return _split(file, parts, known)
+    if all(layer.startswith(_DIFFUSERS_PREFIX) for layer in parts):
+        return {layer.removeprefix(_DIFFUSERS_PREFIX): _layer(part) for layer, part in parts.items()}
+    known_prefixes = (COMFYUI_PREFIX, KOHYA_PREFIX, _DIFFUSERS_PREFIX)
+    first = next((prefix for prefix in known_prefixes if next(iter(own)).startswith(prefix)), "")
+    odd = next(key for key in own if not first or not key.startswith(first))
+    raise RecipeError(
+        f"{file} holds {odd}; accepted: the keys of diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
+        f" ({PEFT_PREFIX}…), ComfyUI ({COMFYUI_PREFIX}…) or kohya ({KOHYA_PREFIX}…), one of them in a file"
+    )
+
+
+@torch.no_grad()
+def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
+    """Gives the adapters on `denoiser` the updates of `layers`, exactly; whether DoRA's lengths came along.
+
+    Where the run's rank is larger the rest of A stays as it starts and that of B is zero; layers that have no update
+    start as without. Raises RecipeError where an update has no layer, another shape, or a larger rank.
+    """
+    own = {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, PeftLayer) and adapter in module.lora_A
+    }
+    strange = sorted(layers.keys() - own.keys())
+    if strange:
+        _refuse(denoiser, strange, own, path)
+    for name, layer in layers.items():
+        module: Any = own[name]
+        down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        expected, got = (len(up), down.shape[1]), (len(layer.up), layer.down.shape[1])
+        if expected != got:
+            raise RecipeError(
+                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, the model's"
+                f" {expected[0]} x {expected[1]}"
+            )
+        if layer.rank > len(down):
+            highest = max(other.rank for other in layers.values())
+            raise RecipeError(
+                f"{name} has rank {layer.rank} in {path}, and {len(down)} in this run; set"
+                f" lora.rank: {highest}, or a rank for these layers in lora.rank_pattern"
+            )
+        if layer.lengths is not None and adapter not in module.lora_magnitude_vector:
+            raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
+    for name, layer in layers.items():
+        module = own[name]
+        down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        down[: layer.rank].copy_(layer.down)
+        up.zero_()
+        up[:, : layer.rank].copy_(layer.up * (layer.scale / module.scaling[adapter]))
+    lengths = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
+    for name, values in lengths.items():
+        own[name].lora_magnitude_vector[adapter].weight.copy_(values)
+    log.info("%d of %d layers have the adapter of %s", len(layers), len(own), path)
+    return bool(lengths)
+
+
+def _refuse(denoiser: nn.Module, strange: list[str], own: Iterable[str], path: Path | str) -> None:
+    modules = {name for name, _ in denoiser.named_modules()}
+    missing = [name for name in strange if name not in modules]
+    if missing:
+        raise RecipeError(
+            f"{path} is for another base: the model has no {missing[0]} ({len(missing)} such layers)"
+        )
+    ends = sorted({name.split(".", 2)[-1] for name in (*strange, *own)})
+    raise RecipeError(
+        f"{path} adapts {len(strange)} layers that lora.targets does not, first {strange[0]}; set"
+        f" lora.targets: [{', '.join(ends)}]"
+    )
+
+
+def find_file(path: Path) -> Path:
+    """The file with the adapter at `path`, itself or in its folder. Raises RecipeError where there is none."""
+    if path.is_file():
+        return path
+    for folder in (path, path / "adapter"):
+        for name in (ADAPTER_FILE, PEFT_FILE):
+            if (folder / name).is_file():
+                return folder / name
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    found = ", ".join(file.name for file in files) or "no safetensors file"
+    raise RecipeError(
+        f"{path} holds {found}; expected a run, a folder with {ADAPTER_FILE} or {PEFT_FILE}, or a file"
+    )
+
+
+def _peft_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file} cannot be read, and says how the update is scaled: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise RecipeError(f"{file} describes no LoRA; accepted: peft_type LORA")
+    return config
+
+
+def _layer(part: Mapping[str, Tensor]) -> LoraLayer:
+    # Without an alpha the update is B A as it is.
+    scale = part["alpha"].item() / len(part["down"]) if "alpha" in part else 1.0
+    return LoraLayer(part["down"], part["up"], scale, part.get("lengths"))
+
+
+def _split(
+    file: Path, parts: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, OriginalName]
+) -> dict[str, LoraLayer]:
+    """Layers that the authors hold as one, parted again; of each part the columns of B that it has."""
+    found: dict[str, LoraLayer] = {}
+    for name, part in parts.items():
+        original = known.get(name)
+        if original is None:
+            raise RecipeError(f"{file} is for another base: the model has no {name}")
+        layer = _layer(part)
+        rows = original.rows or (len(layer.up),)
+        if sum(rows) != len(layer.up):
+            raise RecipeError(
+                f"{file} is for another base: {name} has {len(layer.up)} outputs, the model's {sum(rows)}"
+            )
+        if original.swapped:
+            lengths = None if layer.lengths is None else swap_halves(layer.lengths)
+            layer = LoraLayer(layer.down, swap_halves(layer.up), layer.scale, lengths)
+        found |= _unfused(layer, original.parts, rows) if len(rows) > 1 else {original.parts[0]: layer}
+    return found
+
+
+def _unfused(layer: LoraLayer, paths: Sequence[str], rows: Sequence[int]) -> dict[str, LoraLayer]:
+    lengths = [None] * len(rows) if layer.lengths is None else layer.lengths.split(list(rows))
+    found: dict[str, LoraLayer] = {}
+    for path, block, own_lengths in zip(paths, layer.up.split(rows), lengths, strict=True):
+        used = block.any(dim=0)
+        if not layer.up.any():
+            # As an adapter starts: which rank is whose cannot be told, and one of zeros says the same.
+            used[0] = True
+        if used.any() or own_lengths is not None:
+            columns = used if used.any() else torch.ones_like(used)
+            down, up = layer.down[columns], block[:, columns].contiguous()
+            found[path] = LoraLayer(down, up, layer.scale, own_lengths)
+    return found

@@ -1,0 +1,269 @@
+"""Latents and text embeddings on disk, so that the VAE and the text encoders need not stay in memory.
+
+An entry is named by what it is made from: the picture's bytes, the crop, the caption, the encoders. Names and
+places of files play no part, so a renamed picture is found again, and a changed one is never mistaken. Entries
+are written whole or not at all, and several processes may fill one cache.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from halfbyte.trainer.data.buckets import Size, View
+from halfbyte.trainer.data.folder import load_pixels
+from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.families.encoders import Encoders, LatentMoments, TextEmbedding
+
+log = logging.getLogger(__name__)
+
+# Raised whenever pixels are prepared differently, so that older entries are not used.
+_PIXELS_VERSION = 1
+
+_LATENT_NAMES = ("mean", "std")
+_TEXT_NAMES = ("prompt_embeds", "pooled_prompt_embeds")
+
+_Item = TypeVar("_Item")
+
+Progress = Callable[[int, int], None]  # (entries ready, entries in all)
+
+
+class LatentCache:
+    """The VAE's posteriors by view; one folder a picture, so that a picture known to decode can be told."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """`fingerprint` is the encoders' latent_fingerprint."""
+        self._folder = folder / "latents"
+        self._fingerprint = fingerprint
+
+    @staticmethod
+    def has_decoded(folder: Path, sha256: str) -> bool:
+        """Whether any encoder has read the picture with these bytes, which then need not be tried again."""
+        return (folder / "latents" / sha256[:2] / sha256).is_dir()
+
+    def path(self, view: View) -> Path:
+        """Where the view's entry is, or would be."""
+        made_from = [_PIXELS_VERSION, view.box, view.width, view.height, view.flip, self._fingerprint]
+        sha256 = view.sample.sha256
+        return self._folder / sha256[:2] / sha256 / f"{_digest(made_from)}.safetensors"
+
+    def read(self, view: View) -> LatentMoments:
+        """The posterior's moments, (1, C, H/8, W/8) fp32. Raises DataError."""
+        tensors = _read(self.path(view), _LATENT_NAMES, view.sample.path)
+        return LatentMoments(tensors["mean"][None], tensors["std"][None])
+
+    def write(self, view: View, moments: LatentMoments) -> None:
+        """Stores one view's moments, (1, C, H/8, W/8). Raises DataError if they are not finite."""
+        tensors = {"mean": moments.mean[0].float(), "std": moments.std[0].float()}
+        _write(self.path(view), tensors, f"{view.sample.path}: the VAE")
+
+    def missing(self, views: Iterable[View], on_sound: Callable[[], None] = lambda: None) -> list[View]:
+        """The views without a sound entry, each content once; damaged entries are reported.
+
+        Every entry is read whole; `on_sound` is called for each that is as it was written.
+        """
+        return _without_entry({self.path(view): view for view in views}, _LATENT_NAMES, on_sound)
+
+
+class TextCache:
+    """What the text encoders make of a caption, by caption."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """`fingerprint` is the encoders' text_fingerprint."""
+        self._folder = folder / "texts"
+        self._fingerprint = fingerprint
+
+    def path(self, caption: str) -> Path:
+        """Where the caption's entry is, or would be."""
+        digest = _digest([caption, self._fingerprint])
+        return self._folder / digest[:2] / f"{digest}.safetensors"
+
+    def read(self, caption: str) -> TextEmbedding:
+        """The embedding, (1, T, D) and (1, P). Raises DataError."""
+        tensors = _read(self.path(caption), _TEXT_NAMES, repr(caption))
+        return TextEmbedding(tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None])
+
+    def write(self, caption: str, embedding: TextEmbedding) -> None:
+        """Stores one caption's embedding, (1, T, D) and (1, P). Raises DataError if it is not finite."""
+        tensors = {
+            "prompt_embeds": embedding.prompt_embeds[0],
+            "pooled_prompt_embeds": embedding.pooled_prompt_embeds[0],
+        }
+        _write(self.path(caption), tensors, f"{caption!r}: the text encoder")
+
+    def missing(self, captions: Iterable[str], on_sound: Callable[[], None] = lambda: None) -> list[str]:
+        """The captions without a sound entry, each once; damaged entries are reported.
+
+        Every entry is read whole; `on_sound` is called for each that is as it was written.
+        """
+        return _without_entry({self.path(caption): caption for caption in captions}, _TEXT_NAMES, on_sound)
+
+
+def fill(
+    folder: Path,
+    encoders: Encoders,
+    views: Sequence[View],
+    captions: Sequence[str],
+    *,
+    batch_size: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+) -> tuple[LatentCache, TextCache]:
+    """Encodes what is missing of the views, the captions and the empty caption; gives back both caches.
+
+    Of `world_size` processes each does its share, and all must have returned before any of them reads. The
+    encoders are called for missing entries only. A batch of one makes an entry independent of which others
+    are missing; larger batches may differ from it in the last bit.
+
+    Raises DataError where a picture changed, an encoder's output is not finite or the disk is full.
+    """
+    latents = LatentCache(folder, encoders.latent_fingerprint)
+    texts = TextCache(folder, encoders.text_fingerprint)
+    own_views = list({latents.path(view): view for view in views}.values())[rank::world_size]
+    own_captions = list(dict.fromkeys(["", *captions]))[rank::world_size]
+    tally = _Tally(len(own_views) + len(own_captions), progress)
+    missing_captions = texts.missing(own_captions, tally)
+    missing_views = latents.missing(own_views, tally)
+    for number, batch in enumerate(_batches(missing_captions, batch_size)):
+        _encode_texts(texts, encoders, batch)
+        if number == 0:
+            _check_space(folder, texts.path(batch[0]), len(missing_captions) * world_size)
+        tally(len(batch))
+    by_size = sorted(missing_views, key=lambda view: (view.width, view.height))
+    for size, alike in groupby(by_size, key=lambda view: (view.width, view.height)):
+        for view_batch in _batches(alike, batch_size):
+            _encode_views(latents, encoders, view_batch, size)
+            if view_batch[0] is by_size[0]:
+                _check_space(folder, latents.path(by_size[0]), len(missing_views) * world_size)
+            tally(len(view_batch))
+    return latents, texts
+
+
+class _Tally:
+    """Counts entries that are ready."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self(0)
+
+    def __call__(self, ready: int = 1) -> None:
+        self._done += ready
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _encode_texts(texts: TextCache, encoders: Encoders, captions: list[str]) -> None:
+    embedding = encoders.encode_texts(captions)
+    rows = zip(embedding.prompt_embeds.split(1), embedding.pooled_prompt_embeds.split(1), strict=True)
+    for caption, row in zip(captions, rows, strict=True):
+        texts.write(caption, TextEmbedding(*row))
+
+
+def _encode_views(latents: LatentCache, encoders: Encoders, views: list[View], size: Size) -> None:
+    pixels = torch.stack([load_pixels(view.sample, view.box, size, view.flip) for view in views])
+    moments = encoders.encode_images(pixels)
+    for view, row in zip(views, zip(moments.mean.split(1), moments.std.split(1), strict=True), strict=True):
+        latents.write(view, LatentMoments(*row))
+
+
+def _check_space(folder: Path, first: Path, entries: int) -> None:
+    """Raises DataError when the disk will be full before the last of `entries` like the first is written."""
+    needed = first.stat().st_size * (entries - 1)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"the cache {folder} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB left;"
+            " set data.cache_dir to a larger one"
+        )
+
+
+def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _digest(made_from: list[object]) -> str:
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Over the bytes in the order of names: safetensors notices a short file, not a changed byte."""
+    value = 0
+    for name in sorted(tensors):
+        raw = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
+        value = zlib.crc32(raw.data, value)
+    return f"{value:08x}"
+
+
+def _read(path: Path, names: Sequence[str], what: object) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: not in the cache ({path} is gone); start again to fill it") from error
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{what}: cache entry {path} cannot be read ({error}); delete it and start again"
+        ) from error
+
+
+def _is_sound(path: Path, names: Sequence[str]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in names}
+            return bool((file.metadata() or {}).get("crc32") == _checksum(tensors))
+    except (SafetensorError, OSError):
+        return False
+
+
+def _without_entry(
+    items: dict[Path, _Item], names: Sequence[str], on_sound: Callable[[], None]
+) -> list[_Item]:
+    absent: list[_Item] = []
+    for path, item in items.items():
+        if not path.is_file():
+            absent.append(item)
+        elif not _is_sound(path, names):
+            log.warning("cache entry %s is damaged and is encoded anew", path)
+            absent.append(item)
+        else:
+            on_sound()
+    return absent
+
+
+def _write(path: Path, tensors: dict[str, Tensor], maker: str) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise DataError(f"{maker} gives {name} with NaN or infinity; run it in bfloat16 or float32")
+    data = save(tensors, metadata={"crc32": _checksum(tensors)})
+    # In the entry's own folder, hence on its filesystem: a rename across filesystems is a copy, and can tear.
+    partial = path.with_name(f".{path.stem[:16]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write the cache entry {path}: {error.strerror}") from error

@@ -1,0 +1,139 @@
+"""What happens before the transformer is loaded: pictures read, latents and embeddings cached, encoders gone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
+from halfbyte.trainer.data.buckets import Cropping, Size, View, views_of
+from halfbyte.trainer.data.encoding_cache import LatentCache, fill
+from halfbyte.trainer.data.folder import Sample, read_samples
+from halfbyte.trainer.data.held_out import refuse_trained, set_aside
+from halfbyte.trainer.data.order import Plan
+from halfbyte.trainer.data.prompts import references_for
+from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.device_memory import free_unused
+from halfbyte.trainer.runtime.progress import Shown
+from halfbyte.trainer.runtime.world import World, barrier
+from halfbyte.trainer.sample.sampler import Prompt
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training needs besides the transformer."""
+
+    samples: Sequence[Sample]  # those that are trained on
+    views: int
+    sizes: Sequence[Size]  # those that pictures have, not all that there could be
+    prompts: Sequence[Prompt]
+    empty: TextEmbedding
+    plan: Plan
+    training_set: TrainingSet
+    held_out: Sequence[View]  # one of each picture that validation measures
+    held_out_set: TrainingSet
+
+    def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
+        """This process's micro-batches from the given one to the end of the run, as one epoch."""
+        train = recipe.train
+        batches = PlannedBatches(
+            self.plan,
+            batch_size=train.batch_size,
+            rank=world.rank,
+            start=first_micro_batch,
+            stop=train.steps * train.grad_accumulation,
+        )
+        return DataLoader(
+            self.training_set,
+            batch_sampler=batches,
+            collate_fn=collate,
+            pin_memory=world.device.type == "cuda",
+        )
+
+
+def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> Prepared:
+    """Reads the data and fills the cache, each process its share; the encoders are gone when it returns.
+
+    Raises DataError with every problem of the pictures and captions at once.
+    """
+    data = recipe.data
+    reading = Shown(console, "reading pictures", "picture")
+    samples = _read(recipe, data.path, reading)
+    reading.close()
+    samples, held_out = _split(recipe, samples)
+    references = _references(recipe)
+    cropping = Cropping(
+        data.resolution, family.size_multiple, data.aspect_buckets, data.crop, data.random_crops, data.flip
+    )
+    groups = views_of(samples, cropping, recipe.train.seed)
+    views = [view for group in groups for view in group]
+    # The middle of each picture, once: what is measured does not change with how training crops.
+    whole = replace(cropping, crop="center", random_crops=1, flip=False)
+    held_out_views = [group[0] for group in views_of(held_out, whole, recipe.train.seed)]
+    encoding = Shown(console, "encoding", "entry")
+    encoders = family.load_encoders(
+        device=world.device,
+        dtype=torch.bfloat16,
+        memo=data.cache_folder / "digests",
+        t5_quant=recipe.model.text_encoder_quant,
+        stream_t5=recipe.model.stream_text_encoder,
+    )
+    latents, texts = fill(
+        data.cache_folder,
+        encoders,
+        [*views, *held_out_views],
+        [*(sample.caption for sample in (*samples, *held_out)), *recipe.sample.prompts],
+        rank=world.rank,
+        world_size=world.size,
+        progress=encoding,
+    )
+    encoding.close()
+    del encoders
+    free_unused(world.device)
+    barrier(world)
+    train = recipe.train
+    return Prepared(
+        samples,
+        len(views),
+        sorted({(view.width, view.height) for view in views}),
+        [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
+        texts.read(""),
+        Plan(groups, seed=train.seed, global_batch=train.batch_size * world.size),
+        TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
+        held_out_views,
+        TrainingSet(latents, texts),
+    )
+
+
+def _split(recipe: Recipe, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """The pictures to train on, and those to measure on. Raises DataError."""
+    validation = recipe.validation
+    if validation.path is None:
+        return set_aside(samples, validation.held_out)
+    held_out = _read(recipe, validation.path)
+    refuse_trained(held_out, samples)
+    return samples, held_out
+
+
+def _references(recipe: Recipe) -> dict[str, Sample]:
+    """What sample prompts should show, by prompt. Raises DataError."""
+    folder = recipe.sample.references
+    if folder is None:
+        return {}
+    return references_for(recipe.sample.prompts, _read(recipe, folder), folder)
+
+
+def _read(recipe: Recipe, folder: Path, progress: Shown | None = None) -> list[Sample]:
+    """The pictures of a folder. Raises DataError."""
+    data = recipe.data
+    return read_samples(
+        folder,
+        data.caption_prefix,
+        is_decoded=lambda sha256: LatentCache.has_decoded(data.cache_folder, sha256),
+        progress=progress,
+    )

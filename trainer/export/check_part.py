@@ -1,0 +1,118 @@
+"""The part of a model that an export's self-check loads: all of a small one, of a large one some blocks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.files.shards import write_text, write_weights
+from halfbyte.quant.load.serialize import (
+    CONFIG_FILE,
+    base_tensors,
+    quantization_config,
+    read_quantization_config,
+    split_statistic,
+)
+from halfbyte.trainer.adapters.saved import LoraLayer
+from halfbyte.trainer.families.family import Family
+
+_WHOLE_BYTES = 2 * 10**8  # a model up to this size is compared whole
+_SHARD_BYTES = 2 * 10**9
+
+
+def is_large(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a model of these tensors is compared in part."""
+    return sum(tensor.nbytes for tensor in tensors.values()) > _WHOLE_BYTES
+
+
+@dataclass(frozen=True)
+class ComparedPart:
+    """The part of the model that is compared."""
+
+    config: Mapping[str, Any]
+    blocks: Mapping[str, str] | None  # block -> its name in the part; None: the whole model
+
+    def name(self, name: str, all_blocks: Sequence[str]) -> str | None:
+        """What a tensor or layer is called in the part; None where it is not in it."""
+        if self.blocks is None:
+            return name
+        for block in all_blocks:
+            if name.startswith(f"{block}."):
+                own = self.blocks.get(block)
+                return None if own is None else own + name.removeprefix(block)
+        return name
+
+
+def part_of(family: Family, denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> ComparedPart:
+    """What of the denoiser is compared, `layers` being those with an adapter."""
+    config = plain_config(family.denoiser_config)
+    if not is_large(base_tensors(denoiser)):
+        return ComparedPart(config, None)
+    # Of each kind the block with the most adapters: a run may train few of them.
+    chosen = [
+        max(kind, key=lambda block: sum(path.startswith(f"{block}.") for path in layers))
+        for kind in family.block_kinds()
+        if kind
+    ]
+    names, counts = {}, dict[str, int]()
+    for block in chosen:
+        stem = block.rpartition(".")[0]
+        names[block] = f"{stem}.{counts.setdefault(stem, 0)}"
+        counts[stem] += 1
+    return ComparedPart(family.config_of_blocks(chosen), names)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's configuration without how it is quantized and where it came from."""
+    return {
+        key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")
+    }
+
+
+def quant_recipe_of(denoiser: nn.Module) -> QuantRecipe | None:
+    """How the denoiser's base is quantized."""
+    model: Any = denoiser
+    stored = model.config.get("quantization_config")
+    return None if stored is None else read_quantization_config(stored, "the model")
+
+
+def quantized_config(config: Mapping[str, Any], recipe: QuantRecipe) -> dict[str, Any]:
+    """The configuration of a model that is quantized so."""
+    return dict(config) | {"quantization_config": quantization_config(recipe)}
+
+
+def base_groups(
+    denoiser: nn.Module, kept: ComparedPart, every: Sequence[str]
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """The part's weights dequantized, and as they are held, a weight with its statistics."""
+    packed = {
+        f"{path.removesuffix('.base_layer')}.weight": module
+        for path, module in denoiser.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    held: dict[str, dict[str, Tensor]] = {}
+    plain: list[dict[str, Tensor]] = []
+    for name, tensor in base_tensors(denoiser).items():
+        own = kept.name(name, every)
+        if own is None:
+            continue
+        statistic = split_statistic(name)
+        group = name if statistic is None or statistic[0] not in packed else statistic[0]
+        held.setdefault(group, {})[own] = tensor
+        if name in packed:
+            plain.append({own: packed[name].dequantize(torch.float32)})
+        elif group == name:
+            plain.append({own: tensor.float()})
+    return plain, list(held.values())
+
+
+def write_part(folder: Path, config: Mapping[str, Any], groups: list[dict[str, Tensor]]) -> None:
+    """Writes a model's folder, a group of tensors never parted."""
+    folder.mkdir()
+    write_text(json.dumps(config), folder / CONFIG_FILE)
+    write_weights(groups, folder, max_shard_bytes=_SHARD_BYTES)

@@ -1,0 +1,210 @@
+"""What a run leaves behind: adapter and quantized base, written beside their places, checked, then put there."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, write_text
+from halfbyte.quant.load.serialize import CONFIG_FILE, save_quantized
+from halfbyte.trainer.adapters.formats import (
+    FORMATS,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    LoraFormat,
+    file_name,
+    formats_for,
+    write_formats,
+)
+from halfbyte.trainer.adapters.lora import adapter_state, save_adapter
+from halfbyte.trainer.adapters.saved import SavedAdapter, read_saved
+from halfbyte.trainer.errors import ExportError, RecipeError
+from halfbyte.trainer.export.merge import Survival, merge, total
+from halfbyte.trainer.export.provenance import (
+    BASE_ERROR_FILE,
+    PROVENANCE_FILE,
+    HubPart,
+    write_base_error,
+    write_provenance,
+)
+from halfbyte.trainer.export.self_check import SelfCheck, StockCheck
+from halfbyte.trainer.export.text_encoder import write_text_encoder
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.runtime.staging import keep_others, put_in_place, work_folder
+
+MERGED = "merged"
+MERGE_REPORT = "merge_report.json"
+_OURS = (PROVENANCE_FILE, PEFT_FILE, PEFT_CONFIG, CONFIG_FILE, BASE_ERROR_FILE, MERGE_REPORT)
+_WEIGHTS = tuple(file.removesuffix(".safetensors") for file in (WEIGHTS_FILE, TEXT_WEIGHTS_FILE))
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is written."""
+
+    name: str  # of the files that ComfyUI and kohya show by their names
+    formats: tuple[LoraFormat, ...] | None  # None: all that can hold the adapter
+    base: bool
+    check: bool
+    step: int  # whose adapter it is
+    quant: QuantRecipe | None  # how the base is held that it was trained on
+    merged: bool = False  # also the base with the adapter merged in
+    text_encoder: torch.device | None = None  # also T5, in NF4, quantized there
+    started_from: HubPart | None = None  # the adapter of the Hub that training started from
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what was proven of it."""
+
+    adapter: Path
+    formats: tuple[LoraFormat, ...]
+    base: Path | None
+    check: SelfCheck | None
+    merged: Path | None = None
+    survivals: tuple[Survival, ...] = ()  # of the layers that were merged
+    text_encoder: Path | None = None
+
+
+def export_trained(
+    family: Family, denoiser: nn.Module, folder: RunFolder, settings: ExportSettings
+) -> Exported:
+    """Exports the adapters that are on `denoiser`, and its base.
+
+    Raises ExportError when what would be exported is not what was trained or stock diffusers does not take it; what
+    was exported before is then untouched.
+    """
+    with work_folder(folder.adapter) as work:
+        save_adapter(denoiser, family.pipeline_class, str(work))
+        try:
+            adapter = read_saved(work / ADAPTER_FILE)
+        except RecipeError as error:
+            raise ExportError(f"export: what training left is no whole adapter: {error}") from error
+        _check_written(work / ADAPTER_FILE, adapter.tensors, adapter_state(denoiser))
+        return _export(family, denoiser, adapter, folder, work, settings)
+
+
+def export_saved(
+    family: Family,
+    denoiser: nn.Module | None,
+    adapter_file: Path,
+    folder: RunFolder,
+    settings: ExportSettings,
+) -> Exported:
+    """Exports the adapter of a file as diffusers writes it, a checkpoint's; see `export_trained`.
+
+    denoiser: the base without adapters, for what needs one: its own export, merging, which changes it, and the check.
+    """
+    adapter = read_saved(adapter_file)
+    with work_folder(folder.adapter) as work:
+        shutil.copyfile(adapter_file, work / ADAPTER_FILE)
+        return _export(family, denoiser, adapter, folder, work, settings)
+
+
+def is_quantized(denoiser: nn.Module) -> bool:
+    """Whether the denoiser holds a quantized base, which can be exported."""
+    model: Any = denoiser
+    return "quantization_config" in model.config
+
+
+def _export(
+    family: Family,
+    denoiser: nn.Module | None,
+    adapter: SavedAdapter,
+    folder: RunFolder,
+    work: Path,
+    settings: ExportSettings,
+) -> Exported:
+    """Writes everything beside its place, has it checked, and only then puts it there."""
+    formats = formats_for(adapter, settings.formats)
+    source = family.source
+    base = None if source.revision is None else (source.name, source.revision)
+    write_formats(adapter, formats, work, family.original_names(), name=settings.name, base=base)
+    write_provenance(family, settings.step, settings.quant, settings.started_from, work)
+    check = survivals = None
+    with ExitStack() as works:
+        built = {folder.adapter: work}
+
+        def build(place: Path) -> Path:
+            built[place] = works.enter_context(work_folder(place))
+            return built[place]
+
+        stock = None
+        if settings.check:
+            assert denoiser is not None
+            work_check = works.enter_context(work_folder(folder.root / "check"))
+            stock = StockCheck(family, denoiser, adapter, work_check)
+            stock.add_adapter(denoiser, work, formats, name=settings.name)
+        has_base = settings.base and denoiser is not None and is_quantized(denoiser)
+        if has_base:
+            assert denoiser is not None
+            place = build(folder.base)
+            save_quantized(denoiser, place)
+            if stock is not None:
+                stock.add_denoiser(folder.base.name, denoiser, place, adapted=True)
+            write_base_error(family, denoiser, place)
+        component = None
+        if settings.text_encoder is not None:
+            component = folder.root / family.t5_component
+            written = write_text_encoder(family.t5, build(component), settings.text_encoder)
+            if stock is not None:
+                stock.add_text_encoder(written, built[component])
+            del written
+        merged = folder.root / MERGED if settings.merged else None
+        if merged is not None:
+            assert denoiser is not None
+            survivals = _write_merged(denoiser, adapter, build(merged))
+            if stock is not None:
+                stock.add_denoiser(merged.name, denoiser, built[merged], adapted=False)
+        if stock is not None:
+            check = stock.result()
+        for place, built_in in built.items():
+            keep_others(place, built_in, partial(_is_ours, settings.name))
+        for place, built_in in built.items():
+            put_in_place(built_in, place)
+    return Exported(
+        folder.adapter / ADAPTER_FILE,
+        formats,
+        folder.base if has_base else None,
+        check,
+        merged,
+        tuple(survivals or ()),
+        component,
+    )
+
+
+def _write_merged(denoiser: nn.Module, adapter: SavedAdapter, folder: Path) -> list[Survival]:
+    survivals = merge(denoiser, adapter.layers())
+    save_quantized(denoiser, folder)
+    report = {"kept": total(survivals), "layers": [asdict(survival) for survival in survivals]}
+    write_text(json.dumps(report, indent=1) + "\n", folder / MERGE_REPORT)
+    return survivals
+
+
+def _is_ours(name: str, path: str) -> bool:
+    """Whether an earlier export wrote the file at `path` of an exported folder, so that it goes with that."""
+    return (
+        path in _OURS
+        or path in [file_name(name, kind) for kind in FORMATS]
+        or ("/" not in path and path.startswith(_WEIGHTS) and path.endswith((".safetensors", ".index.json")))
+    )
+
+
+def _check_written(file: Path, written: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    wrong = sorted(trained.keys() ^ written.keys())
+    wrong += [name for name in trained.keys() & written.keys() if not written[name].equal(trained[name])]
+    if wrong:
+        raise ExportError(
+            f"export: {file} is not what was trained: {len(wrong)} entries differ, first {wrong[0]}; the last"
+            " checkpoint is whole"
+        )

@@ -1,0 +1,159 @@
+"""What an export says of where it comes from: the base with its revision and licence, and what the base lost."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.files.shards import ShardedWeights, write_text
+from halfbyte.quant.load.base_error import BaseError, base_error
+from halfbyte.quant.load.transformer import read_config
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.pretrained.component import Component
+from halfbyte.trainer.pretrained.license import Licence, base_licence
+from halfbyte.trainer.pretrained.single_file import original_weights
+from halfbyte.trainer.runtime.version import halfbyte_version
+
+log = logging.getLogger(__name__)
+
+PROVENANCE_FILE = "halfbyte.json"
+"""Beside the adapter, and at the top of a repository that this trainer has pushed to."""
+BASE_ERROR_FILE = "quantization_error.json"
+"""Beside the quantized base."""
+
+
+@dataclass(frozen=True)
+class HubPart:
+    """What a Hub repository other than that of the base gave."""
+
+    repository: str
+    revision: str  # the commit
+    subfolder: str | None = None
+
+    @classmethod
+    def of(cls, component: Component) -> "HubPart | None":
+        """None for what is not of the Hub."""
+        if component.revision is None:
+            return None
+        return cls(component.name, component.revision, component.subfolder)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Of an exported adapter."""
+
+    halfbyte: str  # the version that exported it
+    step: int
+    pipeline: str  # diffusers' classes
+    transformer: str
+    base_model: str | None  # a Hub repository; None for a folder, whose path is nobody's business
+    revision: str | None  # the commit that was trained on
+    own_transformer: bool  # whether the transformer was given apart from base_model (model.transformer)
+    max_sequence_length: int  # T5 tokens
+    licence: Licence | None  # of the base, by its own card
+    quant: QuantRecipe | None  # how the base was held; None: in the compute dtype
+    own_text_encoder: bool = False  # whether T5 was given apart from base_model (model.text_encoder)
+    # Those given apart, by the pipeline's names of them.
+    parts: Mapping[str, HubPart] = field(default_factory=dict)
+    started_from: HubPart | None = None  # the adapter, where it was one of the Hub (lora.init_from)
+
+
+def write_provenance(
+    family: Family, step: int, quant: QuantRecipe | None, started_from: HubPart | None, folder: Path
+) -> None:
+    """Writes the adapter's provenance into its folder."""
+    source = family.source
+    repository = None if source.revision is None else source.name
+    own = {"transformer": family.transformer, family.t5_component: family.t5}
+    parts = {name: HubPart.of(component) for name, component in own.items() if component.is_own}
+    provenance = Provenance(
+        halfbyte_version(),
+        step,
+        family.pipeline_class.__name__,
+        family.denoiser_class.__name__,
+        repository,
+        source.revision,
+        family.transformer.is_own,
+        family.max_sequence_length,
+        base_licence(source.folder, repository, source.revision),
+        quant,
+        family.t5.is_own,
+        {name: part for name, part in parts.items() if part is not None},
+        started_from,
+    )
+    facts = asdict(provenance) | {"quant": None if quant is None else quant.as_json()}
+    write_text(json.dumps(facts, indent=1) + "\n", folder / PROVENANCE_FILE)
+
+
+def read_provenance(file: Path) -> Provenance:
+    """Raises RecipeError where there is none, or another file."""
+    facts = _read(file)
+    try:
+        licence, quant = facts.pop("licence"), facts.pop("quant")
+        parts, started_from = facts.pop("parts", {}), facts.pop("started_from", None)
+        return Provenance(
+            **facts,
+            parts={name: HubPart(**part) for name, part in parts.items()},
+            started_from=None if started_from is None else HubPart(**started_from),
+            licence=None if licence is None else Licence(**licence),
+            quant=None if quant is None else QuantRecipe.of_json(quant),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{file}: not written by an export of this version; export the run again"
+        ) from error
+
+
+def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
+    """Measures what quantization cost the base, and writes that into its folder.
+
+    Nothing is written where that cannot be known: the source was quantized already.
+    """
+    try:
+        error = _base_error(family, denoiser)
+    except (OSError, ValueError) as problem:
+        log.warning("what quantization cost the base is not measured: %s", problem)
+        return
+    if error is None:
+        return
+    write_text(json.dumps(asdict(error), indent=1) + "\n", folder / BASE_ERROR_FILE)
+
+
+def _base_error(family: Family, denoiser: nn.Module) -> BaseError | None:
+    folder, file = family.transformer.path, family.transformer.file
+    if file is not None:
+        with original_weights(file, family.original_names()) as (original, finish):
+            return base_error(denoiser, original, finish=finish)
+    if read_config(folder).get("quantization_config") is not None:
+        return None
+    with ShardedWeights(folder) as weights:
+        return base_error(denoiser, weights)
+
+
+def read_base_error(folder: Path) -> BaseError | None:
+    """What `write_base_error` wrote into the folder, None where it wrote nothing. Raises RecipeError."""
+    file = folder / BASE_ERROR_FILE
+    if not file.is_file():
+        return None
+    try:
+        return BaseError(**_read(file))
+    except TypeError as error:
+        raise RecipeError(
+            f"{file}: not written by an export of this version; export the run again"
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise RecipeError(f"{file}: expected a JSON object")
+    return facts

@@ -1,0 +1,162 @@
+"""How many bytes are alive while operations run, of which kind, and how much they compute.
+
+Watches every operation that torch dispatches, and the storages of its results until they are freed. Over meta tensors
+it tells what the same operations would hold on a CUDA device, without one: shapes and lifetimes are the real ones, and
+what kernels need inside is added from `kernel_memory`.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from halfbyte.trainer.plan.op_costs import inside, work
+
+_GRANULE = 512  # the allocator of CUDA hands out multiples of it
+
+WORKING = "working memory"
+INSIDE = "inside a kernel"
+
+
+def allocated(nbytes: int) -> int:
+    """Bytes that the allocator takes for `nbytes`."""
+    return -(-nbytes // _GRANULE) * _GRANULE
+
+
+@dataclass
+class _Block:
+    """A storage, alive or not."""
+
+    nbytes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was alive at once."""
+
+    nbytes: int
+    by_kind: Mapping[str, int]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it what is alive on `device_type` counts; elsewhere there are only numbers and what lies aside."""
+
+    def __init__(self, device_type: str = "meta") -> None:
+        super().__init__()
+        self.now = 0
+        self.flops = 0
+        self.calls = 0  # operations, views among them
+        self.host = 0  # bytes made within `on_host`
+        self._device_type = device_type
+        self._blocks: list[_Block] = []
+        # Storage -> its block's number, None for one of the host's, and a weak reference to it.
+        self._alive: dict[int, tuple[int | None, Any]] = {}
+        # Numbers of blocks as they come, and their complements as they go: a peak is a place in it.
+        self._events: list[int] = []
+        self._peak = 0
+        self._peak_place = 0
+        self._peak_inside = 0
+        self._on_host = False
+
+    def hold(self, tensors: Iterable[Tensor], kind: str) -> int:
+        """Counts tensors, also such as were there before, as `kind`; gives their bytes, shared ones once."""
+        blocks = {
+            number: self._blocks[number] for tensor in tensors if (number := self._count(tensor)) is not None
+        }
+        for block in blocks.values():
+            block.kind = kind
+        return sum(block.nbytes for block in blocks.values())
+
+    def name_rest(self, kind: str) -> int:
+        """Counts all working memory that is alive as `kind` from now on; gives its bytes."""
+        alive = [self._blocks[number] for number, _ in self._alive.values() if number is not None]
+        named = [block for block in alive if block.kind == WORKING]
+        for block in named:
+            block.kind = kind
+        return sum(block.nbytes for block in named)
+
+    def restart(self) -> None:
+        """Forgets the peak and the work so far."""
+        self.flops = 0
+        self.calls = 0
+        self._note(0)
+
+    @property
+    def peak(self) -> Peak:
+        """The most since `restart`, by kinds; what was named later has the later name."""
+        alive: set[int] = set()
+        for number in self._events[: self._peak_place]:
+            (alive.add if number >= 0 else alive.discard)(number if number >= 0 else ~number)
+        kinds: Counter[str] = Counter()
+        for number in alive:
+            kinds[self._blocks[number].kind] += self._blocks[number].nbytes
+        if self._peak_inside:
+            kinds[INSIDE] += self._peak_inside
+        return Peak(self._peak, dict(kinds))
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is made within lies in the host's memory."""
+        self._on_host = True
+        try:
+            yield
+        finally:
+            self._on_host = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """torch's hook."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        name = func.name()
+        self.calls += 1
+        self.flops += work(name, args, result)
+        own = inside(name, args, result)
+        if self.now + own > self._peak:
+            self._note(own)
+        return result
+
+    def _count(self, tensor: Tensor) -> int | None:
+        """The number of the tensor's block; None where it is not on the device."""
+        if tensor.device.type != self._device_type:
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None and known[1]() is not None:
+            return known[0]
+        nbytes = allocated(storage.nbytes())
+        if self._on_host:
+            self.host += nbytes
+            self._alive[key] = (None, weakref.ref(storage, lambda _: self._free(key)))
+            return None
+        number = len(self._blocks)
+        self._blocks.append(_Block(nbytes, WORKING))
+        self._alive[key] = (number, weakref.ref(storage, lambda _: self._free(key)))
+        self._events.append(number)
+        self.now += nbytes
+        if self.now > self._peak:
+            self._note(0)
+        return number
+
+    def _free(self, key: int) -> None:
+        number, _ = self._alive.pop(key)
+        if number is None:
+            return
+        self._events.append(~number)
+        self.now -= self._blocks[number].nbytes
+
+    def _note(self, own: int) -> None:
+        self._peak = self.now + own
+        self._peak_place = len(self._events)
+        self._peak_inside = own

@@ -1,0 +1,178 @@
+"""A transformer in one file, by the names that its authors gave its layers: as BFL publishes FLUX, and ComfyUI.
+
+The file is streamed into diffusers' model, quantized on the way, in bf16 or in fp8 with a scale beside each weight.
+The model's configuration is the pipeline's.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.quant.convert.replace_linears import QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.files.row_ranges import Rows, SingleFile
+from halfbyte.quant.load.fill import Finish, Place, Progress, fill
+from halfbyte.quant.load.serialize import quantization_config
+from halfbyte.quant.load.transformer import empty_model
+from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
+
+log = logging.getLogger(__name__)
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# Of fp8 weights: what they are multiplied by; scales of inputs are for products in fp8.
+_SCALES = (".scale_weight", ".weight_scale")
+_UNUSED = (".scale_input", ".input_scale")
+_MARKER = "scaled_fp8"
+# ComfyUI's newer files say of each quantized layer how it is, in JSON as bytes; these are a weight times its scale.
+_DESCRIBED = ".comfy_quant"
+_FP8 = ("float8_e4m3fn", "float8_e5m2")
+_SHOWN = 5
+
+
+def load_single_file(
+    model_cls: type[Any],
+    file: Path,
+    config: Mapping[str, Any],
+    names: Sequence[OriginalName],
+    recipe: QuantRecipe | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    place: Place | None = None,
+) -> nn.Module:
+    """The model that `config` describes with the weights of `file`; see `load_quantized`.
+
+    names: the layers as the file names them. Raises ValueError, naming the file, where tensors are missing, left over,
+    of another shape or quantized, before any is read.
+    """
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    model = empty_model(model_cls, plain, file.parent, dtype)
+    if recipe is not None:
+        convert(model, recipe)
+        model.register_to_config(quantization_config=quantization_config(recipe))
+    with original_weights(file, names) as (weights, finish):
+        fill(
+            model,
+            weights,
+            packed=False,
+            dtype=dtype,
+            device=device,
+            in_fp32=kept_in_fp32(model),
+            progress=progress,
+            finish=finish,
+            place=place,
+        )
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
+
+
+@contextmanager
+def original_weights(file: Path, names: Sequence[OriginalName]) -> Iterator[tuple[SingleFile, Finish]]:
+    """The tensors of a file by diffusers' names, and what makes diffusers' tensors of them; see `load_single_file`."""
+    weights = SingleFile(file)
+    with weights:
+        scales = _rename(weights, file, names)
+        swapped = {part for original in names if original.swapped for part in original.parts}
+
+        def finish(name: str, tensor: Tensor) -> Tensor:
+            if name in scales:
+                tensor = tensor.float() * scales[name].to(tensor.device)
+            return swap_halves(tensor) if name.rpartition(".")[0] in swapped else tensor
+
+        yield weights, finish
+
+
+def _rename(weights: SingleFile, file: Path, names: Sequence[OriginalName]) -> dict[str, Tensor]:
+    """Gives the weights diffusers' names; the scales by those names. Raises ValueError."""
+    present = set(weights.names)
+    packed = next(
+        (name for name in sorted(present) if ".quant_state." in name or name.endswith(".SCB")), None
+    )
+    if packed is not None:
+        raise ValueError(
+            f"{file}: is quantized already ({packed}); accepted: bf16, fp16, fp32 or fp8, or a quantized folder in"
+            " diffusers' layout as the pipeline's own transformer"
+        )
+    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in present)), "")
+    own = {name.removeprefix(prefix): name for name in present if name.startswith(prefix)}
+    if len(own) < len(present):
+        log.info("%s: %d tensors beside the transformer are left out", file, len(present) - len(own))
+    for name in sorted(own):
+        if name.endswith(_DESCRIBED):
+            weight = own.get(name.removesuffix(_DESCRIBED) + ".weight")
+            _check_described(weights, file, own.pop(name), weight)
+    rows: dict[str, Rows] = {}
+    scales: dict[str, Tensor] = {}
+    missing = []
+    for original in names:
+        for leaf in (original.leaf, "bias") if original.leaf == "weight" else (original.leaf,):
+            source = own.pop(f"{original.name}.{leaf}", None)
+            if source is None:
+                missing.append(f"{original.name}.{leaf}")
+                continue
+            rows |= _parts(weights, file, original, "bias" if leaf == "bias" else "weight", source)
+        for ending in _SCALES:
+            source = own.pop(original.name + ending, None)
+            if source is not None:
+                scale = weights.read(source).float()
+                scales |= _scales(file, original, scale)
+    strange = sorted(name for name in own if not name.endswith(_UNUSED) and name != _MARKER)
+    problems = [
+        f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
+        for what, found in (("missing", missing), ("unexpected", strange))
+        if found
+    ]
+    if problems:
+        raise ValueError(
+            f"{file}: is not the transformer that the pipeline's transformer/config.json describes, by the names of"
+            f" its authors: {'; '.join(problems)}"
+        )
+    weights.rename(rows)
+    return scales
+
+
+def _check_described(weights: SingleFile, file: Path, name: str, weight: str | None) -> None:
+    """Raises ValueError where a layer's description is not that of fp8, or its weight is something else."""
+    try:
+        described = json.loads(bytes(weights.read(name).tolist()))
+        kind = described.get("format")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {name} does not say how the layer is quantized: {error}") from error
+    stored = "no weight" if weight is None else str(weights.stored(weight).dtype).removeprefix("torch.")
+    if kind not in _FP8 or stored != kind:
+        raise ValueError(
+            f"{file}: {name} says {kind!r}, and its weight is stored as {stored}; accepted: {' or '.join(_FP8)},"
+            " stored as such"
+        )
+
+
+def _parts(
+    weights: SingleFile, file: Path, original: OriginalName, leaf: str, source: str
+) -> dict[str, Rows]:
+    if not original.rows:
+        return {f"{original.parts[0]}.{leaf}": Rows(source)}
+    shape = weights.shape(source)
+    if not shape or shape[0] != sum(original.rows):
+        raise ValueError(f"{file}: {source}: expected {sum(original.rows)} rows, got shape {shape}")
+    parts, start = {}, 0
+    for part, height in zip(original.parts, original.rows, strict=True):
+        parts[f"{part}.{leaf}"] = Rows(source, start, start + height)
+        start += height
+    return parts
+
+
+def _scales(file: Path, original: OriginalName, scale: Tensor) -> dict[str, Tensor]:
+    """One for the whole weight, or one a row."""
+    rows = original.rows or (scale.numel(),)
+    if scale.numel() == 1:
+        return {f"{part}.weight": scale.reshape(()) for part in original.parts}
+    if scale.numel() != sum(rows):
+        raise ValueError(f"{file}: {original.name}: {scale.numel()} scales, expected 1 or {sum(rows)}")
+    parts = zip(original.parts, scale.reshape(-1, 1).split(rows), strict=True)
+    return {f"{part}.weight": rows_of_part for part, rows_of_part in parts}

@@ -1,0 +1,132 @@
+"""The files of a run that a push sends, by the names they get; only what an export writes, and only what is whole."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from halfbyte.quant.files.shards import ShardedWeights
+from halfbyte.quant.load.transformer import read_config
+from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
+from halfbyte.trainer.adapters.saved import read_saved
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, PROVENANCE_FILE
+from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.run_folder.folder import RunFolder
+
+BASE = "transformer"
+SAMPLES = "samples"
+_OTHER_FORMATS = tuple(kind for kind in FORMATS if kind != "diffusers")
+
+
+@dataclass(frozen=True)
+class PushFile:
+    """A file and its name in the repository."""
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        """What the Hub calls a large file by."""
+        if isinstance(self.content, bytes):
+            return hashlib.sha256(self.content).hexdigest()
+        with self.content.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def git_digest(self) -> str:
+        """What git calls a small file by."""
+        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def adapter_files(run: RunFolder) -> list[PushFile]:
+    """Of the exported adapter. Raises RecipeError where there is none, or one that is not whole."""
+    folder = run.adapter
+    if not (folder / ADAPTER_FILE).is_file():
+        raise RecipeError(
+            f"{run.root}: has no adapter/{ADAPTER_FILE}, which a finished run has; go on with the run (--resume), or"
+            " export a checkpoint of it: halfbyte export RUN --checkpoint STEP"
+        )
+    read_saved(folder / ADAPTER_FILE)
+    if not (folder / PROVENANCE_FILE).is_file():
+        raise RecipeError(
+            f"{folder}: has no {PROVENANCE_FILE}, so it was exported by an older version; export it again: halfbyte"
+            " export RUN --base"
+        )
+    paths = [folder / name for name in (PROVENANCE_FILE, ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG)]
+    for kind in _OTHER_FORMATS:
+        paths += sorted((folder / kind).glob("*.safetensors"))
+    return list(_whole(folder, (path for path in paths if path.is_file())))
+
+
+def base_files(run: RunFolder) -> list[PushFile]:
+    """Of the exported base; empty where none was exported. Raises RecipeError where it is not whole."""
+    folder = run.base
+    if not folder.is_dir():
+        return []
+    try:
+        read_config(folder)
+        with ShardedWeights(folder) as weights:
+            index = () if weights.index is None else (weights.index,)
+            paths = [folder / "config.json", folder / BASE_ERROR_FILE, *index, *weights.files]
+    except ValueError as error:
+        raise RecipeError(f"{error}; export it again: halfbyte export RUN --base") from error
+    return [
+        PushFile(f"{BASE}/{file.name}", file.content)
+        for file in _whole(folder, (path for path in paths if path.is_file()))
+    ]
+
+
+@dataclass(frozen=True)
+class SamplePicture:
+    """What was drawn for a prompt, as the names of files in the repository."""
+
+    prompt: str
+    trained: PushFile
+    base: PushFile | None  # before training
+
+
+def sample_pictures(run: RunFolder, prompts: tuple[str, ...], step: int) -> list[SamplePicture]:
+    """Of the prompts that were drawn at the step. Raises RecipeError for a picture that is not whole."""
+    pictures = []
+    for place, prompt in enumerate(prompts):
+        trained, base = (run.samples / f"step-{drawn:06d}-{place:02d}.png" for drawn in (step, 0))
+        if not trained.is_file():
+            continue
+        before = PushFile(f"{SAMPLES}/{place:02d}-base.png", _picture(base)) if base.is_file() else None
+        pictures.append(
+            SamplePicture(prompt, PushFile(f"{SAMPLES}/{place:02d}.png", _picture(trained)), before)
+        )
+    return pictures
+
+
+def _whole(folder: Path, paths: Iterator[Path]) -> Iterator[PushFile]:
+    for path in paths:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise RecipeError(
+                    f"{path}: not a whole safetensors file ({error}); export it again"
+                ) from error
+        yield PushFile(path.relative_to(folder).as_posix(), path)
+
+
+def _picture(path: Path) -> Path:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError) as error:
+        raise RecipeError(f"{path}: not a whole picture ({error}); delete it to push without it") from error
+    return path

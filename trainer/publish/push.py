@@ -1,0 +1,159 @@
+"""`halfbyte push`: a run's adapter, its quantized base and a card, as one commit of a repository on the Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from halfbyte.trainer.errors import HubError, RecipeError
+from halfbyte.trainer.export.provenance import PROVENANCE_FILE, read_base_error, read_provenance
+from halfbyte.trainer.hub.account import require_writer
+from halfbyte.trainer.hub.client import prepare_client
+from halfbyte.trainer.hub.failures import page
+from halfbyte.trainer.publish.card_facts import CardFacts, read_validation
+from halfbyte.trainer.publish.files import BASE, PushFile, adapter_files, base_files, sample_pictures
+from halfbyte.trainer.publish.model_card import CARD_FILE, model_card
+from halfbyte.trainer.publish.repository import change, commit, create, find, require_write
+from halfbyte.trainer.recipe.paths import is_repository
+from halfbyte.trainer.recipe.recipe import load_written
+from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.runtime.progress import Announced, sized
+
+
+@dataclass(frozen=True)
+class PushRequest:
+    """What is pushed where; what is None is as the run's recipe says."""
+
+    run: Path
+    repository: str | None = None
+    private: bool | None = None  # where the repository is made
+    step: int | None = None  # an exported checkpoint's instead of the finished run's
+    base: bool | None = None  # with the quantized base; None: where one was exported
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push that is ready to go: every file is there and whole."""
+
+    repository: str
+    private: bool
+    title: str  # of the commit
+    files: tuple[PushFile, ...]
+    card: str
+    drop_base: bool  # delete the base that an earlier push left
+
+
+def prepare_push(request: PushRequest) -> Push:
+    """Gathers the files and writes the card, without a word to the Hub. Raises RecipeError."""
+    run = RunFolder(request.run)
+    if not run.recipe.is_file():
+        raise RecipeError(
+            f"{request.run}: holds no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
+        )
+    recipe = load_written(run.recipe)
+    repository = request.repository or recipe.output.push_to_hub
+    if repository is None or not is_repository(repository):
+        got = "nothing, and output.push_to_hub is null" if repository is None else repr(repository)
+        raise RecipeError(f"--repo: got {got}; expected a Hub repository as owner/name")
+    target = run if request.step is None else _exported(run, request.step)
+    base = [] if request.base is False else base_files(target)
+    if request.base and not base:
+        raise RecipeError(f"--base: {target.root} has no {BASE}/; export it: halfbyte export RUN --base")
+    files = [*adapter_files(target), *base]
+    provenance = read_provenance(target.adapter / PROVENANCE_FILE)
+    step = provenance.step
+    if request.step not in (None, step):
+        raise RecipeError(
+            f"--checkpoint: {run.root} has no export of step {request.step}; make one: halfbyte export RUN"
+            f" --checkpoint {request.step}"
+        )
+    pictures = tuple(sample_pictures(run, recipe.sample.prompts, step))
+    for picture in pictures:
+        files += [file for file in (picture.trained, picture.base) if file is not None]
+    card = model_card(
+        CardFacts(
+            repository,
+            recipe,
+            provenance,
+            tuple(file.name for file in files),
+            pictures,
+            read_base_error(target.base) if base else None,
+            read_validation(run, step),
+        )
+    )
+    files.append(PushFile(CARD_FILE, card.encode()))
+    private = recipe.output.hub_private if request.private is None else request.private
+    title = f"{recipe.output.dir.name}, step {step}"
+    ordered = tuple(sorted(files, key=lambda file: file.name))
+    return Push(repository, private, title, ordered, card, drop_base=request.base is False)
+
+
+def _exported(run: RunFolder, step: int) -> RunFolder:
+    """Where `halfbyte export` puts the checkpoint of a step: that of the last step into the run itself."""
+    folder = RunFolder(run.root / "exports" / f"step-{step:06d}")
+    return folder if folder.root.is_dir() else run
+
+
+def check_push(repository: str) -> None:
+    """Raises HubError where a push there would fail by what can be known before: login, rights, name, and kind."""
+    prepare_client(bars=True)
+    require_writer(repository)
+    remote = find(repository)
+    if remote is not None:
+        require_write(remote)
+
+
+def push(ready: Push, console: Console) -> None:
+    """Makes the repository hold the push, in one commit; what it holds already is not sent. Raises HubError."""
+    prepare_client(bars=console.is_terminal)
+    require_writer(ready.repository)
+    remote = find(ready.repository)
+    if remote is None:
+        remote = create(ready.repository, private=ready.private)
+        console.print(f"created {page(remote.name)} ({_visibility(remote.private)})", highlight=False)
+    elif not remote.private and ready.private:
+        console.print(
+            f"warning: {page(remote.name)} is there and public, and stays so; make it private in its settings",
+            highlight=False,
+        )
+    todo = change(ready.files, remote, drop_base=ready.drop_base)
+    for note in todo.notes:
+        console.print(note, highlight=False)
+    if not todo:
+        console.print(f"up to date: {page(remote.name)} at {remote.commit}", highlight=False)
+        return
+    total = sum(file.size for file in todo.add)
+    made = commit(todo, remote, Announced(console, "uploading", total), title=ready.title)
+    console.print(
+        f"pushed {len(todo.add)} files ({sized(total)}), {todo.kept} were there, {len(todo.delete)} deleted:"
+        f" {page(remote.name)} at {made}",
+        highlight=False,
+    )
+
+
+def listing(ready: Push) -> list[str]:
+    """What would be pushed, line by line, and become of what is there; with the card at the end."""
+    width = max(len(file.name) for file in ready.files)
+    lines = [f"{page(ready.repository)} ({_visibility(ready.private)} where it is made)"]
+    lines += [f"  {file.name:<{width}} {sized(file.size):>10}" for file in ready.files]
+    total = sum(file.size for file in ready.files)
+    return [
+        *lines,
+        *_outlook(ready),
+        f"{len(ready.files)} files, {sized(total)}; nothing was sent",
+        "",
+        f"{CARD_FILE}:",
+        ready.card,
+    ]
+
+
+def _outlook(ready: Push) -> tuple[str, ...]:
+    prepare_client(bars=False)
+    try:
+        return change(ready.files, find(ready.repository), drop_base=ready.drop_base).notes
+    except HubError as error:
+        return (f"as it stands the push would fail: {error}",)
+
+
+def _visibility(private: bool) -> str:
+    return "private" if private else "public"

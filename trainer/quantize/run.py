@@ -1,0 +1,150 @@
+"""`halfbyte quantize`: the packed transformer of a recipe as a folder, for `model.transformer` and stock diffusers."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from halfbyte.quant.convert.calibrate import Fit
+from halfbyte.quant.convert.replace_linears import QuantizedLinear
+from halfbyte.quant.files.shards import ShardedWeights, write_text
+from halfbyte.quant.layers.exact import write_exact
+from halfbyte.quant.load.serialize import save_quantized
+from halfbyte.trainer.data.prepare import prepare
+from halfbyte.trainer.denoiser.load import DTYPES, keep_exact, quant_recipe
+from halfbyte.trainer.errors import HalfbyteError, LaunchError, RecipeError
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.plan.advice import when_full
+from halfbyte.trainer.quantize.calibration import calibrate_for
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.runtime.progress import BYTES, Shown
+from halfbyte.trainer.runtime.staging import put_in_place, work_folder
+from halfbyte.trainer.runtime.world import World, join
+
+REPORT = "calibration.json"
+_SHOWN = 5  # layers that are furthest from what they gave
+_WHEN_FULL = (
+    "the device ran out of memory; try a smaller data.resolution, or train.batch_size=1. Nothing was written"
+)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written, and how near it is."""
+
+    folder: Path
+    layers: int  # that are quantized
+    nbytes: int  # of the transformer on a device
+    fits: list[Fit]  # empty where nothing was calibrated
+
+
+def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: Console) -> Quantized:
+    """Writes the recipe's transformer, quantized as the recipe says and rounded for `samples` of its pictures, or 0.
+
+    Raises RecipeError, before anything is loaded, where `folder` holds something, the recipe asks for no 4 bits, or
+    the weights are not there in full precision; DataError for pictures that cannot be used; OutOfMemory.
+    """
+    settings = quant_recipe(recipe)
+    if world.size > 1:
+        raise LaunchError("halfbyte quantize runs in one process; start it without a launcher")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"{folder}: holds something already; name a new folder")
+    if settings is None:
+        raise RecipeError("quant.type: got none, expected nf4, fp4 or int8")
+    if samples and settings.quant_type == "int8":
+        raise RecipeError(
+            "quant.type: got int8, whose rounding knows no calibration; give --samples 0 or nf4"
+        )
+    model = recipe.model
+    family = FAMILIES[model.family].open(
+        model.path, model.revision, model.max_sequence_length, model.transformer, model.text_encoder
+    )
+    original = _original(family)
+    if samples and original is None:
+        raise RecipeError(
+            f"model.transformer: {model.transformer} is one file; calibration reads folders in diffusers' layout"
+        )
+    join(world)
+    with when_full(lambda: _WHEN_FULL):
+        denoiser, fits = _quantized(recipe, family, original, samples, world, console)
+    with work_folder(folder) as work:
+        save_quantized(denoiser, work)
+        if recipe.quant.exact:
+            _write_exact(recipe, denoiser, original, work)
+        if fits:
+            report = {"samples": samples, "layers": [asdict(fit) for fit in fits]}
+            write_text(json.dumps(report, indent=1) + "\n", work / REPORT)
+        put_in_place(work, folder)
+    layers = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
+    return Quantized(folder, layers, int(denoiser.get_memory_footprint()), fits)
+
+
+def _quantized(
+    recipe: Recipe, family: Family, original: Path | None, samples: int, world: World, console: Console
+) -> tuple[Any, list[Fit]]:
+    """The transformer, and how its layers fit; `original` is the folder of its weights in full precision."""
+    prepared = prepare(recipe, family, world, console) if samples else None
+    loading = Shown(console, "quantizing the transformer", BYTES)
+    dtype = DTYPES[recipe.quant.compute_dtype]
+    denoiser = family.load_denoiser(quant_recipe(recipe), device=world.device, dtype=dtype, progress=loading)
+    loading.close()
+    keep_exact(family, denoiser, recipe.quant.exact)  # refuses before calibrating what runs would refuse
+    if prepared is None or original is None:
+        return denoiser, []
+    try:
+        fits = calibrate_for(
+            recipe,
+            family,
+            denoiser,
+            original,
+            prepared,
+            samples=samples,
+            device=world.device,
+            console=console,
+        )
+    except HalfbyteError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"calibration: {error}; try another quant.compute_dtype, or --samples 0") from error
+    return denoiser, fits
+
+
+def _write_exact(recipe: Recipe, denoiser: Any, original: Path | None, work: Path) -> None:
+    """Puts the exact weights beside the packed ones, which runs on the folder then find."""
+    packed = [
+        path for path in recipe.quant.exact if isinstance(denoiser.get_submodule(path), QuantizedLinear)
+    ]
+    if packed:
+        assert original is not None, "refused for single files"
+        with ShardedWeights(original) as weights:
+            write_exact(packed, weights, work, DTYPES[recipe.quant.compute_dtype])
+
+
+def quantized_lines(quantized: Quantized) -> Iterator[str]:
+    """What to tell of it."""
+    yield f"{quantized.layers} layers, {quantized.nbytes / 2**20:,.1f} MiB: {quantized.folder}"
+    fits = quantized.fits
+    if fits:
+        before, after = (torch.tensor([getattr(fit, end) for fit in fits]) for end in ("before", "after"))
+        yield (
+            f"error of a layer's output, median of {len(fits)}: {before.median():.2%} rounded to the nearest,"
+            f" {after.median():.2%} calibrated ({REPORT})"
+        )
+        for fit in sorted(fits, key=lambda fit: -fit.after)[:_SHOWN]:
+            yield f"  {fit.path}: {fit.before:.2%} -> {fit.after:.2%}"
+    # Absolute: owner/name would be a Hub repository's.
+    yield f"train on it: {shlex.quote(f'model.transformer={quantized.folder.absolute()}')}"
+
+
+def _original(family: Family) -> Path | None:
+    """The folder of the weights in full precision; None where one file holds them. Raises RecipeError."""
+    folder = family.denoiser_folder
+    if folder is not None and family.denoiser_config.get("quantization_config") is not None:
+        raise RecipeError(f"{folder}: is quantized already; name the model that it was made from")
+    return folder

@@ -1,0 +1,87 @@
+"""pydantic's findings in the user's terms: one line a problem, with the place it was written."""
+
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
+from halfbyte.trainer.recipe.schema import Node, SchemaTree, shown
+from halfbyte.trainer.registry import in_prose, nearest
+
+
+def report(error: ValidationError, document: Document, tree: SchemaTree) -> None:
+    """Adds each of pydantic's errors to the document's problems, once a field."""
+    reported = set(document.unread)
+    for detail in error.errors(include_url=False):
+        path = _field(detail, document.data)
+        if path not in reported:
+            # A value that fits no member of a union comes once for each member.
+            reported.add(path)
+            document.problem(path, _message(detail, path, document, tree))
+
+
+def _field(detail: ErrorDetails, data: Any) -> KeyPath:
+    """The field an error is about: its location without the union members pydantic names on the way."""
+    path: list[str | int] = []
+    for index, key in enumerate(detail["loc"], start=1):
+        inside = isinstance(data, dict) and key in data
+        inside |= isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if inside:
+            data = data[key]
+        elif detail["type"] != "missing" or index < len(detail["loc"]):
+            continue
+        path.append(key)
+    if detail["type"] == "union_tag_invalid":
+        path.append("name")
+    path += detail.get("ctx", {}).get("field", "").split(".")
+    return tuple(path[:-1] if path[-1] == "" else path)
+
+
+def _message(detail: ErrorDetails, path: KeyPath, document: Document, tree: SchemaTree) -> str:
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(path, document, tree)
+    if detail["type"] in ("conflict", "value_error"):
+        return detail["msg"].removeprefix("Value error, ")
+    node = tree.at(path, document.data)
+    assert node is not None, f"{dotted(path)} passed validation's unknown-key check but is in no schema"
+    if detail["type"] == "missing":
+        meaning = tree.meaning(node)
+        return f"missing, expected {tree.expected(node)}{f': {meaning}' if meaning else ''}"
+    if detail["type"] == "union_tag_not_found":
+        return f"no name given, expected {tree.expected(node)}"
+    value = document.at(path)
+    near = nearest(value, map(str, node.get("enum", []))) if isinstance(value, str) else None
+    return f"got {shown(value)}, expected {tree.expected(node)}" + (
+        f"; did you mean '{near}'?" if near else ""
+    )
+
+
+def _unknown_key(path: KeyPath, document: Document, tree: SchemaTree) -> str:
+    key = str(path[-1])
+    section = tree.at(path[:-1], document.data)
+    assert section is not None, f"{dotted(path)} is an unknown key of an unknown section"
+    name = document.at((*path[:-1], "name"))
+    known = tree.properties(section, name)
+    if near := nearest(key, known):
+        return f"unknown key; did you mean '{near}'?"
+    if owners := [other for other, node in tree.variants(section).items() if key in node["properties"]]:
+        return f"{name} has no such setting, only {in_prose(owners)} has; expected {in_prose(known)}"
+    if elsewhere := _elsewhere(key, tree):
+        return f"unknown key; did you mean {in_prose(elsewhere)}?"
+    return f"unknown key, expected {in_prose(known)}"
+
+
+def _elsewhere(key: str, tree: SchemaTree) -> list[str]:
+    """Fields of other sections with this name, or a similar one, or what it says in their description."""
+    fields: list[tuple[KeyPath, Node]] = list(tree.fields())
+    similar = nearest(key, {str(path[-1]) for path, _ in fields})
+    words = key.replace("_", " ").lower()
+    for found in (
+        [path for path, _ in fields if path[-1] == key],
+        [path for path, _ in fields if path[-1] == similar],
+        [path for path, node in fields if words in node.get("description", "").lower()],
+    ):
+        if found:
+            return [dotted(path) for path in found[:3]]
+    return []

@@ -1,0 +1,219 @@
+"""The recipe: everything a run is made from, its sections in one frozen object, read from a file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic.json_schema import GenerateJsonSchema
+
+from halfbyte.trainer.optim.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
+from halfbyte.trainer.optim.schedules import SCHEDULES, Constant, Schedule
+from halfbyte.trainer.recipe.document import Document, KeyPath, RecipeDumper, dotted, read
+from halfbyte.trainer.recipe.fields import Section
+from halfbyte.trainer.recipe.output_sections import (
+    CheckpointSection,
+    EmaSection,
+    OutputSection,
+    SampleSection,
+    ValidationSection,
+)
+from halfbyte.trainer.recipe.overrides import apply_overrides
+from halfbyte.trainer.recipe.paths import resolve_folders
+from halfbyte.trainer.recipe.problems import report
+from halfbyte.trainer.recipe.schema import SchemaTree, shown
+from halfbyte.trainer.recipe.sections import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    ObjectiveSection,
+    QuantSection,
+    TrainSection,
+)
+from halfbyte.trainer.registry import conflict
+
+
+class Recipe(Section):
+    """A recipe of halfbyte: how to fine-tune FLUX or SD3 with LoRA over a quantized base."""
+
+    model: ModelSection
+    quant: QuantSection = Field(default_factory=QuantSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
+    data: DataSection
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    optimizer: Annotated[OptimizerChoice, OPTIMIZERS] = AdamW(name="adamw")
+    """How the adapters are moved."""
+    lr_schedule: Annotated[Schedule, SCHEDULES] = Constant(name="constant")
+    """How the learning rate goes over the run."""
+    ema: EmaSection = Field(default_factory=EmaSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
+    sample: SampleSection = Field(default_factory=SampleSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    output: OutputSection
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.lr_schedule.warmup_steps > self.train.steps:
+            raise conflict(
+                "lr_schedule.warmup_steps",
+                f"got {self.lr_schedule.warmup_steps}, expected at most train.steps ({self.train.steps})",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_settle(self) -> Self:
+        """An optimizer that averages the weights itself takes neither a falling rate nor another average."""
+        if not self.optimizer.averages:
+            return self
+        reason = f"where optimizer.name is {self.optimizer.name}, which averages the weights instead"
+        if self.lr_schedule.falls:
+            raise conflict("lr_schedule.name", f"got {self.lr_schedule.name}, expected constant {reason}")
+        if self.ema.decay is not None:
+            raise conflict("ema.decay", f"got {self.ema.decay}, expected null {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _dora_is_fused(self) -> Self:
+        if self.lora.dora and not self.train.fused_adapters:
+            raise conflict(
+                "train.fused_adapters",
+                "got false, expected true where lora.dora is true: PEFT's own layers unpack the base by bitsandbytes",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_blocks_stream(self) -> Self:
+        if self.train.stream_blocks and self.quant.type == "none":
+            raise conflict(
+                "train.stream_blocks",
+                "got true, expected false where quant.type is none: only packed weights are streamed",
+            )
+        if self.train.stream_blocks and self.lora.dora:
+            raise conflict(
+                "train.stream_blocks",
+                "got true, expected false where lora.dora is true, which reads the base outside of its blocks",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_blocks_are_recorded(self) -> Self:
+        excluded = {
+            "lora.dora is true": self.lora.dora,
+            "lora.dropout is not 0": self.lora.dropout > 0,
+            "quant.type is int8": self.quant.type == "int8",
+        }
+        for where, holds in excluded.items():
+            if self.train.cuda_graphs and holds:
+                raise conflict(
+                    "train.cuda_graphs",
+                    f"got true, expected false where {where}: those blocks do not run as one function",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _dora_is_for_diffusers(self) -> Self:
+        if self.lora.dora and self.output.formats not in (None, ("diffusers",)):
+            raise conflict(
+                "output.formats",
+                f"got {shown(list(self.output.formats or ()))}, expected null or [diffusers] where lora.dora is true:"
+                " the others hold several layers as one, whose rows have no lengths of their own",
+            )
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain values that JSON and YAML can hold."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """A recipe file that loads as this very recipe."""
+        return yaml.dump(self.dump(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """A line for each field that differs, as `train.steps: 100 -> 200`; a list counts as one field."""
+    old, new = _flat(before.dump()), _flat(after.dump())
+    changed = [name for name in old | new if (name in old, old.get(name)) != (name in new, new.get(name))]
+    was = {name: shown(old[name]) if name in old else "absent" for name in changed}
+    now = {name: shown(new[name]) if name in new else "absent" for name in changed}
+    return [f"{name}: {was[name]} -> {now[name]}" for name in changed]
+
+
+def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = (*path, key)
+        fields |= _flat(value, inner) if isinstance(value, dict) else {dotted(inner): value}
+    return fields
+
+
+class _Schema(GenerateJsonSchema):
+    # A field's title is its name again, and editors show it above the description.
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema that editors check recipes with."""
+    schema = Recipe.model_json_schema(schema_generator=_Schema)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
+
+
+def json_schema_text() -> str:
+    """recipes/recipe.schema.json."""
+    return json.dumps(json_schema(), indent=2) + "\n"
+
+
+def _unwrapped(node: Any) -> Any:
+    """Descriptions as one line each: where their lines break in the source means nothing to an editor."""
+    if isinstance(node, list):
+        return [_unwrapped(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _unwrapped(value)
+        for key, value in node.items()
+    }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True) -> Recipe:
+    """Reads a recipe file and applies `section.field=value` overrides.
+
+    Raises RecipeError with one line for every problem, each with its file and line: what cannot be read, what
+    the schema refuses, settings that contradict each other, and folders named there that do not exist (data.path
+    only where `pictures_needed`).
+    """
+    return load_document(path, overrides, pictures_needed=pictures_needed)[0]
+
+
+def load_document(
+    path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True
+) -> tuple[Recipe, Document]:
+    """As `load_recipe`, with what was written, to tell the line of what proves wrong later."""
+    document = read(path)
+    tree = SchemaTree(json_schema())
+    apply_overrides(document, overrides, tree)
+    for section, node in tree.properties(tree.schema).items():
+        # A section with every line commented out reads as null; like an absent one, it has its defaults.
+        if document.at((section,)) is None:
+            document.data.pop(section, None)
+            if not tree.variants(node):
+                document.data[section] = {}
+    resolve_folders(document, pictures_needed=pictures_needed)
+    return _validated(document, tree), document
+
+
+def load_written(path: Path) -> Recipe:
+    """A recipe as a run wrote it, whose folders may be gone or on another machine. Raises RecipeError."""
+    return _validated(read(path), SchemaTree(json_schema()))
+
+
+def _validated(document: Document, tree: SchemaTree) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(document.data)
+    except ValidationError as error:
+        report(error, document, tree)
+    document.raise_problems()
+    return recipe

@@ -1,0 +1,130 @@
+"""The recipe's JSON Schema as a tree to look things up in: which fields there are, and what each accepts."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from halfbyte.trainer.recipe.document import KeyPath
+from halfbyte.trainer.registry import in_prose
+
+Node = dict[str, Any]
+
+
+class SchemaTree:
+    """A JSON Schema as pydantic writes it for the recipe."""
+
+    def __init__(self, schema: Node) -> None:
+        self.schema = schema
+
+    def resolve(self, node: Node) -> Node:
+        """The node itself, or what its `$ref` points at; a description beside the reference wins."""
+        if "$ref" not in node:
+            return node
+        target: Node = self.schema["$defs"][node["$ref"].rpartition("/")[2]]
+        return target | {key: value for key, value in node.items() if key != "$ref"}
+
+    def variants(self, node: Node) -> dict[str, Node]:
+        """The registered classes of a choice, by name; empty for any other node."""
+        classes = [self.resolve(option) for option in self.resolve(node).get("oneOf", [])]
+        return {option["properties"]["name"]["const"]: option for option in classes}
+
+    def properties(self, node: Node, name: Any = None) -> dict[str, Node]:
+        """The fields of a section; of a choice those that go with a name, or with any where it is not known."""
+        variants = self.variants(node)
+        if not variants:
+            return dict(self.resolve(node).get("properties", {}))
+        if isinstance(name, str) and name in variants:
+            return dict(variants[name]["properties"])
+        fields: dict[str, Node] = {}
+        for variant in variants.values():
+            fields |= variant["properties"]
+        return fields | {"name": {"enum": list(variants)}}
+
+    def at(self, path: KeyPath, data: Any) -> Node | None:
+        """The node of a field, in the choices that `data` names; None for an unknown field."""
+        node = self.schema
+        for key in path:
+            if isinstance(key, int):
+                array = next(option for option in self._options(node) if option.get("type") == "array")
+                node = self.resolve(array["items"] if "items" in array else array["prefixItems"][key])
+                continue
+            fields = self.properties(node, data.get("name") if isinstance(data, dict) else None)
+            free = self.resolve(node).get("additionalProperties")
+            if key in fields:
+                node = self.resolve(fields[key])
+            elif isinstance(free, dict):
+                node = self.resolve(free)
+            else:
+                return None
+            data = data.get(key) if isinstance(data, dict) else None
+        return node
+
+    def fields(self) -> Iterator[tuple[KeyPath, Node]]:
+        """Every field of every section, and of every choice under any name."""
+        for section, outer in self.properties(self.schema).items():
+            for name, inner in self.properties(outer).items():
+                yield (section, name), self.resolve(inner)
+                for deeper, node in self.properties(inner).items():
+                    yield (section, name, deeper), self.resolve(node)
+
+    def expected(self, node: Node) -> str:
+        """What the node accepts, as the end of `got '1e-4x', expected ...`."""
+        node = self.resolve(node)
+        if "anyOf" in node:
+            return in_prose([self.expected(option) for option in node["anyOf"]])
+        if "enum" in node:
+            return in_prose([str(value) for value in node["enum"]])
+        if variants := self.variants(node):
+            return f"a mapping with a name, as {{name: {next(iter(variants))}}}; names: {in_prose(variants)}"
+        kind = node.get("type")
+        if kind in ("integer", "number"):
+            return _number(node)
+        if kind == "array":
+            items = node["prefixItems"] if "prefixItems" in node else [node["items"]]
+            return f"a list of {'texts' if items[0]['type'] == 'string' else 'numbers'}, as [one, two]"
+        if kind == "object" and isinstance(node.get("additionalProperties"), dict):
+            return f"a mapping, as {{name: {self.expected(node['additionalProperties'])}}}"
+        if kind == "string" and "format" in node:
+            return {"path": "a path", "regex": "a regular expression"}[node["format"]]
+        words = {
+            "string": "text",
+            "boolean": "true or false",
+            "null": "null",
+            "object": "a section of fields",
+        }
+        return words[str(kind)]
+
+    def meaning(self, node: Node) -> str:
+        """The first sentence of the description, as the end of a sentence."""
+        text: str = self.resolve(node).get("description", "")
+        text = text.partition(". ")[0].rstrip(".")
+        return text[:1].lower() + text[1:]
+
+    def _options(self, node: Node) -> list[Node]:
+        node = self.resolve(node)
+        return [self.resolve(option) for option in node.get("anyOf", [node])]
+
+
+def _number(node: Node) -> str:
+    noun = "whole number" if node["type"] == "integer" else "number"
+    low, high = node.get("minimum"), node.get("maximum")
+    above, below = node.get("exclusiveMinimum"), node.get("exclusiveMaximum")
+    text = f"a positive {noun}" if above == 0 else f"a {noun}"
+    if "multipleOf" in node:
+        text += f" divisible by {node['multipleOf']}"
+    limits = []
+    if low is not None and high is not None:
+        limits.append(f"from {low} to {high}")
+    elif low is not None:
+        limits.append(f"{low} or more")
+    elif high is not None:
+        limits.append(f"{high} or less")
+    if below is not None:
+        limits.append(f"less than {below}")
+    return f"{text}, {' and '.join(limits)}" if limits else text
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would write it, cut where it is long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,216 @@
+"""Checkpoints: the adapter, the optimizer and the position, whole or not there at all.
+
+A checkpoint is a folder that is written beside its final name, synced to disk and renamed into place. Its
+manifest holds the SHA-256 of every file. No pickle: tensors are safetensors, the rest is JSON. Random state is
+not saved, for there is none (see `randomness`).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from halfbyte.trainer.runtime.staging import open_as_folder
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{6,})")
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+_MANIFEST = "manifest.json"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+TRAINED_FILE = "trained_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is, in units that do not depend on what has to be redone."""
+
+    step: int  # optimizer steps
+    micro_batches: int  # global micro-batches
+    global_batch: int  # samples in one global micro-batch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, on the CPU."""
+
+    folder: Path
+    position: Position
+    adapter: dict[str, Tensor]  # the weights that train
+    optimizer: dict[str, Any]  # as torch's Optimizer.state_dict(), keyed by parameter names
+    scaler: dict[str, Any]  # the gradient scaler's, empty but for float16
+    average: dict[str, Tensor] | None = None  # of the weights, where a user is to see one in their place
+
+
+def save(
+    root: Path,
+    position: Position,
+    *,
+    write_adapter: Callable[[str], None],
+    optimizer: Mapping[str, Any],
+    scaler: Mapping[str, Any],
+) -> Path:
+    """Writes `root/step-NNNNNN`; after a crash at any point either all of it is there or none.
+
+    write_adapter: writes ADAPTER_FILE into the folder it is given, and TRAINED_FILE where that is an average and
+    other weights train. optimizer: see `Checkpoint`.
+    """
+    target = root / f"step-{position.step:06d}"
+    work = root / f".{target.name}.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_adapter(str(work))
+    tensors, scalars = _flatten(optimizer["state"])
+    save_file(tensors, work / _OPTIMIZER)
+    state = {
+        "position": asdict(position),
+        "optimizer_scalars": scalars,
+        "param_groups": optimizer["param_groups"],
+        "scaler": dict(scaler),
+    }
+    (work / _STATE).write_text(json.dumps(state, indent=1))
+    digests = {file.name: _digest(file) for file in sorted(work.iterdir())}
+    (work / _MANIFEST).write_text(json.dumps(digests, indent=1))
+    open_as_folder(work)
+    for file in work.iterdir():
+        _sync(file)
+    _sync(work)
+    replaced = root / f".{target.name}.old"
+    if target.exists():
+        target.rename(replaced)
+    work.rename(target)
+    _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are what its manifest says; damaged ones are named in a warning."""
+    for folder in sorted(folders(root), key=_step, reverse=True):
+        fault = _fault(folder)
+        if fault is None:
+            return _read(folder)
+        log.warning("checkpoint %s is damaged (%s); looking for an older one", folder, fault)
+    return None
+
+
+def folders(root: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted((p for p in root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=_step)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep`."""
+    for folder in folders(root)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Of its parameters, as its state numbers them."""
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+def named_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer of named parameters under their names, which, unlike numbers, fit or visibly do not."""
+    state, names = optimizer.state_dict(), _names(optimizer)
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Puts a saved state back; raises ValueError when it belongs to other parameters, or groups them otherwise."""
+    names = _names(optimizer)
+    number = {name: i for i, name in enumerate(names)}
+    listed = [name for group in saved["param_groups"] for name in group["params"]]
+    if sorted(listed) != sorted(names):
+        raise ValueError("the saved optimizer belongs to other parameters")
+    own = [group["param_names"] for group in optimizer.param_groups]
+    theirs = [group["params"] for group in saved["param_groups"]]
+    if [sorted(group) for group in own] != [sorted(group) for group in theirs]:
+        raise ValueError(
+            f"the saved optimizer has its parameters in other groups: {_sizes(theirs)}, where this one has"
+            f" {_sizes(own)}"
+        )
+    groups = [{**group, "params": [number[n] for n in group["params"]]} for group in saved["param_groups"]]
+    state = {number[name]: entry for name, entry in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sizes(groups: Sequence[Sequence[str]]) -> str:
+    sizes = " and ".join(str(len(group)) for group in groups)
+    return f"{len(groups)} group{'s' if len(groups) > 1 else ''} of {sizes} parameters"
+
+
+def _flatten(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, entry in state.items():
+        for field, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{field}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                scalars.setdefault(name, {})[field] = value
+    return tensors, scalars
+
+
+def _read(folder: Path) -> Checkpoint:
+    state = json.loads((folder / _STATE).read_text())
+    entries: dict[str, dict[str, Any]] = {n: dict(e) for n, e in state["optimizer_scalars"].items()}
+    for path, tensor in load_file(folder / _OPTIMIZER).items():
+        name, field = path.rsplit("/", 1)
+        entries.setdefault(name, {})[field] = tensor
+    adapter, average = _lora(folder / ADAPTER_FILE), None
+    if (folder / TRAINED_FILE).is_file():
+        adapter, average = _lora(folder / TRAINED_FILE), adapter
+    optimizer = {"state": entries, "param_groups": state["param_groups"]}
+    return Checkpoint(folder, Position(**state["position"]), adapter, optimizer, state["scaler"], average)
+
+
+def _lora(file: Path) -> dict[str, Tensor]:
+    return {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        digests = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{_MANIFEST}: {error}"
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _digest(file) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _step(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""Progress that a person can read: a bar on a terminal, a line now and then in a log."""
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+from halfbyte.trainer.training.metrics import StepMetrics
+
+_LOG_SECONDS = 10.0
+BYTES = "B"
+"""The unit whose numbers are shown as GB, MB or kB, by the total."""
+
+
+class Progress:
+    """Loss, rate and time left of one long task."""
+
+    def __init__(
+        self, console: Console, title: str, *, total: int, done: int = 0, unit: str = "step"
+    ) -> None:
+        self.console = console
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self._first = done
+        self._validation = ""
+        self._began = time.perf_counter()
+        self._spoke = self._began
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        if console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn() if unit == BYTES else MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+            self._bar.start()
+
+    def advance(self, done: int, metrics: StepMetrics | None = None) -> None:
+        """`done` units of the total are finished."""
+        now = time.perf_counter()
+        pace = (done - self._first) / max(now - self._began, 1e-9)
+        note = f"{pace:.2f} {self.unit}/s"
+        if self.unit == BYTES:
+            name, size = _byte_unit(self.total)
+            note = f"{pace / size:.2f} {name}/s"
+        if metrics is not None:
+            note = f"loss {metrics.loss:.4f}  {self._validation}{note}"
+        if self._bar is not None and self._task is not None:
+            if metrics is None:
+                self._bar.update(self._task, completed=done)
+            else:
+                self._bar.update(self._task, completed=done, note=note)
+        elif done == self.total or now - self._spoke >= _LOG_SECONDS:
+            self._spoke = now
+            left = (self.total - done) / pace if pace > 0 else float("inf")
+            self.console.print(
+                f"{self.title} {self._share(done)}  {note}  {_clock(left)} left", highlight=False
+            )
+
+    def restart(self) -> None:
+        """The pace is counted from now: what went before was no part of the task."""
+        self._began = self._spoke = time.perf_counter()
+
+    def validated(self, loss: float) -> None:
+        """The loss on held-out pictures, shown until there is a newer one."""
+        self._validation = f"validation {loss:.4f}  "
+
+    def _share(self, done: int) -> str:
+        if self.unit == BYTES:
+            name, size = _byte_unit(self.total)
+            return f"{done / size:.1f}/{self.total / size:.1f} {name}"
+        return f"{done}/{self.total}"
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Shown:
+    """A progress callback (done, total) that opens its display when it hears the total."""
+
+    def __init__(self, console: Console, title: str, unit: str) -> None:
+        self._console = console
+        self._title = title
+        self._unit = unit
+        self._progress: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = Progress(self._console, self._title, total=total, done=done, unit=self._unit)
+        self._progress.advance(done)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._progress is not None:
+            self._progress.close()
+
+
+class Announced:
+    """Progress of a few parts of known sizes: a line as each begins, with what went before it."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console = console
+        self._title = title
+        self._total = total
+        self._done = 0
+
+    def announce(self, part: str, size: int) -> None:
+        """The next part of `size` bytes begins."""
+        self._console.print(
+            f"{self._title} {part} ({sized(size)}), {sized(self._done)} of {sized(self._total)} done",
+            markup=False,
+            highlight=False,
+        )
+        self._done += size
+
+
+def sized(count: int) -> str:
+    """Bytes for a reader, in the units of the Hub's pages."""
+    name, size = _byte_unit(count)
+    return f"{count} B" if size == 1 else f"{count / size:.1f} {name}"
+
+
+def _byte_unit(count: int) -> tuple[str, int]:
+    """The largest unit that `count` is one of at least."""
+    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+    return next((unit for unit in units if count >= unit[1]), ("B", 1))
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

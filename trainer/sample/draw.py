@@ -1,0 +1,170 @@
+"""Drawing a list of pictures: the transformer makes the latents of all and leaves, then the VAE makes pictures of them.
+
+The two never meet on the device, unless the pipeline is offloaded, which then holds both and gives each picture as it
+comes.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+
+from halfbyte.trainer.cuda_graphs.forward import NewRecorder, recorded_forwards
+from halfbyte.trainer.denoiser.load import keep_exact
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.pretrained.file_digests import FileDigests
+from halfbyte.trainer.pretrained.packed_cache import BaseCache
+from halfbyte.trainer.runtime.device_memory import free_unused
+from halfbyte.trainer.runtime.placement import Placement
+from halfbyte.trainer.runtime.progress import BYTES, Shown
+from halfbyte.trainer.sample.compiled_blocks import compile_blocks
+from halfbyte.trainer.sample.picture_files import Job
+from halfbyte.trainer.sample.sampler import PictureSettings, PipelineCall
+from halfbyte.trainer.sample.source import Subject
+from halfbyte.trainer.sample.strength import AdapterStrength, put_on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn."""
+
+    subject: Subject
+    settings: PictureSettings
+    placement: Placement
+    attention: str
+    compiled: bool
+    recorder: NewRecorder | None  # None: the transformer's kernels are launched one by one
+    texts: Mapping[str, TextEmbedding]  # the empty caption's among them
+    console: Console
+
+    def pictures(self, jobs: Sequence[Job], on_step: Callable[[], None]) -> Iterator[tuple[Job, Image.Image]]:
+        """The pictures in the order of the jobs. Ctrl-C ends the drawing, and what was drawn until then comes out."""
+        if self.placement.holds_all:
+            yield from self._drawn(jobs, on_step, "pil")
+            return
+        latents = list(self._drawn(jobs, on_step, "latent"))
+        free_unused(self.placement.device)
+        yield from self._decoded(latents)
+
+    def _drawn(
+        self, jobs: Sequence[Job], on_step: Callable[[], None], output_type: str
+    ) -> Iterator[tuple[Job, Any]]:
+        subject = self.subject
+        denoiser = self._load()
+        strength = None if subject.adapter is None else AdapterStrength(denoiser)
+        call = PipelineCall(
+            subject.family,
+            self._pipeline(denoiser),
+            self.texts[""],
+            self.settings,
+            self.placement.device,
+            subject.dtype,
+        )
+        set_to = None
+        recorder = self.recorder
+        try:
+            with nullcontext() if recorder is None else recorded_forwards(denoiser, recorder):
+                for job in jobs:
+                    if strength is not None and job.strength is not None and job.strength != set_to:
+                        strength.set(job.strength)
+                        set_to = job.strength
+                    text = self.texts[job.prompt]
+                    last = _LastLatents(on_step)
+                    drawn = call.draw(text, job.seed, output_type=output_type, on_step=last.after)
+                    last.require_finite(job)
+                    yield job, drawn.cpu() if isinstance(drawn, Tensor) else drawn
+        except KeyboardInterrupt:
+            log.warning("interrupted; what was drawn is kept")
+
+    def _load(self) -> nn.Module:
+        """The transformer with the adapter, its blocks as they run fastest."""
+        subject, family = self.subject, self.subject.family
+        folder = subject.cache_folder
+        loading = Shown(self.console, "loading the transformer", BYTES)
+        denoiser = family.load_denoiser(
+            subject.quant,
+            device=self.placement.loads_on,
+            dtype=subject.dtype,
+            progress=loading,
+            cache=BaseCache(folder / "bases", FileDigests(folder / "digests"))
+            if subject.cache_base
+            else None,
+        )
+        loading.close()
+        keep_exact(family, denoiser, subject.exact)
+        if subject.adapter is not None:
+            put_on(denoiser, subject.adapter, subject.adapter.name)
+        family.fuse_blocks(denoiser, BlockSettings("inputs", backend=self.attention))
+        if self.compiled:
+            compile_blocks(denoiser, family)
+        return denoiser.eval()
+
+    def _pipeline(self, denoiser: nn.Module) -> Any:
+        """The stock pipeline, placed; without text encoders, and without the VAE where that comes later."""
+        family = self.subject.family
+        absent: dict[str, Any] = dict.fromkeys(family.text_components)
+        if not self.placement.holds_all:
+            absent["vae"] = None
+        pipeline: Any = family.pipeline_class.from_pretrained(
+            family.source.folder, transformer=denoiser, dtype=self.subject.dtype, **absent
+        )
+        # Otherwise read off the VAE, or guessed.
+        pipeline.vae_scale_factor = family.vae_scale
+        pipeline.set_progress_bar_config(disable=True)
+        self.placement.place(pipeline)
+        return pipeline
+
+    @torch.no_grad()
+    def _decoded(self, latents: Sequence[tuple[Job, Tensor]]) -> Iterator[tuple[Job, Image.Image]]:
+        if not latents:
+            return
+        family, device = self.subject.family, self.placement.device
+        folder = family.source.folder / "vae"
+        vae: Any = AutoencoderKL.from_pretrained(folder, dtype=self.subject.dtype).to(device)
+        processor = VaeImageProcessor(vae_scale_factor=family.vae_scale)
+        for job, drawn in latents:
+            decodable = family.decodable(
+                drawn[None].to(device), height=self.settings.height, width=self.settings.width
+            )
+            decoded = vae.decode(decodable, return_dict=False)[0]
+            yield job, processor.postprocess(decoded, output_type="pil")[0]
+
+
+class _LastLatents:
+    """Of a picture's steps."""
+
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+        self._latents: Tensor | None = None
+
+    def after(self, latents: Tensor) -> None:
+        self._on_step()
+        self._latents = latents
+
+    def require_finite(self, job: Job) -> None:
+        """Raises RecipeError where no picture can be made of what was drawn."""
+        assert self._latents is not None
+        if not self._latents.isfinite().all():
+            scaled = "" if job.strength is None else f" at strength {job.strength:g}"
+            raise RecipeError(
+                f"prompt {job.place}, seed {job.seed}{scaled}: what the transformer predicts is not finite; try"
+                " a smaller --strength (0 leaves the adapter out), or --dtype float32"
+            )
+
+
+def describe_base(subject: Subject) -> str:
+    """How the base is held, for the start of the call."""
+    dtype = str(subject.dtype).removeprefix("torch.")
+    return f"{'not quantized' if subject.quant is None else subject.quant.quant_type}, computed in {dtype}"

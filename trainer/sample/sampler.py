@@ -1,0 +1,165 @@
+"""Sample pictures, drawn with the stock pipeline's own sampler so that training shows what inference will."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from halfbyte.trainer.data.decode import decode
+from halfbyte.trainer.data.folder import Sample, sample_bytes
+from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.family import Family
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption to draw, embedded before the text encoders left."""
+
+    text: str
+    embedding: TextEmbedding  # batch of one
+    reference: Sample | None = None  # what it should show
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A prompt at two steps of a run; all pictures RGB and of one size."""
+
+    prompt: str
+    base: Image.Image
+    trained: Image.Image
+    reference: Image.Image | None
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """How the pipeline is called."""
+
+    steps: int
+    guidance_scale: float
+    width: int  # pixels
+    height: int
+
+
+@dataclass(frozen=True)
+class SampleSettings(PictureSettings):
+    """The same for the pictures of a run."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """The stock pipeline, and all that it is called with but the caption and the noise."""
+
+    family: Family
+    pipeline: Any
+    empty: TextEmbedding
+    settings: PictureSettings
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def draw(
+        self,
+        text: TextEmbedding,
+        seed: int,
+        *,
+        output_type: str = "pil",
+        on_step: Callable[[Tensor], None] = lambda latents: None,
+    ) -> Any:
+        """A picture, or for the output type `latent` the latents as the pipeline gives them, without the batch.
+
+        on_step: is given the latents after each step, as the pipeline packs them.
+        """
+
+        def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(tensors["latents"])
+            return tensors
+
+        inputs = {
+            name: tensor.to(self.device, self.dtype)
+            for name, tensor in self.family.sampling_inputs(text, self.empty).items()
+        }
+        return self.pipeline(
+            **inputs,
+            width=self.settings.width,
+            height=self.settings.height,
+            num_inference_steps=self.settings.steps,
+            guidance_scale=self.settings.guidance_scale,
+            # On the CPU, so that every device starts from the same noise.
+            generator=torch.Generator().manual_seed(seed),
+            output_type=output_type,
+            callback_on_step_end=after_step,
+        ).images[0]
+
+
+class PictureSampler:
+    """Draws the recipe's prompts at a step of the run."""
+
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        prompts: Sequence[Prompt],
+        empty: TextEmbedding,
+        settings: SampleSettings,
+        *,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.family = family
+        self.denoiser = denoiser
+        self.prompts = prompts
+        self.empty = empty
+        self.settings = settings
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def draw(self, step: int) -> list[Path]:
+        """Writes one picture a prompt, its place in the list added to the seed. The VAE comes and goes."""
+        if not self.prompts:
+            return []
+        absent: dict[str, Any] = dict.fromkeys(self.family.text_components)
+        pipeline: Any = self.family.pipeline_class.from_pretrained(
+            self.family.source.folder, transformer=self.denoiser, dtype=self.dtype, **absent
+        )
+        pipeline.vae.to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        call = PipelineCall(self.family, pipeline, self.empty, self.settings, self.device, self.dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for place, prompt in enumerate(self.prompts):
+            picture: Image.Image = call.draw(prompt.embedding, self.settings.seed + place)
+            picture.save(self._path(step, place))
+            paths.append(self._path(step, place))
+        return paths
+
+    def drawn(self, before: int, after: int) -> list[Drawn]:
+        """What two steps of the run drew, from their files; empty where one of them was not drawn.
+
+        Raises DataError where a reference changed since the run began.
+        """
+        rows = []
+        for place, prompt in enumerate(self.prompts):
+            stages = [self._path(step, place) for step in (before, after)]
+            if not all(stage.is_file() for stage in stages):
+                return []
+            base, trained = (Image.open(stage).convert("RGB") for stage in stages)
+            reference = None if prompt.reference is None else _fitting(prompt.reference, trained.size)
+            rows.append(Drawn(prompt.text, base, trained, reference))
+        return rows
+
+    def _path(self, step: int, place: int) -> Path:
+        return self.folder / f"step-{step:06d}-{place:02d}.png"
+
+
+def _fitting(sample: Sample, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture, at a size (width, height)."""
+    return ImageOps.fit(decode(sample_bytes(sample)), size, Image.Resampling.LANCZOS)

@@ -1,0 +1,303 @@
+"""What pictures are drawn with: a base and, from a run or a file, an adapter on it."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.load.transformer import empty_model, stored_quantization
+from halfbyte.trainer.adapters.formats import PEFT_CONFIG
+from halfbyte.trainer.adapters.read import find_file, read_layers
+from halfbyte.trainer.adapters.saved import LoraLayer
+from halfbyte.trainer.cli.cache_folder import DEFAULT_FOLDER
+from halfbyte.trainer.denoiser.load import DTYPES, quant_recipe
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families.t5 import T5Setting
+from halfbyte.trainer.pretrained.file_digests import FileDigests
+from halfbyte.trainer.pretrained.pipeline import is_pipeline, transformer_class
+from halfbyte.trainer.recipe.paths import HubReference, is_repository
+from halfbyte.trainer.recipe.recipe import Recipe, load_written
+from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.run_folder.adapter_source import download_adapter
+from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE, folders
+from halfbyte.trainer.run_folder.checkpoint_copy import copy_adapter
+from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.pinned_base import open_base
+from halfbyte.trainer.sample.request import SampleRequest
+from halfbyte.trainer.sample.sampler import SampleSettings
+
+_SETTINGS = SampleSettings(steps=28, guidance_scale=3.5, width=1024, height=1024, seed=0)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA by the model's names of the layers."""
+
+    name: str
+    layers: Mapping[str, LoraLayer]
+    sha256: str  # of the file
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether lengths of rows learned as well."""
+        return any(layer.lengths is not None for layer in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that decides the pictures but the prompts, the strengths and the noise."""
+
+    name: str
+    family: Family
+    quant: QuantRecipe | None  # None: as it is stored
+    dtype: torch.dtype
+    text_encoder_quant: T5Setting
+    cache_folder: Path
+    cache_base: bool
+    adapter: Adapter | None
+    settings: SampleSettings
+    prompts: tuple[str, ...] = ()  # a run's own
+    exact: tuple[str, ...] = ()  # layers that multiply in full precision
+    run: Path | None = None
+
+
+def find_subject(request: SampleRequest, device: torch.device) -> Subject:
+    """What the request's source is. Raises RecipeError or HubError; no weights but the adapter's are read."""
+    request = _at_its_revision(request)
+    path = Path(request.source).expanduser()
+    if (path / "recipe.yaml").is_file():
+        subject = _of_run(request, RunFolder(path))
+    else:
+        if request.checkpoint is not None:
+            raise RecipeError(f"--checkpoint: {request.source} is no run; a run's folder holds recipe.yaml")
+        # runs/dog is no repository where there is a folder runs.
+        is_elsewhere = not path.exists() and not path.parent.is_dir() and is_repository(request.source)
+        if is_elsewhere and not is_pipeline(request.source, request.revision):
+            subject = _of_repository(request, device)
+        elif is_elsewhere or (path / "model_index.json").is_file():
+            subject = _of_pipeline(request, device)
+        elif path.exists():
+            subject = _of_adapter(request, path, device)
+        else:
+            raise RecipeError(
+                f"{request.source}: no such file or folder; expected a run, an adapter or a pipeline, or a Hub"
+                " repository as owner/name"
+            )
+    if request.strengths is not None and subject.adapter is None:
+        raise RecipeError(f"--strength: {request.source} is a pipeline without an adapter to scale")
+    if subject.dtype == torch.float16 and device.type == "cpu":
+        raise RecipeError("--dtype: float16 needs a CUDA device; use bfloat16 or float32")
+    return subject
+
+
+def _at_its_revision(request: SampleRequest) -> SampleRequest:
+    """The request with owner/name@revision, as recipes may have it, told apart. Raises RecipeError."""
+    path = Path(request.source)
+    reference = None if path.exists() else HubReference.of(path)
+    if reference is None or reference.revision is None:
+        return request
+    if request.revision is not None:
+        raise RecipeError(f"--revision: got {request.revision}, but {request.source} names one already")
+    return replace(request, source=reference.name, revision=reference.revision)
+
+
+def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
+    for option, value in (("--model", request.model), ("--revision", request.revision)):
+        if value is not None:
+            raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base")
+    recipe = load_written(run.recipe)
+    cache_folder = recipe.data.cache_folder if request.cache is None else request.cache.expanduser()
+    family = open_base(
+        run,
+        recipe.model,
+        FileDigests(cache_folder / "digests"),
+        max_sequence_length=request.max_sequence_length,
+    )
+    name = run.root.resolve().name
+    finished = run.adapter / ADAPTER_FILE
+    if request.checkpoint is None and finished.is_file() and not folders(run.checkpoints):
+        adapter = _read_adapter(name, finished, family, location=finished)
+    else:
+        with tempfile.TemporaryDirectory() as copies:
+            step = copy_adapter(run, request.checkpoint, Path(copies))
+            try:
+                adapter = _read_adapter(f"{name}, {step}", Path(copies) / ADAPTER_FILE, family)
+            except RecipeError as error:
+                # Read from a copy, whose path says nothing.
+                raise RecipeError(f"{run.checkpoints / step}: {error}") from error
+    dtype = DTYPES[request.dtype or recipe.quant.compute_dtype]
+    sample = recipe.sample
+    return Subject(
+        name=name,
+        family=family,
+        quant=_quant(request, family, dtype, quant_recipe(recipe)),
+        dtype=dtype,
+        text_encoder_quant=_text_encoder_quant(request, family, recipe),
+        cache_folder=cache_folder,
+        cache_base=recipe.model.cache_base,
+        adapter=adapter,
+        settings=SampleSettings(
+            sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed
+        ),
+        prompts=sample.prompts,
+        exact=recipe.quant.exact,
+        run=run.root,
+    )
+
+
+def _of_adapter(request: SampleRequest, path: Path, device: torch.device) -> Subject:
+    file = find_file(path)
+    base, revision = request.model, request.revision
+    if base is None:
+        base, revision = _stated_base(file, request)
+    subject = _of_base(request, base, revision, device)
+    return replace(
+        subject, name=file.stem, adapter=_read_adapter(file.name, file, subject.family, location=path)
+    )
+
+
+def _of_repository(request: SampleRequest, device: torch.device) -> Subject:
+    """An adapter on the Hub, of whose repository --revision is; its base is at the one that PEFT's file says."""
+    folder = download_adapter(request.source, request.revision)
+    subject = _of_adapter(replace(request, revision=None), folder, device)
+    assert subject.adapter is not None
+    pinned = f"{request.source} at {folder.name}"
+    return replace(subject, name=request.source, adapter=replace(subject.adapter, name=pinned))
+
+
+def _of_pipeline(request: SampleRequest, device: torch.device) -> Subject:
+    if request.model is not None:
+        raise RecipeError(f"--model: {request.source} is a pipeline itself")
+    return _of_base(request, request.source, request.revision, device)
+
+
+def _of_base(request: SampleRequest, base: str, revision: str | None, device: torch.device) -> Subject:
+    """A pipeline without an adapter."""
+    base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+    if not Path(base).is_dir() and not is_repository(base):
+        raise RecipeError(f"--model: {base}: no such folder; expected one, or a Hub repository as owner/name")
+    if revision is not None and Path(base).is_dir():
+        raise RecipeError(f"--revision: {base} is a folder, which has none")
+    try:
+        family = _family(base, revision).open(base, revision, request.max_sequence_length)
+    except RecipeError as error:
+        # There is no recipe here, whose setting the message would name.
+        raise RecipeError(str(error).removeprefix("model.path: ").removeprefix("model.family: ")) from error
+    dtype = DTYPES[request.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    cache = DEFAULT_FOLDER if request.cache is None else request.cache
+    return Subject(
+        name=Path(base).resolve().name if Path(base).is_dir() else base,
+        family=family,
+        quant=_quant(request, family, dtype, QuantRecipe("nf4", compute_dtype=dtype)),
+        dtype=dtype,
+        text_encoder_quant=_text_encoder_quant(request, family, None),
+        cache_folder=cache.expanduser(),
+        cache_base=True,
+        adapter=None,
+        settings=_SETTINGS,
+    )
+
+
+def _family(base: str, revision: str | None) -> type[Family]:
+    """The family of a pipeline by its transformer's class."""
+    found = transformer_class(base, revision)
+    known = {FAMILIES[name].denoiser_class.__name__: FAMILIES[name] for name in FAMILIES.names}
+    if found not in known:
+        raise RecipeError(f"{base} holds a {found}; accepted: {', '.join(known)}")
+    return known[found]
+
+
+def _quant(
+    request: SampleRequest, family: Family, dtype: torch.dtype, default: QuantRecipe | None
+) -> QuantRecipe | None:
+    """How the transformer is held: as asked, as it is stored, or by default."""
+    if family.denoiser_folder is not None:
+        stored = _stored(family.denoiser_folder)
+        if stored is not None:
+            if request.quant is not None and request.quant != stored.quant_type:
+                raise RecipeError(
+                    f"--quant: the transformer of {family.transformer.name} is stored in {stored.quant_type} and is"
+                    " taken as it is; leave out --quant"
+                )
+            return replace(stored, compute_dtype=dtype)
+    if request.quant == "none":
+        return None
+    if request.quant is None or (default is not None and request.quant == default.quant_type):
+        return None if default is None else replace(default, compute_dtype=dtype)
+    return QuantRecipe(request.quant, compute_dtype=dtype, skip=default.skip if default else ())
+
+
+def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe | None) -> T5Setting:
+    asked = cast(T5Setting | None, request.text_encoder_quant)
+    stored = _stored(family.t5.path)
+    if stored is not None and asked not in (None, "auto", stored.quant_type):
+        raise RecipeError(
+            f"--text-encoder-quant: T5 of {family.t5.name} is stored in {stored.quant_type} and is taken as it is"
+        )
+    if asked is not None and (stored is None or asked != stored.quant_type):
+        return asked
+    return "auto" if recipe is None else recipe.model.text_encoder_quant
+
+
+def _stored(folder: Path) -> QuantRecipe | None:
+    """The quantization of a model's folder, None where it has none."""
+    try:
+        return stored_quantization(folder)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _stated_base(file: Path, request: SampleRequest) -> tuple[str, str | None]:
+    """The base that PEFT's configuration beside an adapter names. Raises RecipeError where none does."""
+    config = file.with_name(PEFT_CONFIG)
+    stated: dict[str, Any] = {}
+    if config.is_file():
+        try:
+            stated = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"{config}: not a JSON file: {error}") from error
+    base = stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
+    if not isinstance(base, str) or not (is_repository(base) or Path(base).is_dir()):
+        raise RecipeError(f"--model: {file} does not say what its base is; name a folder or a Hub repository")
+    revision = None if Path(base).is_dir() else stated.get("revision")
+    return base, request.revision or revision
+
+
+def _read_adapter(name: str, file: Path, family: Family, *, location: Path | None = None) -> Adapter:
+    """The adapter in a file, which fits the family's model. Raises RecipeError, naming `location`."""
+    layers = read_layers(file, family.original_names())
+    _check_fit(layers, family, location or Path(name))
+    with file.open("rb") as stream:
+        return Adapter(name, layers, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _check_fit(layers: Mapping[str, LoraLayer], family: Family, path: Path) -> None:
+    """Raises RecipeError where the model, as its configuration describes it, has not the layers of an adapter."""
+    config = {k: v for k, v in family.denoiser_config.items() if k != "quantization_config"}
+    try:
+        model = empty_model(family.denoiser_class, config, family.source.folder / "transformer")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [name for name in layers if name not in linears]
+    if missing:
+        raise RecipeError(
+            f"{path} is for another base: {family.source.name} has no linear layer {missing[0]} ({len(missing)} such"
+            " layers)"
+        )
+    for name, layer in layers.items():
+        expected = (linears[name].out_features, linears[name].in_features)
+        got = (len(layer.up), layer.down.shape[1])
+        if expected != got:
+            raise RecipeError(
+                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, that of {family.source.name}"
+                f" {expected[0]} x {expected[1]}"
+            )

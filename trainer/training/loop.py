@@ -1,0 +1,262 @@
+"""The training of a run: the Lightning loop with everything that watches it."""
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from rich.console import Console
+from torch import nn
+
+from halfbyte.trainer.adapters.lora import load_adapter_state
+from halfbyte.trainer.cuda_graphs.denoiser import GraphedDenoiser
+from halfbyte.trainer.cuda_graphs.warm_up import warm_up
+from halfbyte.trainer.data.prepare import Prepared
+from halfbyte.trainer.denoiser.load import DTYPES
+from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.optim.averages import Weights
+from halfbyte.trainer.optim.ema import Ema
+from halfbyte.trainer.plan.advice import told_when_full
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.run_folder import checkpoint
+from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.runtime.progress import Progress
+from halfbyte.trainer.runtime.world import World
+from halfbyte.trainer.sample.sampler import PictureSampler
+from halfbyte.trainer.training.callbacks import (
+    Averager,
+    Checkpointer,
+    Interruption,
+    Recorder,
+    Sampler,
+    Validator,
+    WarmUp,
+)
+from halfbyte.trainer.training.metrics import MetricsWriter
+from halfbyte.trainer.training.module import DiffusionModule, Objective
+from halfbyte.trainer.training.validation import Validation
+
+log = logging.getLogger(__name__)
+
+_WHEN_FULL = "in training; the last checkpoint is whole"
+_WHEN_FULL_DRAWING = "in drawing pictures; the last checkpoint is whole"
+_PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    done: bool
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run has ready when its steps begin."""
+
+    recipe: Recipe
+    family: Family
+    world: World
+    prepared: Prepared
+    denoiser: nn.Module
+    folder: RunFolder
+    saved: checkpoint.Checkpoint | None  # what it goes on from
+    sampler: PictureSampler
+    console: Console
+
+    @property
+    def first_step(self) -> int:
+        """How many steps are behind it."""
+        return self.saved.position.step if self.saved else 0
+
+
+def fit(training: Training) -> Finished:
+    """Takes the steps that are left, with pictures, validation and checkpoints on the way.
+
+    Raises OutOfMemory where the device is full; a KeyboardInterrupt goes through.
+    """
+    recipe, world, saved = training.recipe, training.world, training.saved
+    first_step, last_step = training.first_step, recipe.train.steps
+    graphed = GraphedDenoiser(training.denoiser) if records_graphs(recipe, world) else None
+    module = _module(training, graphed)
+    if world.leads:
+        for line in recipe.optimizer.advice():
+            log.warning(line)
+    writer = MetricsWriter(training.folder.root, first_step) if world.leads else None
+    shown = Progress(training.console, "training", total=last_step, done=first_step) if world.leads else None
+    interruption = Interruption(world)
+    callbacks = [
+        interruption,
+        *([] if graphed is None else [WarmUp(lambda: _warm_up(graphed, training))]),
+        Averager(),
+        *_watching(training, writer, shown),
+    ]
+    trainer = _trainer(training, callbacks)
+    began = time.perf_counter()
+    try:
+        if first_step < last_step:
+            told = told_when_full(recipe, training.family, _WHEN_FULL, "step")
+            loader = training.prepared.loader(recipe, world, first_step * recipe.train.grad_accumulation)
+            with told, warnings.catch_warnings():
+                # The cache is read faster than a worker process could hand it over.
+                warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+                with _interrupts_raised():
+                    trainer.fit(module, loader)
+    finally:
+        if graphed is not None:
+            graphed.release()  # the last pictures need the memory
+        if shown is not None:
+            shown.close()
+        if writer is not None:
+            writer.close()
+    if first_step >= last_step and saved is not None and saved.average is not None:
+        load_adapter_state(training.denoiser, saved.average)
+    done = first_step >= last_step or not interruption.stopped or module.step >= last_step
+    return Finished(done, module.step if first_step < last_step else first_step, time.perf_counter() - began)
+
+
+def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionModule:
+    recipe = training.recipe
+    train = recipe.train
+    return DiffusionModule(
+        training.family,
+        training.denoiser,
+        Objective.of(recipe.objective),
+        build_optimizer=recipe.optimizer.build,
+        build_weights=_weights(recipe),
+        lr_factor=lambda step: recipe.lr_schedule.factor(step, train.steps),
+        compute_dtype=DTYPES[recipe.quant.compute_dtype],
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        first_step=training.first_step,
+        called=graphed,
+    )
+
+
+def _watching(training: Training, writer: MetricsWriter | None, shown: Progress | None) -> Iterator[Callback]:
+    """What measures, records, saves and draws, in the order in which it is called."""
+    recipe, world = training.recipe, training.world
+    last_step, global_batch = recipe.train.steps, recipe.train.batch_size * world.size
+    if training.prepared.held_out:
+        every = recipe.validation.every
+        validation = validation_of(recipe, training.family, world, training.prepared, training.denoiser)
+        yield Validator(validation, writer, shown, every=every, last_step=last_step)
+    yield Recorder(
+        world,
+        writer,
+        shown,
+        rate=recipe.optimizer.rate,
+        samples_per_step=global_batch * recipe.train.grad_accumulation,
+        every=recipe.output.log_every,
+        last_step=last_step,
+    )
+    yield Checkpointer(
+        world,
+        training.folder.checkpoints,
+        every=recipe.checkpoint.every,
+        keep=recipe.checkpoint.keep,
+        last_step=last_step,
+        global_batch=global_batch,
+        resume=training.saved,
+    )
+
+    def draw(step: int) -> None:
+        with told_when_full(recipe, training.family, _WHEN_FULL_DRAWING, "sample"):
+            training.sampler.draw(step)
+
+    yield Sampler(world, draw, every=recipe.sample.every, last_step=last_step)
+
+
+def validation_of(
+    recipe: Recipe, family: Family, world: World, prepared: Prepared, denoiser: nn.Module
+) -> Validation:
+    """The recipe's validation of a denoiser, on the pictures that are held out."""
+    return Validation(
+        family,
+        denoiser,
+        prepared.held_out,
+        prepared.held_out_set,
+        sigmas=recipe.validation.sigmas,
+        guidance_scale=recipe.objective.guidance_scale,
+        compute_dtype=DTYPES[recipe.quant.compute_dtype],
+        batch_size=recipe.train.batch_size,
+        world=world,
+    )
+
+
+def _trainer(training: Training, callbacks: list[Callback]) -> Trainer:
+    """Lightning's loop alone: it neither saves nor logs nor shows anything."""
+    world, train = training.world, training.recipe.train
+    return Trainer(
+        accelerator="cuda" if world.device.type == "cuda" else "cpu",
+        devices=world.local_size if world.device.type == "cpu" or world.size > 1 else [world.device.index],
+        num_nodes=world.nodes,
+        strategy=_strategy(world),
+        precision=_PRECISION[training.recipe.quant.compute_dtype],
+        max_epochs=1,
+        max_steps=train.steps - training.first_step,
+        accumulate_grad_batches=train.grad_accumulation,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+@contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Lets KeyboardInterrupt through: Lightning ignores SIGINT from then on and exits, with code 1 and no message."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as left:
+        if not isinstance(left.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from left
+
+
+def records_graphs(recipe: Recipe, world: World) -> bool:
+    """Whether steps run as CUDA graphs here."""
+    return recipe.train.cuda_graphs and world.device.type == "cuda"
+
+
+def _warm_up(graphed: GraphedDenoiser, training: Training) -> None:
+    recipe, prepared = training.recipe, training.prepared
+    dtype, size = DTYPES[recipe.quant.compute_dtype], recipe.train.batch_size
+    empty = [
+        part.to(training.world.device, dtype).expand(size, *part.shape[1:]).contiguous()
+        for part in (prepared.empty.prompt_embeds, prepared.empty.pooled_prompt_embeds)
+    ]
+    warm_up(
+        graphed,
+        training.family,
+        prepared.sizes,
+        TextEmbedding(*empty),
+        guidance_scale=recipe.objective.guidance_scale,
+        compute_dtype=dtype,
+    )
+
+
+def _weights(recipe: Recipe) -> Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights]:
+    """What makes the average that the recipe asks for, of the weights that train."""
+    ema = recipe.ema
+    if ema.decay is None:
+        return recipe.optimizer.weights
+    decay = ema.decay
+    return lambda parameters, _: Ema(parameters, decay=decay, every=ema.every, warmup=ema.warmup)
+
+
+def _strategy(world: World) -> Strategy:
+    if world.size == 1:
+        return SingleDeviceStrategy(device=world.device)
+    return DDPStrategy(process_group_backend=world.backend, gradient_as_bucket_view=True)
