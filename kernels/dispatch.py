@@ -4,6 +4,9 @@ The dispatcher and the Python around a registered op cost the processor more tha
 for those who watch: compilers and tracers, fake tensors, dispatch modes (selective checkpointing is one), vmap.
 """
 
+import importlib
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
@@ -24,3 +27,7 @@ def is_eager(tensor: Tensor) -> bool:
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is done with one of these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,32 +1,175 @@
-"""The packaging rules: nothing shadows Hugging Face's `kernels`, every folder is installed, imports point down."""
+"""The packaging rules: import directions, no cycles, folder sizes, and nothing that shadows another package."""
 
 import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("kernels", "quant", "trainer")  # lowest first
-SOURCES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+from repository import ROOT
+
+# The allowed import directions, highest first. A unit (a package or a file) may import every row below its own and
+# nothing in its own row or above. `halfbyte.trainer.cli` is imported by its own entry point only.
+DIRECTIONS = (
+    ("trainer.__main__",),
+    ("trainer.cli",),
+    ("trainer.run",),
+    ("trainer.quantize", "trainer.plan"),
+    ("trainer.training", "trainer.publish"),
+    ("trainer.sample", "trainer.export"),
+    ("trainer.cuda_graphs", "trainer.denoiser"),
+    ("trainer.data", "trainer.run_folder"),
+    ("trainer.recipe",),
+    ("trainer.optim",),
+    ("trainer.families", "trainer.adapters"),
+    ("trainer.pretrained", "trainer.objective"),
+    ("trainer.runtime", "trainer.hub", "trainer.registry"),
+    ("trainer.randomness", "trainer.wording", "trainer.errors"),
+    ("quant.stock",),
+    ("quant.load",),
+    ("quant.convert",),
+    ("quant.lora",),
+    ("quant.layers",),
+    ("quant.formats", "quant.files"),
+    (
+        "kernels.adamw_8bit",
+        "kernels.attention",
+        "kernels.copy_rows",
+        "kernels.gelu",
+        "kernels.linear_4bit",
+        "kernels.modulation",
+        "kernels.qk_rope",
+        "kernels.stacked",
+    ),
+    ("kernels.quantize_4bit", "kernels.int8"),
+    ("kernels.row_chunks",),
+    (
+        "kernels.rows",
+        "kernels.dispatch",
+        "kernels.triton_launch",
+        "kernels.precision",
+        "kernels.fp32_product",
+    ),
+)
+ROW = {unit: number for number, row in enumerate(DIRECTIONS) for unit in row}
+SOURCES = [
+    file
+    for top in ("kernels", "quant", "trainer")
+    for file in sorted((ROOT / top).rglob("*.py"))
+    if "__pycache__" not in file.parts
+]
 
 
-def imported(file: Path) -> set[str]:
-    names: set[str] = set()
+def module_of(file: Path) -> str:
+    """The dotted name below `halfbyte`, as `trainer.data.cache`."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in SOURCES}
+
+
+def unit_of(module: str) -> str:
+    """The row entry a module belongs to: its first two names."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports_of(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of ours, in functions and under TYPE_CHECKING as well."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: relative import"
-            names.add(node.module or "")
-    return names
+            base = node.module or ""
+            inner = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("halfbyte.") in MODULES else base for name in inner]
+        else:
+            continue
+        for name in dict.fromkeys(names):
+            assert name.split(".")[0] not in ("kernels", "quant", "trainer", "scripts"), (
+                f"{file}:{node.lineno}: {name}"
+            )
+            if name.startswith("halfbyte."):
+                yield node.lineno, name.removeprefix("halfbyte.")
 
 
-def test_our_kernels_folder_does_not_shadow_the_kernels_package(tmp_path):
+IMPORTS = {module: [name for _, name in imports_of(file)] for module, file in MODULES.items()}
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one cycle; empty where there is none."""
+    state: dict[str, int] = {}
+    path: list[str] = []
+
+    def visit(node: str) -> list[str]:
+        state[node] = 1
+        path.append(node)
+        for other in sorted(graph.get(node, ())):
+            if state.get(other) == 1:
+                return path[path.index(other) :]
+            if other not in state and (found := visit(other)):
+                return found
+        path.pop()
+        state[node] = 2
+        return []
+
+    for node in sorted(graph):
+        if node not in state and (found := visit(node)):
+            return found
+    return []
+
+
+def test_every_unit_is_in_the_table() -> None:
+    assert {unit_of(module) for module in MODULES} == set(ROW)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    unit = unit_of(module)
+    for line, name in imports_of(MODULES[module]):
+        other = unit_of(name)
+        assert other in ROW, f"{MODULES[module]}:{line}: {name} is no unit of the table"
+        assert other == unit or ROW[other] > ROW[unit], (
+            f"{MODULES[module]}:{line}: {unit} may not import {other}"
+        )
+
+
+def test_there_is_no_cycle_of_files() -> None:
+    graph = {module: {name for name in names if name in MODULES} for module, names in IMPORTS.items()}
+    assert cycle_in(graph) == []
+
+
+def test_there_is_no_cycle_of_packages() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, names in IMPORTS.items():
+        package = module.rpartition(".")[0] or module
+        others = {name.rpartition(".")[0] for name in names if name in MODULES}
+        graph.setdefault(package, set()).update(others - {package})
+    assert cycle_in(graph) == []
+
+
+def test_the_checks_see_a_cycle_and_an_upward_import() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c"]
+    assert ROW["trainer.run"] < ROW["trainer.recipe"] < ROW["quant.load"] < ROW["kernels.rows"]
+
+
+def test_folders_stay_small() -> None:
+    for top in ("kernels", "quant", "trainer", "scripts"):
+        for folder in (ROOT / top, *(ROOT / top).rglob("*/")):
+            assert len(list(folder.glob("*.py"))) <= 15, folder
+    shown = [
+        entry for entry in (ROOT / "trainer").iterdir() if not entry.name.startswith((".", "__pycache__"))
+    ]
+    assert sum(entry.is_file() for entry in shown) <= 8
+    assert sum(entry.is_dir() for entry in shown) <= 24
+
+
+def test_our_kernels_folder_does_not_shadow_the_kernels_package(tmp_path: Path) -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert not (ROOT / "tests" / "kernels").exists()
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("REAL = True")
@@ -35,21 +178,10 @@ def test_our_kernels_folder_does_not_shadow_the_kernels_package(tmp_path):
     subprocess.run([sys.executable, "-S", "-c", code], check=True)
 
 
-def test_every_folder_with_python_is_installed():
+def test_every_folder_with_python_is_installed() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    listed = set(settings["packages"])
-    found = {
-        "halfbyte." + ".".join(file.parent.relative_to(ROOT).parts)
-        for file in SOURCES
-        if "__pycache__" not in file.parts
+    found = {"halfbyte." + ".".join(file.parent.relative_to(ROOT).parts) for file in SOURCES}
+    assert found <= set(settings["packages"])
+    assert set(settings["package-dir"]) == {
+        f"halfbyte.{name}" for name in ("kernels", "quant", "trainer", "recipes")
     }
-    assert found <= listed
-    assert set(settings["package-dir"]) == {f"halfbyte.{name}" for name in (*PACKAGES, "recipes")}
-
-
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_point_down(file):
-    layer = PACKAGES.index(file.relative_to(ROOT).parts[0])
-    allowed = tuple(f"halfbyte.{name}" for name in PACKAGES[: layer + 1])
-    ours = {name for name in imported(file) if name.split(".")[0] in ("halfbyte", *PACKAGES)}
-    assert all(name.startswith(allowed) for name in ours), ours

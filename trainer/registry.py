@@ -1,9 +1,7 @@
 """The choices a recipe makes by name: one frozen class a choice, found, validated and listed here."""
 
-import difflib
-import importlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, get_args
 
@@ -14,7 +12,9 @@ from halfbyte.trainer.errors import RecipeError
 
 if TYPE_CHECKING:
     # Families import diffusers, which takes seconds: only those a run uses are imported, when it uses them.
-    from halfbyte.trainer.families.family import Family
+    pass
+
+from halfbyte.trainer.wording import unknown_name
 
 # Strict, so that "10" is no number and 1 is not true; a whole number still passes where a float is asked for.
 SETTINGS = ConfigDict(
@@ -24,25 +24,6 @@ SETTINGS = ConfigDict(
     allow_inf_nan=False,
     use_attribute_docstrings=True,
 )
-
-
-def in_prose(names: Iterable[str]) -> str:
-    """Alternatives as a reader expects them: `mse, huber or l1`."""
-    *first, last = names
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` is probably a slip of the hand for."""
-    matches = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=1)
-    return matches[0] if matches else None
-
-
-def unknown_name(kind: str, name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = nearest(name, names)
-    hint = f"; did you mean '{near}'?" if near else ""
-    return f"unknown {kind} '{name}', expected {in_prose(names)}{hint}"
 
 
 def conflict(field: str, message: str) -> PydanticCustomError:
@@ -110,33 +91,3 @@ class Registry(Generic[C]):
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         members = {name: handler.generate_schema(choice) for name, choice in self._classes.items()}
         return core_schema.tagged_union_schema(members, discriminator="name")
-
-
-class FamilyRegistry:
-    """Name -> model family, each given as `module:Class` and imported when it is asked for."""
-
-    def __init__(self, locations: Mapping[str, str]) -> None:
-        self._locations = dict(locations)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._locations)
-
-    def __getitem__(self, name: str) -> "type[Family]":
-        """Raises RecipeError, with the known names and the nearest, for a family that is not registered."""
-        if name not in self._locations:
-            raise RecipeError(unknown_name("family", name, self._locations))
-        module, _, attribute = self._locations[name].partition(":")
-        family: type[Family] = getattr(importlib.import_module(module), attribute)
-        return family
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.literal_schema(list(self._locations))
-
-
-FAMILIES = FamilyRegistry(
-    {
-        "flux": "halfbyte.trainer.families.flux.family:Flux",
-        "sd3": "halfbyte.trainer.families.sd3.family:SD3",
-    }
-)

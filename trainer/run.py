@@ -3,18 +3,20 @@
 import logging
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.adapters.lora import load_adapter_state
 from halfbyte.trainer.data.prepare import Prepared, prepare
 from halfbyte.trainer.data.size_limits import refuse_large
 from halfbyte.trainer.denoiser.attention import AttentionChoice, AttentionShape, choose_attention
-from halfbyte.trainer.denoiser.load import DTYPES, Loaded, load_denoiser, start_layers
+from halfbyte.trainer.denoiser.load import Loaded, load_denoiser, start_layers
+from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.errors import HubError, RecipeError
-from halfbyte.trainer.export.export import ExportSettings, export_trained
-from halfbyte.trainer.export.export_lines import exported_lines
+from halfbyte.trainer.export.export import ExportSettings, export_trained, exported_lines
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.plan.advice import told_when_full
 from halfbyte.trainer.plan.dry_run import Rehearsal
@@ -31,19 +33,13 @@ from halfbyte.trainer.run_folder.pinned_base import (
     pin_base,
     started_from,
 )
+from halfbyte.trainer.runtime.progress import write_lines
 from halfbyte.trainer.runtime.world import World, barrier, join, told_by_first
 from halfbyte.trainer.sample.sampler import PictureSampler, SampleSettings
 from halfbyte.trainer.training.loop import Finished, Training, fit
 from halfbyte.trainer.training.metrics import METRICS, StepMetrics, read_metrics
-from halfbyte.trainer.training.opening import (
-    Closing,
-    Opening,
-    closing_lines,
-    opening_lines,
-    write_lines,
-    write_summary,
-)
-from halfbyte.trainer.training.outcome import what_was_learned
+from halfbyte.trainer.training.opening import Opening, opening_lines
+from halfbyte.trainer.training.outcome import Closing, closing_lines, what_was_learned, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +68,16 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests, commits=commits)
     refuse_large(recipe, family)
+    when_full = partial(told_when_full, recipe, family)
     # What fits no layer, and a broken adapter, are told at once, not behind the encoding.
     Rehearsal(recipe, family)
     start = start_layers(init_from, family)
-    with told_when_full(recipe, family, "in encoding; what is encoded is kept", *_ENCODING):
+    with when_full("in encoding; what is encoded is kept", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None
 
     attention = _attention(recipe, family, world, prepared)
-    with told_when_full(recipe, family, "in loading the transformer", "load and quantize"):
+    with when_full("in loading the transformer", "load and quantize"):
         loaded = load_denoiser(recipe, family, world, console, attention=attention.backend, start=start)
         del start
     denoiser = loaded.denoiser
@@ -98,11 +95,11 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     )
     if world.leads:
         folder.root.mkdir(parents=True, exist_ok=True)
-        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        write_file(folder.recipe, recipe.to_yaml())
         # Here the base has been read, and its digests are known.
         pin_base(folder, family, digests, commits)
         if saved is None:
-            with told_when_full(recipe, family, "in drawing the first pictures", *_drawing(recipe)):
+            with when_full("in drawing the first pictures", *_drawing(recipe)):
                 sampler.draw(0)
     barrier(world)
     if saved is not None:
@@ -111,7 +108,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     ready = time.perf_counter() - started
     console.print(f"ready after {ready:.1f} s", highlight=False)
 
-    training = Training(recipe, family, world, prepared, denoiser, folder, saved, sampler, console)
+    training = Training(recipe, family, world, prepared, denoiser, folder, saved, sampler, console, when_full)
     finished = fit(training)
     if not finished.done:
         console.print(
@@ -119,7 +116,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         )
         return False
     if world.leads:
-        with told_when_full(recipe, family, _WHEN_FULL_AT_THE_END, *_drawing(recipe)):
+        with when_full(_WHEN_FULL_AT_THE_END, *_drawing(recipe)):
             _export(training, loaded, finished)
     barrier(world)
     # After the last wait for each other: no process waits for an upload.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import is_eager
-from halfbyte.kernels.linear_4bit.accumulate_ops import product_in_fp32
-from halfbyte.kernels.modulation import reference
+from halfbyte.kernels.fp32_product import product_in_fp32
+from halfbyte.kernels.gelu import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_COLUMNS = 64

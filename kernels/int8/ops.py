@@ -11,7 +11,8 @@ from torch import Tensor
 from halfbyte.kernels.dispatch import is_differentiated, is_eager
 from halfbyte.kernels.int8 import cpu as int8_cpu
 from halfbyte.kernels.int8 import reference as int8_reference
-from halfbyte.kernels.quantize_4bit.operands import WEIGHT_DTYPES, check_int8, check_rows
+from halfbyte.kernels.int8.operands import check_int8
+from halfbyte.kernels.rows import WEIGHT_DTYPES, check_rows
 
 # Device type -> what implements the rows' quantization and the product there; elsewhere the reference does.
 BACKENDS: dict[str, ModuleType] = {"cpu": int8_cpu}

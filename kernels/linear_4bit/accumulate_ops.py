@@ -12,8 +12,8 @@ from torch import Tensor
 
 from halfbyte.kernels.dispatch import is_eager
 from halfbyte.kernels.linear_4bit import ops as linear_ops
-from halfbyte.kernels.quantize_4bit.operands import check_rows
 from halfbyte.kernels.quantize_4bit.packed_weight import SCHEMA, PackedWeight
+from halfbyte.kernels.rows import check_rows
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("add_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()")
@@ -109,11 +109,3 @@ def add_linear_4bit_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) 
         _add_input_grad(out, grad, weight)
     else:
         torch.ops.halfbyte.add_linear_4bit_input_grad_.default(out, grad, *weight)
-
-
-def product_in_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, not rounded on the way; of 16-bit matrices on CUDA at their own speed."""
-    # On meta as on CUDA, whose memory is planned there.
-    if (left.is_cuda or left.is_meta) and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()

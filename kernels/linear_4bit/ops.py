@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.dispatch import is_differentiated, is_eager
-from halfbyte.kernels.quantize_4bit.operands import check_rows
+from halfbyte.kernels.dispatch import HAS_TRITON, is_differentiated, is_eager
 from halfbyte.kernels.quantize_4bit.packed_weight import SCHEMA, PackedWeight
+from halfbyte.kernels.rows import check_rows
 
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What multiplies a few rows by the packed weight as it is; the first that supports weight and rows is taken.
 FEW_ROWS: tuple[ModuleType, ...] = ()
 if HAS_TRITON:

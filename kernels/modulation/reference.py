@@ -4,21 +4,13 @@ All is computed in fp32 (in float64 for float64, which tests ask for) and rounde
 rounds after each of its steps instead; of the two, this is the nearer to exact arithmetic.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.precision import _wide
+
 # Largest finite fp16: diffusers clips the residual stream there.
 FP16_LARGEST = 65504.0
-
-_GELU_SCALE = math.sqrt(2.0 / math.pi)
-_GELU_CUBIC = 0.044715
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _rows(modulation: Tensor) -> Tensor:
@@ -93,92 +85,3 @@ def gated_norm_backward(
     """(the gradient of x, which is y's; the gradient of the update)."""
     dy = layer_norm_modulate_backward(dnormed, y, scale, residual_grad, eps)
     return dy, gated_residual_backward(dy, gate)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form, 0.5 x (1 + tanh(u)), as x sigmoid(2u): no cancellation where x is far below zero."""
-    wide = _wide(x)
-    u = _GELU_SCALE * (wide + _GELU_CUBIC * wide.pow(3))
-    return (wide * torch.sigmoid(2 * u)).to(x.dtype)
-
-
-def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x, from x."""
-    wide = _wide(x)
-    u = _GELU_SCALE * (wide + _GELU_CUBIC * wide.pow(3))
-    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * wide.square())
-    open_, closed = torch.sigmoid(2 * u), torch.sigmoid(-2 * u)
-    return (_wide(dy) * (open_ + wide * open_ * closed * 2 * slope)).to(x.dtype)
-
-
-def gelu_tanh_gradients(
-    dy: Tensor, x: Tensor, lowered: Tensor, lifted: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x (M, D), with lowered^T gelu(x) (P, D) and dx^T lifted (D, U), neither of them rounded."""
-    dx = gelu_tanh_backward(dy, x)
-    return dx, _wide(lowered).t() @ _wide(gelu_tanh(x)), _wide(dx).t() @ _wide(lifted)
-
-
-def _rms_factor(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, S, H, D_h) in interleaved pairs: (a, b) -> (a cos - b sin, b cos + a sin); cos and sin (S, D_h)."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
-
-
-def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The transpose of `_rotate`, whatever cos and sin hold."""
-    first, second = (grad * sin[:, None].to(grad.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    return grad * cos[:, None].to(grad.dtype) + torch.stack([second, -first], dim=-1).flatten(-2)
-
-
-def norm_rope(
-    projections: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    eps: float,
-) -> Tensor:
-    """The streams' q (or k), each (B, S_i, H*D_h), after RMSNorm and rope: joint (B, sum S_i, H, D_h).
-
-    `weights` holds one RMSNorm weight (D_h,) a stream, or none.
-    """
-    streams = []
-    for number, projection in enumerate(projections):
-        x = _wide(projection).unflatten(-1, (heads, -1))
-        if weights:
-            x = x * _rms_factor(x, eps) * _wide(weights[number])
-        streams.append(x)
-    joint = torch.cat(streams, dim=1)
-    if cos is not None and sin is not None:
-        joint = _rotate(joint, cos, sin)
-    return joint.to(projections[0].dtype)
-
-
-def norm_rope_backward(
-    grad: Tensor,
-    projections: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> list[Tensor]:
-    """Joint gradient (B, sum S_i, H, D_h) -> the gradient of each stream's projection (B, S_i, H*D_h)."""
-    joint = _wide(grad)
-    if cos is not None and sin is not None:
-        joint = _rotate_back(joint, cos, sin)
-    grads = []
-    streams = joint.split([projection.shape[1] for projection in projections], dim=1)
-    for number, (projection, g) in enumerate(zip(projections, streams, strict=True)):
-        if weights:
-            x = _wide(projection).unflatten(-1, (grad.shape[2], -1))
-            factor = _rms_factor(x, eps)
-            g = g * _wide(weights[number])
-            g = factor * (g - x * factor.square() * (g * x).mean(-1, keepdim=True))
-        grads.append(g.flatten(2).to(projection.dtype, memory_format=torch.contiguous_format, copy=True))
-    return grads

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import is_eager
-from halfbyte.kernels.modulation import reference
+from halfbyte.kernels.qk_rope import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.quantize_4bit import reference
+from halfbyte.kernels.rows import WEIGHT_DTYPES, _check
 
 QUANT_TYPES = tuple(reference.CODES)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_quantize(
@@ -89,48 +89,6 @@ def check_dequantize_double(
     _check("nested_code", nested_code, torch.float32, 256, device)
 
 
-def check_int8(quantized: Tensor, absmax: Tensor) -> None:
-    """A weight of LLM.int8(): int8 (N, K) and the fp32 (N,) of its rows.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if quantized.dtype is not torch.int8 or quantized.dim() != 2:
-        raise ValueError(
-            f"quantized: got {quantized.dtype} {tuple(quantized.shape)}, expected torch.int8 (N, K)"
-        )
-    _check("absmax", absmax, torch.float32, quantized.shape[0], quantized.get_device())
-
-
-def check_rows(name: str, rows: Tensor, width: int, bias: Tensor | None = None, outputs: int = 0) -> None:
-    """What a weight is multiplied by, (..., width), and the bias (outputs,) that is added.
-
-    Raises:
-        ValueError: naming the argument, or "bias".
-    """
-    if rows.dim() == 0 or rows.shape[-1] != width:
-        raise ValueError(f"{name}: got shape {tuple(rows.shape)}, expected (..., {width})")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs or not bias.is_contiguous()):
-        raise ValueError(
-            f"bias: got shape {tuple(bias.shape)} with strides {bias.stride()}, expected ({outputs},) contiguous"
-        )
-
-
 def _check_blocksize(name: str, blocksize: int) -> None:
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"{name}: got {blocksize}, accepted: {', '.join(map(str, BLOCKSIZES))}")
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: int) -> None:
-    # Tensors of the CPU and of meta have no number; there torch itself refuses to mix them.
-    if (
-        tensor.dtype is not dtype
-        or tensor.numel() != numel
-        or not tensor.is_contiguous()
-        or (device >= 0 and tensor.get_device() != device)
-    ):
-        layout = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
-        raise ValueError(
-            f"{name}: got {tensor.dtype} {tuple(tensor.shape)}{layout} on {tensor.device}, expected {numel} values of"
-            f" {dtype}, contiguous and on the device of the other operands"
-        )

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dispatch import is_eager
-from halfbyte.kernels.linear_4bit.ops import HAS_TRITON
+from halfbyte.kernels.dispatch import HAS_TRITON, is_eager
 from halfbyte.kernels.quantize_4bit.packed_weight import SCHEMA, PackedWeight
 
 if HAS_TRITON:

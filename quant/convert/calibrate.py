@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.linear_4bit.accumulate_ops import product_in_fp32
+from halfbyte.kernels.fp32_product import product_in_fp32
 from halfbyte.kernels.quantize_4bit import reference
 from halfbyte.kernels.quantize_4bit.gptq import output_error, round_calibrated
 from halfbyte.quant.formats.nf4 import QuantState

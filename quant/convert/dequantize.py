@@ -7,8 +7,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, kept_in_fp32
+from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
 # What loaders leave on a quantized model, and `save_pretrained` and `to` look at.
 _MARKS = (
@@ -41,7 +42,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     layers = [
         (path, module)
         for path, module in model.named_modules(remove_duplicate=False)
-        if path and isinstance(module, QuantizedLinear)
+        if path and isinstance(module, QuantizedLayer)
     ]
     if not layers:
         raise ValueError(f"{model_name}: has no quantized layer to dequantize")
@@ -75,7 +76,7 @@ def _has_foreign_hook(layer: Any) -> bool:
     return bool((hook is not None and not only_aligns) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _plain(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+def _plain(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
     if layer.bias is not None:

@@ -11,6 +11,17 @@ READING_THREADS = min(8, os.cpu_count() or 1)
 """Enough to read a page cache at memory's pace; a disk is busy with fewer."""
 
 
+def sha256_of(content: str | bytes) -> str:
+    """The SHA-256 of a text (as UTF-8) or bytes, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file, as the Hub and `sha256sum` give it; for large files on every start see `file_digest`."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def chunk_digest(data: bytes | memoryview) -> bytes:
     """Of one chunk: CHUNK_BYTES from a multiple of CHUNK_BYTES on, or what is left of the file there."""
     return hashlib.sha256(data).digest()

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from halfbyte.quant.files.atomic import write_file
+
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 # As transformers names them.
@@ -228,7 +230,7 @@ def write_weights(
         _write_shard(shard, folder / file)
         shard_of.update(dict.fromkeys(shard, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
-    write_text(json.dumps(index, indent=2) + "\n", folder / f"{weights_file}.index.json")
+    write_file(folder / f"{weights_file}.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(shard: Mapping[str, Tensor], path: Path) -> None:
@@ -257,18 +259,3 @@ def _write_shard(shard: Mapping[str, Tensor], path: Path) -> None:
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file through to the disk."""
-    path.write_text(text, encoding="utf-8")
-    flush(path)
-
-
-def flush(path: Path) -> None:
-    """Have the system put a file, or the entries of a folder, on the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
 from halfbyte.quant.files.shards import ShardedWeights
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
 EXACT_FILE = "exact.safetensors"
 """Beside a packed model's own files, which do not name it: the exact weights, for those who read them."""
@@ -32,7 +32,7 @@ def hold_exact(model: nn.Module, paths: Sequence[str], read: Read) -> None:
     """
     for path in paths:
         layer = _layer(model, path)
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, QuantizedLayer):
             continue
         if _in_block(path):
             raise ValueError(
@@ -75,7 +75,7 @@ def _layer(model: nn.Module, path: str) -> nn.Linear:
         accepted = [
             name
             for name, module in modules.items()
-            if isinstance(module, QuantizedLinear) and not _in_block(name) and not name.endswith("base_layer")
+            if isinstance(module, QuantizedLayer) and not _in_block(name) and not name.endswith("base_layer")
         ]
         near = difflib.get_close_matches(path, accepted, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

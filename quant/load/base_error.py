@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
 from halfbyte.quant.files.shards import ShardedWeights
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.fill import Finish
 
 SAMPLE = 500_000
@@ -35,7 +35,7 @@ def base_error(
     layers = measured = total = 0
     known = set(weights.names)
     for path, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, QuantizedLayer):
             continue
         name = f"{path.removesuffix('.base_layer')}.weight"
         rows, columns = layer.out_features, layer.in_features

@@ -6,7 +6,6 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
 from halfbyte.quant.files.digest import file_digest
 from halfbyte.quant.files.read_ahead import FileRead, ReadAhead
 from halfbyte.quant.files.shards import ShardedWeights
@@ -55,7 +54,7 @@ def fill(
     Raises ValueError, naming the file or the tensor, which must be finite where the model is quantized. What can be
     told from the files' headers is told before anything is read.
     """
-    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
     own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
     beside = {name for suffixes in statistics.values() for name in suffixes.values()}
@@ -76,10 +75,10 @@ def fill(
         tensor_dtype = torch.float32 if set(in_fp32) & set(name.split(".")) else dtype
         try:
             if name in packed_layers:
-                assert isinstance(module, QuantizedLinear)
+                assert isinstance(module, QuantizedLayer)
                 found = {suffix: parts[key] for suffix, key in statistics.get(name, {}).items()}
                 module.load_packed(tensor, found, name)
-            elif isinstance(module, QuantizedLinear) and leaf == "weight":
+            elif isinstance(module, QuantizedLayer) and leaf == "weight":
                 module.quantize(tensor.to(tensor_dtype), name)
             else:
                 value = tensor.to(tensor_dtype) if own[name].is_floating_point() else tensor
@@ -88,7 +87,7 @@ def fill(
                 _place(module, leaf, value)
         except ValueError as error:
             raise ValueError(f"{weights.path(name)}: {error}") from error
-        if place is not None and isinstance(module, QuantizedLinear) and leaf == "weight":
+        if place is not None and isinstance(module, QuantizedLayer) and leaf == "weight":
             place(path, module)
         done += sum(_nbytes(weights, part) for part in (name, *parts))
         if progress is not None:
@@ -109,7 +108,7 @@ def _is_quantized(model: nn.Module, name: str) -> bool:
     """Whether `name` is the weight of a quantized layer."""
     path, _, leaf = name.rpartition(".")
     try:
-        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLayer)
     except AttributeError:  # a name that the model does not know
         return False
 

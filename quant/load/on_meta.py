@@ -9,16 +9,13 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from halfbyte.quant.convert.replace_linears import (
-    QuantizedLinear,
-    QuantRecipe,
-    convert,
-    kept_in_fp32,
-    refuse_unmatched,
-)
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.convert.skip_list import kept_in_fp32, refuse_unmatched
 from halfbyte.quant.formats.nf4 import NESTED_BLOCKSIZE, NestedState, QuantSpec, QuantState
 from halfbyte.quant.layers.linear4bit import Linear4bit, Params4bit
 from halfbyte.quant.layers.linear8bit import Int8Params
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.transformer import default_dtype
 
 Model = TypeVar("Model", bound=ModelMixin)
@@ -74,7 +71,7 @@ def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Coll
     for path, module in model.named_modules():
         own_dtype = torch.float32 if set(in_fp32) & set(path.split(".")) else dtype
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(module, QuantizedLinear) and name == "weight":
+            if isinstance(module, QuantizedLayer) and name == "weight":
                 module.weight = _packed(module)
             else:
                 if id(parameter) not in placed:
@@ -90,10 +87,10 @@ def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Coll
 def weight_tensors(module: nn.Module) -> list[Tensor]:
     """What a module itself holds, the statistics of a packed weight included."""
     tensors: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return tensors + (statistics_of(module) if isinstance(module, QuantizedLinear) else [])
+    return tensors + (statistics_of(module) if isinstance(module, QuantizedLayer) else [])
 
 
-def statistics_of(module: QuantizedLinear) -> list[Tensor]:
+def statistics_of(module: QuantizedLayer) -> list[Tensor]:
     """The tensors beside a layer's codes: those that its statistics hold, without the tables all layers share."""
     statistics = module.weight.statistics
     if isinstance(statistics, Tensor):
@@ -102,7 +99,7 @@ def statistics_of(module: QuantizedLinear) -> list[Tensor]:
     return [statistics.absmax] + ([] if nested is None else [nested.absmax, nested.offset])
 
 
-def _packed(module: QuantizedLinear) -> Params4bit | Int8Params:
+def _packed(module: QuantizedLayer) -> Params4bit | Int8Params:
     outputs, width = module.out_features, module.in_features
     if isinstance(module, Linear4bit):
         codes = _empty(((outputs * width + 1) // 2, 1), torch.uint8)

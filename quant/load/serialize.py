@@ -1,8 +1,6 @@
 """A quantized model as the folder that diffusers reads with bitsandbytes: config.json and safetensors."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +10,15 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe, is_skipped, kept_in_fp32
-from halfbyte.quant.files.shards import flush, write_text, write_weights
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.skip_list import is_skipped, kept_in_fp32
+from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
+from halfbyte.quant.files.shards import write_weights
 from halfbyte.quant.formats import int8, packing
 from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES, QuantSpec
+from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.layers.linear8bit import Linear8bit
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
 CONFIG_FILE = "config.json"
 DEFAULT_SHARD_BYTES = 10 * 10**9  # diffusers' own
@@ -117,18 +119,10 @@ def save_quantized(
     config["quantization_config"] = quantization_config(recipe)
     # Where the model came from, often a path on this machine, is nothing to publish.
     config.pop("_name_or_path", None)
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", work / CONFIG_FILE)
+    with work_folder(folder) as work:
+        write_file(work / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_weights(_groups(tensors), work, max_shard_bytes=max_shard_bytes)
-        flush(work)
-        os.replace(work, folder)
-        flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        put_in_place(work, folder)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +169,7 @@ def _check_layers(model: nn.Module, recipe: QuantRecipe) -> None:
         if path is None or not isinstance(module, nn.Linear):
             continue
         skipped = is_skipped(path, skip)
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLayer):
             if skipped or not _is_meant(module, recipe):
                 raise ValueError(
                     f"{path}: quantized with {_described(module)}, which is not what {recipe} says"
@@ -184,9 +178,10 @@ def _check_layers(model: nn.Module, recipe: QuantRecipe) -> None:
             raise ValueError(f"{path}: not quantized, though {recipe} does not skip it")
 
 
-def _is_meant(layer: QuantizedLinear, recipe: QuantRecipe) -> bool:
+def _is_meant(layer: QuantizedLayer, recipe: QuantRecipe) -> bool:
     if isinstance(layer, Linear8bit):
         return recipe.quant_type == "int8" and layer.threshold == recipe.llm_int8_threshold
+    assert isinstance(layer, Linear4bit)
     # The block size is in each weight's own statistics, so a config cannot contradict it; how a scale was found
     # is in no file.
     spec = replace(layer.spec, scale_search=None)
@@ -195,7 +190,7 @@ def _is_meant(layer: QuantizedLinear, recipe: QuantRecipe) -> bool:
     )
 
 
-def _described(layer: QuantizedLinear) -> str:
+def _described(layer: QuantizedLayer) -> str:
     if isinstance(layer, Linear8bit):
         return f"int8, threshold {layer.threshold:g}"
     return str(layer.spec)

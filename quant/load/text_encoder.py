@@ -10,8 +10,10 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe, linear_layers
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.skip_list import linear_layers
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, ShardedWeights
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.fill import Place, Progress, fill
 from halfbyte.quant.load.on_meta import built_on_meta, place_weights_on_meta
 from halfbyte.quant.load.serialize import CONFIG_FILE, read_quantization_config, split_statistic
@@ -134,7 +136,7 @@ def _convert(model: PreTrainedModel, recipe: QuantRecipe, layers: set[str] | Non
     for path, linear in list(linear_layers(model)):
         name = f"{path}.weight"
         wanted = name in layers if layers is not None else not kept & set(path.split("."))
-        if wanted and not isinstance(linear, QuantizedLinear):
+        if wanted and not isinstance(linear, QuantizedLayer):
             model.set_submodule(path, recipe.quantized(linear, name))
 
 

@@ -16,7 +16,9 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.files.read_ahead import FileRead
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.fill import Place, Progress, fill

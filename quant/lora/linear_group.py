@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfbyte.kernels.linear_4bit.accumulate_ops import product_in_fp32
+from halfbyte.kernels.fp32_product import product_in_fp32
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 from halfbyte.kernels.stacked.ops import stack_downs, stack_ups, stack_weight, stackable
 

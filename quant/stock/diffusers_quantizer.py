@@ -12,7 +12,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from halfbyte.quant.convert.dequantize import dequantize
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, check_skip_list, convert
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.convert.skip_list import check_skip_list
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import read_quantization_config, split_statistic
 from halfbyte.quant.stock.model import check_device_map, check_loaded, count_weights, default_device
 
@@ -123,7 +125,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether the parameter is a quantized layer's weight, which `create_quantized_param` puts in place."""
         path, _dot, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLayer)
 
     def create_quantized_param(
         self,
@@ -137,7 +139,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
     ) -> None:
         """Puts a weight in place, packed or yet to be quantized. Raises ValueError naming the tensor."""
         layer = model.get_submodule(param_name.rpartition(".")[0])
-        assert isinstance(layer, QuantizedLinear)
+        assert isinstance(layer, QuantizedLayer)
         value = param_value.to(target_device)
         if not self.pre_quantized:
             layer.quantize(value, param_name)

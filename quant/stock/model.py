@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
 from halfbyte.quant.layers.linear4bit import Params4bit
-from halfbyte.quant.layers.quantized_layer import QuantizedParameter
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer, QuantizedParameter
 from halfbyte.quant.load.fill import check_finite
 
 
@@ -35,7 +34,7 @@ def check_device_map(device_map: Any) -> None:
 def check_loaded(model: nn.Module) -> None:
     """Raises ValueError, naming the tensor, where a quantized layer has no weight or a parameter is not finite."""
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and not has_weight(module):
+        if isinstance(module, QuantizedLayer) and not has_weight(module):
             raise ValueError(f"{path}.weight: missing from the checkpoint")
     for name, parameter in model.named_parameters():
         # On meta is what accelerate keeps on the CPU until it is used.
@@ -43,7 +42,7 @@ def check_loaded(model: nn.Module) -> None:
             check_finite(name, parameter.detach())
 
 
-def has_weight(layer: QuantizedLinear) -> bool:
+def has_weight(layer: QuantizedLayer) -> bool:
     """Whether the layer has been given its weight; a loader may have put a plain parameter in its place."""
     weight: nn.Parameter = layer.weight
     return isinstance(weight, QuantizedParameter) and weight.statistics is not None

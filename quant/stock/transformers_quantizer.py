@@ -11,10 +11,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from halfbyte.quant.convert.dequantize import dequantize
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, kept_in_fp32
+from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.formats import int8, packing
 from halfbyte.quant.layers.linear4bit import Params4bit
 from halfbyte.quant.layers.linear8bit import Int8Params
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import read_quantization_config
 from halfbyte.quant.stock.model import (
     check_device_map,
@@ -40,7 +41,7 @@ class _Quantize(ConversionOps):
 
     def _quantized(self, model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
         layer = model.get_submodule(name.rpartition(".")[0])
-        assert isinstance(layer, QuantizedLinear)
+        assert isinstance(layer, QuantizedLayer)
         return self.hf_quantizer.fill(layer, lambda: layer.quantize(value, name))
 
 
@@ -59,11 +60,11 @@ class _Unpack(ConversionOps):
     ) -> dict[str, Tensor]:
         tensors = {name: _first(value) for name, value in input_dict.items()}
         module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLayer):
             return {"weight": self._unpacked(module, tensors, full_layer_name)}
         return {"weight": self._plain(model, tensors, full_layer_name)}
 
-    def _unpacked(self, layer: QuantizedLinear, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
+    def _unpacked(self, layer: QuantizedLayer, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
         def load() -> None:
             if "weight" not in tensors:
                 raise ValueError(f"{name}: missing; the file holds only {', '.join(sorted(tensors))} of it")
@@ -97,7 +98,7 @@ class HalfbyteHfQuantizer(HfQuantizer):
         self.problems: list[ValueError] = []
         """What was wrong with the checkpoint's weights, in the order of reading."""
 
-    def fill(self, layer: QuantizedLinear, put: Callable[[], None]) -> nn.Parameter:
+    def fill(self, layer: QuantizedLayer, put: Callable[[], None]) -> nn.Parameter:
         """The layer's weight once `put` has given it one, or an empty one and a further problem.
 
         What is raised during the conversion comes out of transformers as a RuntimeError without a name.
@@ -134,7 +135,7 @@ class HalfbyteHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """Whether the parameter is a quantized layer's weight."""
         path, _dot, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLayer)
 
     def get_quantize_ops(self) -> ConversionOps:
         """What a full-precision weight goes through."""
@@ -180,7 +181,7 @@ class HalfbyteHfQuantizer(HfQuantizer):
         if self.problems:
             raise self.problems[0]
         for path, module in model.named_modules():
-            if not isinstance(module, QuantizedLinear):
+            if not isinstance(module, QuantizedLayer):
                 continue
             if not has_weight(module):
                 raise ValueError(f"{path}.weight: missing from the checkpoint")

@@ -21,9 +21,11 @@ from torch.nn import functional
 
 from halfbyte.kernels.copy_rows import ops as copy_ops
 from halfbyte.kernels.gelu import ops as gelu_ops
+from halfbyte.kernels.gelu import reference as gelu_reference
 from halfbyte.kernels.modulation import ops as modulation_ops
 from halfbyte.kernels.modulation import reference
 from halfbyte.kernels.qk_rope import ops as qk_rope_ops
+from halfbyte.kernels.qk_rope import reference as qk_rope_reference
 from halfbyte.kernels.qk_rope.ops import Stream
 from scripts.bench.kernels_4bit import ceilings, graph_us, sets
 
@@ -281,22 +283,26 @@ def check() -> None:
         outputs = getattr(torch.ops.halfbyte, name).default(*arguments)
         require(name, outputs, getattr(reference, name)(*arguments))
     torch.full((1 << 24,), float("nan"), device="cuda")
-    require("gelu_tanh", gelu_ops.gelu_tanh(x), reference.gelu_tanh(x))
-    require("gelu_tanh_backward", gelu_ops.gelu_tanh_backward(dy, x), reference.gelu_tanh_backward(dy, x))
+    require("gelu_tanh", gelu_ops.gelu_tanh(x), gelu_reference.gelu_tanh(x))
+    require(
+        "gelu_tanh_backward", gelu_ops.gelu_tanh_backward(dy, x), gelu_reference.gelu_tanh_backward(dy, x)
+    )
     room, lowered, lifted = randn(100, 3072), randn(100, 16), randn(100, 24)
     found = gelu_ops.gelu_tanh_gradients(dy[0], x[0], lowered, lifted, room)
     require(
-        "gelu_tanh_gradients", (room, *found), reference.gelu_tanh_gradients(dy[0], x[0], lowered, lifted)
+        "gelu_tanh_gradients",
+        (room, *found),
+        gelu_reference.gelu_tanh_gradients(dy[0], x[0], lowered, lifted),
     )
     require("copy_rows", copy_ops.copy_rows(x.mT), x.mT)
     weight, (cos, sin) = randn(128), torch.randn(2, 100, 128, device="cuda")
     stream = Stream(x, update, dy, weight, weight)
     query, key, _ = qk_rope_ops.qk_norm_rope([stream], (cos, sin), heads=24)
     for name, out, source in (("query", query, x), ("key", key, update)):
-        require(name, out, reference.norm_rope([source], [weight], cos, sin, 24, EPS))
+        require(name, out, qk_rope_reference.norm_rope([source], [weight], cos, sin, 24, EPS))
     grads = qk_rope_ops.qk_norm_rope_backward(query, key, key, [stream], (cos, sin))
     for name, out, grad, source in (("dq", grads[0][0], query, x), ("dk", grads[0][1], key, update)):
-        require(name, out, reference.norm_rope_backward(grad, [source], [weight], cos, sin, EPS)[0])
+        require(name, out, qk_rope_reference.norm_rope_backward(grad, [source], [weight], cos, sin, EPS)[0])
 
 
 def require(name: str, outputs: Any, expected: Any) -> None:

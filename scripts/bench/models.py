@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.load.fill import Place
 from halfbyte.trainer.families.family import Family

@@ -24,14 +24,16 @@ from torch import nn
 
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.denoiser.load import add_adapters, block_names, block_settings
+from halfbyte.trainer.denoiser.load import add_adapters
+from halfbyte.trainer.denoiser.settings import block_names, block_settings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.block_stream import BlockStream, keep_on_host, packed_blocks
 from halfbyte.trainer.families.offload.copies import copies_to
-from halfbyte.trainer.plan.dry_run import training_module
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.plan.published_configs import PUBLISHED
-from halfbyte.trainer.recipe.recipe import Recipe, load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.training.module import training_module
 from scripts.bench.models import family_of, random_denoiser
 
 _RECIPES = Path(__file__).parents[2] / "recipes"

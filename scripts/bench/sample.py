@@ -34,11 +34,11 @@ from halfbyte.kernels.attention.ops import BACKENDS
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.cuda_graphs.forward import RecordedForwards, recorded_forwards
 from halfbyte.trainer.denoiser.attention import AttentionShape, choose_attention
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import pack
-from halfbyte.trainer.sample.compiled_blocks import compile_blocks
+from halfbyte.trainer.sample.draw import compile_blocks
 from halfbyte.trainer.sample.sampler import PictureSettings, PipelineCall
 from scripts.bench.make_checkpoint import shapes_of
 from scripts.bench.models import family_of, graphs_note, random_denoiser

@@ -123,7 +123,8 @@ def start(
         # What starting costs includes importing it.
         from halfbyte.trainer import run
         from halfbyte.trainer.cli.console import quieten_libraries
-        from halfbyte.trainer.recipe.recipe import load_recipe
+        from halfbyte.trainer.denoiser import base as base_module
+        from halfbyte.trainer.recipe.load import load_recipe
         from halfbyte.trainer.runtime.world import read_world
         from halfbyte.trainer.training.callbacks import Recorder
 
@@ -158,17 +159,16 @@ def start(
 
     def load_denoiser(*arguments: Any, **options: Any) -> Any:
         """In two phases: the base, and everything that is put on it."""
-        family = type(arguments[1])
-        load_base = family.load_denoiser
+        read = base_module._read
         with ExitStack() as rest:
 
             def base(*base_arguments: Any, **base_options: Any) -> Any:
                 with watch.phase("transformer"):
-                    denoiser = load_base(*base_arguments, **base_options)
+                    denoiser = read(*base_arguments, **base_options)
                 rest.enter_context(watch.phase("adapters"))
                 return denoiser
 
-            with patch.object(family, "load_denoiser", base):
+            with patch.object(base_module, "_read", base):
                 loaded = load(*arguments, **options)
         measured["bytes"] = loaded.footprint
         return loaded

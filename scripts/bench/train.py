@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from halfbyte.kernels.attention.ops import BACKENDS, default_backend
-from halfbyte.trainer.denoiser.load import KEPT
+from halfbyte.trainer.denoiser.settings import KEPT
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS
-from halfbyte.trainer.plan.planner import CONTEXT_BYTES
+from halfbyte.trainer.plan.phases import CONTEXT_BYTES
 from scripts.bench.models import MODELS, graphs_note
 from scripts.bench.step_agreement import agreement, agreement_table
 from scripts.bench.step_profile import LowRankSides, profiled

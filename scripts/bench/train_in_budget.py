@@ -10,7 +10,7 @@ export's self-check, come one after the other and are not held. Prints the peaks
 import sys
 
 from halfbyte.trainer.cli.app import train_app  # first: it readies torch's allocator
-from halfbyte.trainer.plan.planner import CONTEXT_BYTES
+from halfbyte.trainer.plan.phases import CONTEXT_BYTES
 
 import torch  # isort: skip
 

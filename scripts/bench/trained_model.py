@@ -11,8 +11,8 @@ from torch import nn
 from halfbyte.trainer.adapters.lora import LoraVariant, add_lora, trained_parameters
 from halfbyte.trainer.cuda_graphs.denoiser import GraphedDenoiser
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.denoiser.load import KEPT, block_names
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.denoiser.settings import KEPT, block_names
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.families.offload.block_stream import BlockStream, keep_on_host, packed_blocks

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, add_lora
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.randomness import generator
 from scripts.bench.quality.loftq import factors_of, start_from_error
@@ -58,7 +59,7 @@ def adapted(mini_flux, quant_type, **variant):
     recipe = None
     if quant_type is not None:
         recipe = QuantRecipe(quant_type=quant_type, compute_dtype=torch.float32, skip=UNADAPTED)
-    model = family.load_denoiser(recipe, device=CPU, dtype=torch.float32)
+    model = load_base(family, recipe, device=CPU, dtype=torch.float32)
     targets = family.lora_targets("all-linear")
     add_lora(
         model,
@@ -125,7 +126,7 @@ def test_the_model_starts_nearer_to_the_one_in_full_precision(mini_flux):
 def test_layers_that_are_not_quantized_keep_their_start(mini_flux):
     family = Flux.open(str(mini_flux), None, 24)
     recipe = QuantRecipe(compute_dtype=torch.float32, skip=("proj_mlp",))
-    model = family.load_denoiser(recipe, device=CPU, dtype=torch.float32)
+    model = load_base(family, recipe, device=CPU, dtype=torch.float32)
     add_lora(model, rank=4, alpha=4, dropout=0.0, targets=["proj_mlp", "to_q"], init="gaussian", seed=0)
     kept = model.single_transformer_blocks[0].proj_mlp.lora_A[ADAPTER].weight.clone()
     repair = start_from_error(model, family.source.folder / "transformer", ADAPTER, source)

@@ -8,9 +8,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.catalog import FAMILIES
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.objective.shift import NoShift
-from halfbyte.trainer.registry import FAMILIES
 from scripts.mini.denoiser import KINDS, Scaling, Stage, corrupt, distill_guidance, train_denoiser
 from scripts.mini.images.blueprints import HELD_OUT, KEPT, TRAINED
 from scripts.mini.images.captions import CAPTION_TOKENS, LOOKS, caption, styled, vocabulary

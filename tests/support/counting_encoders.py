@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.trainer.data.buckets import Cropping, View, views_of
 from halfbyte.trainer.data.folder import read_samples
-from halfbyte.trainer.families.encoders import Encoders, LatentMoments, TextEmbedding
+from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 
 
 class CountingEncoders(Encoders):

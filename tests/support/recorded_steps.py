@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.cuda_graphs.denoiser import GraphedDenoiser
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3

@@ -10,7 +10,7 @@ import numpy
 from PIL import Image
 from rich.console import Console
 
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import World, read_world
 

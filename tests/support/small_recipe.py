@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 
 SMALL = """\
 model: {family: flux, path: owner/name}

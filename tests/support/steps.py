@@ -2,11 +2,12 @@
 
 import torch
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.objective.losses import MSE
 from halfbyte.trainer.objective.shift import ResolutionShift
@@ -40,7 +41,7 @@ def module_of(family, denoiser, dtype, seed=3):
 
 def adapted(family, *, dtype, fused=True, settings=None):
     recipe = QuantRecipe(quant_type="nf4", double_quant=True, compute_dtype=dtype)
-    denoiser = family.load_denoiser(recipe, device=torch.device("cpu"), dtype=dtype)
+    denoiser = load_base(family, recipe, device=torch.device("cpu"), dtype=dtype)
     targets = family.lora_targets("all-linear")
     add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1, fused=fused)
     if fused:

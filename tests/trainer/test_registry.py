@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.objective.losses import LOSSES, Huber
-from halfbyte.trainer.registry import FAMILIES, Registry
+from halfbyte.trainer.registry import Registry
 
 from small_recipe import SMALL, Write
 

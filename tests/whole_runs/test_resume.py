@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.optim.schedules import Cosine
-from halfbyte.trainer.recipe.recipe import load_written
+from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.training.metrics import read_metrics
 
 from runs import environment, run_here, write_recipe

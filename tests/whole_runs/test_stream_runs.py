@@ -11,14 +11,16 @@ from safetensors.torch import load_file
 
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import save_quantized
-from halfbyte.trainer.denoiser.load import load_denoiser, quant_recipe
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.load import load_denoiser
+from halfbyte.trainer.denoiser.settings import quant_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export import export
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.export.from_run import ExportRequest, export_run
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.sd3.blocks import JointTransformerBlock
-from halfbyte.trainer.recipe.recipe import load_recipe
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import read_world
 
 from runs import run_here, write_recipe
@@ -89,7 +91,7 @@ def test_the_device_never_holds_the_blocks_while_they_load(
     if start == "cache again":
         load_denoiser(recipe, family, CPU, Console(quiet=True))
     if start == "packed folder":
-        base = family.load_denoiser(quant_recipe(recipe), device=CPU.device, dtype=torch.float32)
+        base = load_base(family, quant_recipe(recipe), device=CPU.device, dtype=torch.float32)
         save_quantized(base, tmp_path / "packed" / "transformer")
         shutil.copytree(mini_sd3, tmp_path / "packed", dirs_exist_ok=True, ignore=lambda *_: ["transformer"])
         family = FAMILIES[model.family].open(str(tmp_path / "packed"), None, model.max_sequence_length)

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from halfbyte.trainer.adapters.lora import load_adapter_state
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.denoiser.load import load_denoiser
-from halfbyte.trainer.recipe.recipe import load_recipe
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.families.catalog import FAMILIES
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder import checkpoint
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE, TRAINED_FILE
+from halfbyte.trainer.run_folder.checkpoint import TRAINED_FILE
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training.metrics import read_metrics
 

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halfbyte.trainer.adapters.saved import LoraLayer, SavedAdapter
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, LoraLayer, SavedAdapter
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
 
 LoraFormat = Literal["diffusers", "comfyui", "kohya"]
 FORMATS: tuple[LoraFormat, ...] = ("diffusers", "comfyui", "kohya")

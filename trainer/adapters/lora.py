@@ -2,17 +2,27 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from torch import Tensor, nn
 
 from halfbyte.quant.lora.dora import RowMagnitudes
 from halfbyte.quant.lora.layers import fused_config
-from halfbyte.trainer.adapters.saved import DOWN, MAGNITUDE, first_fitting
+from halfbyte.trainer.adapters.read import (
+    log,
+)
+from halfbyte.trainer.adapters.saved import (
+    DOWN,
+    MAGNITUDE,
+    LoraLayer,
+    first_fitting,
+)
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
 
@@ -210,3 +220,62 @@ def _in_any_order(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[st
 
 def _saved_name(name: str) -> str:
     return name.replace(f"{MAGNITUDE}.{ADAPTER}.weight", MAGNITUDE).replace(f".{ADAPTER}.", ".")
+
+
+@torch.no_grad()
+def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
+    """Gives the adapters on `denoiser` the updates of `layers`, exactly; whether DoRA's lengths came along.
+
+    Where the run's rank is larger the rest of A stays as it starts and that of B is zero; layers that have no update
+    start as without. Raises RecipeError where an update has no layer, another shape, or a larger rank.
+    """
+    own = {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, PeftLayer) and adapter in module.lora_A
+    }
+    strange = sorted(layers.keys() - own.keys())
+    if strange:
+        _refuse(denoiser, strange, own, path)
+    for name, layer in layers.items():
+        module: Any = own[name]
+        down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        expected, got = (len(up), down.shape[1]), (len(layer.up), layer.down.shape[1])
+        if expected != got:
+            raise RecipeError(
+                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, the model's"
+                f" {expected[0]} x {expected[1]}"
+            )
+        if layer.rank > len(down):
+            highest = max(other.rank for other in layers.values())
+            raise RecipeError(
+                f"{name} has rank {layer.rank} in {path}, and {len(down)} in this run; set"
+                f" lora.rank: {highest}, or a rank for these layers in lora.rank_pattern"
+            )
+        if layer.lengths is not None and adapter not in module.lora_magnitude_vector:
+            raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
+    for name, layer in layers.items():
+        module = own[name]
+        down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        down[: layer.rank].copy_(layer.down)
+        up.zero_()
+        up[:, : layer.rank].copy_(layer.up * (layer.scale / module.scaling[adapter]))
+    lengths = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
+    for name, values in lengths.items():
+        own[name].lora_magnitude_vector[adapter].weight.copy_(values)
+    log.info("%d of %d layers have the adapter of %s", len(layers), len(own), path)
+    return bool(lengths)
+
+
+def _refuse(denoiser: nn.Module, strange: list[str], own: Iterable[str], path: Path | str) -> None:
+    modules = {name for name, _ in denoiser.named_modules()}
+    missing = [name for name in strange if name not in modules]
+    if missing:
+        raise RecipeError(
+            f"{path} is for another base: the model has no {missing[0]} ({len(missing)} such layers)"
+        )
+    ends = sorted({name.split(".", 2)[-1] for name in (*strange, *own)})
+    raise RecipeError(
+        f"{path} adapts {len(strange)} layers that lora.targets does not, first {strange[0]}; set"
+        f" lora.targets: [{', '.join(ends)}]"
+    )

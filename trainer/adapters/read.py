@@ -2,13 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer as PeftLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfbyte.trainer.adapters.formats import (
     COMFYUI_PREFIX,
@@ -18,6 +17,7 @@ from halfbyte.trainer.adapters.formats import (
     PEFT_PREFIX,
 )
 from halfbyte.trainer.adapters.saved import (
+    ADAPTER_FILE,
     METADATA,
     LoraLayer,
     diffusers_adapter,
@@ -27,7 +27,6 @@ from halfbyte.trainer.adapters.saved import (
 )
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
 
 log = logging.getLogger(__name__)
 
@@ -69,65 +68,6 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
     raise RecipeError(
         f"{file} holds {odd}; accepted: the keys of diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
         f" ({PEFT_PREFIX}…), ComfyUI ({COMFYUI_PREFIX}…) or kohya ({KOHYA_PREFIX}…), one of them in a file"
-    )
-
-
-@torch.no_grad()
-def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
-    """Gives the adapters on `denoiser` the updates of `layers`, exactly; whether DoRA's lengths came along.
-
-    Where the run's rank is larger the rest of A stays as it starts and that of B is zero; layers that have no update
-    start as without. Raises RecipeError where an update has no layer, another shape, or a larger rank.
-    """
-    own = {
-        name: module
-        for name, module in denoiser.named_modules()
-        if isinstance(module, PeftLayer) and adapter in module.lora_A
-    }
-    strange = sorted(layers.keys() - own.keys())
-    if strange:
-        _refuse(denoiser, strange, own, path)
-    for name, layer in layers.items():
-        module: Any = own[name]
-        down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        expected, got = (len(up), down.shape[1]), (len(layer.up), layer.down.shape[1])
-        if expected != got:
-            raise RecipeError(
-                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, the model's"
-                f" {expected[0]} x {expected[1]}"
-            )
-        if layer.rank > len(down):
-            highest = max(other.rank for other in layers.values())
-            raise RecipeError(
-                f"{name} has rank {layer.rank} in {path}, and {len(down)} in this run; set"
-                f" lora.rank: {highest}, or a rank for these layers in lora.rank_pattern"
-            )
-        if layer.lengths is not None and adapter not in module.lora_magnitude_vector:
-            raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
-    for name, layer in layers.items():
-        module = own[name]
-        down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        down[: layer.rank].copy_(layer.down)
-        up.zero_()
-        up[:, : layer.rank].copy_(layer.up * (layer.scale / module.scaling[adapter]))
-    lengths = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
-    for name, values in lengths.items():
-        own[name].lora_magnitude_vector[adapter].weight.copy_(values)
-    log.info("%d of %d layers have the adapter of %s", len(layers), len(own), path)
-    return bool(lengths)
-
-
-def _refuse(denoiser: nn.Module, strange: list[str], own: Iterable[str], path: Path | str) -> None:
-    modules = {name for name, _ in denoiser.named_modules()}
-    missing = [name for name in strange if name not in modules]
-    if missing:
-        raise RecipeError(
-            f"{path} is for another base: the model has no {missing[0]} ({len(missing)} such layers)"
-        )
-    ends = sorted({name.split(".", 2)[-1] for name in (*strange, *own)})
-    raise RecipeError(
-        f"{path} adapts {len(strange)} layers that lora.targets does not, first {strange[0]}; set"
-        f" lora.targets: [{', '.join(ends)}]"
     )
 
 

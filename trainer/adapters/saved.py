@@ -206,3 +206,6 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"

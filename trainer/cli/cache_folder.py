@@ -5,11 +5,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.errors import RecipeError
 
 KINDS = ("latents", "texts", "bases", "digests")
-DEFAULT_FOLDER = Path("~/.cache/halfbyte")
 
 
 @dataclass(frozen=True)

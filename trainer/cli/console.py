@@ -1,29 +1,62 @@
-"""What all commands do alike: fail with one message, log, and keep the libraries quiet."""
+"""What all commands share: how they fail, what they log, and quiet libraries."""
 
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 
+from halfbyte.trainer.cli.interrupts import INTERRUPTED, ended_at_once
 from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
 from halfbyte.trainer.recipe.document import Document
 from halfbyte.trainer.runtime.world import World
 
 
-def fail(console: Console, world: World | None, message: str, code: int) -> NoReturn:
-    """Ends the command with a message and an exit code."""
-    # One message a machine: what is wrong with a recipe is wrong in every process.
+@dataclass
+class Command:
+    """What a command knows of its run when it fails; filled in as it goes."""
+
+    world: World | None = None
+    document: Document | None = None
+    """The recipe as it was read: messages about its settings get file and line."""
+
+
+@contextmanager
+def reported_errors() -> Iterator[Command]:
+    """The one way a command fails: an error within becomes one message on standard error, and its exit code.
+
+    Several processes of a machine report once, but for a full device, which can be the device of one process.
+    """
+    command = Command()
+    try:
+        yield command
+    except HalfbyteError as error:
+        message = str(error) if command.document is None else command.document.located(str(error))
+        _exit(command.world, message, error.exit_code)
+    except KeyboardInterrupt:
+        _exit(command.world, "interrupted", INTERRUPTED)
+
+
+@contextmanager
+def library_imports() -> Iterator[None]:
+    """For imports that take seconds: libraries stay quiet, and Ctrl-C ends the command at once.
+
+    They stand within commands, after the recipe has been read, so a recipe with a mistake fails at once.
+    """
+    with ended_at_once():
+        quieten_libraries()
+        yield
+
+
+def _exit(world: World | None, message: str, code: int) -> NoReturn:
     if world is None or world.local_rank == 0 or code == OutOfMemory.exit_code:
-        console.print(f"error: {message}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     raise typer.Exit(code)
-
-
-def told_where(error: HalfbyteError, written: Document | None) -> str:
-    """What went wrong, with the file and line of the setting that it begins with, where a recipe has been read."""
-    return str(error) if written is None else written.located(str(error))
 
 
 def configure_logging(world: World) -> None:

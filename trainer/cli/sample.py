@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import configure_logging, fail, quieten_libraries
-from halfbyte.trainer.cli.interrupts import INTERRUPTED, ended_at_once
-from halfbyte.trainer.errors import HalfbyteError
+from halfbyte.trainer.cli.console import configure_logging, library_imports, reported_errors
+from halfbyte.trainer.cli.interrupts import INTERRUPTED
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.sample.request import SampleRequest, parse_seeds, parse_strengths, read_prompts
 
@@ -98,9 +97,7 @@ def sample_command(
 
     Exit codes: 0 done, 2 source, model or option, 4 Hub, 6 out of memory, 130 interrupted (what was drawn is kept).
     """
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    world = None
-    try:
+    with reported_errors() as command:
         request = SampleRequest(
             source,
             model=model,
@@ -123,17 +120,11 @@ def sample_command(
             cache=cache,
             output=output,
         )
-        world = read_world()
+        world = command.world = read_world()
         configure_logging(world)
-        with ended_at_once():
-            quieten_libraries()
-            # Slow to import, and a mistake in the options should be told at once.
+        with library_imports():
             from halfbyte.trainer.sample.run import sample
 
         finished = sample(request, world, Console(soft_wrap=True))
-    except HalfbyteError as error:
-        fail(errors, world, str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail(errors, world, "interrupted", INTERRUPTED)
     if not finished:
         raise typer.Exit(INTERRUPTED)

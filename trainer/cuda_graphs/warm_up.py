@@ -14,7 +14,7 @@ from torch import Tensor
 from halfbyte.trainer.cuda_graphs.denoiser import MOST_SHAPES, GraphedDenoiser
 from halfbyte.trainer.cuda_graphs.recorder import relative_difference
 from halfbyte.trainer.data.buckets import Size
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 
 # Attention's backward sums in no fixed order, which in bf16 is some 1e-3; what is read or written in a wrong place is

@@ -5,11 +5,8 @@ places of files play no part, so a renamed picture is found again, and a changed
 are written whole or not at all, and several processes may fill one cache.
 """
 
-import hashlib
 import json
 import logging
-import os
-import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.buckets import Size, View
 from halfbyte.trainer.data.folder import load_pixels
 from halfbyte.trainer.errors import DataError
-from halfbyte.trainer.families.encoders import Encoders, LatentMoments, TextEmbedding
+from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +198,7 @@ def _batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
 
 
 def _digest(made_from: list[object]) -> str:
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    return sha256_of(json.dumps(made_from))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -253,17 +252,8 @@ def _write(path: Path, tensors: dict[str, Tensor], maker: str) -> None:
         if not tensor.isfinite().all():
             raise DataError(f"{maker} gives {name} with NaN or infinity; run it in bfloat16 or float32")
     data = save(tensors, metadata={"crc32": _checksum(tensors)})
-    # In the entry's own folder, hence on its filesystem: a rename across filesystems is a copy, and can tear.
-    partial = path.with_name(f".{path.stem[:16]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(path, data)
     except OSError as error:
         raise DataError(f"cannot write the cache entry {path}: {error.strerror}") from error

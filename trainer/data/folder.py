@@ -6,7 +6,6 @@ files with the columns image and text or caption, as `datasets` writes them.
 """
 
 import difflib
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as PictureFeature
 from torch import Tensor
 
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.captions import METADATA_NAMES, Problems, caption_of, read_metadata, read_text
 from halfbyte.trainer.data.decode import DECODE_ERRORS, decode, pixels, upright_size
 from halfbyte.trainer.data.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
@@ -102,7 +102,7 @@ def sample_bytes(sample: Sample) -> bytes:
         data = sample.path.read_bytes() if sample.row is None else picture_bytes(sample.path, sample.row)
     except OSError as error:
         raise DataError(f"{sample.path}: cannot be read: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != sample.sha256:
+    if sha256_of(data) != sample.sha256:
         raise DataError(f"{sample.path}: changed while the run was starting; start again")
     return data
 
@@ -280,7 +280,7 @@ def _open(item: _Found, index: int, is_decoded: Callable[[str], bool], problems:
     except OSError as error:
         problems.add(item.where, f"cannot be read: {error.strerror}")
         return None
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256 = sha256_of(data)
     try:
         width, height = upright_size(data) if is_decoded(sha256) else decode(data).size
     except DECODE_ERRORS as error:

@@ -14,14 +14,14 @@ from halfbyte.trainer.data.encoding_cache import LatentCache, fill
 from halfbyte.trainer.data.folder import Sample, read_samples
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
 from halfbyte.trainer.data.order import Plan
-from halfbyte.trainer.data.prompts import references_for
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.data.prompts import Prompt, references_for
+from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.progress import Shown
 from halfbyte.trainer.runtime.world import World, barrier
-from halfbyte.trainer.sample.sampler import Prompt
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     whole = replace(cropping, crop="center", random_crops=1, flip=False)
     held_out_views = [group[0] for group in views_of(held_out, whole, recipe.train.seed)]
     encoding = Shown(console, "encoding", "entry")
-    encoders = family.load_encoders(
+    encoders = load_encoders(
+        family,
         device=world.device,
         dtype=torch.bfloat16,
         memo=data.cache_folder / "digests",

@@ -1,10 +1,12 @@
 """What sample prompts should show: pictures of a folder, found by their captions."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.trainer.data.folder import Sample
 from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.families.embedding import TextEmbedding
 
 
 def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Path) -> dict[str, Sample]:
@@ -28,3 +30,12 @@ def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Pa
             f" {samples[0].caption!r}"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption to draw, embedded before the text encoders left."""
+
+    text: str
+    embedding: TextEmbedding  # batch of one
+    reference: Sample | None = None  # what it should show

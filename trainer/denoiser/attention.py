@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte.kernels.attention.ops import FLASH4_INSTALL, FLASH4_PACKAGE, default_backend, flash4_version
+from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.denoiser.attention_probe import TOLERANCE, backends_here
 from halfbyte.trainer.errors import RecipeError
 
@@ -150,10 +150,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, key: str, results: list[dict[str, Any]]) -> None:
     """Adds an entry; several runs may do so at once, so the file is replaced whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_read(file) | {key: results}, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        write_file(file, json.dumps(_read(file) | {key: results}, indent=1))
     except OSError as error:
         log.warning("cannot remember the attention probe in %s: %s", file, error.strerror)

@@ -1,7 +1,7 @@
 """The transformer of a run: streamed and quantized, with its adapters, ready to train."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,64 +9,28 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.exact import exact_weights, hold_exact
-from halfbyte.quant.load.serialize import CONFIG_FILE, read_quantization_config
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.lora.dora import keep_lengths
-from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, TrainedLayers, add_lora
-from halfbyte.trainer.adapters.read import read_layers, start_from
+from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, TrainedLayers, add_lora, start_from
+from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import LoraLayer
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.settings import (
+    DTYPES,
+    base_recipe,
+    block_names,
+    block_settings,
+    quant_recipe,
+)
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.blocks.parts import BlockSettings, Keep
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.offload.activations import HostStore
-from halfbyte.trainer.families.offload.block_stream import BlockStream, keep_on_host, packed_blocks
+from halfbyte.trainer.families.offload.block_stream import BlockStream, packed_blocks
 from halfbyte.trainer.families.offload.copies import copies_to
-from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.adapter_source import adapter_at
-from halfbyte.trainer.runtime.progress import BYTES, Shown
 from halfbyte.trainer.runtime.world import World
-
-# By train.gradient_checkpointing, what blocks keep; offload keeps it on the host.
-KEPT: Mapping[str, Keep] = {
-    "none": "everything",
-    "selective": "attention",
-    "full": "inputs",
-    "offload": "inputs",
-}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
-    """The recipe's quant section as the quant layer takes it; None leaves the base as it is."""
-    if recipe.quant.type == "none":
-        return None
-    return QuantRecipe(
-        quant_type=recipe.quant.type,
-        double_quant=recipe.quant.double_quant,
-        compute_dtype=DTYPES[recipe.quant.compute_dtype],
-        skip=recipe.quant.skip,
-        llm_int8_threshold=recipe.quant.llm_int8_threshold,
-        scale_search=None if recipe.quant.scale_search == "none" else recipe.quant.scale_search,
-    )
-
-
-def base_recipe(recipe: Recipe, family: Family) -> QuantRecipe | None:
-    """How the family's base is held: as the recipe says, or as it is stored where it is quantized already.
-
-    Raises RecipeError where it is stored in a form that is not read.
-    """
-    asked = quant_recipe(recipe)
-    stored = family.denoiser_config.get("quantization_config")
-    if stored is None or family.denoiser_folder is None:
-        return asked
-    try:
-        own = read_quantization_config(stored, str(family.denoiser_folder / CONFIG_FILE))
-    except ValueError as error:
-        raise RecipeError(f"{family.transformer.setting}: {error}") from error
-    return replace(own, compute_dtype=DTYPES[recipe.quant.compute_dtype])
 
 
 @dataclass(frozen=True)
@@ -79,27 +43,17 @@ class Loaded:
     stream: BlockStream | None  # where the blocks visit the device
 
 
-def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
-    """How the blocks run, with `attention` as the backend."""
-    checkpointing = recipe.train.gradient_checkpointing
-    return BlockSettings(
-        KEPT[checkpointing],
-        store=HostStore() if checkpointing == "offload" else None,
-        whole=recipe.train.fused_blocks,
-        backend=attention,
+def load_run_base(recipe: Recipe, family: Family, device: torch.device, console: Console) -> nn.Module:
+    """The run's frozen base without adapters, with progress on `console`; see `load_base`."""
+    return load_base(
+        family,
+        quant_recipe(recipe),
+        device=device,
+        dtype=DTYPES[recipe.quant.compute_dtype],
+        console=console,
+        cache_folder=recipe.data.cache_folder if recipe.model.cache_base else None,
+        stream=recipe.train.stream_blocks,
     )
-
-
-def block_names(family: Family) -> list[str]:
-    """Of all the transformer's blocks."""
-    return [name for kind in family.block_kinds() for name in kind]
-
-
-def _base_cache(recipe: Recipe) -> BaseCache | None:
-    if not recipe.model.cache_base:
-        return None
-    folder = recipe.data.cache_folder
-    return BaseCache(folder / "bases", FileDigests(folder / "digests"))
 
 
 def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> TrainedLayers:
@@ -125,7 +79,7 @@ def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> Trained
 
 def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> None:
     """Has the layers at `paths` multiply by their weights in full precision; see `hold_exact`. Raises RecipeError."""
-    if not paths or not any(isinstance(module, QuantizedLinear) for module in denoiser.modules()):
+    if not paths or not any(isinstance(module, QuantizedLayer) for module in denoiser.modules()):
         return
     folder = family.denoiser_folder
     if folder is None:
@@ -188,16 +142,7 @@ def load_denoiser(
     attention: names the backend; None takes what needs no probe. start: what `start_layers` gave; None: it is asked.
     """
     start = start or start_layers(recipe.lora.init_from, family)
-    loading = Shown(console, "loading the transformer", BYTES)
-    denoiser = family.load_denoiser(
-        quant_recipe(recipe),
-        device=world.device,
-        dtype=DTYPES[recipe.quant.compute_dtype],
-        progress=loading,
-        cache=_base_cache(recipe),
-        place=keep_on_host(block_names(family)) if recipe.train.stream_blocks else None,
-    )
-    loading.close()
+    denoiser = load_run_base(recipe, family, world.device, console)
     model: Any = denoiser
     footprint = int(model.get_memory_footprint())
     trained = add_adapters(recipe, family, denoiser)
@@ -214,5 +159,5 @@ def load_denoiser(
         keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     stream = _stream(family, denoiser, world) if recipe.train.stream_blocks else None
-    quantized = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
+    quantized = sum(isinstance(module, QuantizedLayer) for module in denoiser.modules())
     return Loaded(denoiser.eval(), base_recipe(recipe, family), trained, quantized, footprint, stream)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
-from halfbyte.quant.files.shards import write_text, write_weights
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.shards import write_weights
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import (
     CONFIG_FILE,
     base_tensors,
@@ -93,7 +95,7 @@ def base_groups(
     packed = {
         f"{path.removesuffix('.base_layer')}.weight": module
         for path, module in denoiser.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, QuantizedLayer)
     }
     held: dict[str, dict[str, Tensor]] = {}
     plain: list[dict[str, Tensor]] = []
@@ -114,5 +116,5 @@ def base_groups(
 def write_part(folder: Path, config: Mapping[str, Any], groups: list[dict[str, Tensor]]) -> None:
     """Writes a model's folder, a group of tensors never parted."""
     folder.mkdir()
-    write_text(json.dumps(config), folder / CONFIG_FILE)
+    write_file(folder / CONFIG_FILE, json.dumps(config))
     write_weights(groups, folder, max_shard_bytes=_SHARD_BYTES)

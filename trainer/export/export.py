@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
-from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, write_text
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
+from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE
 from halfbyte.quant.load.serialize import CONFIG_FILE, save_quantized
 from halfbyte.trainer.adapters.formats import (
     FORMATS,
@@ -25,22 +26,21 @@ from halfbyte.trainer.adapters.formats import (
     write_formats,
 )
 from halfbyte.trainer.adapters.lora import adapter_state, save_adapter
-from halfbyte.trainer.adapters.saved import SavedAdapter, read_saved
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, SavedAdapter, read_saved
 from halfbyte.trainer.errors import ExportError, RecipeError
-from halfbyte.trainer.export.merge import Survival, merge, total
+from halfbyte.trainer.export.merge import FAINT, Survival, merge, total
 from halfbyte.trainer.export.provenance import (
     BASE_ERROR_FILE,
     PROVENANCE_FILE,
-    HubPart,
     write_base_error,
     write_provenance,
 )
 from halfbyte.trainer.export.self_check import SelfCheck, StockCheck
 from halfbyte.trainer.export.text_encoder import write_text_encoder
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.run_folder.folder import RunFolder
-from halfbyte.trainer.runtime.staging import keep_others, put_in_place, work_folder
+from halfbyte.trainer.runtime.staging import keep_others
 
 MERGED = "merged"
 MERGE_REPORT = "merge_report.json"
@@ -187,7 +187,7 @@ def _write_merged(denoiser: nn.Module, adapter: SavedAdapter, folder: Path) -> l
     survivals = merge(denoiser, adapter.layers())
     save_quantized(denoiser, folder)
     report = {"kept": total(survivals), "layers": [asdict(survival) for survival in survivals]}
-    write_text(json.dumps(report, indent=1) + "\n", folder / MERGE_REPORT)
+    write_file(folder / MERGE_REPORT, json.dumps(report, indent=1) + "\n")
     return survivals
 
 
@@ -208,3 +208,46 @@ def _check_written(file: Path, written: Mapping[str, Tensor], trained: Mapping[s
             f"export: {file} is not what was trained: {len(wrong)} entries differ, first {wrong[0]}; the last"
             " checkpoint is whole"
         )
+
+
+_SHOWN = 5  # layers that kept the least
+
+
+def merge_lines(survivals: Sequence[Survival], folder: Path) -> list[str]:
+    """What to tell of a merge."""
+    lines = [f"merged: {folder} ({total(survivals):.0%} of the update survived, see {MERGE_REPORT})"]
+    faint = sorted((s for s in survivals if s.kept < FAINT), key=lambda survival: survival.kept)
+    if faint:
+        lines.append(
+            f"warning: {len(faint)} of {len(survivals)} layers kept less than {FAINT:.0%} of their update; use the"
+            " adapter beside the base instead, which loses nothing. The least:"
+        )
+        lines += [
+            f"  {survival.layer}: {survival.kept:.0%} kept, error {survival.error:.0%} of an update of"
+            f" {survival.relative:.2%} of the weight"
+            for survival in faint[:_SHOWN]
+        ]
+    return lines
+
+
+def exported_lines(exported: Exported) -> list[str]:
+    """What to tell of an export."""
+    lines = [f"adapter: {exported.adapter.parent} ({', '.join(exported.formats)})"]
+    if exported.base is not None:
+        lines.append(f"base: {exported.base}")
+    if exported.text_encoder is not None:
+        lines.append(f"text encoder: {exported.text_encoder}")
+    if exported.merged is not None:
+        lines += merge_lines(exported.survivals, exported.merged)
+    check = exported.check
+    if check is None:
+        lines.append("not checked: the self-check is off")
+        return lines
+    lines.append("checked in stock diffusers:")
+    lines += [f"  {part}" for part in check.checked]
+    lines += [f"warning: {part}" for part in check.unread]
+    lines += [f"not checked: {part}" for part in check.left_out]
+    lines.append(f"the adapter moves the prediction by {check.moved:.2%}")
+    if check.moved == 0:
+        lines.append("warning: an adapter that moves nothing has not been trained")
+    return lines

@@ -10,25 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
 
 from halfbyte.trainer.adapters.formats import LoraFormat, formats_for
-from halfbyte.trainer.adapters.saved import read_saved
-from halfbyte.trainer.denoiser.load import DTYPES, base_recipe, block_names, quant_recipe
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
+from halfbyte.trainer.denoiser.load import load_run_base
+from halfbyte.trainer.denoiser.settings import base_recipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.export import Exported, ExportSettings, export_saved
 from halfbyte.trainer.export.text_encoder import check_text_encoder
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.offload.block_stream import keep_on_host
-from halfbyte.trainer.plan.advice import when_full
 from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.pretrained.packed_cache import BaseCache
-from halfbyte.trainer.recipe.recipe import Recipe, load_written
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
-from halfbyte.trainer.run_folder.checkpoint_copy import copy_adapter
+from halfbyte.trainer.recipe.load import load_written
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.run_folder.checkpoint import copy_adapter
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.run_folder.pinned_base import open_base, started_from
-from halfbyte.trainer.runtime.progress import BYTES, Shown
+from halfbyte.trainer.runtime.device_memory import when_full
 from halfbyte.trainer.runtime.world import World
 
 _WHEN_FULL = (
@@ -63,7 +60,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         )
     recipe = load_written(run.recipe)
     with tempfile.TemporaryDirectory() as copies:
-        checkpoint = copy_adapter(run, request.step, Path(copies))
+        checkpoint = copy_adapter(run.checkpoints, request.step, Path(copies))
         adapter_file = Path(copies) / ADAPTER_FILE
         finished = checkpoint == f"step-{recipe.train.steps:06d}"
         target = run if finished else RunFolder(root / "exports" / checkpoint)
@@ -79,7 +76,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         formats_for(adapter, formats)
         denoiser = None
         if request.base or request.merged or request.check:
-            denoiser = _base(recipe, family, world, console)
+            denoiser = load_run_base(recipe, family, world.device, console)
         console.print("exporting", highlight=False)
         settings = ExportSettings(
             recipe.output.dir.name,
@@ -106,21 +103,3 @@ def _check_request(request: ExportRequest, recipe: Recipe, family: Family) -> No
             raise RecipeError(f"{option}: the run's base is not quantized (quant.type: none); {instead}")
     if request.text_encoder:
         check_text_encoder(family.t5)
-
-
-def _base(recipe: Recipe, family: Family, world: World, console: Console) -> nn.Module:
-    """The run's base, without adapters."""
-    folder = recipe.data.cache_folder
-    cache = BaseCache(folder / "bases", FileDigests(folder / "digests")) if recipe.model.cache_base else None
-    loading = Shown(console, "loading the transformer", BYTES)
-    denoiser = family.load_denoiser(
-        quant_recipe(recipe),
-        device=world.device,
-        dtype=DTYPES[recipe.quant.compute_dtype],
-        progress=loading,
-        cache=cache,
-        # On the card that the run was made for there is no room for all of it.
-        place=keep_on_host(block_names(family)) if recipe.train.stream_blocks else None,
-    )
-    loading.close()
-    return denoiser

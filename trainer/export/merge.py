@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
 from halfbyte.quant.layers.linear4bit import Linear4bit
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.trainer.adapters.saved import LoraLayer
 from halfbyte.trainer.errors import RecipeError
 
@@ -76,7 +76,7 @@ def _merged(path: str, module: nn.Linear, layer: LoraLayer) -> Survival:
 
 
 def _dense(module: nn.Linear) -> Tensor:
-    return module.dequantize(torch.float32) if isinstance(module, QuantizedLinear) else module.weight.float()
+    return module.dequantize(torch.float32) if isinstance(module, QuantizedLayer) else module.weight.float()
 
 
 def _store(module: nn.Linear, weight: Tensor, path: str) -> None:
@@ -89,7 +89,7 @@ def _store(module: nn.Linear, weight: Tensor, path: str) -> None:
         assert quantized is not None
         # The file says in what the weight was before, and stock layers dequantize to that.
         module.weight.quant_state = replace(quantized, dtype=dtype)
-    elif isinstance(module, QuantizedLinear):
+    elif isinstance(module, QuantizedLayer):
         module.quantize(weight, f"{path}.weight")
     else:
         module.weight.data.copy_(weight)

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
-from halfbyte.quant.files.shards import ShardedWeights, write_text
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.base_error import BaseError, base_error
 from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.pretrained.component import Component
 from halfbyte.trainer.pretrained.license import Licence, base_licence
 from halfbyte.trainer.pretrained.single_file import original_weights
@@ -26,22 +28,6 @@ PROVENANCE_FILE = "halfbyte.json"
 """Beside the adapter, and at the top of a repository that this trainer has pushed to."""
 BASE_ERROR_FILE = "quantization_error.json"
 """Beside the quantized base."""
-
-
-@dataclass(frozen=True)
-class HubPart:
-    """What a Hub repository other than that of the base gave."""
-
-    repository: str
-    revision: str  # the commit
-    subfolder: str | None = None
-
-    @classmethod
-    def of(cls, component: Component) -> "HubPart | None":
-        """None for what is not of the Hub."""
-        if component.revision is None:
-            return None
-        return cls(component.name, component.revision, component.subfolder)
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,7 @@ def write_provenance(
     source = family.source
     repository = None if source.revision is None else source.name
     own = {"transformer": family.transformer, family.t5_component: family.t5}
-    parts = {name: HubPart.of(component) for name, component in own.items() if component.is_own}
+    parts = {name: _hub_part(component) for name, component in own.items() if component.is_own}
     provenance = Provenance(
         halfbyte_version(),
         step,
@@ -88,7 +74,7 @@ def write_provenance(
         started_from,
     )
     facts = asdict(provenance) | {"quant": None if quant is None else quant.as_json()}
-    write_text(json.dumps(facts, indent=1) + "\n", folder / PROVENANCE_FILE)
+    write_file(folder / PROVENANCE_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def read_provenance(file: Path) -> Provenance:
@@ -122,7 +108,7 @@ def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
         return
     if error is None:
         return
-    write_text(json.dumps(asdict(error), indent=1) + "\n", folder / BASE_ERROR_FILE)
+    write_file(folder / BASE_ERROR_FILE, json.dumps(asdict(error), indent=1) + "\n")
 
 
 def _base_error(family: Family, denoiser: nn.Module) -> BaseError | None:
@@ -157,3 +143,10 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise RecipeError(f"{file}: expected a JSON object")
     return facts
+
+
+def _hub_part(component: Component) -> HubPart | None:
+    """The component's repository and commit; None for a local one."""
+    if component.revision is None:
+        return None
+    return HubPart(component.name, component.revision, component.subfolder)

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
-from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, write_text
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE
 from halfbyte.quant.load.text_encoder import load_text_encoder
 from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.quant.lora.layers import fused_config
@@ -43,7 +44,7 @@ from halfbyte.trainer.export.check_part import (
 )
 from halfbyte.trainer.export.text_encoder import WrittenTextEncoder, write_first_block
 from halfbyte.trainer.export.verify import check_written, check_written_denoiser
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 
 _PROGRAM = Path(__file__).parent / "stock" / "check_transformer.py"
@@ -239,7 +240,7 @@ class StockCheck:
     def _run(self, program: Path, job: Mapping[str, Any]) -> dict[str, Any]:
         answer = self._work / f"{program.stem}.answer.json"
         file = self._work / f"{program.stem}.job.json"
-        write_text(json.dumps({**job, "device": self._device.type, "answer": str(answer.resolve())}), file)
+        write_file(file, json.dumps({**job, "device": self._device.type, "answer": str(answer.resolve())}))
         return _answer(program, file, answer)
 
 

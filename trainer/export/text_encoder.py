@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
-from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, write_text, write_weights
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, write_weights
 from halfbyte.quant.load.serialize import (
     CONFIG_FILE,
     DEFAULT_SHARD_BYTES,
@@ -84,7 +85,7 @@ def write_first_block(written: WrittenTextEncoder, folder: Path) -> None:
 
 
 def _write(groups: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
-    write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", folder / CONFIG_FILE)
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_weights(
         groups.values(), folder, max_shard_bytes=DEFAULT_SHARD_BYTES, weights_file=TEXT_WEIGHTS_FILE
     )

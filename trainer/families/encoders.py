@@ -1,55 +1,19 @@
 """The VAE and text encoders of a pipeline, and what they make of pictures and captions."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
+from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle, tell_stored
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.placement import Placement
-
-if TYPE_CHECKING:
-    from halfbyte.trainer.families.family import Family
-
-
-@dataclass(frozen=True)
-class LatentMoments:
-    """The VAE's posterior, before its shift and scale: kept as moments so that each use samples anew."""
-
-    mean: Tensor  # (B, C, H/8, W/8) fp32
-    std: Tensor  # (B, C, H/8, W/8) fp32
-
-
-@dataclass(frozen=True)
-class TextEmbedding:
-    """What the denoiser sees of a caption."""
-
-    prompt_embeds: Tensor  # (B, T, joint_attention_dim) bf16
-    pooled_prompt_embeds: Tensor  # (B, pooled_projection_dim) bf16
-
-
-class Encoders(ABC):
-    """The frozen VAE and text encoders of one pipeline, alive only while the cache is filled."""
-
-    # Hex digests over the weights' revision and every setting that changes the output (dtype, token length):
-    # the part of a cache key that the picture or the caption itself does not give.
-    latent_fingerprint: str
-    text_fingerprint: str
-
-    @abstractmethod
-    def encode_images(self, pixels: Tensor) -> LatentMoments:
-        """pixels: (B, 3, H, W) fp32 in [-1, 1], H and W multiples of the family's `size_multiple`."""
-
-    @abstractmethod
-    def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
-        """One row a caption; the empty caption is what caption dropout trains on."""
 
 
 class PipelineEncoders(Encoders):
@@ -60,7 +24,7 @@ class PipelineEncoders(Encoders):
 
     def __init__(
         self,
-        family: "Family",
+        family: Family,
         *,
         placement: Placement,
         dtype: torch.dtype,
@@ -125,3 +89,24 @@ class PipelineEncoders(Encoders):
             embedding.prompt_embeds.to("cpu", torch.bfloat16),
             embedding.pooled_prompt_embeds.to("cpu", torch.bfloat16),
         )
+
+
+def load_encoders(
+    family: Family,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    memo: Path,
+    t5_quant: T5Setting = "auto",
+    placement: Placement | None = None,
+    stream_t5: bool = False,
+) -> Encoders:
+    """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
+
+    memo: a folder that remembers digests of the encoders' files. placement: where the text encoders are; None:
+    on the device. stream_t5: T5's blocks visit the device one by one, see `BlockStream`.
+    """
+    where = placement or Placement(device)
+    return PipelineEncoders(
+        family, placement=where, dtype=dtype, memo=memo, t5_quant=t5_quant, stream_t5=stream_t5
+    )

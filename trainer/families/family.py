@@ -9,24 +9,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, SkipListError
 from halfbyte.quant.files.digest import file_digest
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE
-from halfbyte.quant.load.fill import Place, Progress
 from halfbyte.quant.load.serialize import CONFIG_FILE
-from halfbyte.quant.load.transformer import load_quantized, read_config
+from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.families.encoders import Encoders, PipelineEncoders, TextEmbedding
-from halfbyte.trainer.families.t5 import T5Setting
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.pretrained.component import PIPELINE, Component, find, pipelines_component
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.layer_names import OriginalName
-from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.pretrained.pipeline import ModelSource, resolve, resolve_configurations
-from halfbyte.trainer.pretrained.single_file import load_single_file
-from halfbyte.trainer.runtime.device_memory import free_unused
-from halfbyte.trainer.runtime.placement import Placement
 
 
 class Family(ABC):
@@ -226,65 +219,6 @@ class Family(ABC):
     def image_tokens(self, height: int, width: int) -> int:
         """Tokens the denoiser sees of a latent of this size (latent pixels)."""
         return (height // 2) * (width // 2)
-
-    def load_encoders(
-        self,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        memo: Path,
-        t5_quant: T5Setting = "auto",
-        placement: Placement | None = None,
-        stream_t5: bool = False,
-    ) -> Encoders:
-        """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
-
-        memo: a folder that remembers digests of the encoders' files. placement: where the text encoders are; None:
-        on the device. stream_t5: T5's blocks visit the device one by one, see `BlockStream`.
-        """
-        where = placement or Placement(device)
-        return PipelineEncoders(
-            self, placement=where, dtype=dtype, memo=memo, t5_quant=t5_quant, stream_t5=stream_t5
-        )
-
-    def load_denoiser(
-        self,
-        recipe: QuantRecipe | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        progress: Progress | None = None,
-        cache: BaseCache | None = None,
-        place: Place | None = None,
-    ) -> nn.Module:
-        """The transformer, quantized while it streams from disk, or as `cache` kept it; frozen.
-
-        place: what becomes of each quantized layer as it comes, see `fill`. Raises RecipeError for damaged files, and
-        for a skip list that does not fit.
-        """
-        denoiser: nn.Module
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress, "place": place}
-        try:
-            file = self.transformer.file
-            if file is not None:
-                denoiser = load_single_file(
-                    self.denoiser_class,
-                    file,
-                    self.denoiser_config,
-                    self.original_names(),
-                    recipe,
-                    **how,
-                )
-            elif cache is None or recipe is None:
-                denoiser = load_quantized(self.denoiser_class, self.transformer.path, recipe, **how)
-            else:
-                denoiser = cache.load(self.denoiser_class, self.transformer, recipe, **how)
-        except SkipListError as error:
-            raise RecipeError(f"quant.{error}") from error
-        except ValueError as error:
-            raise RecipeError(f"{self.transformer.setting}: {error}") from error
-        free_unused(device)
-        return denoiser.requires_grad_(False)
 
     @abstractmethod
     def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Block
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.text_encoder import count_parameters, load_text_encoder, text_encoder_on_meta
 from halfbyte.quant.load.transformer import stored_quantization
 from halfbyte.trainer.errors import RecipeError

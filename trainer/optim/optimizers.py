@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,15 +20,20 @@ from halfbyte.trainer.adapters.saved import MAGNITUDE
 from halfbyte.trainer.optim.adamw_8bit import AdamW8bit
 from halfbyte.trainer.optim.averages import OptimizerAverage, Weights
 from halfbyte.trainer.optim.joined import JoinedOptimizer, all_in_one, by_shape
-from halfbyte.trainer.optim.optimizer_memory import (
-    FP32,
-    OptimizerMemory,
-    Shapes,
-    factored,
-    in_blocks,
-    numbers,
-)
 from halfbyte.trainer.registry import Choice, Registry
+
+Shapes = Sequence[tuple[int, ...]]  # of the trained parameters
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes on the device."""
+
+    state: int
+    """Kept from step to step."""
+    working: int
+    """Taken within a step and given back."""
+
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 PositiveDecay = Annotated[float, Field(gt=0, lt=1)]
@@ -277,3 +285,27 @@ def _groups(named_parameters: Named) -> list[dict[str, Any]]:
 
 def _on_cuda(groups: list[dict[str, Any]]) -> bool:
     return all(parameter.is_cuda for group in groups for _, parameter in group["params"])
+
+
+FP32 = 4  # bytes
+
+
+def numbers(shapes: Shapes) -> int:
+    """How many parameters there are."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def in_blocks(shapes: Shapes, block: int) -> int:
+    """How many blocks hold them, each parameter's padded to whole ones."""
+    return sum(-(-math.prod(shape) // block) for shape in shapes)
+
+
+def factored(shapes: Shapes) -> tuple[int, int]:
+    """Parameters stacked by shape: the numbers in the rows' and columns' means, each of a vector's, and those in the
+    largest stack."""
+    means, largest = 0, 0
+    for shape, count in Counter(shapes).items():
+        *outer, rows, columns = (count, *shape) if len(shape) > 1 else (count, *shape, 0)
+        means += math.prod(outer) * (rows + columns)
+        largest = max(largest, count * math.prod(shape))
+    return means, largest

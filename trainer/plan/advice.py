@@ -1,45 +1,17 @@
 """What is said when the device is full: where it happened, what was planned, and the cheapest changes."""
 
-import re
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
-import torch
-
-from halfbyte.trainer.errors import OutOfMemory
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.plan.fit import cheapest_savings
-from halfbyte.trainer.plan.planner import GIB, Planner
+from halfbyte.trainer.plan.phases import GIB
+from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.folder import HOW_IT_IS_COMPUTED
+from halfbyte.trainer.runtime.device_memory import when_full
 
-# How cuBLAS and cuDNN, Triton and the driver say so.
-_DEVICE_IS_FULL = re.compile(r"STATUS_ALLOC_FAILED|(CUDA|\[CUDA\]|driver)[^:\n]*: out of memory")
-# How torch's allocator for the CPU does.
-_HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
-_HOST = (
-    "the host ran out of memory, of which activations (train.gradient_checkpointing: offload), blocks"
-    " (train.stream_blocks) and T5 (model.stream_text_encoder) take less where they stay on the device; halfbyte plan"
-    " shows what each phase needs of it"
-)
 _CHANGES = 3
-
-
-@contextmanager
-def when_full(message: Callable[[], str]) -> Iterator[None]:
-    """Raises OutOfMemory: with `message` where torch or its libraries find no memory on the device, and saying what
-    takes less of it where there is none on the host."""
-    try:
-        yield
-    except MemoryError as error:
-        raise OutOfMemory(_HOST) from error
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or _DEVICE_IS_FULL.search(str(error)):
-            raise OutOfMemory(message()) from error
-        if _HOST_IS_FULL.search(str(error)):
-            raise OutOfMemory(_HOST) from error
-        raise
 
 
 def told_when_full(recipe: Recipe, family: Family, when: str, *phases: str) -> AbstractContextManager[None]:

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from halfbyte.trainer.optim.optimizers import AdamW, AdamW8Bit, OptimizerChoice, Prodigy, ScheduleFreeAdamW
-from halfbyte.trainer.plan.planner import GIB, Planner
+from halfbyte.trainer.plan.phases import GIB
+from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.fields import SIDE_STEP
 from halfbyte.trainer.recipe.recipe import Recipe
 

@@ -15,27 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, SkipListError
+from halfbyte.quant.convert.skip_list import SkipListError
 from halfbyte.quant.layers.exact import hold_exact
 from halfbyte.quant.layers.meta_autocast import autocast_on_meta
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.on_meta import built_on_meta, model_on_meta, weight_tensors
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.denoiser.load import (
-    DTYPES,
-    add_adapters,
-    base_recipe,
-    block_names,
-    block_settings,
-    streamed_blocks,
-)
+from halfbyte.trainer.denoiser.load import add_adapters, streamed_blocks
+from halfbyte.trainer.denoiser.settings import DTYPES, base_recipe, block_names, block_settings
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.activations import Held, HostStore
 from halfbyte.trainer.families.offload.block_stream import Visitors, packed_blocks
 from halfbyte.trainer.plan.memory_tracker import LiveBytes, Peak
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.training.module import DiffusionModule, Objective
+from halfbyte.trainer.training.module import DiffusionModule, training_module
 
 ADAPTERS = "adapters"
 GRADIENTS = "gradients"
@@ -192,7 +187,7 @@ class Rehearsal:
         for path, module in self.denoiser.named_modules():
             if "lora_" in path:
                 continue
-            quantized = isinstance(module, QuantizedLinear)
+            quantized = isinstance(module, QuantizedLayer)
             kinds.setdefault(layer_kind(path, quantized=quantized), []).extend(
                 tensor for tensor in weight_tensors(module) if id(tensor) not in self.visitors.tensors
             )
@@ -249,23 +244,3 @@ def _backward(loss: Tensor) -> None:
 def _autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
     """As Lightning's precision has it."""
     return nullcontext() if dtype == torch.float32 else autocast_on_meta(dtype)
-
-
-def training_module(
-    recipe: Recipe,
-    family: Family,
-    denoiser: nn.Module,
-    dtype: torch.dtype,
-    kind: type[DiffusionModule] = DiffusionModule,
-) -> DiffusionModule:
-    """The recipe's training step, outside of a run."""
-    return kind(
-        family,
-        denoiser,
-        Objective.of(recipe.objective),
-        build_optimizer=recipe.optimizer.build,
-        lr_factor=lambda step: 1.0,
-        compute_dtype=dtype,
-        max_grad_norm=recipe.train.max_grad_norm,
-        seed=recipe.train.seed,
-    )

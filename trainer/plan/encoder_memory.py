@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.on_meta import model_on_meta, weight_tensors
 from halfbyte.quant.load.text_encoder import text_encoder_on_meta
 from halfbyte.trainer.errors import RecipeError

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.trainer.errors import HubError, RecipeError
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.hub.download import NoSuchRevision
 from halfbyte.trainer.plan.changes import Change, changes, is_accepted
-from halfbyte.trainer.plan.planner import GIB, Planner, RunPlan
+from halfbyte.trainer.plan.phases import GIB, RunPlan
+from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.plan.published_configs import PUBLISHED, write_configurations
 from halfbyte.trainer.pretrained.pipeline import ModelSource, resolve_configurations
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.registry import FAMILIES
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of the cards that are sold, in GB."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.trainer.plan.fit import CARDS, Fit, fit, open_planner, smallest_card
-from halfbyte.trainer.plan.planner import (
+from halfbyte.trainer.plan.phases import (
     BUS_RATE,
     CONTEXT_BYTES,
     GIB,
@@ -18,10 +18,10 @@ from halfbyte.trainer.plan.planner import (
     MIB,
     PROCESS_BYTES,
     SLACK,
-    Planner,
     RunPlan,
     Work,
 )
+from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
 
 

@@ -1,19 +1,19 @@
 """One of the base's models: the pipeline's own, or one that `model.transformer` or `model.text_encoder` names."""
 
 import glob
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.quant.files.shards import ShardedWeights, weight_files
 from halfbyte.quant.layers.exact import EXACT_FILE
 from halfbyte.quant.load.serialize import CONFIG_FILE
 from halfbyte.quant.load.transformer import stored_quantization
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.hub.download import download
+from halfbyte.trainer.hub.reference import HubReference
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.pipeline import ModelSource, find_component
-from halfbyte.trainer.recipe.paths import HubReference
 
 PIPELINE = "model.path"
 
@@ -63,7 +63,7 @@ class Component:
         """What tells its weights from all others; files whose digests are not remembered are read, Hub's are not."""
         if self.revision is not None:
             named = f"{self.name}@{self.revision}:{self.subfolder or ''}"
-            return hashlib.sha256(named.encode()).hexdigest()
+            return sha256_of(named)
         if self.file is not None:
             return digests.of(self.file)
         with ShardedWeights(self.path, self.weights_file) as weights:

@@ -1,13 +1,12 @@
 """Digests of large files, remembered by path, size and time of change, so that a file is read for one once."""
 
-import hashlib
 import logging
 import os
 import re
-import secrets
 from pathlib import Path
 
-from halfbyte.quant.files.digest import file_digest
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.digest import file_digest, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +38,9 @@ class FileDigests:
         if _identity(file, file.stat()) != _identity(file, status):
             return
         kept = self._kept(file, status)
-        # Several processes may come here at once, each with a name of its own.
-        temporary = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}.partial")
         try:
             self._memo.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(digest)
-            temporary.replace(kept)
+            write_file(kept, digest)
         except OSError as error:
             log.warning("the digest of %s is not kept, and the next start reads it again: %s", file, error)
 
@@ -57,7 +53,7 @@ class FileDigests:
         return digest if _DIGEST.fullmatch(digest) else None
 
     def _kept(self, file: Path, status: os.stat_result) -> Path:
-        return self._memo / hashlib.sha256(_identity(file, status).encode()).hexdigest()
+        return self._memo / sha256_of(_identity(file, status))
 
 
 def _identity(file: Path, status: os.stat_result) -> str:

@@ -5,7 +5,6 @@ that its bytes follow from, and believed only if its files are those of the mani
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -21,9 +20,10 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
-from halfbyte.quant.files.digest import file_digest
-from halfbyte.quant.files.shards import ShardedWeights, flush, write_text
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
+from halfbyte.quant.files.digest import file_digest, sha256_of
+from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.fill import Place, Progress
 from halfbyte.quant.load.serialize import CONFIG_FILE, save_quantized
 from halfbyte.quant.load.transformer import load_quantized, read_config
@@ -94,22 +94,22 @@ class BaseCache:
 
     def _entry(self, settings: dict[str, Any], fingerprint: str) -> Path:
         made_from = json.dumps([settings, fingerprint], sort_keys=True)
-        return self._folder / hashlib.sha256(made_from.encode()).hexdigest()[:32]
+        return self._folder / sha256_of(made_from)[:32]
 
     def _known_fingerprint(self, source: Component) -> str | None:
         """What names the source's content, as far as that is known without reading its weights."""
         if source.revision is not None:
             return source.fingerprint(self._digests)
-        digest = hashlib.sha256()
+        parts = []
         folder = source.path
         with ShardedWeights(folder) as weights:
-            digest.update((folder / CONFIG_FILE).read_bytes())
+            parts.append((folder / CONFIG_FILE).read_bytes())
             for file in weights.files:
                 known = self._digests.known(file)
                 if known is None:
                     return None
-                digest.update(f"\n{file.name}:{known}".encode())
-        return digest.hexdigest()
+                parts.append(f"\n{file.name}:{known}".encode())
+        return sha256_of(b"".join(parts))
 
     def _quantized(self, source: Component, recipe: QuantRecipe, load: Callable[..., nn.Module]) -> nn.Module:
         """The model from its source, whose digests are noted on the way: its bytes are read once for both."""
@@ -152,33 +152,27 @@ class BaseCache:
         damaged: tuple[int, int] | None,
     ) -> None:
         """Writes an entry, unless another process does or has; in place of a `damaged` one."""
-        work = entry.with_name(f"{entry.name}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with _lock(entry.with_name(f".{entry.name}.lock")) as locked:
                 if not locked or (entry.is_dir() and _identity(entry) != damaged):
                     return
                 shutil.rmtree(entry, ignore_errors=True)
-                shutil.rmtree(work, ignore_errors=True)
                 needed = sum(tensor.nbytes for tensor in model.state_dict().values())
                 free = shutil.disk_usage(self._folder).free
                 if needed + _SPARE_BYTES > free:
                     raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are left there")
-                save_quantized(model, work)
-                _write_manifest(work, settings, source)
-                os.rename(work, entry)
-                flush(self._folder)
+                with work_folder(entry) as work:
+                    save_quantized(model, work)
+                    _write_manifest(work, settings, source)
+                    put_in_place(work, entry)
                 log.info("the packed base is kept in %s (%.1f GB)", entry, needed / 1e9)
         except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
             log.warning(
                 "the packed base is not kept in %s, and the next start quantizes again: %s",
                 self._folder,
                 error,
             )
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
 
 
 def _identity(entry: Path) -> tuple[int, int]:
@@ -209,8 +203,7 @@ def _write_manifest(folder: Path, settings: dict[str, Any], source: Component) -
     }
     # The source for readers alone: what tells entries apart is its content, wherever that lies.
     manifest = {"settings": settings, "source": str(source), "files": files}
-    write_text(json.dumps(manifest, indent=2) + "\n", folder / _MANIFEST)
-    flush(folder)
+    write_file(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:

@@ -1,17 +1,17 @@
 """Where a pipeline's weights are: a folder, or a snapshot of a Hub repository, with a digest for the cache."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.hub.download import NoSuchRevision, download
+from halfbyte.trainer.hub.reference import is_folder, is_repository
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.license import CARD_FILE
-from halfbyte.trainer.recipe.paths import is_folder, is_repository
 
 # The same weights again, 9.5 GB of T5 among them.
 _OTHER_PRECISIONS = ["*.fp16*"]
@@ -102,17 +102,16 @@ class ModelSource:
         A Hub snapshot is named by its commit. A folder's files are read whole, those that `memo` does not know,
         so that 10 GB of encoders are read for it once.
         """
-        digest = hashlib.sha256()
         if self.revision is not None:
-            digest.update(f"{self.name}@{self.revision}:{','.join(components)}".encode())
-            return digest.hexdigest()
+            return sha256_of(f"{self.name}@{self.revision}:{','.join(components)}")
+        lines = []
         for component in components:
             for file in sorted(path for path in (self.folder / component).rglob("*") if path.is_file()):
                 if file.name.startswith("."):  # a file manager's, which no loader reads
                     continue
                 relative = file.relative_to(self.folder).as_posix()
-                digest.update(f"{relative}:{memo.of(file)}\n".encode())
-        return digest.hexdigest()
+                lines.append(f"{relative}:{memo.of(file)}\n")
+        return sha256_of("".join(lines))
 
     def _holds(self, component: str, listed: dict[str, Any], config_alone: bool) -> bool:
         folder = self.folder / component

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert, kept_in_fp32
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.files.row_ranges import Rows, SingleFile
 from halfbyte.quant.load.fill import Finish, Place, Progress, fill
 from halfbyte.quant.load.serialize import quantization_config

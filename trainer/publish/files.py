@@ -9,13 +9,13 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from halfbyte.quant.files.digest import sha256_file, sha256_of
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
-from halfbyte.trainer.adapters.saved import read_saved
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, PROVENANCE_FILE
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.run_folder.folder import RunFolder
 
 BASE = "transformer"
@@ -39,9 +39,8 @@ class PushFile:
     def sha256(self) -> str:
         """What the Hub calls a large file by."""
         if isinstance(self.content, bytes):
-            return hashlib.sha256(self.content).hexdigest()
-        with self.content.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            return sha256_of(self.content)
+        return sha256_file(self.content)
 
     def git_digest(self) -> str:
         """What git calls a small file by."""

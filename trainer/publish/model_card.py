@@ -3,22 +3,50 @@
 Prompts and captions are anybody's text: none of it can become markup, and no path of this machine is in a card.
 """
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 
+from halfbyte.quant.load.base_error import BaseError
 from halfbyte.trainer.adapters.formats import PEFT_FILE
-from halfbyte.trainer.denoiser.load import quant_recipe
-from halfbyte.trainer.export.provenance import HubPart, Provenance
-from halfbyte.trainer.publish.card_facts import CardFacts
-from halfbyte.trainer.publish.card_metadata import front_matter
-from halfbyte.trainer.publish.files import BASE, PushFile
+from halfbyte.trainer.denoiser.settings import quant_recipe
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.export.provenance import Provenance
+from halfbyte.trainer.hub.reference import HubPart, HubReference, is_folder
+from halfbyte.trainer.publish.files import BASE, PushFile, SamplePicture
 from halfbyte.trainer.publish.markdown import escaped, fenced, table
 from halfbyte.trainer.publish.usage_snippet import Usage, usage_sample
-from halfbyte.trainer.recipe.document import RecipeDumper
-from halfbyte.trainer.recipe.paths import HubReference, is_folder
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.recipe.yaml12 import RecipeDumper
+from halfbyte.trainer.run_folder.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ValidationSummary:
+    """The loss on pictures that were not trained on, before and after."""
+
+    pictures: int
+    base: float
+    trained: float
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Of one push."""
+
+    repository: str
+    recipe: Recipe
+    provenance: Provenance
+    names: tuple[str, ...]  # of the files beside the card
+    pictures: tuple[SamplePicture, ...]
+    base_error: BaseError | None
+    validation: ValidationSummary | None  # of a finished run
+
 
 CARD_FILE = "README.md"
 
@@ -205,3 +233,56 @@ def _targets(recipe: Recipe) -> str:
 def _storage(facts: CardFacts) -> str:
     quant, dtype = facts.provenance.quant, facts.recipe.quant.compute_dtype
     return dtype if quant is None else f"{quant.describe()}, computed in {dtype}"
+
+
+def read_validation(run: RunFolder, step: int) -> ValidationSummary | None:
+    """From the summary of a run that finished at the step; None where nothing was held out. Raises RecipeError."""
+    file = run.root / "summary.json"
+    try:
+        summary: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = summary["validation"]
+        if found is None or summary["steps"] != step:
+            return None
+        return ValidationSummary(int(found["pictures"]), float(found["base"]), float(found["trained"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{file}: not the summary of a run: {error}") from error
+
+
+def front_matter(facts: CardFacts) -> str:
+    """The YAML block at the top of the card; what is not known is not in it."""
+    provenance, licence = facts.provenance, facts.provenance.licence
+    more: dict[str, Any] = {}
+    if provenance.base_model is not None:
+        more |= {"base_model_relation": "adapter", "base_model_revision": provenance.revision}
+    if prompt := facts.recipe.data.caption_prefix.strip():
+        more["instance_prompt"] = prompt
+    if facts.pictures:
+        more["widget"] = [
+            {"text": picture.prompt, "output": {"url": picture.trained.name}} for picture in facts.pictures
+        ]
+    data = ModelCardData(
+        base_model=provenance.base_model,
+        library_name="diffusers",
+        license=None if licence is None else licence.license,
+        license_name=None if licence is None else licence.license_name,
+        license_link=None if licence is None else licence.license_link,
+        pipeline_tag="text-to-image",
+        tags=[
+            "text-to-image",
+            "diffusers",
+            "diffusers-training",
+            "lora",
+            "qlora",
+            "halfbyte",
+            facts.recipe.model.family,
+            "template:sd-lora",
+        ],
+        **more,
+    )
+    # By our own dumper: the library's does not quote line breaks that only YAML knows.
+    written = yaml.dump(
+        data.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
+    return f"---\n{written}---\n"

@@ -10,12 +10,11 @@ from halfbyte.trainer.export.provenance import PROVENANCE_FILE, read_base_error,
 from halfbyte.trainer.hub.account import require_writer
 from halfbyte.trainer.hub.client import prepare_client
 from halfbyte.trainer.hub.failures import page
-from halfbyte.trainer.publish.card_facts import CardFacts, read_validation
+from halfbyte.trainer.hub.reference import is_repository
 from halfbyte.trainer.publish.files import BASE, PushFile, adapter_files, base_files, sample_pictures
-from halfbyte.trainer.publish.model_card import CARD_FILE, model_card
+from halfbyte.trainer.publish.model_card import CARD_FILE, CardFacts, model_card, read_validation
 from halfbyte.trainer.publish.repository import change, commit, create, find, require_write
-from halfbyte.trainer.recipe.paths import is_repository
-from halfbyte.trainer.recipe.recipe import load_written
+from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.runtime.progress import Announced, sized
 

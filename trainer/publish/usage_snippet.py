@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.export.provenance import Provenance
 from halfbyte.trainer.publish.files import BASE
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
 
 
 @dataclass(frozen=True)

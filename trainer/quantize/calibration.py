@@ -18,14 +18,13 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.trainer.data.batches import collate
 from halfbyte.trainer.data.order import Entry
 from halfbyte.trainer.data.prepare import Prepared
-from halfbyte.trainer.denoiser.load import DTYPES
+from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.objective.shift import NoShift
 from halfbyte.trainer.objective.timesteps import Uniform
-from halfbyte.trainer.plan.dry_run import training_module
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.progress import Shown
-from halfbyte.trainer.training.module import DiffusionModule
+from halfbyte.trainer.training.module import DiffusionModule, training_module
 
 _HOST_BYTES = 2 * 10**9  # of second moments, where there is no device
 _DEVICE_SHARE = 0.4  # of the device's free memory: rounding a layer takes three times its moment besides

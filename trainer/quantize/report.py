@@ -14,8 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.quant.convert.replace_linears import linear_layers, skip_matches
-from halfbyte.quant.convert.skip_list import SkipList, skip_list_for
+from halfbyte.quant.convert.skip_list import SkipList, linear_layers, skip_list_for, skip_matches
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.formats.weight_error import SCHEMES, WeightError, weight_error
 from halfbyte.quant.load.text_encoder import text_encoder_on_meta

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.quantize.report import SCHEME_NAMES, LayerReport, QuantReport, Suggestion, quant_report
 from halfbyte.trainer.runtime.progress import Shown
@@ -45,7 +46,7 @@ def run_quant_report(
         progress.close()
     show(report, Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH), worst)
     if json_file is not None:
-        json_file.write_text(to_json(report), encoding="utf-8")
+        write_file(json_file, to_json(report))
 
 
 def to_json(report: QuantReport) -> str:

@@ -11,20 +11,21 @@ import torch
 from rich.console import Console
 
 from halfbyte.quant.convert.calibrate import Fit
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
-from halfbyte.quant.files.shards import ShardedWeights, write_text
+from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
+from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.exact import write_exact
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import save_quantized
 from halfbyte.trainer.data.prepare import prepare
-from halfbyte.trainer.denoiser.load import DTYPES, keep_exact, quant_recipe
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.load import keep_exact
+from halfbyte.trainer.denoiser.settings import DTYPES, quant_recipe
 from halfbyte.trainer.errors import HalfbyteError, LaunchError, RecipeError
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.plan.advice import when_full
 from halfbyte.trainer.quantize.calibration import calibrate_for
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.registry import FAMILIES
-from halfbyte.trainer.runtime.progress import BYTES, Shown
-from halfbyte.trainer.runtime.staging import put_in_place, work_folder
+from halfbyte.trainer.runtime.device_memory import when_full
 from halfbyte.trainer.runtime.world import World, join
 
 REPORT = "calibration.json"
@@ -79,9 +80,9 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
             _write_exact(recipe, denoiser, original, work)
         if fits:
             report = {"samples": samples, "layers": [asdict(fit) for fit in fits]}
-            write_text(json.dumps(report, indent=1) + "\n", work / REPORT)
+            write_file(work / REPORT, json.dumps(report, indent=1) + "\n")
         put_in_place(work, folder)
-    layers = sum(isinstance(module, QuantizedLinear) for module in denoiser.modules())
+    layers = sum(isinstance(module, QuantizedLayer) for module in denoiser.modules())
     return Quantized(folder, layers, int(denoiser.get_memory_footprint()), fits)
 
 
@@ -90,10 +91,8 @@ def _quantized(
 ) -> tuple[Any, list[Fit]]:
     """The transformer, and how its layers fit; `original` is the folder of its weights in full precision."""
     prepared = prepare(recipe, family, world, console) if samples else None
-    loading = Shown(console, "quantizing the transformer", BYTES)
     dtype = DTYPES[recipe.quant.compute_dtype]
-    denoiser = family.load_denoiser(quant_recipe(recipe), device=world.device, dtype=dtype, progress=loading)
-    loading.close()
+    denoiser = load_base(family, quant_recipe(recipe), device=world.device, dtype=dtype, console=console)
     keep_exact(family, denoiser, recipe.quant.exact)  # refuses before calibrating what runs would refuse
     if prepared is None or original is None:
         return denoiser, []
@@ -117,9 +116,7 @@ def _quantized(
 
 def _write_exact(recipe: Recipe, denoiser: Any, original: Path | None, work: Path) -> None:
     """Puts the exact weights beside the packed ones, which runs on the folder then find."""
-    packed = [
-        path for path in recipe.quant.exact if isinstance(denoiser.get_submodule(path), QuantizedLinear)
-    ]
+    packed = [path for path in recipe.quant.exact if isinstance(denoiser.get_submodule(path), QuantizedLayer)]
     if packed:
         assert original is not None, "refused for single files"
         with ShardedWeights(original) as weights:

@@ -19,3 +19,6 @@ class Section(BaseModel):
     """A part of the recipe."""
 
     model_config = SETTINGS
+
+
+DEFAULT_FOLDER = Path("~/.cache/halfbyte")

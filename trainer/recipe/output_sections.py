@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from halfbyte.trainer.hub.reference import is_repository
 from halfbyte.trainer.recipe.fields import FilePath, PictureSide, Section, Seed, Texts
-from halfbyte.trainer.recipe.paths import is_repository
-from halfbyte.trainer.recipe.schema import shown
 from halfbyte.trainer.registry import conflict
+from halfbyte.trainer.wording import shown
 
 
 def _check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe.document import Document, KeyPath, Place, compose, dotted, plain_value, scalar
+from halfbyte.trainer.recipe.document import Document, KeyPath, Place, compose, dotted, plain_value
 from halfbyte.trainer.recipe.schema import SchemaTree
+from halfbyte.trainer.recipe.yaml12 import scalar
 
 log = logging.getLogger(__name__)
 

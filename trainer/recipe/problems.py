@@ -6,8 +6,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
-from halfbyte.trainer.recipe.schema import Node, SchemaTree, shown
-from halfbyte.trainer.registry import in_prose, nearest
+from halfbyte.trainer.recipe.schema import Node, SchemaTree
+from halfbyte.trainer.wording import in_prose, nearest, shown
 
 
 def report(error: ValidationError, document: Document, tree: SchemaTree) -> None:

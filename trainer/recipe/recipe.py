@@ -1,17 +1,13 @@
 """The recipe: everything a run is made from, its sections in one frozen object, read from a file."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic import Field, model_validator
 
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
 from halfbyte.trainer.optim.schedules import SCHEDULES, Constant, Schedule
-from halfbyte.trainer.recipe.document import Document, KeyPath, RecipeDumper, dotted, read
+from halfbyte.trainer.recipe.document import KeyPath, dotted
 from halfbyte.trainer.recipe.fields import Section
 from halfbyte.trainer.recipe.output_sections import (
     CheckpointSection,
@@ -20,10 +16,6 @@ from halfbyte.trainer.recipe.output_sections import (
     SampleSection,
     ValidationSection,
 )
-from halfbyte.trainer.recipe.overrides import apply_overrides
-from halfbyte.trainer.recipe.paths import resolve_folders
-from halfbyte.trainer.recipe.problems import report
-from halfbyte.trainer.recipe.schema import SchemaTree, shown
 from halfbyte.trainer.recipe.sections import (
     DataSection,
     LoraSection,
@@ -32,7 +24,9 @@ from halfbyte.trainer.recipe.sections import (
     QuantSection,
     TrainSection,
 )
+from halfbyte.trainer.recipe.yaml12 import RecipeDumper
 from halfbyte.trainer.registry import conflict
+from halfbyte.trainer.wording import shown
 
 
 class Recipe(Section):
@@ -147,73 +141,3 @@ def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
         inner = (*path, key)
         fields |= _flat(value, inner) if isinstance(value, dict) else {dotted(inner): value}
     return fields
-
-
-class _Schema(GenerateJsonSchema):
-    # A field's title is its name again, and editors show it above the description.
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema that editors check recipes with."""
-    schema = Recipe.model_json_schema(schema_generator=_Schema)
-    return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
-
-
-def json_schema_text() -> str:
-    """recipes/recipe.schema.json."""
-    return json.dumps(json_schema(), indent=2) + "\n"
-
-
-def _unwrapped(node: Any) -> Any:
-    """Descriptions as one line each: where their lines break in the source means nothing to an editor."""
-    if isinstance(node, list):
-        return [_unwrapped(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _unwrapped(value)
-        for key, value in node.items()
-    }
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True) -> Recipe:
-    """Reads a recipe file and applies `section.field=value` overrides.
-
-    Raises RecipeError with one line for every problem, each with its file and line: what cannot be read, what
-    the schema refuses, settings that contradict each other, and folders named there that do not exist (data.path
-    only where `pictures_needed`).
-    """
-    return load_document(path, overrides, pictures_needed=pictures_needed)[0]
-
-
-def load_document(
-    path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True
-) -> tuple[Recipe, Document]:
-    """As `load_recipe`, with what was written, to tell the line of what proves wrong later."""
-    document = read(path)
-    tree = SchemaTree(json_schema())
-    apply_overrides(document, overrides, tree)
-    for section, node in tree.properties(tree.schema).items():
-        # A section with every line commented out reads as null; like an absent one, it has its defaults.
-        if document.at((section,)) is None:
-            document.data.pop(section, None)
-            if not tree.variants(node):
-                document.data[section] = {}
-    resolve_folders(document, pictures_needed=pictures_needed)
-    return _validated(document, tree), document
-
-
-def load_written(path: Path) -> Recipe:
-    """A recipe as a run wrote it, whose folders may be gone or on another machine. Raises RecipeError."""
-    return _validated(read(path), SchemaTree(json_schema()))
-
-
-def _validated(document: Document, tree: SchemaTree) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(document.data)
-    except ValidationError as error:
-        report(error, document, tree)
-    document.raise_problems()
-    return recipe

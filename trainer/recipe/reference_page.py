@@ -5,8 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from halfbyte.trainer.recipe.recipe import json_schema
-from halfbyte.trainer.recipe.schema import Node, SchemaTree
+from halfbyte.trainer.recipe.schema import Node, SchemaTree, json_schema
 
 
 def reference_page() -> str:

@@ -4,8 +4,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema
+
 from halfbyte.trainer.recipe.document import KeyPath
-from halfbyte.trainer.registry import in_prose
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.wording import in_prose
 
 Node = dict[str, Any]
 
@@ -124,7 +127,30 @@ def _number(node: Node) -> str:
     return f"{text}, {' and '.join(limits)}" if limits else text
 
 
-def shown(value: Any) -> str:
-    """A value as a recipe would write it, cut where it is long."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+class _Schema(GenerateJsonSchema):
+    # A field's title is its name again, and editors show it above the description.
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema that editors check recipes with."""
+    schema = Recipe.model_json_schema(schema_generator=_Schema)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
+
+
+def json_schema_text() -> str:
+    """recipes/recipe.schema.json."""
+    return json.dumps(json_schema(), indent=2) + "\n"
+
+
+def _unwrapped(node: Any) -> Any:
+    """Descriptions as one line each: where their lines break in the source means nothing to an editor."""
+    if isinstance(node, list):
+        return [_unwrapped(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: " ".join(value.split()) if key == "description" and isinstance(value, str) else _unwrapped(value)
+        for key, value in node.items()
+    }

@@ -10,14 +10,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from halfbyte.trainer.families.catalog import FAMILIES
+from halfbyte.trainer.hub.reference import is_folder, is_repository
 from halfbyte.trainer.objective.losses import LOSSES, MSE, Loss
 from halfbyte.trainer.objective.shift import SHIFTS, ResolutionShift, Shift
 from halfbyte.trainer.objective.timesteps import TIMESTEPS, LogitNormal, TimestepScheme
 from halfbyte.trainer.objective.weighting import WEIGHTINGS, NoWeighting, Weighting
-from halfbyte.trainer.recipe.fields import FilePath, PictureSide, Section, Seed, Text, Texts
-from halfbyte.trainer.recipe.paths import is_folder, is_repository
-from halfbyte.trainer.recipe.schema import shown
-from halfbyte.trainer.registry import FAMILIES, conflict, in_prose, nearest
+from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER, FilePath, PictureSide, Section, Seed, Text, Texts
+from halfbyte.trainer.registry import conflict
+from halfbyte.trainer.wording import in_prose, nearest, shown
 
 _TARGET_PRESETS = ("all-linear", "attention")
 
@@ -213,7 +214,7 @@ class DataSection(Section):
 
     @property
     def cache_folder(self) -> Path:
-        return self.cache_dir or Path("~/.cache/halfbyte").expanduser()
+        return self.cache_dir or DEFAULT_FOLDER.expanduser()
 
     @model_validator(mode="after")
     def _crops_differ_only_at_random(self) -> Self:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from halfbyte.trainer.adapters.formats import PEFT_CONFIG, PEFT_FILE
 from halfbyte.trainer.adapters.read import find_file
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.hub.download import download
-from halfbyte.trainer.recipe.paths import HubReference
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE, folders
-from halfbyte.trainer.run_folder.checkpoint_copy import copy_adapter
+from halfbyte.trainer.hub.reference import HubReference
+from halfbyte.trainer.run_folder.checkpoint import copy_adapter, folders
 from halfbyte.trainer.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,11 @@ def adapter_at(path: Path) -> Iterator[Path]:
         yield download_adapter(reference.name, reference.revision)
     elif not (run.adapter / ADAPTER_FILE).is_file() and folders(run.checkpoints):
         with tempfile.TemporaryDirectory() as copies:
-            log.info("%s has no adapter yet; its %s is taken", path, copy_adapter(run, None, Path(copies)))
+            log.info(
+                "%s has no adapter yet; its %s is taken",
+                path,
+                copy_adapter(run.checkpoints, None, Path(copies)),
+            )
             yield Path(copies) / ADAPTER_FILE
     else:
         yield path

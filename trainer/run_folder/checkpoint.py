@@ -5,10 +5,8 @@ manifest holds the SHA-256 of every file. No pickle: tensors are safetensors, th
 not saved, for there is none (see `randomness`).
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfbyte.trainer.runtime.staging import open_as_folder
+from halfbyte.quant.files.atomic import put_in_place, work_folder
+from halfbyte.quant.files.digest import sha256_file
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
+from halfbyte.trainer.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ _NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 TRAINED_FILE = "trained_lora_weights.safetensors"
 
 
@@ -67,31 +67,20 @@ def save(
     other weights train. optimizer: see `Checkpoint`.
     """
     target = root / f"step-{position.step:06d}"
-    work = root / f".{target.name}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write_adapter(str(work))
-    tensors, scalars = _flatten(optimizer["state"])
-    save_file(tensors, work / _OPTIMIZER)
-    state = {
-        "position": asdict(position),
-        "optimizer_scalars": scalars,
-        "param_groups": optimizer["param_groups"],
-        "scaler": dict(scaler),
-    }
-    (work / _STATE).write_text(json.dumps(state, indent=1))
-    digests = {file.name: _digest(file) for file in sorted(work.iterdir())}
-    (work / _MANIFEST).write_text(json.dumps(digests, indent=1))
-    open_as_folder(work)
-    for file in work.iterdir():
-        _sync(file)
-    _sync(work)
-    replaced = root / f".{target.name}.old"
-    if target.exists():
-        target.rename(replaced)
-    work.rename(target)
-    _sync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with work_folder(target) as work:
+        write_adapter(str(work))
+        tensors, scalars = _flatten(optimizer["state"])
+        save_file(tensors, work / _OPTIMIZER)
+        state = {
+            "position": asdict(position),
+            "optimizer_scalars": scalars,
+            "param_groups": optimizer["param_groups"],
+            "scaler": dict(scaler),
+        }
+        (work / _STATE).write_text(json.dumps(state, indent=1))
+        digests = {file.name: sha256_file(file) for file in sorted(work.iterdir())}
+        (work / _MANIFEST).write_text(json.dumps(digests, indent=1))
+        put_in_place(work, target)
     return target
 
 
@@ -192,7 +181,7 @@ def _fault(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if _digest(file) != digest:
+        if sha256_file(file) != digest:
             return f"{name} does not match its checksum"
     return None
 
@@ -203,14 +192,39 @@ def _step(folder: Path) -> int:
     return int(match.group(1))
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+log = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def copy_adapter(checkpoints: Path, step: int | None, copies: Path) -> str:
+    """Copies a checkpoint's adapter into a folder, whole by its checksum; gives the checkpoint's name.
+
+    Without `step` the newest that is whole. Raises RecipeError where there is none.
+    """
+    saved = folders(checkpoints)
+    names = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in saved)
+    if not saved:
+        raise RecipeError(
+            f"{checkpoints.parent}: has no checkpoint yet; the first comes after checkpoint.every steps"
+        )
+    if step is not None:
+        saved = [folder for folder in saved if folder.name == f"step-{step:06d}"]
+        if not saved:
+            raise RecipeError(f"--checkpoint: {checkpoints.parent} has none of step {step}; it has {names}")
+    for folder in reversed(saved):
+        fault = _copy_whole(folder, copies / ADAPTER_FILE)
+        if fault is None:
+            return folder.name
+        log.warning("checkpoint %s cannot be used: %s", folder, fault)
+    raise RecipeError(f"{checkpoints}: {saved[-1].name} is damaged, and there is no other to take")
+
+
+def _copy_whole(folder: Path, copy: Path) -> str | None:
+    """What is wrong with the checkpoint, None where the copy is whole."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        wanted = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[ADAPTER_FILE]
+        shutil.copyfile(folder / ADAPTER_FILE, copy)
+    except (OSError, ValueError, KeyError) as error:
+        return f"it is not whole: {error}"
+    return None if sha256_file(copy) == wanted else f"{ADAPTER_FILE} does not match its checksum"

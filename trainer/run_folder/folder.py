@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe.recipe import Recipe, differences, load_written
+from halfbyte.trainer.recipe.load import load_written
+from halfbyte.trainer.recipe.recipe import Recipe, differences
 from halfbyte.trainer.run_folder.checkpoint import folders, newest
 
 log = logging.getLogger(__name__)

@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.quant.files.shards import write_text
+from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.export.provenance import HubPart
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.hub.reference import HubPart, HubReference
 from halfbyte.trainer.pretrained.component import PIPELINE
 from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.recipe.paths import HubReference
 from halfbyte.trainer.recipe.sections import ModelSection
-from halfbyte.trainer.registry import FAMILIES
 from halfbyte.trainer.run_folder.adapter_source import require_adapter
 from halfbyte.trainer.run_folder.folder import RunFolder
 
@@ -64,9 +63,7 @@ def pin_base(run: RunFolder, family: Family, digests: FileDigests, commits: Comm
     if run.pin.exists() and run.can_go_on:
         return
     pinned = replace(base_of(family, digests), commits={**commits, **family.commits})
-    work = run.pin.with_name(f".{run.pin.name}.tmp")
-    write_text(json.dumps(asdict(pinned), indent=1) + "\n", work)
-    work.replace(run.pin)
+    write_file(run.pin, json.dumps(asdict(pinned), indent=1) + "\n")
 
 
 def pinned_commits(run: RunFolder) -> Commits:

@@ -1,6 +1,7 @@
 """Progress that a person can read: a bar on a terminal, a line now and then in a log."""
 
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -13,15 +14,13 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from halfbyte.trainer.training.metrics import StepMetrics
-
 _LOG_SECONDS = 10.0
 BYTES = "B"
 """The unit whose numbers are shown as GB, MB or kB, by the total."""
 
 
 class Progress:
-    """Loss, rate and time left of one long task."""
+    """Rate and time left of one long task."""
 
     def __init__(
         self, console: Console, title: str, *, total: int, done: int = 0, unit: str = "step"
@@ -30,8 +29,9 @@ class Progress:
         self.title = title
         self.total = total
         self.unit = unit
+        self.remark = ""
+        """Shown after the detail until it is replaced."""
         self._first = done
-        self._validation = ""
         self._began = time.perf_counter()
         self._spoke = self._began
         self._bar: Bar | None = None
@@ -48,21 +48,21 @@ class Progress:
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
 
-    def advance(self, done: int, metrics: StepMetrics | None = None) -> None:
-        """`done` units of the total are finished."""
+    def advance(self, done: int, detail: str = "") -> None:
+        """`done` units of the total are finished; `detail` is shown before the rate."""
         now = time.perf_counter()
         pace = (done - self._first) / max(now - self._began, 1e-9)
         note = f"{pace:.2f} {self.unit}/s"
         if self.unit == BYTES:
             name, size = _byte_unit(self.total)
             note = f"{pace / size:.2f} {name}/s"
-        if metrics is not None:
-            note = f"loss {metrics.loss:.4f}  {self._validation}{note}"
+        if detail:
+            note = "  ".join(part for part in (detail, self.remark, note) if part)
         if self._bar is not None and self._task is not None:
-            if metrics is None:
-                self._bar.update(self._task, completed=done)
-            else:
+            if detail:
                 self._bar.update(self._task, completed=done, note=note)
+            else:
+                self._bar.update(self._task, completed=done)
         elif done == self.total or now - self._spoke >= _LOG_SECONDS:
             self._spoke = now
             left = (self.total - done) / pace if pace > 0 else float("inf")
@@ -73,10 +73,6 @@ class Progress:
     def restart(self) -> None:
         """The pace is counted from now: what went before was no part of the task."""
         self._began = self._spoke = time.perf_counter()
-
-    def validated(self, loss: float) -> None:
-        """The loss on held-out pictures, shown until there is a newer one."""
-        self._validation = f"validation {loss:.4f}  "
 
     def _share(self, done: int) -> str:
         if self.unit == BYTES:
@@ -147,3 +143,10 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def write_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """Prints labels and texts as two columns."""
+    width = max(len(label) for label, _ in lines)
+    for label, text in lines:
+        console.print(f"{label:<{width}}  {text}", markup=False, highlight=False)

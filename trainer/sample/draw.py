@@ -18,16 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from halfbyte.trainer.cuda_graphs.forward import NewRecorder, recorded_forwards
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.denoiser.load import keep_exact
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.families.encoders import TextEmbedding
-from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.pretrained.packed_cache import BaseCache
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.placement import Placement
-from halfbyte.trainer.runtime.progress import BYTES, Shown
-from halfbyte.trainer.sample.compiled_blocks import compile_blocks
 from halfbyte.trainer.sample.picture_files import Job
 from halfbyte.trainer.sample.sampler import PictureSettings, PipelineCall
 from halfbyte.trainer.sample.source import Subject
@@ -91,18 +89,14 @@ class Drawing:
     def _load(self) -> nn.Module:
         """The transformer with the adapter, its blocks as they run fastest."""
         subject, family = self.subject, self.subject.family
-        folder = subject.cache_folder
-        loading = Shown(self.console, "loading the transformer", BYTES)
-        denoiser = family.load_denoiser(
+        denoiser = load_base(
+            family,
             subject.quant,
             device=self.placement.loads_on,
             dtype=subject.dtype,
-            progress=loading,
-            cache=BaseCache(folder / "bases", FileDigests(folder / "digests"))
-            if subject.cache_base
-            else None,
+            console=self.console,
+            cache_folder=subject.cache_folder if subject.cache_base else None,
         )
-        loading.close()
         keep_exact(family, denoiser, subject.exact)
         if subject.adapter is not None:
             put_on(denoiser, subject.adapter, subject.adapter.name)
@@ -168,3 +162,20 @@ def describe_base(subject: Subject) -> str:
     """How the base is held, for the start of the call."""
     dtype = str(subject.dtype).removeprefix("torch.")
     return f"{'not quantized' if subject.quant is None else subject.quant.quant_type}, computed in {dtype}"
+
+
+# Kinds of block, layers with an adapter and without, adapters that are off: each is compiled by itself. torch stops at
+# eight, and with fullgraph that is an error.
+_VARIANTS = 64
+
+
+def compile_blocks(denoiser: nn.Module, family: Family) -> None:
+    """Has every block compiled as one graph when it is first called, as diffusers' `compile_repeated_blocks` does.
+
+    That method needs a list of classes which diffusers' SD3 has not, so the family's own list is used. The model
+    around the blocks stays as it is: compiled, it rounds the timestep otherwise.
+    """
+    torch._dynamo.config.recompile_limit = max(_VARIANTS, torch._dynamo.config.recompile_limit)
+    for kind in family.block_kinds():
+        for block in kind:
+            denoiser.get_submodule(block).compile(fullgraph=True)

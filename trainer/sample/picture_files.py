@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 
 LIST_FILE = "pictures.json"
@@ -91,7 +92,7 @@ class PictureFolder:
     def finish(self, heading: Sequence[str]) -> Path:
         """Writes the list of pictures, and the grid, whose path it gives."""
         text = json.dumps(self._records, indent=1, ensure_ascii=False)
-        (self.root / LIST_FILE).write_text(text + "\n", encoding="utf-8")
+        write_file(self.root / LIST_FILE, text + "\n")
         grid = self.root / GRID_FILE
         _grid(heading, self._pictures).save(grid)
         return grid

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.registry import in_prose
+from halfbyte.trainer.wording import in_prose
 
 QUANTS = ("nf4", "int8", "none")
 TEXT_ENCODER_QUANTS = ("auto", "none", "int8", "nf4")

@@ -15,13 +15,13 @@ from halfbyte.trainer.data.encoding_cache import fill
 from halfbyte.trainer.data.size_limits import refuse_large_drawings
 from halfbyte.trainer.denoiser.attention import AttentionShape, choose_attention
 from halfbyte.trainer.errors import LaunchError, RecipeError
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.plan.advice import when_full
 from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.runtime.device_memory import free_unused
+from halfbyte.trainer.runtime.device_memory import free_unused, when_full
 from halfbyte.trainer.runtime.placement import Placement
-from halfbyte.trainer.runtime.progress import Progress, Shown
+from halfbyte.trainer.runtime.progress import Progress, Shown, write_lines
 from halfbyte.trainer.runtime.version import halfbyte_version
 from halfbyte.trainer.runtime.world import World, join
 from halfbyte.trainer.sample.draw import Drawing, describe_base
@@ -29,7 +29,6 @@ from halfbyte.trainer.sample.picture_files import DrawnWith, Job, PictureFolder
 from halfbyte.trainer.sample.request import SampleRequest
 from halfbyte.trainer.sample.sampler import PictureSettings
 from halfbyte.trainer.sample.source import Subject, find_subject
-from halfbyte.trainer.training.opening import write_lines
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +187,8 @@ def _encode(
 ) -> Mapping[str, TextEmbedding]:
     """The prompts' embeddings, from the cache that training fills; the text encoders are gone when it returns."""
     encoding = Shown(console, "encoding", "entry")
-    encoders = subject.family.load_encoders(
+    encoders = load_encoders(
+        subject.family,
         device=placement.device,
         dtype=torch.bfloat16,
         memo=subject.cache_folder / "digests",

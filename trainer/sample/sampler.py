@@ -11,17 +11,9 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.data.decode import decode
 from halfbyte.trainer.data.folder import Sample, sample_bytes
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.data.prompts import Prompt
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A caption to draw, embedded before the text encoders left."""
-
-    text: str
-    embedding: TextEmbedding  # batch of one
-    reference: Sample | None = None  # what it should show
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What pictures are drawn with: a base and, from a run or a file, an adapter on it."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -11,24 +10,25 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.digest import sha256_file
 from halfbyte.quant.load.transformer import empty_model, stored_quantization
 from halfbyte.trainer.adapters.formats import PEFT_CONFIG
 from halfbyte.trainer.adapters.read import find_file, read_layers
-from halfbyte.trainer.adapters.saved import LoraLayer
-from halfbyte.trainer.cli.cache_folder import DEFAULT_FOLDER
-from halfbyte.trainer.denoiser.load import DTYPES, quant_recipe
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, LoraLayer
+from halfbyte.trainer.denoiser.settings import DTYPES, quant_recipe
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.t5 import T5Setting
+from halfbyte.trainer.hub.reference import HubReference, is_repository
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.pipeline import is_pipeline, transformer_class
-from halfbyte.trainer.recipe.paths import HubReference, is_repository
-from halfbyte.trainer.recipe.recipe import Recipe, load_written
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
+from halfbyte.trainer.recipe.load import load_written
+from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.adapter_source import download_adapter
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE, folders
-from halfbyte.trainer.run_folder.checkpoint_copy import copy_adapter
+from halfbyte.trainer.run_folder.checkpoint import copy_adapter, folders
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.run_folder.pinned_base import open_base
 from halfbyte.trainer.sample.request import SampleRequest
@@ -127,7 +127,7 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
         adapter = _read_adapter(name, finished, family, location=finished)
     else:
         with tempfile.TemporaryDirectory() as copies:
-            step = copy_adapter(run, request.checkpoint, Path(copies))
+            step = copy_adapter(run.checkpoints, request.checkpoint, Path(copies))
             try:
                 adapter = _read_adapter(f"{name}, {step}", Path(copies) / ADAPTER_FILE, family)
             except RecipeError as error:
@@ -275,8 +275,7 @@ def _read_adapter(name: str, file: Path, family: Family, *, location: Path | Non
     """The adapter in a file, which fits the family's model. Raises RecipeError, naming `location`."""
     layers = read_layers(file, family.original_names())
     _check_fit(layers, family, location or Path(name))
-    with file.open("rb") as stream:
-        return Adapter(name, layers, hashlib.file_digest(stream, "sha256").hexdigest())
+    return Adapter(name, layers, sha256_file(file))
 
 
 def _check_fit(layers: Mapping[str, LoraLayer], family: Family, path: Path) -> None:

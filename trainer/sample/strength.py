@@ -8,8 +8,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from torch import Tensor, nn
 
-from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, add_lora
-from halfbyte.trainer.adapters.read import start_from
+from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, add_lora, start_from
 from halfbyte.trainer.adapters.saved import LoraLayer
 from halfbyte.trainer.sample.source import Adapter
 

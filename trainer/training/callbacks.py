@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from halfbyte.trainer.adapters import saved as adapters_saved
 from halfbyte.trainer.adapters.lora import by_parameter, save_adapter, trained_parameters
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.run_folder import checkpoint
@@ -107,7 +108,7 @@ class Validator(StepCallback):
         if self.writer is not None:
             self.writer.write_validation(measured)
         if self.progress is not None:
-            self.progress.validated(measured.loss)
+            self.progress.remark = f"validation {measured.loss:.4f}"
         return measured.loss
 
 
@@ -178,7 +179,7 @@ class Recorder(StepCallback):
         if self.writer is not None:
             self.writer.write(self.last)
         if self.progress is not None:
-            self.progress.advance(step, self.last)
+            self.progress.advance(step, f"loss {value:.4f}")
 
 
 def _peak_bytes(module: DiffusionModule, device: torch.device) -> int:
@@ -220,7 +221,7 @@ class Checkpointer(StepCallback):
             raise RecipeError(
                 f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote it: go on"
                 " with that one, or start a new run from its weights:"
-                f" lora.init_from={self.resume.folder / checkpoint.ADAPTER_FILE} output.dir=runs/other"
+                f" lora.init_from={self.resume.folder / adapters_saved.ADAPTER_FILE} output.dir=runs/other"
             ) from error
         if self.resume.average is not None:
             pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))

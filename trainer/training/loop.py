@@ -5,8 +5,9 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -18,12 +19,10 @@ from halfbyte.trainer.adapters.lora import load_adapter_state
 from halfbyte.trainer.cuda_graphs.denoiser import GraphedDenoiser
 from halfbyte.trainer.cuda_graphs.warm_up import warm_up
 from halfbyte.trainer.data.prepare import Prepared
-from halfbyte.trainer.denoiser.load import DTYPES
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.denoiser.settings import DTYPES
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.optim.averages import Weights
-from halfbyte.trainer.optim.ema import Ema
-from halfbyte.trainer.plan.advice import told_when_full
+from halfbyte.trainer.optim.averages import Ema, Weights
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder
@@ -50,6 +49,13 @@ _WHEN_FULL_DRAWING = "in drawing pictures; the last checkpoint is whole"
 _PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
 
+class WhenFull(Protocol):
+    """Guards work against a full device: raises OutOfMemory with advice."""
+
+    def __call__(self, when: str, *phases: str) -> AbstractContextManager[None]:
+        """when: follows "the device ran out of memory". phases: of the plan, that the work within belongs to."""
+
+
 @dataclass(frozen=True)
 class Finished:
     done: bool
@@ -70,6 +76,7 @@ class Training:
     saved: checkpoint.Checkpoint | None  # what it goes on from
     sampler: PictureSampler
     console: Console
+    when_full: WhenFull
 
     @property
     def first_step(self) -> int:
@@ -102,9 +109,9 @@ def fit(training: Training) -> Finished:
     began = time.perf_counter()
     try:
         if first_step < last_step:
-            told = told_when_full(recipe, training.family, _WHEN_FULL, "step")
+            full = training.when_full(_WHEN_FULL, "step")
             loader = training.prepared.loader(recipe, world, first_step * recipe.train.grad_accumulation)
-            with told, warnings.catch_warnings():
+            with full, warnings.catch_warnings():
                 # The cache is read faster than a worker process could hand it over.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
                 with _interrupts_raised():
@@ -168,7 +175,7 @@ def _watching(training: Training, writer: MetricsWriter | None, shown: Progress 
     )
 
     def draw(step: int) -> None:
-        with told_when_full(recipe, training.family, _WHEN_FULL_DRAWING, "sample"):
+        with training.when_full(_WHEN_FULL_DRAWING, "sample"):
             training.sampler.draw(step)
 
     yield Sampler(world, draw, every=recipe.sample.every, last_step=last_step)

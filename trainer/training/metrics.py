@@ -1,11 +1,14 @@
 """The run's numbers: metrics.csv, validation.csv and TensorBoard, whole across resumes."""
 
 import csv
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+
+from halfbyte.quant.files.atomic import write_file
 
 METRICS = "metrics.csv"
 VALIDATION = "validation.csv"
@@ -77,12 +80,11 @@ class MetricsWriter:
         if not self._measurements:
             path.unlink(missing_ok=True)
             return
-        work = path.with_suffix(".tmp")
-        with work.open("w", newline="", encoding="utf-8") as stream:
-            rows = csv.writer(stream)
-            rows.writerow(["step", "loss", *self._measurements[0].by_sigma])
-            rows.writerows([row.step, row.loss, *row.by_sigma.values()] for row in self._measurements)
-        work.replace(path)
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(["step", "loss", *self._measurements[0].by_sigma])
+        rows.writerows([row.step, row.loss, *row.by_sigma.values()] for row in self._measurements)
+        write_file(path, text.getvalue())
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

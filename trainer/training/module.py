@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.objective.losses import Loss
 from halfbyte.trainer.objective.shift import Shift
@@ -18,6 +18,7 @@ from halfbyte.trainer.objective.timesteps import TimestepScheme
 from halfbyte.trainer.objective.weighting import Weighting
 from halfbyte.trainer.optim.averages import Weights
 from halfbyte.trainer.randomness import generator, key, uniform
+from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.sections import ObjectiveSection
 
 
@@ -159,3 +160,23 @@ class DiffusionModule(LightningModule):
         for group in optimizer.param_groups:
             base = group.setdefault("base_lr", float(group["lr"]))
             group["lr"] = base * self.lr_factor(self.step)
+
+
+def training_module(
+    recipe: Recipe,
+    family: Family,
+    denoiser: nn.Module,
+    dtype: torch.dtype,
+    kind: type[DiffusionModule] = DiffusionModule,
+) -> DiffusionModule:
+    """The recipe's training step, outside of a run."""
+    return kind(
+        family,
+        denoiser,
+        Objective.of(recipe.objective),
+        build_optimizer=recipe.optimizer.build,
+        lr_factor=lambda step: 1.0,
+        compute_dtype=dtype,
+        max_grad_norm=recipe.train.max_grad_norm,
+        seed=recipe.train.seed,
+    )

@@ -1,22 +1,16 @@
 """What a run says of itself: the settings that decide the result before it, where everything is after it."""
 
-import json
-import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import TrainedLayers
 from halfbyte.trainer.denoiser.attention import AttentionChoice
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.world import World
-from halfbyte.trainer.sample.image_distance import PictureChange
-from halfbyte.trainer.training.metrics import Measurement
 
 
 @dataclass(frozen=True)
@@ -150,119 +144,6 @@ def _shift_note(opening: Opening, tokens: Sequence[int]) -> str:
     else:
         own = f"static {scheduler.get('shift', 1.0):g}"
     return f"sigma 0.5 becomes {moved} (the model's own sampler: {own})"
-
-
-def write_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Prints labels and texts as two columns."""
-    width = max(len(label) for label, _ in lines)
-    for label, text in lines:
-        console.print(f"{label:<{width}}  {text}", markup=False, highlight=False)
-
-
-@dataclass(frozen=True)
-class LevelChange:
-    """What training did to the validation loss at one noise level."""
-
-    sigma: float
-    base: float
-    trained: float
-
-
-@dataclass(frozen=True)
-class ValidationChange:
-    """What training did to the validation loss: `base` is step 0, the model with its adapter as it starts."""
-
-    pictures: int
-    base: float
-    trained: float
-    change_percent: float
-    by_sigma: Sequence[LevelChange]
-
-
-def validation_change(measured: Sequence[Measurement], pictures: int) -> ValidationChange | None:
-    """From the rows of validation.csv; None where nothing was measured at step 0 or after it."""
-    if len(measured) < 2 or measured[0].step != 0:
-        return None
-    base, trained = measured[0], measured[-1]
-    return ValidationChange(
-        pictures,
-        base.loss,
-        trained.loss,
-        100 * (trained.loss / base.loss - 1),
-        [LevelChange(sigma, loss, trained.by_sigma[sigma]) for sigma, loss in base.by_sigma.items()],
-    )
-
-
-@dataclass(frozen=True)
-class Closing:
-    """What a finished run left, as summary.json holds it."""
-
-    steps: int
-    seconds: float  # of training alone
-    first_loss: float | None  # mean over the first tenth of the logged steps
-    last_loss: float | None
-    adapter: Path
-    base: Path | None
-    checkpoint: Path | None
-    samples: Path | None
-    metrics: Path
-    validation: ValidationChange | None
-    pictures: PictureChange | None  # towards sample.references
-
-
-def closing_lines(closing: Closing) -> list[tuple[str, str]]:
-    """Label and text for each thing a user looks for after a run."""
-    lines = [("trained", f"{closing.steps} steps in {closing.seconds:.0f} s")]
-    if closing.first_loss is not None and closing.last_loss is not None:
-        lines.append(
-            (
-                "loss",
-                f"{closing.first_loss:.4f} -> {closing.last_loss:.4f} (means of the first and last tenth)",
-            )
-        )
-    if closing.validation is not None:
-        levels = ", ".join(
-            f"{100 * (one.trained / one.base - 1):+.1f} % at {one.sigma:g}"
-            for one in closing.validation.by_sigma
-        )
-        lines.append(("validation", f"{validation_result(closing.validation)}; by sigma {levels}"))
-    lines.append(("adapter", str(closing.adapter)))
-    if closing.base is not None:
-        lines.append(("base", str(closing.base)))
-    if closing.samples is not None:
-        lines.append(("samples", str(closing.samples)))
-    if closing.pictures is not None:
-        lines.append(("pictures", picture_result(closing.pictures)))
-    lines.append(
-        (
-            "metrics",
-            f"{closing.metrics} (also: tensorboard --logdir {shlex.quote(str(closing.metrics.parent))})",
-        )
-    )
-    if closing.checkpoint is not None:
-        lines.append(("checkpoint", str(closing.checkpoint)))
-    return lines
-
-
-def validation_result(change: ValidationChange) -> str:
-    """One line, without the levels."""
-    return (
-        f"loss {change.base:.4f} -> {change.trained:.4f} ({change.change_percent:+.1f} %) on {change.pictures}"
-        " pictures that were not trained on"
-    )
-
-
-def picture_result(change: PictureChange) -> str:
-    """One line."""
-    return (
-        f"distance from {change.pictures} reference pictures {change.base.rmse:.3f} -> {change.trained.rmse:.3f}"
-        f" (RMSE of colours in 0 to 1), structural similarity {change.base.ssim:.3f} -> {change.trained.ssim:.3f}"
-    )
-
-
-def write_summary(closing: Closing, path: Path) -> None:
-    """The same as JSON."""
-    path.write_text(json.dumps(asdict(closing), indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def _processes(world: World) -> str:

@@ -20,7 +20,7 @@ from halfbyte.trainer.data.batches import TrainingSet, collate
 from halfbyte.trainer.data.buckets import View
 from halfbyte.trainer.data.order import Entry
 from halfbyte.trainer.errors import HalfbyteError
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.randomness import generator
 from halfbyte.trainer.runtime.world import World

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import is_skipped, kept_in_fp32, linear_layers
+from halfbyte.quant.convert.skip_list import is_skipped, kept_in_fp32, linear_layers
 from halfbyte.trainer.adapters.lora import ADAPTER, TrainedLayers
+from halfbyte.trainer.denoiser import base as base_module
 from halfbyte.trainer.denoiser import load as denoiser_module
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.randomness import generator
@@ -87,11 +88,11 @@ def keeping(name: str, skip: Sequence[str], share: float) -> Base:
 @contextmanager
 def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[None]:
     """Within it, the trainer loads the transformer as `base` says; `skip` is what bitsandbytes leaves alone."""
-    load: Callable[..., Any] = family.load_denoiser
+    load: Callable[..., Any] = base_module._read
     add: Callable[..., TrainedLayers] = denoiser_module.add_adapters
 
-    def load_with_bitsandbytes(self: Family, *arguments: Any, **settings: Any) -> nn.Module:
-        denoiser: nn.Module = load(self, *arguments, **settings)
+    def load_with_bitsandbytes(*arguments: Any, **settings: Any) -> nn.Module:
+        denoiser: nn.Module = load(*arguments, **settings)
         for path, linear in list(linear_layers(denoiser)):
             if not is_skipped(path, (*skip, *kept_in_fp32(denoiser))):
                 denoiser.set_submodule(path, _bitsandbytes_layer(linear))
@@ -106,13 +107,13 @@ def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[N
         return trained
 
     if base.bitsandbytes:
-        family.load_denoiser = load_with_bitsandbytes  # type: ignore[method-assign]
+        base_module._read = load_with_bitsandbytes
     if base.loftq:
         denoiser_module.add_adapters = add_at_the_error
     try:
         yield
     finally:
-        family.load_denoiser = load  # type: ignore[method-assign]
+        base_module._read = load
         denoiser_module.add_adapters = add
 
 

@@ -17,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from halfbyte.trainer.data.prepare import prepare
 from halfbyte.trainer.denoiser.load import load_denoiser
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.quantize.run import quantize
-from halfbyte.trainer.recipe.recipe import Recipe, load_recipe
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import World, join, read_world
 from halfbyte.trainer.training.loop import validation_of

@@ -9,9 +9,11 @@ from torch.nn import functional
 
 from halfbyte.kernels.copy_rows import ops as copy_ops
 from halfbyte.kernels.gelu import ops as gelu_ops
+from halfbyte.kernels.gelu import reference as gelu_reference
 from halfbyte.kernels.modulation import ops as modulation_ops
 from halfbyte.kernels.modulation import reference
 from halfbyte.kernels.qk_rope import ops as qk_rope_ops
+from halfbyte.kernels.qk_rope import reference as qk_rope_reference
 from halfbyte.kernels.qk_rope.ops import Stream
 from tests.support import elementwise_autograd as differentiable
 
@@ -47,8 +49,8 @@ def test_one_rounding_away_from_float64(dtype):
         (reference.layer_norm_modulate_backward, (dy, x, scale, residual, EPS)),
         (reference.gated_residual, (x, gate, update, False)),
         (reference.gated_residual_backward, (dy, gate)),
-        (reference.gelu_tanh, (x,)),
-        (reference.gelu_tanh_backward, (dy, x)),
+        (gelu_reference.gelu_tanh, (x,)),
+        (gelu_reference.gelu_tanh_backward, (dy, x)),
     ):
         exact = function(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
         out = function(*arguments)
@@ -76,7 +78,7 @@ def test_backwards_are_autograds():
 
     wide = x * 8
     expected = grads(functional.gelu(wide, approximate="tanh"), wide, dy)[0]
-    torch.testing.assert_close(reference.gelu_tanh_backward(dy, wide), expected)
+    torch.testing.assert_close(gelu_reference.gelu_tanh_backward(dy, wide), expected)
 
 
 @pytest.mark.parametrize(("normed", "turned"), [(True, True), (True, False), (False, True), (False, False)])
@@ -85,20 +87,20 @@ def test_joint_backward_is_autograds(normed, turned):
     projections = [randn(2, rows, heads * dim, dtype=torch.float64).requires_grad_() for rows in lengths]
     weights = [torch.rand(dim, dtype=torch.float64) for _ in lengths] if normed else []
     cos, sin = torch.randn(2, 5, dim, dtype=torch.float64) if turned else (None, None)
-    joint = reference.norm_rope(projections, weights, cos, sin, heads, EPS)
+    joint = qk_rope_reference.norm_rope(projections, weights, cos, sin, heads, EPS)
     grad = torch.randn_like(joint)
     expected = grads(joint, projections, grad)
-    actual = reference.norm_rope_backward(grad, projections, weights, cos, sin, EPS)
+    actual = qk_rope_reference.norm_rope_backward(grad, projections, weights, cos, sin, EPS)
     torch.testing.assert_close(actual, list(expected))
 
 
 def test_gelu_is_torchs_and_keeps_small_values():
     x = torch.linspace(-30, 30, 601)
-    torch.testing.assert_close(reference.gelu_tanh(x), functional.gelu(x, approximate="tanh"))
+    torch.testing.assert_close(gelu_reference.gelu_tanh(x), functional.gelu(x, approximate="tanh"))
     # Where 1 + tanh(u) cancels to nothing in fp32, float64 still has a value, and so have we.
     far = torch.tensor([-5.0, -5.5, -6.0])
     exact = functional.gelu(far.double(), approximate="tanh")
-    torch.testing.assert_close(reference.gelu_tanh(far).double(), exact, rtol=2e-4, atol=0)
+    torch.testing.assert_close(gelu_reference.gelu_tanh(far).double(), exact, rtol=2e-4, atol=0)
 
 
 def test_adaptive_norms_are_diffusers():
@@ -216,7 +218,7 @@ def test_gelu_writes_its_slice_and_nothing_else():
     torch.testing.assert_close(buffer[..., 16:], functional.gelu(x, approximate="tanh"))
     assert buffer[..., :16].isnan().all()
     dy = randn(2, 5, 64)
-    expected = reference.gelu_tanh_backward(dy[..., 16:], x)
+    expected = gelu_reference.gelu_tanh_backward(dy[..., 16:], x)
     assert torch.equal(gelu_ops.gelu_tanh_backward(dy[..., 16:], x, x), expected)
     assert torch.equal(x, expected)
 

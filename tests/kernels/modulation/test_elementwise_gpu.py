@@ -5,9 +5,11 @@ import torch
 
 from halfbyte.kernels.copy_rows import ops as copy_ops
 from halfbyte.kernels.gelu import ops as gelu_ops
+from halfbyte.kernels.gelu import reference as gelu_reference
 from halfbyte.kernels.modulation import ops as modulation_ops
 from halfbyte.kernels.modulation import reference
 from halfbyte.kernels.qk_rope import ops as qk_rope_ops
+from halfbyte.kernels.qk_rope import reference as qk_rope_reference
 from halfbyte.kernels.qk_rope.ops import Stream
 from halfbyte.trainer.plan.op_costs import inside
 
@@ -152,9 +154,9 @@ def test_gelu_equals_the_reference(width, dtype):
     x = x * 4
     buffer = torch.full((2, 37, width + 48), float("nan"), device="cuda", dtype=dtype)
     gelu_ops.gelu_tanh(x, buffer[..., 48:])
-    assert_close(buffer[..., 48:], reference.gelu_tanh(x))
+    assert_close(buffer[..., 48:], gelu_reference.gelu_tanh(x))
     assert buffer[..., :48].isnan().all()
-    expected = reference.gelu_tanh_backward(dy, x)
+    expected = gelu_reference.gelu_tanh_backward(dy, x)
     assert_close(gelu_ops.gelu_tanh_backward(dy, x), expected)
     gelu_ops.gelu_tanh_backward(dy, x, dy)
     assert_close(dy, expected)
@@ -180,7 +182,7 @@ def test_gelus_gradients_with_the_adapters_equal_the_reference(rows, width, p, u
     lifted = torch.randn(rows, u + 3, device="cuda", dtype=dtype)[:, 3:]
     buffer = torch.full((rows, width + 48), float("nan"), device="cuda", dtype=dtype)
     down, up = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 48:])
-    dx, *expected = reference.gelu_tanh_gradients(dy, x, lowered, lifted)
+    dx, *expected = gelu_reference.gelu_tanh_gradients(dy, x, lowered, lifted)
     assert_close(buffer[:, 48:], dx)
     assert buffer[:, :48].isnan().all()
     again = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 48:])
@@ -246,16 +248,16 @@ def test_joint_buffers_equal_the_reference(heads, head_dim, lengths, dtype, norm
     norms = [[w] * len(lengths) if normed else [] for w in weights]
     query, key, value = qk_rope_ops.qk_norm_rope(streams, rope, heads=heads)
     queries, keys = [s.query for s in streams], [s.key for s in streams]
-    assert_close(query, reference.norm_rope(queries, norms[0], cos, sin, heads, EPS))
-    assert_close(key, reference.norm_rope(keys, norms[1], cos, sin, heads, EPS))
+    assert_close(query, qk_rope_reference.norm_rope(queries, norms[0], cos, sin, heads, EPS))
+    assert_close(key, qk_rope_reference.norm_rope(keys, norms[1], cos, sin, heads, EPS))
     assert torch.equal(value, torch.cat([s.value for s in streams], dim=1).unflatten(-1, (heads, -1)))
     # The strides that flash's and cuDNN's backward give.
     dq = torch.randn(batch, heads, length, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
     dk, dv = torch.randn(2, batch, length, heads, head_dim, device="cuda", dtype=dtype)
     grads = qk_rope_ops.qk_norm_rope_backward(dq, dk, dv, streams, rope)
     expected = zip(
-        reference.norm_rope_backward(dq, queries, norms[0], cos, sin, EPS),
-        reference.norm_rope_backward(dk, keys, norms[1], cos, sin, EPS),
+        qk_rope_reference.norm_rope_backward(dq, queries, norms[0], cos, sin, EPS),
+        qk_rope_reference.norm_rope_backward(dk, keys, norms[1], cos, sin, EPS),
         [part.flatten(2) for part in dv.split(list(lengths), dim=1)],
         strict=True,
     )

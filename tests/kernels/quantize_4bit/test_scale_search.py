@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.kernels.quantize_4bit import ops, reference, scale_search
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.formats.nf4 import QuantSpec, dequantize, quantize
 from halfbyte.quant.formats.packing import pack_state, unpack_state
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.load.serialize import save_quantized
 from halfbyte.quant.load.transformer import load_quantized
-from halfbyte.trainer.denoiser.load import quant_recipe
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.denoiser.settings import quant_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 
 from judge import stock_bitsandbytes_on_cpu
 from probe import prediction

@@ -12,7 +12,9 @@ from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
 from peft import LoraConfig
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert, kept_in_fp32, skip_matches
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.convert.skip_list import kept_in_fp32, skip_matches
 from halfbyte.quant.layers.linear4bit import Linear4bit
 
 from probe import prediction

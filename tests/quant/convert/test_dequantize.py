@@ -12,7 +12,9 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from halfbyte.quant.convert.dequantize import dequantize
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe, convert
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import save_quantized
 from halfbyte.quant.load.transformer import load_quantized
 
@@ -38,7 +40,7 @@ def test_a_dequantized_model_saves_and_loads_in_stock_diffusers(model_cls, recip
     name = "mini_flux" if model_cls is FluxTransformer2DModel else "mini_sd3"
     model = load(request.getfixturevalue(name) / "transformer", recipe, model_cls)
     weights = {
-        path: m.dequantize(dtype) for path, m in model.named_modules() if isinstance(m, QuantizedLinear)
+        path: m.dequantize(dtype) for path, m in model.named_modules() if isinstance(m, QuantizedLayer)
     }
     assert set(dequantize(model, dtype)) == set(weights)
     for path, weight in weights.items():

@@ -12,14 +12,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.files.shards import INDEX_FILE, WEIGHTS_FILE
 from halfbyte.quant.formats.int8 import dequantize, quantize, split_key, unpack_scales
 from halfbyte.quant.layers.linear8bit import Linear8bit
 from halfbyte.quant.load.serialize import quantization_config, read_quantization_config, save_quantized
 from halfbyte.quant.load.transformer import load_quantized
-from halfbyte.trainer.denoiser.load import quant_recipe
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.denoiser.settings import quant_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 
 from judge import stock_bitsandbytes_on_cpu
 from probe import inputs, prediction

@@ -7,7 +7,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.exact import EXACT_FILE, exact_weights, hold_exact
 from halfbyte.quant.load.serialize import save_quantized
 from halfbyte.quant.load.transformer import load_quantized
@@ -16,7 +16,7 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.plan.dry_run import Rehearsal
 from halfbyte.trainer.quantize.run import quantize
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import read_world
 
 from runs import run_here, write_recipe

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.formats.nf4 import QuantSpec
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.load.transformer import load_quantized

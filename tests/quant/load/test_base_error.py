@@ -5,9 +5,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.formats.weight_error import SCHEMES
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.base_error import base_error
 from halfbyte.quant.load.transformer import load_quantized
 
@@ -31,7 +32,7 @@ def test_it_is_the_sum_over_layers_of_what_quantizing_costs_each(mini_flux, kind
     found = measured(model, mini_flux / "transformer")
     weights = load_file(mini_flux / "transformer" / "diffusion_pytorch_model.safetensors")
     (restore,) = [one.restore for one in SCHEMES if one.name == scheme]
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)]
     originals = [weights[f"{name}.weight"].float() for name in layers]
     errors = sum(float((restore(one, "x") - one).square().sum()) for one in originals)
     squares = sum(float(one.square().sum()) for one in originals)

@@ -11,7 +11,7 @@ import torch
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.read_ahead import ReadAhead
 from halfbyte.quant.files.shards import INDEX_FILE, WEIGHTS_FILE
 from halfbyte.quant.layers.linear4bit import Linear4bit

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.layers.linear8bit import Linear8bit

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.shards import INDEX_FILE, WEIGHTS_FILE
 from halfbyte.quant.formats.nf4 import QuantSpec, dequantize, quantize
 from halfbyte.quant.formats.packing import pack_state, split_key, unpack_state

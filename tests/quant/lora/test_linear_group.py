@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfbyte.kernels.linear_4bit.accumulate_ops import product_in_fp32
+from halfbyte.kernels.fp32_product import product_in_fp32
 from halfbyte.kernels.stacked.ops import stack_downs, stack_ups
 from halfbyte.quant.formats.nf4 import QuantSpec
 from halfbyte.quant.layers.linear4bit import Linear4bit

@@ -11,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.int8 import reference as int8_reference
 from halfbyte.quant.convert.dequantize import dequantize
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.linear8bit import Linear8bit
 from halfbyte.quant.lora.layers import LORA_LAYERS, LoraLinear8bit, lora_linears
 from halfbyte.trainer.adapters.lora import add_lora, save_adapter, trained_parameters
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.families.flux.family import Flux
 
 from probe import prediction
@@ -135,7 +136,7 @@ def test_the_file_has_stock_names_and_loads_over_the_dequantized_base(mini_flux,
     recipe = QuantRecipe(quant_type="int8", compute_dtype=torch.float32, llm_int8_threshold=0.5)
 
     def loaded():
-        return family.load_denoiser(recipe, device=torch.device("cpu"), dtype=torch.float32)
+        return load_base(family, recipe, device=torch.device("cpu"), dtype=torch.float32)
 
     denoiser = loaded()
     targets = family.lora_targets("all-linear")

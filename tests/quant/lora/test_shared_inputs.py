@@ -10,13 +10,14 @@ from peft.tuners.lora import layer as peft_layer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.quant.lora import layers as lora
 from halfbyte.quant.lora.layers import LoraLinear, fused_config
 from halfbyte.quant.lora.low_rank import low_rank_linears
 from halfbyte.trainer.adapters.lora import add_lora, save_adapter, trained_parameters
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
 
@@ -37,7 +38,7 @@ def opened(request):
 
 def loaded(family, dtype=torch.float32):
     recipe = QuantRecipe(compute_dtype=dtype)
-    return family.load_denoiser(recipe, device=torch.device("cpu"), dtype=dtype)
+    return load_base(family, recipe, device=torch.device("cpu"), dtype=dtype)
 
 
 def adapted(family, *, fused, shared, dtype=torch.float32, dropout=0.0):
@@ -194,7 +195,7 @@ def test_a_copy_computes_the_same(opened):
 
 def test_an_unquantized_base_is_fused_as_well(opened):
     family, _ = opened
-    denoiser = family.load_denoiser(None, device=torch.device("cpu"), dtype=torch.float32)
+    denoiser = load_base(family, None, device=torch.device("cpu"), dtype=torch.float32)
     targets = family.lora_targets("all-linear")
     add_lora(denoiser, rank=4, alpha=4, dropout=0.0, targets=targets, init="kaiming", seed=1)
     tuned = {type(module) for module in denoiser.modules() if isinstance(module, peft_layer.Linear)}

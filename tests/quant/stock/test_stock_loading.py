@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig as TransformersBitsAndBytesConfig
 from transformers import CLIPTextModel, T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
 from halfbyte.quant.files.shards import INDEX_FILE
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import split_statistic
 from halfbyte.quant.load.text_encoder import load_text_encoder
 from halfbyte.quant.load.transformer import load_quantized
@@ -104,7 +104,7 @@ def assert_same_tensors(folder, name, other):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
 
 
 def test_a_stock_flux_checkpoint_loads_into_our_layers(ours, kind, stock_flux, tmp_path):
@@ -269,7 +269,7 @@ def test_models_on_the_gpu_dequantize_there(ours, stock_flux, stock_t5):
         expected = {
             path: layer.dequantize(torch.bfloat16)
             for path, layer in model.named_modules()
-            if isinstance(layer, QuantizedLinear)
+            if isinstance(layer, QuantizedLayer)
         }
         model.dequantize()
         assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}

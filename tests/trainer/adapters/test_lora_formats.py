@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.trainer.adapters.formats import formats_for, fused_layers, named_formats, write_formats
-from halfbyte.trainer.adapters.saved import LoraLayer, SavedAdapter, read_saved
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, LoraLayer, SavedAdapter, read_saved
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.flux.names import flux_names
 from halfbyte.trainer.families.sd3.names import sd3_names
 from halfbyte.trainer.pretrained.layer_names import swap_halves
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
 
 WIDTH = 8
 FLUX = {

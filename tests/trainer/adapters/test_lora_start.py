@@ -10,14 +10,21 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from safetensors.torch import load_file, save_file
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.formats import FORMATS, write_formats
-from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, add_lora, save_adapter, trained_parameters
-from halfbyte.trainer.adapters.read import read_layers, start_from
-from halfbyte.trainer.adapters.saved import read_saved
+from halfbyte.trainer.adapters.lora import (
+    ADAPTER,
+    LoraVariant,
+    add_lora,
+    save_adapter,
+    start_from,
+    trained_parameters,
+)
+from halfbyte.trainer.adapters.read import read_layers
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.registry import FAMILIES
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.families.catalog import FAMILIES
 
 from probe import prediction
 from runs import run_here, write_recipe
@@ -31,7 +38,7 @@ FILES = {
 
 
 def adapted(family, *, rank=4, targets="all-linear", seed=0, **variant):
-    denoiser = family.load_denoiser(QuantRecipe("nf4"), device=torch.device("cpu"), dtype=torch.float32)
+    denoiser = load_base(family, QuantRecipe("nf4"), device=torch.device("cpu"), dtype=torch.float32)
     add_lora(
         denoiser,
         rank=rank,

@@ -5,7 +5,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.lora.dora import RowMagnitudes, keep_lengths
 from halfbyte.trainer.adapters.lora import (
     ADAPTER,
@@ -16,16 +17,16 @@ from halfbyte.trainer.adapters.lora import (
     save_adapter,
     trained_parameters,
 )
-from halfbyte.trainer.adapters.saved import read_saved
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
 from halfbyte.trainer.data.batches import Batch
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.objective.losses import MSE
 from halfbyte.trainer.objective.shift import ResolutionShift
 from halfbyte.trainer.objective.timesteps import LogitNormal
 from halfbyte.trainer.objective.weighting import NoWeighting
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
 from halfbyte.trainer.training.module import DiffusionModule, Objective
 
 PATTERNS = {"rank_pattern": {"proj_mlp": 2, r"0\.attn\.to_q": 6}, "alpha_pattern": {r"attn\.to_(q|k)": 2.0}}
@@ -47,7 +48,7 @@ def base(family, quant_type="nf4"):
     recipe = QuantRecipe(
         quant_type=quant_type, double_quant=True, compute_dtype=torch.float32, llm_int8_threshold=1e-6
     )
-    return family.load_denoiser(recipe, device=torch.device("cpu"), dtype=torch.float32)
+    return load_base(family, recipe, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def adapt(family, denoiser, variant, *, fused=True, targets=None):
@@ -105,7 +106,7 @@ def in_float64(family, quant_type, variant, state):
     """The same weights, dequantized into plain linears, under PEFT's own layers."""
     denoiser = base(family, quant_type)
     for name, layer in list(denoiser.named_modules()):
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLayer):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
             plain.weight = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
             if layer.bias is not None:

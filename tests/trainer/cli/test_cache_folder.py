@@ -7,14 +7,14 @@ import torch
 from diffusers import SD3Transformer2DModel
 from typer.testing import CliRunner
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.shards import WEIGHTS_FILE
 from halfbyte.trainer.cli.app import app
-from halfbyte.trainer.cli.cache_folder import DEFAULT_FOLDER
 from halfbyte.trainer.pretrained.component import pipelines_component
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.pretrained.pipeline import ModelSource
+from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
 from halfbyte.trainer.recipe.sections import DataSection
 
 

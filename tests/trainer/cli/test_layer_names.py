@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.quantize.run import quantize
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import read_world
 
 from runs import run_here, write_recipe

@@ -14,11 +14,10 @@ from halfbyte.trainer.cuda_graphs.denoiser import MOST_SHAPES, GraphedDenoiser
 from halfbyte.trainer.data.batches import Batch
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
-from halfbyte.trainer.optim.averages import OptimizerAverage
-from halfbyte.trainer.optim.ema import Ema
+from halfbyte.trainer.optim.averages import Ema, OptimizerAverage
 from halfbyte.trainer.optim.joined import JoinedOptimizer, all_in_one
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training import loop as fit

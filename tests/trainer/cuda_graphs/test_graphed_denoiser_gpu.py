@@ -15,21 +15,21 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.cuda_graphs.denoiser import GraphedDenoiser
 from halfbyte.trainer.cuda_graphs.warm_up import warm_up
 from halfbyte.trainer.data.batches import Batch
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.export.export import ADAPTER_FILE
-from halfbyte.trainer.families.blocks.parts import BlockSettings, Keep
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings, Keep
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.optim.averages import OptimizerAverage, Weights
-from halfbyte.trainer.optim.ema import Ema
+from halfbyte.trainer.optim.averages import Ema, OptimizerAverage, Weights
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
 
@@ -45,7 +45,7 @@ Named = list[tuple[str, Tensor]]
 
 def loaded(family: Family, keep: Keep, dtype: torch.dtype, *, packed: bool = True) -> nn.Module:
     recipe = QuantRecipe(compute_dtype=dtype) if packed else None
-    denoiser = family.load_denoiser(recipe, device=CUDA, dtype=dtype)
+    denoiser = load_base(family, recipe, device=CUDA, dtype=dtype)
     targets = family.lora_targets("all-linear")
     add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1)
     family.fuse_blocks(denoiser, BlockSettings(keep, backend="deterministic"))

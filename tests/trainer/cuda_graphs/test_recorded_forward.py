@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from halfbyte.trainer.cuda_graphs.forward import MOST_SHAPES, RecordedForwards, recorded_forwards
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
 from halfbyte.trainer.runtime.placement import Placement
-from halfbyte.trainer.sample.compiled_blocks import compile_blocks
+from halfbyte.trainer.sample.draw import compile_blocks
 from halfbyte.trainer.sample.sampler import PictureSettings, PipelineCall
 from halfbyte.trainer.sample.strength import AdapterStrength
 

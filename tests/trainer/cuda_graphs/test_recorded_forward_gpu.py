@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.cuda_graphs.forward import recorded_forwards
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.sample.compiled_blocks import compile_blocks
+from halfbyte.trainer.sample.draw import compile_blocks
 from halfbyte.trainer.sample.sampler import PictureSettings, PipelineCall
 from halfbyte.trainer.sample.strength import AdapterStrength
 
@@ -39,8 +40,8 @@ class Sampler:
 
     def __init__(self, family: Family, *, compiled: bool = False, backend: str = "deterministic") -> None:
         self.family = family
-        denoiser: Any = family.load_denoiser(
-            QuantRecipe(compute_dtype=torch.bfloat16), device=CUDA, dtype=torch.bfloat16
+        denoiser: Any = load_base(
+            family, QuantRecipe(compute_dtype=torch.bfloat16), device=CUDA, dtype=torch.bfloat16
         )
         targets = family.lora_targets("all-linear")
         add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.trainer.cuda_graphs.warm_up import warm_up
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 

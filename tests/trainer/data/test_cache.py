@@ -17,7 +17,7 @@ from torch import Tensor
 from halfbyte.trainer.data.buckets import View
 from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache, fill
 from halfbyte.trainer.errors import DataError
-from halfbyte.trainer.families.encoders import LatentMoments
+from halfbyte.trainer.families.embedding import LatentMoments
 
 from counting_encoders import CountingEncoders, captions_of, embedding_of, views_in, write_pictures
 

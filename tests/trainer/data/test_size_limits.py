@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 from halfbyte.trainer.cli.app import app, train_app
 from halfbyte.trainer.data.buckets import bucket_sizes
 from halfbyte.trainer.data.size_limits import refuse_large
+from halfbyte.trainer.denoiser import base
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families import encoders
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 
 from repository import RECIPES
 from runs import write_recipe
@@ -32,8 +33,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any, **__: Any) -> Any:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(Family, "load_denoiser", loaded)
-    monkeypatch.setattr(Family, "load_encoders", loaded)
+    monkeypatch.setattr(base, "_read", loaded)
+    monkeypatch.setattr(encoders, "PipelineEncoders", loaded)
 
 
 def test_the_limit_is_the_models(mini_flux: Any, mini_sd3: Any) -> None:

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 from typer.testing import CliRunner
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.text_encoder import load_text_encoder
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.export import check_part as compared_part
 from halfbyte.trainer.export import export, self_check
 from halfbyte.trainer.export.from_run import ExportRequest, export_run
 from halfbyte.trainer.export.provenance import PROVENANCE_FILE
-from halfbyte.trainer.recipe.recipe import load_recipe
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import read_world
 
 from judge import stock_bitsandbytes_on_cpu

@@ -10,7 +10,8 @@ import torch
 from diffusers import FluxPipeline
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.flux.family import Flux, image_ids, pack, unpack
 from halfbyte.trainer.families.sd3.family import SD3
 
@@ -35,7 +36,7 @@ def opened(family, folder):
 
 def encoded(family, captions):
     memo = family.source.folder.parent / "memo"
-    encoders = family.load_encoders(device=torch.device("cpu"), dtype=torch.bfloat16, memo=memo)
+    encoders = load_encoders(family, device=torch.device("cpu"), dtype=torch.bfloat16, memo=memo)
     return encoders.encode_texts(captions)
 
 

@@ -9,16 +9,19 @@ from rich.console import Console
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.linear8bit import Linear8bit
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import save_quantized
 from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.trainer.data.prepare import prepare
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families import t5
+from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.world import read_world
 
@@ -31,13 +34,13 @@ PIXELS = torch.zeros(1, 3, 64, 64)
 
 def encoders_of(family, folder, tmp_path, setting="auto"):
     opened = family.open(str(folder), None, 24)
-    return opened.load_encoders(device=CPU, dtype=torch.bfloat16, memo=tmp_path / "memo", t5_quant=setting)
+    return load_encoders(opened, device=CPU, dtype=torch.bfloat16, memo=tmp_path / "memo", t5_quant=setting)
 
 
 def quantized_in(encoders):
     components = encoders._pipeline.components.items()
     return {
-        name: {type(layer) for layer in model.modules() if isinstance(layer, QuantizedLinear)}
+        name: {type(layer) for layer in model.modules() if isinstance(layer, QuantizedLayer)}
         for name, model in components
         if isinstance(model, nn.Module)
     }
@@ -105,7 +108,7 @@ def test_a_streamed_t5_gives_the_same_embeddings(tmp_path):
     T5EncoderModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "t5")
     how = {"quant": "int8", "dtype": torch.bfloat16, "device": CPU}
     plain, streamed = (t5.load_t5(tmp_path / "t5", **how, stream=stream) for stream in (False, True))
-    packed = [layer for layer in streamed.modules() if isinstance(layer, QuantizedLinear)]
+    packed = [layer for layer in streamed.modules() if isinstance(layer, QuantizedLayer)]
     assert len(packed) == 5 * 6
     assert all(layer.on_host for layer in packed)
     tokens = torch.arange(20)[None] % 50
@@ -122,7 +125,7 @@ def test_encoders_with_a_streamed_t5_encode_the_same(family, name, request, tmp_
     folder = request.getfixturevalue(name)
     opened = family.open(str(folder), None, 24)
     how = {"device": CPU, "dtype": torch.bfloat16, "memo": tmp_path / "memo", "t5_quant": "int8"}
-    plain, streamed = (opened.load_encoders(**how, stream_t5=stream) for stream in (False, True))
+    plain, streamed = (load_encoders(opened, **how, stream_t5=stream) for stream in (False, True))
     expected, found = plain.encode_texts(CAPTIONS), streamed.encode_texts(CAPTIONS)
     assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
     assert torch.equal(found.pooled_prompt_embeds, expected.pooled_prompt_embeds)
@@ -132,7 +135,7 @@ def test_encoders_with_a_streamed_t5_encode_the_same(family, name, request, tmp_
 
 def test_a_t5_that_is_not_packed_is_not_streamed(mini_flux, tmp_path):
     opened = Flux.open(str(mini_flux), None, 24)
-    encoders = opened.load_encoders(device=CPU, dtype=torch.bfloat16, memo=tmp_path, stream_t5=True)
+    encoders = load_encoders(opened, device=CPU, dtype=torch.bfloat16, memo=tmp_path, stream_t5=True)
     with pytest.raises(RecipeError, match=r"model\.stream_text_encoder: got true, but T5 is held unpacked"):
         encoders.encode_texts(CAPTIONS)
     with pytest.raises(RecipeError, match=r"expected false where model\.text_encoder_quant is none"):
@@ -169,7 +172,7 @@ def test_loading_leaves_the_packed_model_alone_on_the_gpu(mini_flux, tmp_path):
     device = torch.device("cuda")
     opened = Flux.open(str(mini_flux), None, 24)
     recipe = QuantRecipe()
-    cold = opened.load_denoiser(recipe, device=device, dtype=torch.bfloat16)
+    cold = load_base(opened, recipe, device=device, dtype=torch.bfloat16)
     footprint = cold.get_memory_footprint()
     save_quantized(cold, tmp_path / "packed")
     codes = {name: tensor.cpu() for name, tensor in cold.state_dict().items()}

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from halfbyte.trainer.optim.averages import Weights
-from halfbyte.trainer.optim.ema import Ema
+from halfbyte.trainer.optim.averages import Ema, Weights
 
 
 def parameters(count=2):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from halfbyte.trainer.adapters import saved as adapters_saved
 from halfbyte.trainer.optim.averages import OptimizerAverage
 from halfbyte.trainer.optim.optimizers import (
     OPTIMIZERS,
@@ -74,7 +75,7 @@ class Toy:
         return checkpoint.save(
             root,
             checkpoint.Position(3, 3, 1),
-            write_adapter=lambda folder: save_file(trained, f"{folder}/{checkpoint.ADAPTER_FILE}"),
+            write_adapter=lambda folder: save_file(trained, f"{folder}/{adapters_saved.ADAPTER_FILE}"),
             optimizer=checkpoint.named_optimizer_state(self.optimizer),
             scaler={},
         )
@@ -109,7 +110,7 @@ def test_what_it_saves_is_that_very_state(choice, tmp_path):
     toy = Toy(choice).steps(3)
     first = toy.save(tmp_path / "first")
     again = Toy(choice, saved=checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
-    for name in (checkpoint.ADAPTER_FILE, "optimizer.safetensors", "state.json"):
+    for name in (adapters_saved.ADAPTER_FILE, "optimizer.safetensors", "state.json"):
         assert (first / name).read_bytes() == (again / name).read_bytes(), name
 
 

@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app
+from halfbyte.trainer.denoiser import base
 from halfbyte.trainer.errors import OutOfMemory
-from halfbyte.trainer.families.flux.family import Flux
-from halfbyte.trainer.plan.advice import when_full
+from halfbyte.trainer.runtime.device_memory import when_full
 
 from runs import run_here, write_recipe
 
@@ -32,7 +32,7 @@ def test_every_command_says_so_in_one_message(
 
     adapter = trained / "adapter"
     before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
-    monkeypatch.setattr(Flux, "load_denoiser", full)
+    monkeypatch.setattr(base, "_read", full)
     new = tmp_path / "new"
     for arguments in (
         ("export", trained, "--base"),

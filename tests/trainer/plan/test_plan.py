@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.on_meta import model_on_meta
 from halfbyte.trainer.cli.app import app, train_app
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import DataError, OutOfMemory, RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
@@ -22,7 +23,7 @@ from halfbyte.trainer.families.sd3.family import SD3
 from halfbyte.trainer.plan import advice as full_device
 from halfbyte.trainer.plan.fit import CARDS, open_planner
 from halfbyte.trainer.plan.output import plan_lines
-from halfbyte.trainer.plan.planner import (
+from halfbyte.trainer.plan.phases import (
     BUS_RATE,
     CONTEXT_BYTES,
     GATHERED,
@@ -33,11 +34,12 @@ from halfbyte.trainer.plan.planner import (
     RECORDED_GAPS,
     SECONDS_A_CALL,
     Phase,
-    Planner,
 )
+from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.plan.published_configs import write_configurations
 from halfbyte.trainer.quantize.run import quantize
-from halfbyte.trainer.recipe.recipe import Recipe, load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training.module import DiffusionModule
 
@@ -90,7 +92,7 @@ def test_the_model_on_meta_is_the_loaded_one(
     """SD3's table of positions, 0.4 GB of SD3.5 medium in bf16, is a buffer."""
     family = family_class.open(str(request.getfixturevalue(fixture)), None, 24)
     recipe = QuantRecipe(compute_dtype=torch.bfloat16)
-    loaded = family.load_denoiser(recipe, device=torch.device("cpu"), dtype=torch.bfloat16)
+    loaded = load_base(family, recipe, device=torch.device("cpu"), dtype=torch.bfloat16)
     on_meta = model_on_meta(family.denoiser_class, family.denoiser_config, recipe, torch.bfloat16)
 
     def sizes(model: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

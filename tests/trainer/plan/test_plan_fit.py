@@ -9,9 +9,11 @@ import pytest
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.plan.fit import Fit, cheapest_savings, fit, open_planner, parse_budget
 from halfbyte.trainer.plan.output import fit_lines, plan_lines
-from halfbyte.trainer.plan.planner import CONTEXT_BYTES, GIB, Planner
+from halfbyte.trainer.plan.phases import CONTEXT_BYTES, GIB
+from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.plan.published_configs import write_configurations
-from halfbyte.trainer.recipe.recipe import Recipe, load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe
 
 from repository import RECIPES
 from runs import write_recipe

@@ -12,13 +12,13 @@ from halfbyte.quant.load.on_meta import model_on_meta
 from halfbyte.quant.load.text_encoder import count_parameters
 from halfbyte.trainer.cli.app import app, train_app
 from halfbyte.trainer.errors import HubError
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.hub import download as hub_download
 from halfbyte.trainer.hub.download import NoSuchRevision
 from halfbyte.trainer.plan.fit import open_planner
 from halfbyte.trainer.plan.published_configs import PUBLISHED, write_configurations
 from halfbyte.trainer.pretrained import pipeline as source
-from halfbyte.trainer.recipe.recipe import load_recipe
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.recipe.load import load_recipe
 
 from repository import RECIPES
 

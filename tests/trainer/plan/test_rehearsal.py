@@ -9,18 +9,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.kernels.gelu.ops import gelu_tanh_gradients
-from halfbyte.quant.convert.replace_linears import QuantizedLinear
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.denoiser.load import add_adapters, block_settings, load_denoiser, quant_recipe
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.load import add_adapters, load_denoiser
+from halfbyte.trainer.denoiser.settings import block_settings, quant_recipe
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, OptimizerChoice
-from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, VISITING, Rehearsal, training_module
+from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, VISITING, Rehearsal
 from halfbyte.trainer.plan.memory_tracker import INSIDE, WORKING, LiveBytes, allocated
 from halfbyte.trainer.plan.op_costs import inside
-from halfbyte.trainer.recipe.recipe import Recipe, load_recipe
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.world import read_world
+from halfbyte.trainer.training.module import training_module
 
 from runs import write_recipe
 
@@ -92,7 +96,7 @@ def test_a_rehearsed_step_holds_what_a_step_holds(
     rehearsal = Rehearsal(recipe, family)
     foretold = rehearsal.step(recipe, SIDE, SIDE)
 
-    denoiser = family.load_denoiser(None, device=torch.device("cpu"), dtype=torch.float32)
+    denoiser = load_base(family, None, device=torch.device("cpu"), dtype=torch.float32)
     add_adapters(recipe, family, denoiser)
     family.fuse_blocks(denoiser, block_settings(recipe, "cpu"))
     module = training_module(recipe, family, denoiser, torch.float32)
@@ -128,9 +132,7 @@ def test_the_base_takes_what_it_is_foretold(folders: dict[str, Any], family_name
     recipe = load_recipe(folders[family_name], [f"quant.type={quant}", "quant.compute_dtype=bfloat16"])
     family = opened(recipe)
     held = Rehearsal(recipe, family).held
-    denoiser: Any = family.load_denoiser(
-        quant_recipe(recipe), device=torch.device("cpu"), dtype=torch.bfloat16
-    )
+    denoiser: Any = load_base(family, quant_recipe(recipe), device=torch.device("cpu"), dtype=torch.bfloat16)
     real = denoiser.get_memory_footprint()
     # Every tensor is rounded up to 512 bytes, and the miniature has many small ones.
     tensors = 7 * len(list(denoiser.parameters()))
@@ -172,7 +174,7 @@ def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], 
     assert visiting.held[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
     rest = {kind: nbytes for kind, nbytes in visiting.held.items() if kind != VISITING}
     # What lies on the host is as much, but for the ends of tensors and the tables that all layers share.
-    layers = sum(isinstance(module, QuantizedLinear) for module in visiting.denoiser.modules())
+    layers = sum(isinstance(module, QuantizedLayer) for module in visiting.denoiser.modules())
     moved = sum(all_there.held.values()) - sum(rest.values())
     assert moved == pytest.approx(stream.host_bytes, abs=2048 * layers)
     one, other = (rehearsal.step(streamed, SIDE, SIDE) for rehearsal in (all_there, visiting))

@@ -13,11 +13,13 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from rich.console import Console
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.shards import WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.layers.linear4bit import Linear4bit
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load import transformer as loading
 from halfbyte.trainer.denoiser.load import load_denoiser
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
 from halfbyte.trainer.pretrained import packed_cache as base_cache
@@ -25,8 +27,7 @@ from halfbyte.trainer.pretrained.component import pipelines_component
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.pretrained.pipeline import ModelSource
-from halfbyte.trainer.recipe.recipe import load_recipe
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import read_world
 
 from judge import stock_bitsandbytes_on_cpu
@@ -93,7 +94,7 @@ def assert_equal_to_the_bit(cold, warm):
         n: p.requires_grad for n, p in warm.named_parameters()
     }
     for path, layer in cold.named_modules():
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLayer):
             assert torch.equal(layer.dequantize(), warm.get_submodule(path).dequantize()), path
             assert layer.compute_dtype == warm.get_submodule(path).compute_dtype
     for name, buffer in cold.named_buffers():
@@ -300,14 +301,14 @@ def test_starts_at_once_leave_one_whole_entry(mini_sd3, tmp_path):
     assert [process.exitcode for process in processes] == [0, 0, 0]
     (entry,) = entries(tmp_path)
     assert_equal_to_the_bit(start(mini_sd3, tmp_path / "alone"), start(mini_sd3, tmp_path))
-    assert not (tmp_path / "bases" / f"{entry.name}.partial").exists()
+    assert not (tmp_path / "bases" / f".{entry.name}.tmp").exists()
 
 
 def test_what_a_killed_writer_left_is_cleared(mini_sd3, tmp_path):
     start(mini_sd3, tmp_path)
     (entry,) = entries(tmp_path)
-    entry.rename(entry.with_name(f"{entry.name}.partial"))
-    (entry.with_name(f"{entry.name}.partial") / "config.json").unlink()
+    entry.rename(entry.with_name(f".{entry.name}.tmp"))
+    (entry.with_name(f".{entry.name}.tmp") / "config.json").unlink()
     start(mini_sd3, tmp_path)
     assert entries(tmp_path) == [entry]
 

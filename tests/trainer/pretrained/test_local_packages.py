@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
 from halfbyte.trainer.pretrained.file_digests import FileDigests
@@ -49,8 +50,8 @@ def test_sd3_takes_a_t5_from_a_package_of_its_own(mini_sd3, tmp_path):
     shutil.copytree(tmp_path / "package", whole, dirs_exist_ok=True)
     embeddings = []
     for family in (SD3.open(str(bare), None, 24, None, tmp_path / "package"), SD3.open(str(whole), None, 24)):
-        encoders = family.load_encoders(
-            device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path / "memo"
+        encoders = load_encoders(
+            family, device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path / "memo"
         )
         embeddings.append(encoders.encode_texts(["a dog"]).prompt_embeds)
     assert torch.equal(*embeddings)
@@ -72,8 +73,8 @@ def test_embeddings_are_kept_apart_by_the_t5_that_made_them(flux_package, mini_f
 
     def fingerprint(text_encoder, quant="auto"):
         family = Flux.open(str(mini_flux), None, 24, None, text_encoder)
-        encoders = family.load_encoders(
-            device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path / "memo", t5_quant=quant
+        encoders = load_encoders(
+            family, device=torch.device("cpu"), dtype=torch.bfloat16, memo=tmp_path / "memo", t5_quant=quant
         )
         return encoders.text_fingerprint
 

@@ -8,11 +8,12 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.flux.names import flux_names
 from halfbyte.trainer.pretrained.layer_names import swap_halves
-from halfbyte.trainer.registry import FAMILIES
 
 from probe import prediction
 from runs import run_here, write_recipe
@@ -39,7 +40,7 @@ def opened(model, file):
 
 
 def loaded(model, file, recipe=None, dtype=torch.bfloat16):
-    return opened(model, file).load_denoiser(recipe, device=torch.device("cpu"), dtype=dtype)
+    return load_base(opened(model, file), recipe, device=torch.device("cpu"), dtype=dtype)
 
 
 def full_width(tensors):
@@ -74,8 +75,8 @@ def test_it_is_what_diffusers_makes_of_it(original, mini_flux, tmp_path, prefix)
 def test_it_is_quantized_as_the_folder_is(original, mini_flux, tmp_path):
     save_file(original, tmp_path / "flux.safetensors")
     ours = loaded(mini_flux, tmp_path / "flux.safetensors", QuantRecipe("nf4"))
-    folder = opened(mini_flux, None).load_denoiser(
-        QuantRecipe("nf4"), device=torch.device("cpu"), dtype=torch.bfloat16
+    folder = load_base(
+        opened(mini_flux, None), QuantRecipe("nf4"), device=torch.device("cpu"), dtype=torch.bfloat16
     )
     assert all(torch.equal(tensor, folder.state_dict()[name]) for name, tensor in ours.state_dict().items())
 

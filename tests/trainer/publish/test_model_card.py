@@ -13,15 +13,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.base_error import BaseError
-from halfbyte.trainer.denoiser.load import quant_recipe
+from halfbyte.trainer.denoiser.settings import quant_recipe
 from halfbyte.trainer.export.provenance import Provenance
 from halfbyte.trainer.pretrained.license import Licence
-from halfbyte.trainer.publish.card_facts import CardFacts, Validation
 from halfbyte.trainer.publish.files import PushFile, SamplePicture
 from halfbyte.trainer.publish.markdown import fenced
-from halfbyte.trainer.publish.model_card import model_card, published_settings
+from halfbyte.trainer.publish.model_card import CardFacts, ValidationSummary, model_card, published_settings
 from halfbyte.trainer.recipe.recipe import Recipe
 
 COMMIT = "a" * 40
@@ -76,7 +75,7 @@ def facts(prompts=("a dog",), **sections):
         NAMES,
         tuple(pictures),
         BaseError(0.0921, 504, 252_000_000, 11_900_000_000),
-        Validation(12, 0.5, 0.4),
+        ValidationSummary(12, 0.5, 0.4),
     )
 
 

@@ -10,17 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from halfbyte.quant.convert.replace_linears import (
-    QuantizedLinear,
-    QuantRecipe,
-    convert,
-    is_skipped,
-    linear_layers,
-    skip_matches,
-)
-from halfbyte.quant.convert.skip_list import skip_list_for
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
+from halfbyte.quant.convert.skip_list import is_skipped, linear_layers, skip_list_for, skip_matches
 from halfbyte.quant.files.shards import WEIGHTS_FILE
 from halfbyte.quant.formats.weight_error import SCHEMES, weight_error
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import save_quantized
 from halfbyte.quant.load.transformer import empty_model, load_quantized, read_config
 from halfbyte.trainer.cli.app import app
@@ -55,7 +50,7 @@ def test_errors_and_bytes_are_those_of_the_layers_that_training_makes(report, sc
         load_quantized(FluxTransformer2DModel, folder, recipe, dtype=torch.bfloat16, device="cpu")
         for recipe in (None, RECIPES[scheme])
     )
-    layers = {path: m for path, m in quantized.named_modules() if isinstance(m, QuantizedLinear)}
+    layers = {path: m for path, m in quantized.named_modules() if isinstance(m, QuantizedLayer)}
     assert {layer.name for layer in report.layers} == set(layers)
     for layer in report.layers:
         weight = plain.get_submodule(layer.name).weight.detach().double()
@@ -273,7 +268,7 @@ def test_text_encoders_are_measured_as_they_are_loaded(quant, mini_flux):
     )
     measured = {layer.name: layer for layer in report.layers}
     assert set(measured) == {path for path, _ in linear_layers(plain)}
-    layers = {path: layer for path, layer in packed.named_modules() if isinstance(layer, QuantizedLinear)}
+    layers = {path: layer for path, layer in packed.named_modules() if isinstance(layer, QuantizedLayer)}
     assert layers
     number = SCHEME_NAMES.index(quant)
     for path, layer in layers.items():

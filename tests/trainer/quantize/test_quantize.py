@@ -10,14 +10,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from halfbyte.quant.convert.calibrate import calibrate
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.trainer.data.prepare import prepare
-from halfbyte.trainer.denoiser.load import quant_recipe
+from halfbyte.trainer.denoiser import base
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.settings import quant_recipe
 from halfbyte.trainer.errors import DataError, LaunchError, OutOfMemory, RecipeError
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.quantize.run import REPORT, quantize, quantized_lines
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import World, read_world
 from halfbyte.trainer.training.validation import Validation
 
@@ -57,7 +60,7 @@ def velocities(recipe):
     prepared = prepare(recipe, family, ALONE, Console(quiet=True))
     validation = Validation(
         family,
-        family.load_denoiser(quant_recipe(recipe), device=CPU, dtype=torch.float32),
+        load_base(family, quant_recipe(recipe), device=CPU, dtype=torch.float32),
         prepared.held_out,
         prepared.held_out_set,
         sigmas=(0.2, 0.5, 0.8),
@@ -93,8 +96,11 @@ def test_the_report_says_what_it_did(shipped):
 
 def test_stock_diffusers_loads_it(shipped):
     folder, _ = shipped
-    ours = Flux.open(str(RECIPES / "mini" / "flux"), None, 32, folder / "calibrated").load_denoiser(
-        None, device=CPU, dtype=torch.bfloat16
+    ours = load_base(
+        Flux.open(str(RECIPES / "mini" / "flux"), None, 32, folder / "calibrated"),
+        None,
+        device=CPU,
+        dtype=torch.bfloat16,
     )
     with stock_bitsandbytes_on_cpu():
         stock = FluxTransformer2DModel.from_pretrained(folder / "calibrated", torch_dtype=torch.bfloat16)
@@ -185,7 +191,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(
 ):
     recipe = write_recipe(tmp_path, mini_flux)
     made = written(recipe, tmp_path / "made", samples=0)
-    monkeypatch.setattr(Flux, "load_denoiser", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(base, "_read", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(RecipeError, match="holds something already"):
         written(recipe, tmp_path / "made")
     with pytest.raises(RecipeError, match="got none"):
@@ -224,14 +230,14 @@ def test_a_full_device_is_told_and_nothing_is_written(mini_flux, tmp_path, monke
 
 
 def test_inputs_that_are_no_numbers_name_the_layer(mini_flux, tmp_path, monkeypatch):
-    load = Flux.load_denoiser
+    load = base._read
 
-    def damaged(self, *arguments, **settings):
-        denoiser = load(self, *arguments, **settings)
+    def damaged(*arguments, **settings):
+        denoiser = load(*arguments, **settings)
         denoiser.x_embedder.bias.data.fill_(float("nan"))
         return denoiser
 
-    monkeypatch.setattr(Flux, "load_denoiser", damaged)
+    monkeypatch.setattr(base, "_read", damaged)
     with pytest.raises(
         RecipeError, match=r"calibration: .*transformer_blocks\.0\.attn\.to_q: .*second moment"
     ):

@@ -8,8 +8,8 @@ import yaml
 
 from halfbyte.trainer.objective.losses import Huber
 from halfbyte.trainer.objective.shift import StaticShift
-from halfbyte.trainer.recipe.document import RecipeLoader, scalar
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.yaml12 import RecipeLoader, scalar
 
 from small_recipe import SMALL, Write, problems
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 
 from small_recipe import SMALL, Write, problems
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe.document import RecipeDumper
-from halfbyte.trainer.recipe.recipe import Recipe, differences, json_schema, load_recipe
-from halfbyte.trainer.recipe.schema import SchemaTree
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe, differences
+from halfbyte.trainer.recipe.schema import SchemaTree, json_schema
+from halfbyte.trainer.recipe.yaml12 import RecipeDumper
 
 from small_recipe import SMALL, Write
 

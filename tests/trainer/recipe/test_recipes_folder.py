@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from halfbyte.trainer.recipe.document import RecipeLoader
-from halfbyte.trainer.recipe.recipe import json_schema, json_schema_text, load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.reference_page import reference_page
+from halfbyte.trainer.recipe.schema import json_schema, json_schema_text
+from halfbyte.trainer.recipe.yaml12 import RecipeLoader
 
 from repository import RECIPES
 

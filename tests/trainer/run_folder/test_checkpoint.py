@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from halfbyte.trainer.adapters import saved as adapters_saved
 from halfbyte.trainer.run_folder import checkpoint
 
 
@@ -31,7 +32,7 @@ def save(root, step, steps=3):
     return checkpoint.save(
         root,
         checkpoint.Position(step, step * 2, 4),
-        write_adapter=lambda folder: save_file(state, f"{folder}/{checkpoint.ADAPTER_FILE}"),
+        write_adapter=lambda folder: save_file(state, f"{folder}/{adapters_saved.ADAPTER_FILE}"),
         optimizer=checkpoint.named_optimizer_state(optimizer),
         scaler={"scale": 65536.0},
     )
@@ -54,7 +55,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [checkpoint.ADAPTER_FILE, "optimizer.safetensors", "state.json", "manifest.json"]
+    "name", [adapters_saved.ADAPTER_FILE, "optimizer.safetensors", "state.json", "manifest.json"]
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, damage):

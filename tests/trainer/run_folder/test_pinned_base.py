@@ -10,7 +10,7 @@ from safetensors.torch import load, load_file, save, save_file
 from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.run_folder.pinned_base import find_commits
 

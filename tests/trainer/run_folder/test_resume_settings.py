@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from halfbyte.trainer.errors import OutOfMemory, RecipeError
 from halfbyte.trainer.export.export import ADAPTER_FILE
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder.folder import HOW_IT_IS_COMPUTED, RunFolder, claim
 
 from runs import run_here, write_recipe

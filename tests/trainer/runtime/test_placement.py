@@ -6,11 +6,13 @@ from accelerate import cpu_offload, dispatch_model
 from diffusers import FluxPipeline
 from transformers import T5EncoderModel
 
-from halfbyte.quant.convert.replace_linears import QuantizedLinear, QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.text_encoder import load_text_encoder
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.runtime.placement import Placement
 
 from probe import prediction
@@ -21,13 +23,13 @@ CPU = torch.device("cpu")
 def denoiser_of(model, kind="flux", quant="nf4"):
     family = FAMILIES[kind].open(str(model), None, None)
     recipe = QuantRecipe(quant, compute_dtype=torch.float32)
-    denoiser = family.load_denoiser(recipe, device=CPU, dtype=torch.float32)
+    denoiser = load_base(family, recipe, device=CPU, dtype=torch.float32)
     family.fuse_blocks(denoiser, BlockSettings("inputs"))
     return denoiser
 
 
 def on_meta(model):
-    return [layer.weight.is_meta for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    return [layer.weight.is_meta for layer in model.modules() if isinstance(layer, QuantizedLayer)]
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])

@@ -7,12 +7,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.lora import linear_group
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.registry import FAMILIES
-from halfbyte.trainer.sample.compiled_blocks import compile_blocks
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.catalog import FAMILIES
+from halfbyte.trainer.sample.draw import compile_blocks
 from halfbyte.trainer.sample.strength import AdapterStrength
 
 from probe import inputs
@@ -31,7 +32,7 @@ def fresh() -> Iterator[None]:
 def adapted(kind, model, *, compiled, whole=True):
     family = FAMILIES[kind].open(str(model), None, None)
     recipe = QuantRecipe("nf4", compute_dtype=torch.float32)
-    denoiser = family.load_denoiser(recipe, device=CPU, dtype=torch.float32)
+    denoiser = load_base(family, recipe, device=CPU, dtype=torch.float32)
     add_lora(
         denoiser,
         rank=4,

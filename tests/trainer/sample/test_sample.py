@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from halfbyte.trainer.run_folder.checkpoint import ADAPTER_FILE
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.sample.picture_files import read_record
 from halfbyte.trainer.sample.sampler import PipelineCall
 

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.runtime.placement import Placement
 from halfbyte.trainer.sample import run as sample_run
 from halfbyte.trainer.sample.request import SampleRequest

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.trainer.adapters.formats import PEFT_CONFIG, PEFT_FILE
+from halfbyte.trainer.denoiser import base
 from halfbyte.trainer.errors import HubError
-from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families import encoders
 from halfbyte.trainer.sample.request import SampleRequest
 from halfbyte.trainer.sample.source import find_subject
 
@@ -25,8 +26,8 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*arguments, **options):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(Family, "load_denoiser", loaded)
-    monkeypatch.setattr(Family, "load_encoders", loaded)
+    monkeypatch.setattr(base, "_read", loaded)
+    monkeypatch.setattr(encoders, "PipelineEncoders", loaded)
 
 
 def write_adapter(file, *, layer=LAYER, inputs=64, outputs=64):

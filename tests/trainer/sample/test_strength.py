@@ -4,9 +4,10 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.saved import LoraLayer
-from halfbyte.trainer.registry import FAMILIES
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.sample.source import Adapter
 from halfbyte.trainer.sample.strength import AdapterStrength, put_on
 
@@ -22,9 +23,7 @@ def family(mini_flux):
 
 
 def base_of(family):
-    return family.load_denoiser(
-        QuantRecipe("nf4", compute_dtype=torch.float32), device=CPU, dtype=torch.float32
-    )
+    return load_base(family, QuantRecipe("nf4", compute_dtype=torch.float32), device=CPU, dtype=torch.float32)
 
 
 def adapter_of(family, *, dora=False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from halfbyte.trainer.recipe.recipe import load_recipe
+from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training import loop as fitting

@@ -7,7 +7,7 @@ from torch import nn
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.families.sd3.family import SD3

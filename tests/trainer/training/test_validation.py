@@ -9,16 +9,18 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.data.batches import TrainingSet
 from halfbyte.trainer.data.buckets import Cropping, views_of
 from halfbyte.trainer.data.encoding_cache import fill
 from halfbyte.trainer.data.folder import read_samples
 from halfbyte.trainer.data.held_out import set_aside
+from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import DataError, HalfbyteError
 from halfbyte.trainer.export.export import ADAPTER_FILE
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.runtime.world import World, read_world
 from halfbyte.trainer.training.metrics import read_metrics, read_validation
@@ -38,7 +40,7 @@ def prepared(tmp_path_factory, mini_flux):
     samples = read_samples(write_pictures(folder / "pictures"))
     family = Flux.open(str(mini_flux), None, 24)
     views = [group[0] for group in views_of(samples, Cropping(64, family.size_multiple), 0)]
-    encoders = family.load_encoders(device=CPU, dtype=torch.bfloat16, memo=folder / "digests")
+    encoders = load_encoders(family, device=CPU, dtype=torch.bfloat16, memo=folder / "digests")
     caches = fill(folder / "cache", encoders, views, [sample.caption for sample in samples])
     return family, views, TrainingSet(*caches)
 
@@ -47,7 +49,7 @@ def prepared(tmp_path_factory, mini_flux):
 def denoiser(prepared):
     """The mini FLUX with an adapter that moves it and drops half of its inputs in training."""
     family, _, _ = prepared
-    model = family.load_denoiser(QuantRecipe(compute_dtype=torch.float32), device=CPU, dtype=torch.float32)
+    model = load_base(family, QuantRecipe(compute_dtype=torch.float32), device=CPU, dtype=torch.float32)
     targets = family.lora_targets("attention")
     add_lora(model, rank=4, alpha=4, dropout=0.5, targets=targets, init="gaussian", seed=0)
     draws = torch.Generator().manual_seed(1)

@@ -1,7 +1,8 @@
 """A transformer block that runs as one function where it can, and layer by layer with checkpointing where not."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,8 +10,25 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.attention.ops import default_backend
 from halfbyte.quant.layers.autocast import autocast_dtype
-from halfbyte.trainer.families.blocks.parts import BlockSettings, Keep
 from halfbyte.trainer.families.offload.activations import HostStore
+
+# inputs: a block's inputs alone (full checkpointing). attention: also what attention gave and the stream behind it
+# (selective). everything: also the outputs of the products; what elementwise work makes is made again even so.
+Keep = Literal["inputs", "attention", "everything"]
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How the blocks of a transformer run; none of it changes a result beyond rounding."""
+
+    keep: Keep = "everything"
+    """What a block keeps between forward and backward."""
+    store: HostStore | None = None
+    """Where whole blocks leave their inputs between forward and backward; None: on the device."""
+    whole: bool = True
+    """Run each block as one function where it can be."""
+    backend: str | None = None
+    """Of attention, see `halfbyte.kernels.attention.ops`; None: what is right without a probe."""
 
 
 class WholeBlock:

@@ -6,35 +6,16 @@ product and not by running itself again: what no gradient depends on is never co
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels.copy_rows.ops import copy_rows
+from halfbyte.kernels.fp32_product import product_in_fp32
 from halfbyte.kernels.gelu.ops import gelu_tanh, gelu_tanh_gradients
-from halfbyte.kernels.linear_4bit.accumulate_ops import product_in_fp32
 from halfbyte.quant.lora.layers import group_layer
 from halfbyte.quant.lora.linear_group import LinearGroup
-from halfbyte.trainer.families.offload.activations import HostStore
-
-# inputs: a block's inputs alone (full checkpointing). attention: also what attention gave and the stream behind it
-# (selective). everything: also the outputs of the products; what elementwise work makes is made again even so.
-Keep = Literal["inputs", "attention", "everything"]
-
-
-@dataclass(frozen=True)
-class BlockSettings:
-    """How the blocks of a transformer run; none of it changes a result beyond rounding."""
-
-    keep: Keep = "everything"
-    """What a block keeps between forward and backward."""
-    store: HostStore | None = None
-    """Where whole blocks leave their inputs between forward and backward; None: on the device."""
-    whole: bool = True
-    """Run each block as one function where it can be."""
-    backend: str | None = None
-    """Of attention, see `halfbyte.kernels.attention.ops`; None: what is right without a probe."""
 
 
 def linear_group(layers: Sequence[nn.Module], x: Tensor) -> LinearGroup | None:

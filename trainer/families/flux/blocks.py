@@ -16,8 +16,8 @@ from halfbyte.quant.layers.autocast import without_autocast
 from halfbyte.quant.lora.layers import lora_linears
 from halfbyte.trainer.families.blocks.attention import JointAttention
 from halfbyte.trainer.families.blocks.dual_block import DualBlock, DualBlockFunction, StreamPart
-from halfbyte.trainer.families.blocks.fused_block import WholeBlock
-from halfbyte.trainer.families.blocks.parts import BlockSettings, adapters, linear_group, plain
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings, WholeBlock
+from halfbyte.trainer.families.blocks.parts import adapters, linear_group, plain
 from halfbyte.trainer.families.flux.attention import Rotary, SharedInputAttention
 from halfbyte.trainer.families.flux.single_block import SingleBlock, SingleBlockFunction
 

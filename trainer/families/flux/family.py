@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from halfbyte.quant.files.row_ranges import SingleFile
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.blocks import fuse_blocks
 from halfbyte.trainer.families.flux.names import flux_names

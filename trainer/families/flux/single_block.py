@@ -25,9 +25,9 @@ from halfbyte.kernels.modulation.ops import (
 from halfbyte.quant.layers.autocast import without_autocast
 from halfbyte.quant.lora.linear_group import LinearGroup
 from halfbyte.trainer.families.blocks.attention import JointAttention
+from halfbyte.trainer.families.blocks.fused_block import Keep
 from halfbyte.trainer.families.blocks.parts import (
     AdapterGradients,
-    Keep,
     gelu_input,
     gradient_room,
     input_room,

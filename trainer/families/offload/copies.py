@@ -5,12 +5,42 @@ behind the copy; a copy starts behind a mark of the computation, and the computa
 Between them they are all that keeps a block from being read before it is there, and overwritten while it is read.
 """
 
+import mmap
+import weakref
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from halfbyte.trainer.families.offload.page_locked import PageLocked
+from halfbyte.trainer.errors import OutOfMemory
+
+
+class PageLocked:
+    """`bytes` (n,) uint8 in pages of its own, locked for as long as this lives where a CUDA device is to read them.
+
+    torch's allocator of pinned memory rounds sizes up to powers of two, which would make 10 GB of FLUX's 5.7; pages
+    that are registered afterwards are exactly those that are needed.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        """Raises OutOfMemory where the system does not lock so much."""
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.bytes: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        if device.type != "cuda":
+            return
+        # A forked process would get a copy of locked pages at once.
+        pages.madvise(mmap.MADV_DONTFORK)
+        place = self.bytes.data_ptr()
+        with torch.cuda.device(device):
+            error = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, _PORTABLE))
+        if error:
+            raise OutOfMemory(
+                f"train.stream_blocks: the system did not lock {nbytes / 2**20:.0f} MiB of host memory (CUDA error"
+                f" {error}); all blocks together must fit into it, see halfbyte plan"
+            )
+        # At the end of the process the system does it, while copies may still be under way.
+        weakref.finalize(self, _unlock, place, device).atexit = False
+
 
 Mark = torch.cuda.Event | None
 """None: what it stands for has happened."""
@@ -97,3 +127,11 @@ class DirectCopies:
 def copies_to(device: torch.device) -> BlockCopies:
     """What copies to a device of this kind."""
     return CudaCopies(device) if device.type == "cuda" else DirectCopies(device)
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
+
+
+def _unlock(place: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(place)

@@ -7,8 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from halfbyte.trainer.families.blocks.parts import BlockSettings
-from halfbyte.trainer.families.encoders import TextEmbedding
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.sd3.blocks import fuse_blocks
 from halfbyte.trainer.families.sd3.names import sd3_names

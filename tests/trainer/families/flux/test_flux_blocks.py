@@ -4,11 +4,13 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.lora.linear_group import LinearGroup
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.families.blocks.attention import JointAttention
-from halfbyte.trainer.families.blocks.parts import BlockSettings, joined
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.blocks.parts import joined
 from halfbyte.trainer.families.flux.blocks import fuse_blocks
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore

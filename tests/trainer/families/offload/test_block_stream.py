@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.on_host import held_tensors, hold_on_host
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import base_tensors
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
-from halfbyte.trainer.denoiser.load import block_names
-from halfbyte.trainer.families.blocks.parts import BlockSettings, Keep
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.settings import block_names
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings, Keep
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore
@@ -84,7 +85,7 @@ def loaded(
     dropout: float = 0.0,
 ) -> nn.Module:
     recipe = QuantRecipe(quant_type=quant, compute_dtype=torch.float32)
-    denoiser = family.load_denoiser(recipe, device=CPU, dtype=torch.float32)
+    denoiser = load_base(family, recipe, device=CPU, dtype=torch.float32)
     add_lora(
         denoiser,
         rank=4,

@@ -12,23 +12,26 @@ from diffusers import FluxTransformer2DModel
 from rich.console import Console
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe
+from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
-from halfbyte.trainer.denoiser.load import block_names, load_denoiser
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.denoiser.base import load_base
+from halfbyte.trainer.denoiser.load import load_denoiser
+from halfbyte.trainer.denoiser.settings import block_names
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore
-from halfbyte.trainer.families.offload.block_stream import BlockStream, keep_on_host, packed_blocks
-from halfbyte.trainer.families.offload.copies import CudaCopies, Mark
-from halfbyte.trainer.families.offload.page_locked import PageLocked
+from halfbyte.trainer.families.offload.block_stream import BlockStream, packed_blocks
+from halfbyte.trainer.families.offload.copies import CudaCopies, Mark, PageLocked
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.plan.dry_run import Rehearsal, training_module
-from halfbyte.trainer.recipe.recipe import Recipe, load_recipe
+from halfbyte.trainer.plan.dry_run import Rehearsal
+from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training import loop as fitting
+from halfbyte.trainer.training.module import training_module
 
 from runs import write_recipe
 from steps import batch_for, module_of
@@ -84,8 +87,7 @@ def loaded(
 ) -> nn.Module:
     """On the GPU, with its blocks there, or visiting by way of `copies`."""
     recipe = QuantRecipe(compute_dtype=torch.bfloat16)
-    place = None if copies is None else keep_on_host(block_names(family))
-    denoiser = family.load_denoiser(recipe, device=CUDA, dtype=torch.bfloat16, place=place)
+    denoiser = load_base(family, recipe, device=CUDA, dtype=torch.bfloat16, stream=copies is not None)
     targets = family.lora_targets("all-linear")
     add_lora(denoiser, rank=4, alpha=8, dropout=0.0, targets=targets, init="gaussian", seed=1)
     family.fuse_blocks(denoiser, settings)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from halfbyte.quant.convert.replace_linears import QuantRecipe, convert
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
-from halfbyte.trainer.families.blocks.parts import BlockSettings
+from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.sd3.blocks import fuse_blocks
 from halfbyte.trainer.families.sd3.family import SD3
 

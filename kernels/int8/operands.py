@@ -1,0 +1,19 @@
+"""Checks of the operands of the int8 ops."""
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.rows import _check
+
+
+def check_int8(quantized: Tensor, absmax: Tensor) -> None:
+    """A weight of LLM.int8(): int8 (N, K) and the fp32 (N,) of its rows.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if quantized.dtype is not torch.int8 or quantized.dim() != 2:
+        raise ValueError(
+            f"quantized: got {quantized.dtype} {tuple(quantized.shape)}, expected torch.int8 (N, K)"
+        )
+    _check("absmax", absmax, torch.float32, quantized.shape[0], quantized.get_device())
