@@ -4,5 +4,5 @@ import torch
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def to_wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

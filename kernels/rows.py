@@ -20,7 +20,7 @@ def check_rows(name: str, rows: Tensor, width: int, bias: Tensor | None = None, 
         )
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: int) -> None:
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: int) -> None:
     # Tensors of the CPU and of meta have no number; there torch itself refuses to mix them.
     if (
         tensor.dtype is not dtype

@@ -18,7 +18,7 @@ from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export.export import ExportSettings, export_trained, exported_lines
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.plan.advice import told_when_full
+from halfbyte.trainer.plan.advice import oom_advice
 from halfbyte.trainer.plan.dry_run import Rehearsal
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.publish.push import PushRequest, check_push, prepare_push, push
@@ -34,9 +34,9 @@ from halfbyte.trainer.run_folder.pinned_base import (
     started_from,
 )
 from halfbyte.trainer.runtime.progress import write_lines
-from halfbyte.trainer.runtime.world import World, barrier, join, told_by_first
+from halfbyte.trainer.runtime.world import World, barrier, broadcast_from_leader, join
 from halfbyte.trainer.sample.sampler import PictureSampler, SampleSettings
-from halfbyte.trainer.training.loop import Finished, Training, fit
+from halfbyte.trainer.training.loop import Finished, Training, train
 from halfbyte.trainer.training.metrics import METRICS, StepMetrics, read_metrics
 from halfbyte.trainer.training.opening import Opening, opening_lines
 from halfbyte.trainer.training.outcome import Closing, closing_lines, what_was_learned, write_summary
@@ -57,18 +57,18 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     claim(folder, recipe, resume=resume)
     _check_precision(recipe, world)
     repository = recipe.output.push_to_hub
-    if world.leads and repository is not None:
+    if world.is_leader and repository is not None:
         check_push(repository)
     join(world)
     # One process asks, so that all read the same commits.
     init_from = recipe.lora.init_from
-    commits = told_by_first(world, lambda: find_commits(folder, recipe.model, init_from))
+    commits = broadcast_from_leader(world, lambda: find_commits(folder, recipe.model, init_from))
     if init_from is not None:
         init_from = at_commit(init_from, commits.get(INIT_FROM))
     digests = FileDigests(recipe.data.cache_folder / "digests")
     family = open_base(folder, recipe.model, digests, commits=commits)
     refuse_large(recipe, family)
-    when_full = partial(told_when_full, recipe, family)
+    when_full = partial(oom_advice, recipe, family)
     # What fits no layer, and a broken adapter, are told at once, not behind the encoding.
     Rehearsal(recipe, family)
     start = start_layers(init_from, family)
@@ -93,7 +93,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
         device=world.device,
         dtype=DTYPES[recipe.quant.compute_dtype],
     )
-    if world.leads:
+    if world.is_leader:
         folder.root.mkdir(parents=True, exist_ok=True)
         write_file(folder.recipe, recipe.to_yaml())
         # Here the base has been read, and its digests are known.
@@ -109,18 +109,18 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     console.print(f"ready after {ready:.1f} s", highlight=False)
 
     training = Training(recipe, family, world, prepared, denoiser, folder, saved, sampler, console, when_full)
-    finished = fit(training)
+    finished = train(training)
     if not finished.done:
         console.print(
             f"stopped at step {finished.step} of {recipe.train.steps}; go on with --resume", highlight=False
         )
         return False
-    if world.leads:
+    if world.is_leader:
         with when_full(_WHEN_FULL_AT_THE_END, *_drawing(recipe)):
             _export(training, loaded, finished)
     barrier(world)
     # After the last wait for each other: no process waits for an upload.
-    if world.leads and repository is not None:
+    if world.is_leader and repository is not None:
         _push(folder.root, console)
     return True
 

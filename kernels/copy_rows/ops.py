@@ -1,11 +1,9 @@
 """Rows copied into a slice of a wider buffer, or out of one, as torch sees it."""
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dispatch import is_eager
+from halfbyte.kernels.dispatch import HAS_TRITON, is_eager
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("copy_rows_(Tensor(a!) out, Tensor x) -> ()")
@@ -17,8 +15,6 @@ def _copy(out: Tensor, x: Tensor) -> None:
 
 _library.impl("copy_rows_", _copy, "CompositeExplicitAutograd")
 
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from halfbyte.kernels.copy_rows import cuda as copy_triton
 

@@ -35,20 +35,20 @@ def _gradients_kernel(
     out,
     dy,
     x,
-    lowered,
-    lifted,
+    gb,
+    xa,
     sums,
     rows,
     OUT_ROW: tl.constexpr,
     DY_ROW: tl.constexpr,
     X_ROW: tl.constexpr,
-    LOWERED_ROW: tl.constexpr,
-    LIFTED_ROW: tl.constexpr,
+    GB_ROW: tl.constexpr,
+    XA_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
-    LOWERED: tl.constexpr,
-    LIFTED: tl.constexpr,
-    LOWERED_ROOM: tl.constexpr,
-    LIFTED_ROOM: tl.constexpr,
+    GB: tl.constexpr,
+    XA: tl.constexpr,
+    GB_ROOM: tl.constexpr,
+    XA_ROOM: tl.constexpr,
     DEPTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -56,8 +56,8 @@ def _gradients_kernel(
     within = column < WIDTH
     share = tl.cdiv(tl.cdiv(rows, DEPTH), tl.num_programs(1)) * DEPTH
     first = tl.program_id(1) * share
-    down = tl.zeros((LOWERED_ROOM, TILE), tl.float32)
-    up = tl.zeros((LIFTED_ROOM, TILE), tl.float32)
+    down = tl.zeros((GB_ROOM, TILE), tl.float32)
+    up = tl.zeros((XA_ROOM, TILE), tl.float32)
     for start in range(first, min(first + share, rows), DEPTH):
         row = (start + tl.arange(0, DEPTH)).to(tl.int64)
         inside = row < rows
@@ -67,20 +67,20 @@ def _gradients_kernel(
         gate, closed = gelu_gate(value)
         result = (grad * gelu_slope(value, gate, closed)).to(out.dtype.element_ty)
         tl.store(out + row[:, None] * OUT_ROW + column[None, :], result, mask=mask)
-        if LOWERED > 0:
-            narrow = _turned(lowered, row, inside, LOWERED_ROW, LOWERED, LOWERED_ROOM)
+        if GB > 0:
+            narrow = _turned(gb, row, inside, GB_ROW, GB, GB_ROOM)
             acted = (value * gate).to(narrow.dtype)
             down = tl.dot(narrow, acted, down, input_precision="ieee")
-        if LIFTED > 0:
-            narrow = _turned(lifted, row, inside, LIFTED_ROW, LIFTED, LIFTED_ROOM)
+        if XA > 0:
+            narrow = _turned(xa, row, inside, XA_ROW, XA, XA_ROOM)
             up = tl.dot(narrow, result.to(narrow.dtype), up, input_precision="ieee")
-    place = sums + tl.program_id(1).to(tl.int64) * (LOWERED + LIFTED) * WIDTH + column[None, :]
-    if LOWERED > 0:
-        number = tl.arange(0, LOWERED_ROOM)[:, None]
-        tl.store(place + number * WIDTH, down, mask=(number < LOWERED) & within[None, :])
-    if LIFTED > 0:
-        number = tl.arange(0, LIFTED_ROOM)[:, None]
-        tl.store(place + (LOWERED + number) * WIDTH, up, mask=(number < LIFTED) & within[None, :])
+    place = sums + tl.program_id(1).to(tl.int64) * (GB + XA) * WIDTH + column[None, :]
+    if GB > 0:
+        number = tl.arange(0, GB_ROOM)[:, None]
+        tl.store(place + number * WIDTH, down, mask=(number < GB) & within[None, :])
+    if XA > 0:
+        number = tl.arange(0, XA_ROOM)[:, None]
+        tl.store(place + (GB + number) * WIDTH, up, mask=(number < XA) & within[None, :])
 
 
 @triton.jit
@@ -90,31 +90,31 @@ def _sum_kernel(
     up,
     shares,
     WIDTH: tl.constexpr,
-    LOWERED: tl.constexpr,
-    LIFTED: tl.constexpr,
-    LOWERED_ROOM: tl.constexpr,
-    LIFTED_ROOM: tl.constexpr,
+    GB: tl.constexpr,
+    XA: tl.constexpr,
+    GB_ROOM: tl.constexpr,
+    XA_ROOM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """down (LOWERED, D) and up (D, LIFTED) of sums (shares, LOWERED + LIFTED, D)."""
+    """down (GB, D) and up (D, XA) of sums (shares, GB + XA, D)."""
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
     within = column < WIDTH
-    if LOWERED > 0:
-        number = tl.arange(0, LOWERED_ROOM)[:, None]
-        mask = (number < LOWERED) & within
-        total = tl.zeros((LOWERED_ROOM, TILE), tl.float32)
+    if GB > 0:
+        number = tl.arange(0, GB_ROOM)[:, None]
+        mask = (number < GB) & within
+        total = tl.zeros((GB_ROOM, TILE), tl.float32)
         for share in range(shares):
-            place = sums + (share * (LOWERED + LIFTED) + number) * WIDTH + column
+            place = sums + (share * (GB + XA) + number) * WIDTH + column
             total += tl.load(place, mask=mask, other=0.0)
         tl.store(down + number * WIDTH + column, total, mask=mask)
-    if LIFTED > 0:
-        number = tl.arange(0, LIFTED_ROOM)[:, None]
-        mask = (number < LIFTED) & within
-        total = tl.zeros((LIFTED_ROOM, TILE), tl.float32)
+    if XA > 0:
+        number = tl.arange(0, XA_ROOM)[:, None]
+        mask = (number < XA) & within
+        total = tl.zeros((XA_ROOM, TILE), tl.float32)
         for share in range(shares):
-            place = sums + (share * (LOWERED + LIFTED) + LOWERED + number) * WIDTH + column
+            place = sums + (share * (GB + XA) + GB + number) * WIDTH + column
             total += tl.load(place, mask=mask, other=0.0)
-        tl.store(up + column * LIFTED + number, total, mask=mask)
+        tl.store(up + column * XA + number, total, mask=mask)
 
 
 _launch_gradients = Launcher(_gradients_kernel)
@@ -125,12 +125,10 @@ def _room(columns: int) -> int:
     return max(_LEAST, triton.next_power_of_2(columns))
 
 
-def gelu_tanh_gradients(
-    out: Tensor, dy: Tensor, x: Tensor, lowered: Tensor, lifted: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`elementwise_reference.gelu_tanh_gradients`, of few columns in `lowered` and in `lifted`."""
-    dy, x, lowered, lifted = readable(dy), readable(x), readable(lowered), readable(lifted)
-    (rows, width), p, u = x.shape, lowered.shape[1], lifted.shape[1]
+def gelu_tanh_gradients(out: Tensor, dy: Tensor, x: Tensor, gb: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
+    """`elementwise_reference.gelu_tanh_gradients`, of few columns in `gb` and in `xa`."""
+    dy, x, gb, xa = readable(dy), readable(x), readable(gb), readable(xa)
+    (rows, width), p, u = x.shape, gb.shape[1], xa.shape[1]
     down = torch.empty((p, width), dtype=torch.float32, device=x.device)
     up = torch.empty((width, u), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -140,13 +138,13 @@ def gelu_tanh_gradients(
     sizes = (width, p, u, _room(p), _room(u))
     _launch_gradients(
         (triton.cdiv(width, _TILE), shares, 1),
-        (out, dy, x, lowered, lifted, sums, rows),
+        (out, dy, x, gb, xa, sums, rows),
         (
             out.stride(0),
             dy.stride(0),
             x.stride(0),
-            lowered.stride(0),
-            lifted.stride(0),
+            gb.stride(0),
+            xa.stride(0),
             *sizes,
             _DEPTH,
             _TILE,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.rows import _check
+from halfbyte.kernels.rows import check_tensor
 
 
 def check_int8(quantized: Tensor, absmax: Tensor) -> None:
@@ -16,4 +16,4 @@ def check_int8(quantized: Tensor, absmax: Tensor) -> None:
         raise ValueError(
             f"quantized: got {quantized.dtype} {tuple(quantized.shape)}, expected torch.int8 (N, K)"
         )
-    _check("absmax", absmax, torch.float32, quantized.shape[0], quantized.get_device())
+    check_tensor("absmax", absmax, torch.float32, quantized.shape[0], quantized.get_device())

@@ -5,17 +5,15 @@ blocks' own backward calls them one by one. Streams are (B, S, D), modulation is
 likes. Streams may be slices; what comes out is contiguous. fp32 inside, one rounding on the way out.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dispatch import is_eager
+from halfbyte.kernels.dispatch import HAS_TRITON, is_eager
 from halfbyte.kernels.modulation import reference
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from halfbyte.kernels.rows import WEIGHT_DTYPES
 
 _BACKWARD = "Tensor dy, Tensor x, Tensor scale, Tensor? residual_grad, float eps"
 
@@ -47,8 +45,6 @@ REFERENCE: Mapping[str, Callable[..., Any]] = {
     "gated_norm": reference.gated_norm,
     "gated_norm_backward": reference.gated_norm_backward,
 }
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 CUDA: dict[str, Callable[..., Any]] = {}
 if HAS_TRITON:
     from halfbyte.kernels.modulation import cuda as modulation_triton
@@ -136,8 +132,8 @@ def _fake_gated_norm_backward(
 
 
 def _check_stream(name: str, stream: Tensor, shape: torch.Size | None = None) -> None:
-    if stream.dtype not in DTYPES:
-        raise ValueError(f"{name}: got {stream.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if stream.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name}: got {stream.dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}")
     if stream.dim() != 3:
         raise ValueError(f"{name}: got shape {tuple(stream.shape)}, expected (B, S, D)")
     if shape is not None and stream.shape != shape:
@@ -148,8 +144,10 @@ def _check_stream(name: str, stream: Tensor, shape: torch.Size | None = None) ->
 
 def _check_modulation(name: str, modulation: Tensor, stream: Tensor) -> None:
     expected = (stream.shape[0], stream.shape[2])
-    if modulation.dtype not in DTYPES:
-        raise ValueError(f"{name}: got {modulation.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if modulation.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"{name}: got {modulation.dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}"
+        )
     if modulation.shape != expected:
         raise ValueError(f"{name}: got shape {tuple(modulation.shape)}, expected (B, D) = {expected}")
 

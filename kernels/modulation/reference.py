@@ -7,7 +7,7 @@ rounds after each of its steps instead; of the two, this is the nearer to exact 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.precision import _wide
+from halfbyte.kernels.precision import to_wide
 
 # Largest finite fp16: diffusers clips the residual stream there.
 FP16_LARGEST = 65504.0
@@ -15,12 +15,12 @@ FP16_LARGEST = 65504.0
 
 def _rows(modulation: Tensor) -> Tensor:
     """(B, D) beside (B, S, D)."""
-    return _wide(modulation)[:, None]
+    return to_wide(modulation)[:, None]
 
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x with mean 0 and variance 1 along its last dimension, and the factor (..., 1) that made it so."""
-    centred = _wide(x)
+    centred = to_wide(x)
     centred = centred - centred.mean(-1, keepdim=True)
     factor = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * factor, factor
@@ -37,10 +37,10 @@ def layer_norm_modulate_backward(
 ) -> Tensor:
     """dx (B, S, D), with `residual_grad` (B, S, D) added before it is rounded."""
     normalized, factor = _normalize(x, eps)
-    grad = _wide(dy) * (1 + _rows(scale))
+    grad = to_wide(dy) * (1 + _rows(scale))
     grad = grad - grad.mean(-1, keepdim=True) - normalized * (grad * normalized).mean(-1, keepdim=True)
     grad = grad * factor
-    return (grad if residual_grad is None else grad + _wide(residual_grad)).to(x.dtype)
+    return (grad if residual_grad is None else grad + to_wide(residual_grad)).to(x.dtype)
 
 
 def layer_norm_modulate_grads(
@@ -48,14 +48,14 @@ def layer_norm_modulate_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`layer_norm_modulate_backward`'s dx with dscale and dshift (B, D)."""
     normalized, _ = _normalize(x, eps)
-    dscale = (_wide(dy) * normalized).sum(1).to(scale.dtype)
-    dshift = _wide(dy).sum(1).to(scale.dtype)
+    dscale = (to_wide(dy) * normalized).sum(1).to(scale.dtype)
+    dshift = to_wide(dy).sum(1).to(scale.dtype)
     return layer_norm_modulate_backward(dy, x, scale, residual_grad, eps), dscale, dshift
 
 
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor, clip: bool) -> Tensor:
     """x + gate * update: x and update (B, S, D), gate (B, D); `clip` holds fp16 within its finite range."""
-    y = _wide(x) + _rows(gate) * _wide(update)
+    y = to_wide(x) + _rows(gate) * to_wide(update)
     if clip and x.dtype == torch.float16:
         y = y.clamp(-FP16_LARGEST, FP16_LARGEST)
     return y.to(x.dtype)
@@ -63,12 +63,12 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor, clip: bool) -> Tenso
 
 def gated_residual_backward(dy: Tensor, gate: Tensor) -> Tensor:
     """gate * dy: the gradient of the update."""
-    return (_rows(gate) * _wide(dy)).to(dy.dtype)
+    return (_rows(gate) * to_wide(dy)).to(dy.dtype)
 
 
 def gated_residual_grads(dy: Tensor, gate: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the update (B, S, D) and of the gate (B, D)."""
-    return gated_residual_backward(dy, gate), (_wide(dy) * _wide(update)).sum(1).to(gate.dtype)
+    return gated_residual_backward(dy, gate), (to_wide(dy) * to_wide(update)).sum(1).to(gate.dtype)
 
 
 def gated_norm(

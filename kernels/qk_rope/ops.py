@@ -4,17 +4,16 @@ diffusers normalizes each stream, concatenates and turns: three passes over q an
 is read once and written once, at its place in the joint buffer.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.dispatch import is_eager
+from halfbyte.kernels.dispatch import HAS_TRITON, is_eager
 from halfbyte.kernels.qk_rope import reference
+from halfbyte.kernels.rows import WEIGHT_DTYPES
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
@@ -82,8 +81,6 @@ def _qk_norm_rope_backward(
 _library.impl("qk_norm_rope", _qk_norm_rope, "CompositeExplicitAutograd")
 _library.impl("qk_norm_rope_backward", _qk_norm_rope_backward, "CompositeExplicitAutograd")
 
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from halfbyte.kernels.qk_rope import cuda as qk_rope_triton
     from halfbyte.kernels.qk_rope import cuda_backward as qk_rope_backward_triton
@@ -131,8 +128,10 @@ def _check_streams(streams: Sequence[Stream], heads: int) -> None:
             if part is None:
                 continue
             where = f"streams[{number}].{name}"
-            if part.dtype not in DTYPES:
-                raise ValueError(f"{where}: got {part.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+            if part.dtype not in WEIGHT_DTYPES:
+                raise ValueError(
+                    f"{where}: got {part.dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}"
+                )
             if part.shape != (batch, stream.query.shape[1], width):
                 expected = (batch, stream.query.shape[1], width)
                 raise ValueError(
@@ -277,7 +276,7 @@ def _check_out(out: Sequence[tuple[Tensor, Tensor, Tensor]], streams: Sequence[S
         raise ValueError(f"out: got {len(out)}, expected three slices for each of {len(streams)} streams")
     for number, (slices, stream) in enumerate(zip(out, streams, strict=True)):
         for part in slices:
-            if part.shape != stream.query.shape or part.dtype not in DTYPES:
+            if part.shape != stream.query.shape or part.dtype not in WEIGHT_DTYPES:
                 raise ValueError(
                     f"out[{number}]: got {part.dtype} {tuple(part.shape)}, expected {tuple(stream.query.shape)}"
                 )

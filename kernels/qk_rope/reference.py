@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.precision import _wide
+from halfbyte.kernels.precision import to_wide
 
 
 def _rms_factor(x: Tensor, eps: float) -> Tensor:
@@ -39,9 +39,9 @@ def norm_rope(
     """
     streams = []
     for number, projection in enumerate(projections):
-        x = _wide(projection).unflatten(-1, (heads, -1))
+        x = to_wide(projection).unflatten(-1, (heads, -1))
         if weights:
-            x = x * _rms_factor(x, eps) * _wide(weights[number])
+            x = x * _rms_factor(x, eps) * to_wide(weights[number])
         streams.append(x)
     joint = torch.cat(streams, dim=1)
     if cos is not None and sin is not None:
@@ -58,16 +58,16 @@ def norm_rope_backward(
     eps: float,
 ) -> list[Tensor]:
     """Joint gradient (B, sum S_i, H, D_h) -> the gradient of each stream's projection (B, S_i, H*D_h)."""
-    joint = _wide(grad)
+    joint = to_wide(grad)
     if cos is not None and sin is not None:
         joint = _rotate_back(joint, cos, sin)
     grads = []
     streams = joint.split([projection.shape[1] for projection in projections], dim=1)
     for number, (projection, g) in enumerate(zip(projections, streams, strict=True)):
         if weights:
-            x = _wide(projection).unflatten(-1, (grad.shape[2], -1))
+            x = to_wide(projection).unflatten(-1, (grad.shape[2], -1))
             factor = _rms_factor(x, eps)
-            g = g * _wide(weights[number])
+            g = g * to_wide(weights[number])
             g = factor * (g - x * factor.square() * (g * x).mean(-1, keepdim=True))
         grads.append(g.flatten(2).to(projection.dtype, memory_format=torch.contiguous_format, copy=True))
     return grads

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.quantize_4bit import reference
-from halfbyte.kernels.rows import WEIGHT_DTYPES, _check
+from halfbyte.kernels.rows import WEIGHT_DTYPES, check_tensor
 
 QUANT_TYPES = tuple(reference.CODES)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -58,9 +58,9 @@ def check_dequantize(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype: got {dtype}, expected a floating-point type")
     device = packed.get_device()
-    _check("packed", packed, torch.uint8, (numel + 1) // 2, device)
-    _check("absmax", absmax, scale_dtype, (numel + blocksize - 1) // blocksize, device)
-    _check("code", code, torch.float32, 16, device)
+    check_tensor("packed", packed, torch.uint8, (numel + 1) // 2, device)
+    check_tensor("absmax", absmax, scale_dtype, (numel + blocksize - 1) // blocksize, device)
+    check_tensor("code", code, torch.float32, 16, device)
 
 
 def check_dequantize_double(
@@ -84,9 +84,9 @@ def check_dequantize_double(
     _check_blocksize("nested_blocksize", nested_blocksize)
     device = packed.get_device()
     blocks = (codes.numel() + nested_blocksize - 1) // nested_blocksize
-    _check("nested_absmax", nested_absmax, torch.float32, blocks, device)
-    _check("offset", offset, torch.float32, 1, device)
-    _check("nested_code", nested_code, torch.float32, 256, device)
+    check_tensor("nested_absmax", nested_absmax, torch.float32, blocks, device)
+    check_tensor("offset", offset, torch.float32, 1, device)
+    check_tensor("nested_code", nested_code, torch.float32, 256, device)
 
 
 def _check_blocksize(name: str, blocksize: int) -> None:

@@ -18,12 +18,12 @@ from halfbyte.kernels.quantize_4bit.gptq import output_error, round_calibrated
 from halfbyte.quant.formats.nf4 import QuantState
 from halfbyte.quant.layers.linear4bit import Linear4bit, Params4bit
 
-Weights = Callable[[str], Tensor]
+ReadWeight = Callable[[str], Tensor]
 """A layer's weight (N, K) in full precision, by the layer's path."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class LayerFit:
     """How near a layer comes to its output in full precision, over the calibrating inputs."""
 
     path: str
@@ -35,12 +35,12 @@ class Fit:
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    weights: Weights,
+    weights: ReadWeight,
     forwards: Sequence[Callable[[], None]],
     *,
     moment_bytes: int,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Fit]:
+) -> list[LayerFit]:
     """Rounds the 4-bit layers of `model` anew, in place, for the inputs that `forwards` give them; a Fit for each.
 
     forwards: each sends some of the data through the model; all are called as often as it takes to hold no more than
@@ -63,7 +63,7 @@ def calibrate(
         if progress is not None:
             progress(done, total)
 
-    fits: list[Fit] = []
+    fits: list[LayerFit] = []
     for paths in windows:
         with _watched({path: layers[path] for path in paths}) as seen:
             for forward in forwards:
@@ -130,7 +130,7 @@ def _watched(layers: Mapping[str, Linear4bit]) -> Iterator[dict[str, _Moment]]:
         yield seen
 
 
-def _refit(path: str, layer: Linear4bit, weight: Tensor, moment: _Moment) -> Fit:
+def _refit(path: str, layer: Linear4bit, weight: Tensor, moment: _Moment) -> LayerFit:
     state = layer.weight.quant_state
     assert state is not None
     weight = weight.to(layer.weight.device)
@@ -150,7 +150,7 @@ def _refit(path: str, layer: Linear4bit, weight: Tensor, moment: _Moment) -> Fit
     after = relative()
     if after >= before:
         layer.weight, after = plain, before
-    return Fit(path, moment.inputs, before, after)
+    return LayerFit(path, moment.inputs, before, after)
 
 
 def _scales(state: QuantState) -> Tensor:

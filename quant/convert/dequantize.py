@@ -7,8 +7,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch import nn
 
+from halfbyte.kernels.rows import WEIGHT_DTYPES
 from halfbyte.quant.convert.skip_list import kept_in_fp32
-from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
 # What loaders leave on a quantized model, and `save_pretrained` and `to` look at.
@@ -24,7 +24,7 @@ _MARKS = (
 )
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+def dequantize_model(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     """Replace the quantized layers of `model` in place by plain ones in `dtype`; returns their paths.
 
     All of the model is in `dtype` afterwards, but for what its class keeps in fp32, and nothing in it or its

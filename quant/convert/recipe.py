@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from halfbyte.kernels.quantize_4bit import operands
+from halfbyte.kernels.rows import WEIGHT_DTYPES
 from halfbyte.quant.formats.int8 import DEFAULT_THRESHOLD
-from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES, QuantSpec
+from halfbyte.quant.formats.nf4 import QuantSpec
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.layers.linear8bit import Linear8bit
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.int8 import ops as int8_ops
-from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES, BeyondFormatError
+from halfbyte.kernels.rows import WEIGHT_DTYPES
+from halfbyte.quant.formats.nf4 import BeyondFormatError
 
 DEFAULT_THRESHOLD = 6.0  # the paper's, and bitsandbytes' own
 STATISTICS = ("SCB", "weight_format")

@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import rows as kernels_rows
 from halfbyte.kernels.quantize_4bit import operands, ops, reference, scale_search
+from halfbyte.kernels.rows import WEIGHT_DTYPES
 
-WEIGHT_DTYPES = kernels_rows.WEIGHT_DTYPES
 NESTED_BLOCKSIZE = 256
 SCALE_SEARCHES = (None, "mse")
 

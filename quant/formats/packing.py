@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.quantize_4bit import operands, reference
-from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES, NestedState, QuantState
+from halfbyte.kernels.rows import WEIGHT_DTYPES
+from halfbyte.quant.formats.nf4 import NestedState, QuantState
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
 STATISTICS = (

@@ -12,13 +12,13 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import split_statistic
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called after each tensor with (bytes done, bytes in all)."""
 
 Finish = Callable[[str, Tensor], Tensor]
 """What a tensor as it was read becomes, by its name."""
 
-Place = Callable[[str, QuantizedLayer], None]
+OnLayerLoaded = Callable[[str, QuantizedLayer], None]
 """Called with each quantized layer, by its path, when it has its weight; may put that elsewhere."""
 
 Statistics = Mapping[str, Mapping[str, str]]
@@ -38,10 +38,10 @@ def fill(
     device: torch.device,
     in_fp32: Collection[str] = (),
     leave_out: Collection[str] = (),
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     on_file: FileRead | None = None,
     finish: Finish | None = None,
-    place: Place | None = None,
+    place: OnLayerLoaded | None = None,
 ) -> None:
     """Give every parameter and buffer of `model` its value on `device`, in `dtype` where it is not packed.
 

@@ -10,12 +10,13 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
+from halfbyte.kernels.rows import WEIGHT_DTYPES
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.skip_list import is_skipped, kept_in_fp32
 from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
 from halfbyte.quant.files.shards import write_weights
 from halfbyte.quant.formats import int8, packing
-from halfbyte.quant.formats.nf4 import WEIGHT_DTYPES, QuantSpec
+from halfbyte.quant.formats.nf4 import QuantSpec
 from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.layers.linear8bit import Linear8bit
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer

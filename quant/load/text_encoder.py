@@ -14,7 +14,7 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.skip_list import linear_layers
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
-from halfbyte.quant.load.fill import Place, Progress, fill
+from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, fill
 from halfbyte.quant.load.on_meta import built_on_meta, place_weights_on_meta
 from halfbyte.quant.load.serialize import CONFIG_FILE, read_quantization_config, split_statistic
 from halfbyte.quant.load.transformer import default_dtype, read_config, stored_quantization
@@ -31,8 +31,8 @@ def load_text_encoder(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    progress: Progress | None = None,
-    place: Place | None = None,
+    progress: OnProgress | None = None,
+    place: OnLayerLoaded | None = None,
 ) -> TextEncoder:
     """The encoder of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
 

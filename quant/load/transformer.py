@@ -21,7 +21,7 @@ from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.files.read_ahead import FileRead
 from halfbyte.quant.files.shards import ShardedWeights
-from halfbyte.quant.load.fill import Place, Progress, fill
+from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, fill
 from halfbyte.quant.load.serialize import CONFIG_FILE, quantization_config, read_quantization_config
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ def load_quantized(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     on_file: FileRead | None = None,
-    place: Place | None = None,
+    place: OnLayerLoaded | None = None,
 ) -> Model:
     """The model of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
 
@@ -58,7 +58,7 @@ def load_quantized(
         if not isinstance(stored, dict):
             raise ValueError(f"{folder / CONFIG_FILE}: quantization_config is not an object")
         own = read_quantization_config(stored, str(folder / CONFIG_FILE), dtype=dtype)
-        recipe = settle(own, recipe, folder)
+        recipe = merge_settings(own, recipe, folder)
     model = empty_model(model_cls, config, folder, dtype)
     if recipe is not None:
         convert(model, recipe, check_skip=stored is None)
@@ -121,7 +121,7 @@ def empty_model(
     return model
 
 
-def settle(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRecipe:
+def merge_settings(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRecipe:
     """The settings of a quantized folder; only what the products run in is still open to choice."""
     if asked is None:
         return own

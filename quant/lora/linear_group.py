@@ -97,7 +97,7 @@ class LinearGroup:
             return nn.functional.linear(x, stacked, self._bias(x))
         return self._one_by_one(x)
 
-    def lifted(self, x: Tensor) -> Tensor:
+    def xa(self, x: Tensor) -> Tensor:
         """u (M, extra) of an x (M, K + extra) that `forward` has seen, a view."""
         return x[:, self.width :]
 

@@ -11,7 +11,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.dequantize import dequantize
+from halfbyte.quant.convert.dequantize import dequantize_model
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.convert.skip_list import check_skip_list
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
@@ -173,9 +173,9 @@ class HalfbyteQuantizer(DiffusersQuantizer):
         count_weights(model)
         return model
 
-    def dequantize(self, model: nn.Module) -> nn.Module:
+    def dequantize_model(self, model: nn.Module) -> nn.Module:
         """What `model.dequantize()` does: plain layers in the dtype of the others, see `quant.dequantize`."""
-        dequantize(model, self.torch_dtype)
+        dequantize_model(model, self.torch_dtype)
         return model
 
     @property

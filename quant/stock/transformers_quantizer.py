@@ -10,7 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from halfbyte.quant.convert.dequantize import dequantize
+from halfbyte.quant.convert.dequantize import dequantize_model
 from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.formats import int8, packing
 from halfbyte.quant.layers.linear4bit import Params4bit
@@ -205,9 +205,9 @@ class HalfbyteHfQuantizer(HfQuantizer):
         ]
         return model
 
-    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def dequantize_model(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """What `model.dequantize()` does: plain layers, in the dtype of the others unless one is given."""
-        dequantize(model, model.dtype if dtype is None else dtype)
+        dequantize_model(model, model.dtype if dtype is None else dtype)
         return model
 
     def is_serializable(self) -> bool:

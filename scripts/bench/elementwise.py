@@ -177,8 +177,8 @@ def adapters_case(tokens: int, width: int) -> Case:
     """Forward: attention's output into its place beside the MLP; backward: GELU's with both neighbours' adapters."""
     hidden, rank = 4 * width, 16
 
-    def backward(x: Tensor, dy: Tensor, part: Tensor, lowered: Tensor, lifted: Tensor, room: Tensor) -> Any:
-        return gelu_ops.gelu_tanh_gradients(dy[0, :, width:], x[0], lowered, lifted, room)
+    def backward(x: Tensor, dy: Tensor, part: Tensor, gb: Tensor, xa: Tensor, room: Tensor) -> Any:
+        return gelu_ops.gelu_tanh_gradients(dy[0, :, width:], x[0], gb, xa, room)
 
     return Case(
         "copy; GELU with adapters",
@@ -287,12 +287,12 @@ def check() -> None:
     require(
         "gelu_tanh_backward", gelu_ops.gelu_tanh_backward(dy, x), gelu_reference.gelu_tanh_backward(dy, x)
     )
-    room, lowered, lifted = randn(100, 3072), randn(100, 16), randn(100, 24)
-    found = gelu_ops.gelu_tanh_gradients(dy[0], x[0], lowered, lifted, room)
+    room, gb, xa = randn(100, 3072), randn(100, 16), randn(100, 24)
+    found = gelu_ops.gelu_tanh_gradients(dy[0], x[0], gb, xa, room)
     require(
         "gelu_tanh_gradients",
         (room, *found),
-        gelu_reference.gelu_tanh_gradients(dy[0], x[0], lowered, lifted),
+        gelu_reference.gelu_tanh_gradients(dy[0], x[0], gb, xa),
     )
     require("copy_rows", copy_ops.copy_rows(x.mT), x.mT)
     weight, (cos, sin) = randn(128), torch.randn(2, 100, 128, device="cuda")

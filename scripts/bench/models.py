@@ -11,7 +11,7 @@ from torch import nn
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.layers.linear4bit import Linear4bit
-from halfbyte.quant.load.fill import Place
+from halfbyte.quant.load.fill import OnLayerLoaded
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
@@ -49,7 +49,7 @@ def family_of(model: str) -> Family:
 
 
 def random_denoiser(
-    model: str, family: Family, row: str, device: torch.device, place: Place | None = None
+    model: str, family: Family, row: str, device: torch.device, place: OnLayerLoaded | None = None
 ) -> nn.Module:
     """A transformer of the real shapes, filled layer by layer on the device: the whole never exists in bf16.
 

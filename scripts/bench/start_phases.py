@@ -126,7 +126,7 @@ def start(
         from halfbyte.trainer.denoiser import base as base_module
         from halfbyte.trainer.recipe.load import load_recipe
         from halfbyte.trainer.runtime.world import read_world
-        from halfbyte.trainer.training.callbacks import Recorder
+        from halfbyte.trainer.training.callbacks import MetricsRecorder
 
         quieten_libraries()
         gc.freeze()  # as the command does
@@ -173,7 +173,7 @@ def start(
         measured["bytes"] = loaded.footprint
         return loaded
 
-    def first_step(recorder: Recorder, trainer: Any, module: Any) -> None:
+    def first_step(recorder: MetricsRecorder, trainer: Any, module: Any) -> None:
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         measured["seconds"] = time.perf_counter() - began
@@ -186,7 +186,7 @@ def start(
             patch.object(run, "choose_attention", watched("attention", run.choose_attention)),
             patch.object(run, "load_denoiser", load_denoiser),
             patch.object(run, "fit", watched("first step", run.fit)),
-            patch.object(Recorder, "on_step_end", first_step),
+            patch.object(MetricsRecorder, "on_step_end", first_step),
         ):
             run.run(recipe, world, console=Console(soft_wrap=True), resume=False)
     except _FirstStep:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.dequantize import dequantize
+from halfbyte.quant.convert.dequantize import dequantize_model
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
 from halfbyte.trainer.families.family import Family
@@ -103,7 +103,7 @@ def _ours(
 def _references(model: str, family: Family, rank: int, batch: Batch) -> dict[str, Gradients]:
     device = batch.latent_mean.device
     denoiser: Any = random_denoiser(model, family, "ours", device)
-    dequantize(denoiser, torch.bfloat16)
+    dequantize_model(denoiser, torch.bfloat16)
     adapt(denoiser, family, rank, fused=False)
     denoiser.to(device)
     _fill_up(denoiser)
@@ -116,7 +116,7 @@ def _references(model: str, family: Family, rank: int, batch: Batch) -> dict[str
         # What the objective makes of the batch is in bf16: the very values that the other steps see.
         return denoiser(**{name: _cast_up(given) for name, given in inputs.items()})
 
-    module.called = in_fp32
+    module.forward_fn = in_fp32
     found[_FP32] = Gradients.of(module, batch, autocast=False)
     return found
 

@@ -171,7 +171,7 @@ class TrainedModel:
 
     def measure(self, px: int, steps: int) -> dict[str, Any]:
         """Times and peaks of some steps behind three that warm up, the second of which a row with graphs records."""
-        self.module.called = GraphedDenoiser(self.denoiser) if self.row.graphs else None
+        self.module.forward_fn = GraphedDenoiser(self.denoiser) if self.row.graphs else None
         first = self.step(0, px)
         for number in range(1, 3):
             self.step(number, px)
@@ -185,17 +185,17 @@ class TrainedModel:
             "first_s": first,
             "base_gib": self.base_gib,
             "peak_gib": self._peak_gib(),
-            "graphs": None if self.module.called is None else self.module.called.shapes,
+            "graphs": None if self.module.forward_fn is None else self.module.forward_fn.shapes,
             "copied_gb": (self.copied - copied) / steps / 1e9,
         }
 
     def launched(self, number: int, px: int) -> float:
         """Seconds of a step that is launched kernel by kernel, recorded or not."""
-        called, self.module.called = self.module.called, None
+        called, self.module.forward_fn = self.module.forward_fn, None
         try:
             return self.step(number, px)
         finally:
-            self.module.called = called
+            self.module.forward_fn = called
 
     def tokens(self, px: int) -> tuple[int, ...]:
         """Rows of the products in a step: of text, of the picture, and of both."""

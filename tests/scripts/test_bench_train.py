@@ -77,11 +77,11 @@ def test_a_recorded_step_is_launched_kernel_by_kernel_where_its_products_are_loo
         calls.append(inputs)
         return model.denoiser(**inputs)
 
-    model.module.called = recorded
+    model.module.forward_fn = recorded
     assert model.step(0, 64) > 0
     assert model.launched(1, 64) > 0
     assert len(calls) == 1
-    assert model.module.called is recorded
+    assert model.module.forward_fn is recorded
 
 
 def test_results_are_kept_and_shown_when_a_later_row_fails(tmp_path, monkeypatch, capsys):

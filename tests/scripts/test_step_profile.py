@@ -60,8 +60,8 @@ def test_the_adapters_products_are_told_apart_in_a_whole_block():
     group = LinearGroup([layer])
     x, grad = drawn(ROWS, WIDTH + RANK), drawn(ROWS, OUTPUTS + RANK)
     assert products(lambda: group.forward(x)) == (sorted([INTO, OUT_OF]), 3)
-    seen, lifted = x[:, :WIDTH], group.lifted(x)
-    learned = products(lambda: group.gradients(grad, seen, lifted, wants_input=True))
+    seen, xa = x[:, :WIDTH], group.xa(x)
+    learned = products(lambda: group.gradients(grad, seen, xa, wants_input=True))
     assert learned == (sorted(2 * [INTO, OUT_OF]), 5)
 
 

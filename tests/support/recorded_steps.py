@@ -36,11 +36,11 @@ class Setup:
         self.module = module_of(family, self.denoiser, dtype)
         self.dtype = dtype
         if recorders is not None:
-            self.module.called = GraphedDenoiser(self.denoiser, recorder=recorders)
+            self.module.forward_fn = GraphedDenoiser(self.denoiser, recorder=recorders)
 
     @property
     def graphed(self) -> GraphedDenoiser:
-        called = self.module.called
+        called = self.module.forward_fn
         assert isinstance(called, GraphedDenoiser)
         return called
 

@@ -21,7 +21,7 @@ from halfbyte.trainer.adapters.saved import (
     DOWN,
     MAGNITUDE,
     LoraLayer,
-    first_fitting,
+    first_matching,
 )
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
@@ -122,7 +122,7 @@ def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
         ("alpha_pattern", variant.alpha_pattern),
     ):
         for pattern in patterns:
-            if not any(first_fitting([pattern], name) for name in adapted):
+            if not any(first_matching([pattern], name) for name in adapted):
                 examples = ", ".join(adapted[:: max(1, len(adapted) // 6)])
                 raise RecipeError(
                     f"lora.{setting}: {pattern!r} matches no layer with an adapter; accepted: regular expressions"
@@ -209,8 +209,8 @@ def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: st
 def _in_any_order(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
     """The patterns for a file: diffusers sorts them, and the first that fits a layer is taken. Where that would be
     another one, the layers' own names."""
-    chosen = {layer: first_fitting(patterns, layer) for layer in layers}
-    if all(first_fitting(sorted(patterns), layer) == pattern for layer, pattern in chosen.items()):
+    chosen = {layer: first_matching(patterns, layer) for layer in layers}
+    if all(first_matching(sorted(patterns), layer) == pattern for layer, pattern in chosen.items()):
         return dict(patterns)
     # A pattern fits ends of names: from the start only itself.
     return {

@@ -57,7 +57,7 @@ class SavedAdapter:
     def scale(self, path: str, rank: int) -> float:
         """PEFT's: alpha / rank, or alpha / sqrt(rank) for rsLoRA, with the alpha of the first pattern that fits."""
         alphas = self.config.get("alpha_pattern") or {}
-        pattern = first_fitting(alphas, path)
+        pattern = first_matching(alphas, path)
         alpha = self.config["lora_alpha"] if pattern is None else alphas[pattern]
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
@@ -114,7 +114,7 @@ def whole_adapter(
             )
     for pattern in patterns:
         try:
-            re.compile(_pefts(pattern))
+            re.compile(_peft_regex(pattern))
         except re.error as error:
             raise RecipeError(
                 f"{where} has alpha_pattern {pattern!r}, which is no regular expression: {error}"
@@ -189,12 +189,12 @@ def _by_layer(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict
     return found
 
 
-def first_fitting(patterns: Iterable[str], layer: str) -> str | None:
+def first_matching(patterns: Iterable[str], layer: str) -> str | None:
     """The pattern that PEFT takes for a layer; None where none fits."""
-    return next((pattern for pattern in patterns if re.match(_pefts(pattern), layer)), None)
+    return next((pattern for pattern in patterns if re.match(_peft_regex(pattern), layer)), None)
 
 
-def _pefts(pattern: str) -> str:
+def _peft_regex(pattern: str) -> str:
     """A pattern as PEFT matches it: against the end of a layer's name."""
     return rf"(.*\.)?({pattern})$"
 

@@ -15,6 +15,7 @@ from halfbyte.trainer.cli.train import plan_command, train_command
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
 from halfbyte.trainer.recipe.schema import json_schema_text
+from halfbyte.trainer.runtime.sizes import file_size
 
 # As plain text: rich would read the [defaults] in options' descriptions as its markup, and show none of them.
 app = typer.Typer(
@@ -67,10 +68,10 @@ def cache_command(
     root = folder.expanduser()
     with reported_errors():
         for kind in clear_kinds or []:
-            typer.echo(f"deleted {kind}: {clear(root, kind).nbytes / 1e9:.1f} GB")
+            typer.echo(f"deleted {kind}: {file_size(clear(root, kind).nbytes)}")
     typer.echo(str(root))
     for holding in holdings(root):
-        typer.echo(f"  {holding.kind:8} {holding.files:7} files {holding.nbytes / 1e9:8.1f} GB")
+        typer.echo(f"  {holding.kind:8} {holding.files:7} files {file_size(holding.nbytes):>11}")
     for line in bases(root):
         typer.echo(f"  {line}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.runtime.sizes import file_size
 
 KINDS = ("latents", "texts", "bases", "digests")
 
@@ -41,7 +42,7 @@ def bases(folder: Path) -> tuple[str, ...]:
             # Entries of older versions do not say it.
             source = read.get("source", "unknown source")
             lines.append(
-                f"{manifest.parent.name}  {settings['model']}  {nbytes / 1e9:.1f} GB  {source}  {quant}"
+                f"{manifest.parent.name}  {settings['model']}  {file_size(nbytes)}  {source}  {quant}"
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             lines.append(f"{manifest.parent.name}  damaged; the next start that needs it makes it anew")

@@ -64,7 +64,7 @@ def configure_logging(world: World) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    logging.getLogger("halfbyte").setLevel(logging.INFO if world.leads else logging.ERROR)
+    logging.getLogger("halfbyte").setLevel(logging.INFO if world.is_leader else logging.ERROR)
 
 
 def quieten_libraries() -> None:

@@ -51,7 +51,7 @@ def train_command(
             # Half a million objects of the libraries, which every full collection would go through again.
             gc.freeze()
             finished = run(
-                settings, world, console=Console(quiet=not world.leads, soft_wrap=True), resume=resume
+                settings, world, console=Console(quiet=not world.is_leader, soft_wrap=True), resume=resume
             )
         finally:
             leave(world)

@@ -21,8 +21,8 @@ from halfbyte.quant.layers.autocast import autocast_dtype
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.cuda_graphs.recorder import (
     CudaRecorder,
+    GraphRecorder,
     Key,
-    Recorder,
     input_key,
     places_of,
     unless_it_fails,
@@ -39,7 +39,7 @@ class GraphedDenoiser:
     """Is called in place of the denoiser; records and replays where the call is one of a training step."""
 
     def __init__(
-        self, denoiser: nn.Module, *, recorder: Callable[[torch.device], Recorder] = CudaRecorder
+        self, denoiser: nn.Module, *, recorder: Callable[[torch.device], GraphRecorder] = CudaRecorder
     ) -> None:
         self._denoiser = denoiser
         self._new_recorder = recorder
@@ -56,7 +56,7 @@ class GraphedDenoiser:
     def release(self) -> None:
         """Gives up what is recorded, with its memory; a later step records anew."""
         self._steps: dict[Key, RecordedStep] = {}
-        self._recorder: Recorder | None = None
+        self._recorder: GraphRecorder | None = None
         self._gradients: Gradients | None = None
         self._held: list[Tensor] = []
         self._places: list[tuple[int, bool]] = []

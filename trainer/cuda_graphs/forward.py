@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from halfbyte.quant.layers.autocast import autocast_dtype
 from halfbyte.trainer.cuda_graphs.recorder import (
     CudaRecorder,
+    GraphRecorder,
     HeldInputs,
     Key,
-    Recorder,
     input_key,
     places_of,
     relative_difference,
@@ -29,18 +29,18 @@ from halfbyte.trainer.cuda_graphs.recorder import (
 )
 from halfbyte.trainer.runtime.device_memory import free_unused
 
-MOST_SHAPES = 4
+MOST_FORWARDS = 4
 # They are the very same kernels; what is read or written in a wrong place is off by its own size.
 _LARGEST_DIFFERENCE = 0.01
 
-NewRecorder = Callable[[torch.device], Recorder]
+NewRecorder = Callable[[torch.device], GraphRecorder]
 
 
 class RecordedForward:
     """One forward for inputs of one key."""
 
     def __init__(
-        self, forward: Callable[..., tuple[Tensor]], inputs: Mapping[str, Any], recorder: Recorder
+        self, forward: Callable[..., tuple[Tensor]], inputs: Mapping[str, Any], recorder: GraphRecorder
     ) -> None:
         """`forward` is called with `inputs` by name, and gives a tuple of one tensor."""
         self._inputs = HeldInputs(inputs)
@@ -83,7 +83,7 @@ class RecordedForwards:
     def release(self) -> None:
         """Gives up what is recorded, with its memory."""
         self._recorded: dict[Key, RecordedForward] = {}  # the one used last is the last
-        self._recorder: Recorder | None = None
+        self._recorder: GraphRecorder | None = None
         self._warm: set[Key] = set()  # run once
         self._state: list[object] = []
 
@@ -132,7 +132,7 @@ class RecordedForwards:
 
     def _record(self, inputs: Mapping[str, Any]) -> RecordedForward | None:
         """None where it cannot be done, which is told, and not tried again."""
-        if len(self._recorded) == MOST_SHAPES:
+        if len(self._recorded) == MOST_FORWARDS:
             del self._recorded[next(iter(self._recorded))]
 
         expected = self._plain(**inputs)[0]

@@ -18,7 +18,7 @@ Key = tuple[object, ...]
 T = TypeVar("T")
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """Notes what is given to the device."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Again]:
@@ -37,7 +37,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Again]:
-        """See `Recorder`. Raises RuntimeError where something of it cannot be recorded."""
+        """See `GraphRecorder`. Raises RuntimeError where something of it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
         # Where a recording breaks, torch leaves its stream the current one; the context around it takes that back.
         # thread_local: NCCL's watchdog asks after events all the time, which is forbidden where all threads count.

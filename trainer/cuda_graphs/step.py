@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from halfbyte.trainer.cuda_graphs.recorder import HeldInputs, Recorder
+from halfbyte.trainer.cuda_graphs.recorder import GraphRecorder, HeldInputs
 
 
 class Gradients:
@@ -61,7 +61,7 @@ class RecordedStep:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         inputs: Mapping[str, Any],
-        recorder: Recorder,
+        recorder: GraphRecorder,
         gradients: Gradients,
         *,
         autocast: torch.dtype | None,

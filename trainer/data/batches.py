@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache
-from halfbyte.trainer.data.order import Entry, Plan
+from halfbyte.trainer.data.order import Entry, SampleOrder
 from halfbyte.trainer.randomness import uniform
 
 
@@ -78,7 +78,7 @@ class TrainingSet(Dataset[TrainingSample]):
 class PlannedBatches(Sampler[list[Entry]]):
     """One process's share of the plan's micro-batches `start` to `stop`: a DataLoader's batch_sampler."""
 
-    def __init__(self, plan: Plan, *, batch_size: int, rank: int, start: int, stop: int) -> None:
+    def __init__(self, plan: SampleOrder, *, batch_size: int, rank: int, start: int, stop: int) -> None:
         self._plan = plan
         self._slice = slice(rank * batch_size, (rank + 1) * batch_size)
         self._start = start

@@ -25,6 +25,8 @@ from halfbyte.trainer.data.buckets import Size, View
 from halfbyte.trainer.data.folder import load_pixels
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
+from halfbyte.trainer.runtime.progress import OnProgress
+from halfbyte.trainer.runtime.sizes import file_size
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,6 @@ _LATENT_NAMES = ("mean", "std")
 _TEXT_NAMES = ("prompt_embeds", "pooled_prompt_embeds")
 
 _Item = TypeVar("_Item")
-
-Progress = Callable[[int, int], None]  # (entries ready, entries in all)
 
 
 class LatentCache:
@@ -110,7 +110,7 @@ class TextCache:
         return _without_entry({self.path(caption): caption for caption in captions}, _TEXT_NAMES, on_sound)
 
 
-def fill(
+def encode_missing(
     folder: Path,
     encoders: Encoders,
     views: Sequence[View],
@@ -119,7 +119,7 @@ def fill(
     batch_size: int = 1,
     rank: int = 0,
     world_size: int = 1,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[LatentCache, TextCache]:
     """Encodes what is missing of the views, the captions and the empty caption; gives back both caches.
 
@@ -154,7 +154,7 @@ def fill(
 class _Tally:
     """Counts entries that are ready."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: OnProgress | None) -> None:
         self._total = total
         self._progress = progress
         self._done = 0
@@ -186,7 +186,7 @@ def _check_space(folder: Path, first: Path, entries: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"the cache {folder} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB left;"
+            f"the cache {folder} needs {file_size(needed)} more and its disk has {file_size(free)} left;"
             " set data.cache_dir to a larger one"
         )
 

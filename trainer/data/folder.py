@@ -21,6 +21,7 @@ from halfbyte.trainer.data.captions import METADATA_NAMES, Problems, caption_of,
 from halfbyte.trainer.data.decode import DECODE_ERRORS, decode, pixels, upright_size
 from halfbyte.trainer.data.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
 from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.runtime.progress import OnProgress
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
 _HINTS = 10
-
-Progress = Callable[[int, int], None]  # (pictures read, pictures in all)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def read_samples(
     caption_prefix: str = "",
     *,
     is_decoded: Callable[[str], bool] = lambda sha256: False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[Sample]:
     """The samples at `path` in a fixed order.
 

@@ -26,7 +26,7 @@ class Entry:
     view: View
 
 
-class Plan:
+class SampleOrder:
     """The micro-batches of a run, without end; those of all processes together."""
 
     def __init__(self, views: Sequence[Sequence[View]], *, seed: int, global_batch: int) -> None:

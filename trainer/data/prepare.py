@@ -10,17 +10,17 @@ from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
 from halfbyte.trainer.data.buckets import Cropping, Size, View, views_of
-from halfbyte.trainer.data.encoding_cache import LatentCache, fill
+from halfbyte.trainer.data.encoding_cache import LatentCache, encode_missing
 from halfbyte.trainer.data.folder import Sample, read_samples
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
-from halfbyte.trainer.data.order import Plan
+from halfbyte.trainer.data.order import SampleOrder
 from halfbyte.trainer.data.prompts import Prompt, references_for
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.device_memory import free_unused
-from halfbyte.trainer.runtime.progress import Shown
+from halfbyte.trainer.runtime.progress import LazyProgress
 from halfbyte.trainer.runtime.world import World, barrier
 
 
@@ -33,7 +33,7 @@ class Prepared:
     sizes: Sequence[Size]  # those that pictures have, not all that there could be
     prompts: Sequence[Prompt]
     empty: TextEmbedding
-    plan: Plan
+    plan: SampleOrder
     training_set: TrainingSet
     held_out: Sequence[View]  # one of each picture that validation measures
     held_out_set: TrainingSet
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     Raises DataError with every problem of the pictures and captions at once.
     """
     data = recipe.data
-    reading = Shown(console, "reading pictures", "picture")
+    reading = LazyProgress(console, "reading pictures", "picture")
     samples = _read(recipe, data.path, reading)
     reading.close()
     samples, held_out = _split(recipe, samples)
@@ -75,7 +75,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     # The middle of each picture, once: what is measured does not change with how training crops.
     whole = replace(cropping, crop="center", random_crops=1, flip=False)
     held_out_views = [group[0] for group in views_of(held_out, whole, recipe.train.seed)]
-    encoding = Shown(console, "encoding", "entry")
+    encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         family,
         device=world.device,
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         t5_quant=recipe.model.text_encoder_quant,
         stream_t5=recipe.model.stream_text_encoder,
     )
-    latents, texts = fill(
+    latents, texts = encode_missing(
         data.cache_folder,
         encoders,
         [*views, *held_out_views],
@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         sorted({(view.width, view.height) for view in views}),
         [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
-        Plan(groups, seed=train.seed, global_batch=train.batch_size * world.size),
+        SampleOrder(groups, seed=train.seed, global_batch=train.batch_size * world.size),
         TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
         held_out_views,
         TrainingSet(latents, texts),
@@ -129,7 +129,7 @@ def _references(recipe: Recipe) -> dict[str, Sample]:
     return references_for(recipe.sample.prompts, _read(recipe, folder), folder)
 
 
-def _read(recipe: Recipe, folder: Path, progress: Shown | None = None) -> list[Sample]:
+def _read(recipe: Recipe, folder: Path, progress: LazyProgress | None = None) -> list[Sample]:
     """The pictures of a folder. Raises DataError."""
     data = recipe.data
     return read_samples(

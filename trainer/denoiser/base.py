@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.skip_list import SkipListError
-from halfbyte.quant.load.fill import Place, Progress
+from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress
 from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.trainer.denoiser.settings import block_names
 from halfbyte.trainer.errors import RecipeError
@@ -19,7 +19,7 @@ from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.pretrained.single_file import load_single_file
 from halfbyte.trainer.runtime.device_memory import free_unused
-from halfbyte.trainer.runtime.progress import BYTES, Shown
+from halfbyte.trainer.runtime.progress import BYTES, LazyProgress
 
 
 def load_base(
@@ -40,7 +40,7 @@ def load_base(
     Raises:
         RecipeError: for damaged files, and for a skip list that does not fit the model.
     """
-    progress = None if console is None else Shown(console, "loading the transformer", BYTES)
+    progress = None if console is None else LazyProgress(console, "loading the transformer", BYTES)
     try:
         denoiser = _read(
             family,
@@ -73,8 +73,8 @@ def _read(
     cache: BaseCache | None,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Progress | None,
-    place: Place | None,
+    progress: OnProgress | None,
+    place: OnLayerLoaded | None,
 ) -> nn.Module:
     how: dict[str, Any] = {"dtype": dtype, "device": device, "progress": progress, "place": place}
     denoiser: nn.Module

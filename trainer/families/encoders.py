@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.t5 import T5Setting, load_t5, settle, tell_stored
+from halfbyte.trainer.families.t5 import T5Setting, load_t5, resolve_quant, tell_stored
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.placement import Placement
@@ -37,7 +37,7 @@ class PipelineEncoders(Encoders):
         self._placement = placement
         self._device = placement.device
         self._dtype = dtype
-        self._t5_quant = settle(t5_quant, family.t5.path, named_by=family.t5.setting)
+        self._t5_quant = resolve_quant(t5_quant, family.t5.path, named_by=family.t5.setting)
         tell_stored(t5_quant, family.t5.path)
         self._stream_t5 = stream_t5
         self._vae: Any = None

@@ -16,7 +16,7 @@ from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
-from halfbyte.trainer.pretrained.component import PIPELINE, Component, find, pipelines_component
+from halfbyte.trainer.pretrained.component import PIPELINE, Component, find_component, pipelines_component
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 from halfbyte.trainer.pretrained.pipeline import ModelSource, resolve, resolve_configurations
@@ -101,8 +101,8 @@ class Family(ABC):
         configuration alone is fetched; or one file that names layers as the model's authors do. Raises HubError, and
         RecipeError where it is another model's, damaged, or a file of a family that has no such files.
         """
-        found = find("model.transformer", named, "transformer", WEIGHTS_FILE)
-        with _told_of(found):
+        found = find_component("model.transformer", named, "transformer", WEIGHTS_FILE)
+        with blame(found):
             if found.file is not None:
                 self.check_file(found.file)
             else:
@@ -111,8 +111,8 @@ class Family(ABC):
 
     def take_text_encoder(self, named: Path) -> None:
         """Has T5 come from elsewhere than the pipeline: a folder or a Hub repository, see `take_transformer`."""
-        found = find("model.text_encoder", named, self.t5_component, TEXT_WEIGHTS_FILE)
-        with _told_of(found):
+        found = find_component("model.text_encoder", named, self.t5_component, TEXT_WEIGHTS_FILE)
+        with blame(found):
             self._check_t5(found.path)
         self.t5 = found
 
@@ -285,7 +285,7 @@ class Family(ABC):
 
 
 @contextmanager
-def _told_of(component: Component) -> Iterator[None]:
+def blame(component: Component) -> Iterator[None]:
     """Within it a ValueError becomes a RecipeError of the setting that names the component."""
     try:
         yield

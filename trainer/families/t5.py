@@ -26,7 +26,7 @@ T5Setting = Literal["auto", "none", "int8", "nf4"]
 _LARGE = 10**9
 
 
-def settle(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE) -> T5Quant:
+def resolve_quant(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE) -> T5Quant:
     """How the T5 in `folder` is held: `auto` is int8 for more than a billion parameters, none for fewer.
 
     A T5 that is stored packed is loaded as it is, which is none as well, whatever the setting.
@@ -57,7 +57,7 @@ def tell_stored(setting: T5Setting, folder: Path) -> None:
         )
 
 
-def block_names(encoder: nn.Module) -> list[str]:
+def t5_block_names(encoder: nn.Module) -> list[str]:
     """Of the encoder's blocks."""
     found = (name for name, module in encoder.named_modules() if isinstance(module, T5Block))
     return list(found)
@@ -79,7 +79,7 @@ def load_t5(
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=dtype)
     log.info("loading T5 from %s, held %s", folder, "as it is stored" if recipe is None else f"in {quant}")
     try:
-        names = block_names(text_encoder_on_meta(T5EncoderModel, folder, None, dtype)) if stream else ()
+        names = t5_block_names(text_encoder_on_meta(T5EncoderModel, folder, None, dtype)) if stream else ()
         place = keep_on_host(names) if stream else None
         encoder = load_text_encoder(T5EncoderModel, folder, recipe, dtype=dtype, device=device, place=place)
     except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from halfbyte.trainer.errors import HubError
-from halfbyte.trainer.hub.failures import patiently, tokens_page, told
+from halfbyte.trainer.hub.failures import hub_errors, tokens_page, with_retries
 
 _WRITE = "repo.write"
 _DOING = "push: who is logged in"
@@ -14,8 +14,8 @@ _DOING = "push: who is logged in"
 
 def require_writer(repository: str) -> None:
     """Raises HubError where nobody is logged in, or who is may not write to the owner/name by what the Hub says."""
-    with told(_DOING):
-        account = patiently(HfApi().whoami)
+    with hub_errors(_DOING):
+        account = with_retries(HfApi().whoami)
     try:
         problem = _problem(account, repository)
     except (AttributeError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 
 from halfbyte.trainer.errors import HubError
 from halfbyte.trainer.hub.client import prepare_client
-from halfbyte.trainer.hub.failures import page, patiently, status_of, tokens_page, told
+from halfbyte.trainer.hub.failures import hub_errors, page, status_of, tokens_page, with_retries
 
 
 class NoSuchRevision(HubError):
@@ -30,10 +30,10 @@ def download(name: str, revision: str | None, wanted: Sequence[str], ignored: Se
     Raises HubError.
     """
     prepare_client(bars=True)
-    with told(f"downloading {name}", name, "read"):
+    with hub_errors(f"downloading {name}", name, "read"):
         try:
             return Path(
-                patiently(
+                with_retries(
                     lambda: snapshot_download(
                         name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(ignored)
                     )

@@ -38,7 +38,7 @@ _QUERY = re.compile(r"(https?://[^\s?]+)\?[^\s)]*")  # an address for files is s
 Access = Literal["read", "write"]
 
 
-def patiently(call: Callable[[], T]) -> T:
+def with_retries(call: Callable[[], T]) -> T:
     """The result of a call that the client makes once, made again where a fault may pass.
 
     The client repeats uploads and listings by itself, and that of Xet storage whatever it does, for minutes; who am I,
@@ -58,7 +58,7 @@ def patiently(call: Callable[[], T]) -> T:
 
 
 @contextmanager
-def told(doing: str, repository: str | None = None, access: Access = "write") -> Iterator[None]:
+def hub_errors(doing: str, repository: str | None = None, access: Access = "write") -> Iterator[None]:
     """Within it, whatever the client raises becomes one HubError: what was being done, what is wrong, what to do.
 
     access: what is wanted of the repository.
@@ -77,7 +77,7 @@ def told(doing: str, repository: str | None = None, access: Access = "write") ->
     except (RuntimeError, LocalEntryNotFoundError) as error:
         # The client wraps what happens to an upload, and to a download of what it has not either.
         if isinstance(error.__cause__, (OSError, HTTP_ERROR, ValueError)):
-            with told(doing, repository, access):
+            with hub_errors(doing, repository, access):
                 raise error.__cause__ from None
         if isinstance(error, LocalEntryNotFoundError):
             raise HubError(f"{doing}: {_clean(str(error))}") from error

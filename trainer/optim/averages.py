@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Weights:
+class TrainedWeights:
     """The adapter's weights as they train, without an average."""
 
     averaged = False
@@ -18,18 +18,18 @@ class Weights:
         """Called after each optimizer step, counted from 1."""
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within it the model holds what a user is to see; afterwards what trains, to the bit."""
         yield
 
-    def settle(self) -> None:
+    def apply_average(self) -> None:
         """Leaves in the model what a user is to see, for good."""
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
         """Takes over the average of a checkpoint, by the names of the parameters."""
 
 
-class AveragedWeights(Weights):
+class AveragedWeights(TrainedWeights):
     """An average of the weights, put in their place where somebody looks."""
 
     averaged = True
@@ -38,10 +38,10 @@ class AveragedWeights(Weights):
         self.parameters = dict(parameters)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """See `Weights`. The weights that train are copied and copied back: no arithmetic would give every bit."""
+    def swapped_in(self) -> Iterator[None]:
+        """See `TrainedWeights`. The weights that train are copied back: arithmetic would not restore every bit."""
         trained = [parameter.detach().clone() for parameter in self.parameters.values()]
-        self.settle()
+        self.apply_average()
         try:
             yield
         finally:
@@ -51,8 +51,8 @@ class AveragedWeights(Weights):
                     parameter.copy_(value)
 
     @abstractmethod
-    def settle(self) -> None:
-        """See `Weights`."""
+    def apply_average(self) -> None:
+        """See `TrainedWeights`."""
 
     def _resume(self) -> None:
         """Called before the weights that train are put back."""
@@ -65,8 +65,8 @@ class OptimizerAverage(AveragedWeights):
         super().__init__(parameters)
         self.optimizer = optimizer
 
-    def settle(self) -> None:
-        """See `Weights`."""
+    def apply_average(self) -> None:
+        """See `TrainedWeights`."""
         self.optimizer.eval()
 
     def _resume(self) -> None:
@@ -87,7 +87,7 @@ class Ema(AveragedWeights):
         self.average = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
     def update(self, step: int) -> None:
-        """See `Weights`: a function of the step alone, so that a resumed run has nothing to recall."""
+        """See `TrainedWeights`: a function of the step alone, so that a resumed run has nothing to recall."""
         if step % self.every:
             return
         kept = self.decay**self.every
@@ -98,14 +98,14 @@ class Ema(AveragedWeights):
             weights = [parameter.float() for parameter in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), weights, 1 - kept)
 
-    def settle(self) -> None:
-        """See `Weights`."""
+    def apply_average(self) -> None:
+        """See `TrainedWeights`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.average[name])
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
-        """See `Weights`. Raises ValueError where the average is of other parameters."""
+        """See `TrainedWeights`. Raises ValueError where the average is of other parameters."""
         if average.keys() != self.average.keys():
             raise ValueError("the saved average belongs to other parameters")
         for name, value in average.items():

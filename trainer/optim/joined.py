@@ -49,7 +49,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
             self._joined += joined
             inner.append({**_settings(group), "params": joined})
         self.inner = build(inner)
-        self._follow()
+        self._pull_settings()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of the inner optimizer, with the gradients that there are once the closure has run."""
@@ -57,7 +57,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._lead()
+        self._push_settings()
         for joined, parts in zip(self._joined, self._parts, strict=True):
             assert parts[0].data_ptr() == joined.data_ptr(), (
                 "a parameter has left the tensor it was joined to"
@@ -71,7 +71,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
         self.inner.step()
         for joined in self._joined:
             joined.grad = None
-        self._follow()
+        self._pull_settings()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -80,17 +80,17 @@ class JoinedOptimizer(torch.optim.Optimizer):
         if saved != list(range(len(saved))):
             raise ValueError("the saved optimizer has its parameters in another order")
         super().load_state_dict(state_dict)
-        self._lead()
+        self._push_settings()
         for joined, parts in zip(self._joined, self._parts, strict=True):
             if parts[0] in self.state:
                 self.inner.state[joined] = self.state[parts[0]]
 
-    def _lead(self) -> None:
+    def _push_settings(self) -> None:
         """The inner optimizer takes over this one's settings, the rate above all."""
         for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
             inner.update(_settings(group))
 
-    def _follow(self) -> None:
+    def _pull_settings(self) -> None:
         """This one shows the inner one's settings, among them what it counts, and its state."""
         for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
             group.update(_settings(inner))

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from halfbyte.kernels.adamw_8bit.reference import BLOCK
 from halfbyte.trainer.adapters.saved import MAGNITUDE
 from halfbyte.trainer.optim.adamw_8bit import AdamW8bit
-from halfbyte.trainer.optim.averages import OptimizerAverage, Weights
+from halfbyte.trainer.optim.averages import OptimizerAverage, TrainedWeights
 from halfbyte.trainer.optim.joined import JoinedOptimizer, all_in_one, by_shape
 from halfbyte.trainer.registry import Choice, Registry
 
@@ -56,9 +56,11 @@ class OptimizerChoice(Choice):
     def memory(self, shapes: Shapes) -> OptimizerMemory:
         """What it takes on CUDA for trained parameters of these shapes."""
 
-    def weights(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> Weights:
+    def weights(
+        self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
+    ) -> TrainedWeights:
         """Which weights are seen where nobody trains; `optimizer` is what `build` gave."""
-        return Weights()
+        return TrainedWeights()
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
         """The rate of the last step, for the metrics."""
@@ -269,7 +271,9 @@ class ScheduleFreeAdamW(OptimizerChoice):
         """The weights' other end and a mean; a root of it within the step."""
         return OptimizerMemory(2 * FP32 * numbers(shapes), FP32 * numbers(shapes))
 
-    def weights(self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> Weights:
+    def weights(
+        self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
+    ) -> TrainedWeights:
         """The average that the optimizer keeps."""
         return OptimizerAverage(parameters, optimizer)
 

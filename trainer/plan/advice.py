@@ -5,16 +5,16 @@ from contextlib import AbstractContextManager
 
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.plan.fit import cheapest_savings
-from halfbyte.trainer.plan.phases import GIB
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.folder import HOW_IT_IS_COMPUTED
 from halfbyte.trainer.runtime.device_memory import when_full
+from halfbyte.trainer.runtime.sizes import GIB
 
 _CHANGES = 3
 
 
-def told_when_full(recipe: Recipe, family: Family, when: str, *phases: str) -> AbstractContextManager[None]:
+def oom_advice(recipe: Recipe, family: Family, when: str, *phases: str) -> AbstractContextManager[None]:
     """`when_full` with what would help.
 
     when: what stands behind "the device ran out of memory". phases: of the plan, that the work within belongs to.

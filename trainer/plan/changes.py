@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from halfbyte.trainer.optim.optimizers import AdamW, AdamW8Bit, OptimizerChoice, Prodigy, ScheduleFreeAdamW
-from halfbyte.trainer.plan.phases import GIB
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.fields import SIDE_STEP
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import GIB
 
 _LEAST_RANK = 4
 _RESOLUTIONS = (1024, 768, 512)
@@ -52,7 +52,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Change:
+class RecipeChange:
     """Settings that take less together, and what they give up."""
 
     made: Sequence[Setting]
@@ -74,9 +74,9 @@ class Change:
         return recipe
 
 
-def changes(planner: Planner, recipe: Recipe, phase: str) -> Iterator[Change]:
+def changes(planner: Planner, recipe: Recipe, phase: str) -> Iterator[RecipeChange]:
     """What may make a phase of the recipe's plan smaller, the cheapest first; all are accepted by the recipe."""
-    rules: Sequence[Callable[[Planner, Recipe], Iterator[Change]]] = _STEP
+    rules: Sequence[Callable[[Planner, Recipe], Iterator[RecipeChange]]] = _STEP
     if phase == "encode texts":
         rules = (_texts,)
     elif phase == "encode pictures":
@@ -102,29 +102,29 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _fused(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _fused(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     for field in ("fused_adapters", "fused_blocks"):
         if not getattr(recipe.train, field):
-            yield Change([Setting("train", field, True)], "the same up to rounding, and faster")
+            yield RecipeChange([Setting("train", field, True)], "the same up to rounding, and faster")
 
 
-def _optimizer(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _optimizer(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     optimizer = recipe.optimizer
     if type(optimizer) is AdamW:
         settings = optimizer.model_dump(exclude={"name"})
         smaller = AdamW8Bit(name="adamw_8bit", **settings)
         setting = Setting("optimizer", None, smaller, "optimizer.name=adamw_8bit")
-        yield Change([setting], "the optimizer's state in 8 bits, no slower")
+        yield RecipeChange([setting], "the optimizer's state in 8 bits, no slower")
     elif isinstance(optimizer, Prodigy):
         if optimizer.slice_p < _SLICE:
             cost = f"the rate estimated from every {_SLICE}th number alone"
-            yield Change([Setting("optimizer", "slice_p", _SLICE)], cost)
+            yield RecipeChange([Setting("optimizer", "slice_p", _SLICE)], cost)
         yield _plain_adamw(optimizer, "the rate is no longer estimated: optimizer.lr is yours to choose")
     elif isinstance(optimizer, ScheduleFreeAdamW):
         yield _plain_adamw(optimizer, "no average of the weights: lr_schedule is yours to choose, or ema")
 
 
-def _plain_adamw(optimizer: OptimizerChoice, cost: str) -> Change:
+def _plain_adamw(optimizer: OptimizerChoice, cost: str) -> RecipeChange:
     """AdamW with 8-bit state, at its own usual rate: that of the others means something else."""
     kept = optimizer.model_dump(include={"weight_decay", "betas", "eps"})
     smaller = AdamW8Bit(name="adamw_8bit", **kept)
@@ -134,10 +134,10 @@ def _plain_adamw(optimizer: OptimizerChoice, cost: str) -> Change:
     written = ", ".join(
         f"{name}: {list(value) if isinstance(value, tuple) else value}" for name, value in fields.items()
     )
-    return Change([Setting("optimizer", None, smaller, f"optimizer={{{written}}}")], cost)
+    return RecipeChange([Setting("optimizer", None, smaller, f"optimizer={{{written}}}")], cost)
 
 
-def _batch(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _batch(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     size, times = recipe.train.batch_size, recipe.train.grad_accumulation
     if size > 1:
         smaller = size // 2 if size % 2 == 0 else 1
@@ -145,10 +145,10 @@ def _batch(_: Planner, recipe: Recipe) -> Iterator[Change]:
             Setting("train", "batch_size", smaller),
             Setting("train", "grad_accumulation", times * (size // smaller)),
         ]
-        yield Change(parts, "the same pictures a step, in more parts")
+        yield RecipeChange(parts, "the same pictures a step, in more parts")
 
 
-def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[Change]:
+def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     """The next one that keeps less; layer by layer selective and offload are full, and not offered."""
     kept = {name: Setting("train", "gradient_checkpointing", name) for name in _KEEPING}
     full = kept["full"].applied(recipe)
@@ -171,35 +171,35 @@ def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[Change]:
         smaller = kept[name].applied(recipe)
         if name != "full" and planner.training_bytes(smaller) == planner.training_bytes(full):
             continue
-        yield Change([kept[name]], memory if name == "offload" else arithmetic)
+        yield RecipeChange([kept[name]], memory if name == "offload" else arithmetic)
 
 
-def _graphs(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _graphs(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.train.cuda_graphs:
         cost = "kernels launched one by one: slower where the device waits for the processor"
-        yield Change([Setting("train", "cuda_graphs", False)], cost)
+        yield RecipeChange([Setting("train", "cuda_graphs", False)], cost)
 
 
-def _dora(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _dora(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.lora.dora:
         cost = "a plain LoRA, faster: further from full fine-tuning at low ranks"
-        yield Change([Setting("lora", "dora", False)], cost)
+        yield RecipeChange([Setting("lora", "dora", False)], cost)
 
 
-def _base(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _base(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.quant.type in ("none", "int8"):
         cost = "the error of 4 bits in the base's weights, which halfbyte quant-report measures"
-        yield Change([Setting("quant", "type", "nf4")], cost)
+        yield RecipeChange([Setting("quant", "type", "nf4")], cost)
 
 
-def _streaming(planner: Planner, recipe: Recipe) -> Iterator[Change]:
+def _streaming(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     """Blocks in the host's memory; then activations need not be there as well."""
     if recipe.train.stream_blocks:
         return
     settings = [Setting("train", "stream_blocks", True)]
     if recipe.train.gradient_checkpointing == "offload":
         settings.append(Setting("train", "gradient_checkpointing", "full"))
-    streamed = Change(settings, "").applied(recipe)
+    streamed = RecipeChange(settings, "").applied(recipe)
     if not is_accepted(streamed) or not planner.rehearsal(recipe).streams:
         return
 
@@ -211,50 +211,50 @@ def _streaming(planner: Planner, recipe: Recipe) -> Iterator[Change]:
             " step"
         )
 
-    yield Change(settings, copies)
+    yield RecipeChange(settings, copies)
 
 
-def _rank(planner: Planner, recipe: Recipe) -> Iterator[Change]:
+def _rank(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     rank = recipe.lora.rank
     if rank >= 2 * _LEAST_RANK:
         alpha = recipe.lora.alpha / rank * (rank // 2)
         cost = f"an adapter of rank {rank // 2} instead of {planner.recipe.lora.rank}, which holds less"
-        yield Change(
+        yield RecipeChange(
             [Setting("lora", "rank", rank // 2), Setting("lora", "alpha", alpha)],
             cost,
         )
 
 
-def _resolution(planner: Planner, recipe: Recipe) -> Iterator[Change]:
+def _resolution(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     multiple = planner.family.size_multiple
     for resolution in _RESOLUTIONS:
         if resolution < recipe.data.resolution and resolution % multiple == 0:
             cost = "pictures are learned with less detail"
-            yield Change([Setting("data", "resolution", resolution)], cost)
+            yield RecipeChange([Setting("data", "resolution", resolution)], cost)
             return
 
 
-def _texts(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _texts(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     held, streamed = recipe.model.text_encoder_quant, recipe.model.stream_text_encoder
     if held == "none":
-        yield Change([Setting("model", "text_encoder_quant", "int8")], "embeddings 1 % off")
+        yield RecipeChange([Setting("model", "text_encoder_quant", "int8")], "embeddings 1 % off")
     elif not streamed:
         cost = "T5's blocks in page-locked host memory, copied to the device for each caption"
-        yield Change([Setting("model", "stream_text_encoder", True)], cost)
+        yield RecipeChange([Setting("model", "stream_text_encoder", True)], cost)
     if held in ("auto", "int8"):
-        yield Change(
+        yield RecipeChange(
             [Setting("model", "text_encoder_quant", "nf4")], "ten times int8's error in the embeddings"
         )
 
 
-def _drawings(_: Planner, recipe: Recipe) -> Iterator[Change]:
+def _drawings(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     """Of the same proportions, so that the area falls."""
     sample = recipe.sample
     longest = max(sample.width, sample.height)
     for side in _RESOLUTIONS:
         if side < longest:
             sides = {"width": sample.width, "height": sample.height}
-            yield Change(
+            yield RecipeChange(
                 [
                     Setting("sample", name, max(now * side // longest // SIDE_STEP, 1) * SIDE_STEP)
                     for name, now in sides.items()

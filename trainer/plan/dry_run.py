@@ -34,7 +34,7 @@ from halfbyte.trainer.training.module import DiffusionModule, training_module
 
 ADAPTERS = "adapters"
 GRADIENTS = "gradients"
-KEPT = "kept for the backward"
+BLOCK_KEEPS = "kept for the backward"
 BATCH = "batch"
 VISITING = "packed: blocks on their visit"
 
@@ -137,7 +137,7 @@ class Rehearsal:
             live.hold([parameter.grad for parameter in self._learning()], GRADIENTS)
             live.restart()
             loss = module.loss(batch)
-            kept = live.name_rest(KEPT)
+            kept = live.name_rest(BLOCK_KEEPS)
             if recipe.train.grad_accumulation == 1:
                 self._drop_gradients()
             _backward(loss)

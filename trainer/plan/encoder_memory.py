@@ -17,7 +17,7 @@ from halfbyte.quant.load.text_encoder import text_encoder_on_meta
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.block_stream import Visitors
-from halfbyte.trainer.families.t5 import T5Setting, block_names, settle
+from halfbyte.trainer.families.t5 import T5Setting, resolve_quant, t5_block_names
 from halfbyte.trainer.plan.memory_tracker import LiveBytes
 from halfbyte.trainer.pretrained.component import PIPELINE
 
@@ -40,7 +40,7 @@ def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> 
         else:
             model_cls: Any = getattr(transformers, listed[component][1])
             encoder = _encoder(model_cls, family.source.folder / component, None, PIPELINE)
-        visitors = Visitors(encoder, block_names(encoder) if is_t5 and stream_t5 else ())
+        visitors = Visitors(encoder, t5_block_names(encoder) if is_t5 and stream_t5 else ())
         sizes[component] = _weights(encoder, visitors)
         on_host += visitors.host_bytes
     return sizes, on_host
@@ -71,7 +71,7 @@ def decoder_bytes(family: Family, dtype: torch.dtype, width: int, height: int) -
 def _t5(family: Family, asked: T5Setting) -> nn.Module:
     """T5 as it is stored where that is packed, else as it is asked for."""
     t5 = family.t5
-    quant = settle(asked, t5.path, named_by=t5.setting)
+    quant = resolve_quant(asked, t5.path, named_by=t5.setting)
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=_DTYPE)
     return _encoder(T5EncoderModel, t5.path, recipe, t5.setting)
 

@@ -8,34 +8,35 @@ from pathlib import Path
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.hub.download import NoSuchRevision
-from halfbyte.trainer.plan.changes import Change, changes, is_accepted
-from halfbyte.trainer.plan.phases import GIB, RunPlan
+from halfbyte.trainer.plan.changes import RecipeChange, changes, is_accepted
+from halfbyte.trainer.plan.phases import RunPlan
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.plan.published_configs import PUBLISHED, write_configurations
 from halfbyte.trainer.pretrained.pipeline import ModelSource, resolve_configurations
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import GIB
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of the cards that are sold, in GB."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedRecipe:
     """What became of a recipe that was to fit."""
 
     recipe: Recipe
     plan: RunPlan
-    changes: Sequence[Change]
+    changes: Sequence[RecipeChange]
     budget: int  # bytes
     fits: bool
-    nearest: "Fit | None" = None  # where it does not: what fits the smallest card that anything fits
+    nearest: "FittedRecipe | None" = None  # where it does not: what fits the smallest card that anything fits
 
 
 @dataclass(frozen=True)
 class Saving:
     """A single change of a recipe, and the bytes that a phase takes less by it."""
 
-    change: Change
+    change: RecipeChange
     saved: int
 
 
@@ -52,7 +53,7 @@ def smallest_card(plan: RunPlan) -> int | None:
     return next((card for card in CARDS if card * GIB >= plan.largest.device_bytes), None)
 
 
-def fit(planner: Planner, budget: int) -> Fit:
+def fit_to_budget(planner: Planner, budget: int) -> FittedRecipe:
     """Changes the planner's recipe until every phase fits `budget` bytes, or nothing is left to change."""
     found = _as_small_as_needed(planner, budget)
     if found.fits:
@@ -82,22 +83,22 @@ def _taken(planner: Planner, recipe: Recipe, phase: str) -> int:
     return planner.plan(recipe).phase(phase).allocated
 
 
-def _as_small_as_needed(planner: Planner, budget: int) -> Fit:
-    made: list[Change] = []
+def _as_small_as_needed(planner: Planner, budget: int) -> FittedRecipe:
+    made: list[RecipeChange] = []
     recipe, plan = planner.recipe, planner.plan()
     while plan.largest.device_bytes > budget:
         change = _next(planner, recipe, plan.largest.name)
         if change is None:
-            return Fit(recipe, plan, _seen(planner.recipe, made), budget, fits=False)
+            return FittedRecipe(recipe, plan, _seen(planner.recipe, made), budget, fits=False)
         made.append(change)
         recipe = change.applied(recipe)
         plan = planner.plan(recipe)
     made = _without_needless(planner, made, budget)
     recipe = _applied(planner.recipe, made)
-    return Fit(recipe, planner.plan(recipe), _seen(planner.recipe, made), budget, fits=True)
+    return FittedRecipe(recipe, planner.plan(recipe), _seen(planner.recipe, made), budget, fits=True)
 
 
-def _next(planner: Planner, recipe: Recipe, phase: str) -> Change | None:
+def _next(planner: Planner, recipe: Recipe, phase: str) -> RecipeChange | None:
     """The cheapest change that makes the phase smaller."""
     before = _taken(planner, recipe, phase)
     for change in changes(planner, recipe, phase):
@@ -106,7 +107,7 @@ def _next(planner: Planner, recipe: Recipe, phase: str) -> Change | None:
     return None
 
 
-def _without_needless(planner: Planner, made: list[Change], budget: int) -> list[Change]:
+def _without_needless(planner: Planner, made: list[RecipeChange], budget: int) -> list[RecipeChange]:
     """The changes without those that later ones made needless; of two that serve, the costlier one goes."""
     needed = list(made)
     for change in reversed(made):
@@ -117,16 +118,16 @@ def _without_needless(planner: Planner, made: list[Change], budget: int) -> list
     return needed
 
 
-def _applied(recipe: Recipe, made: Sequence[Change]) -> Recipe:
+def _applied(recipe: Recipe, made: Sequence[RecipeChange]) -> Recipe:
     for change in made:
         recipe = change.applied(recipe)
     return recipe
 
 
-def _seen(before: Recipe, made: Sequence[Change]) -> list[Change]:
+def _seen(before: Recipe, made: Sequence[RecipeChange]) -> list[RecipeChange]:
     """The changes with the settings alone that differ in the end, each once."""
     after = _applied(before, made)
-    seen: list[Change] = []
+    seen: list[RecipeChange] = []
     told: set[tuple[str, str | None]] = set()
     for change in reversed(made):
         settings = [
@@ -138,7 +139,7 @@ def _seen(before: Recipe, made: Sequence[Change]) -> list[Change]:
         ]
         told |= {(setting.section, setting.field) for setting in settings}
         if settings:
-            seen.insert(0, Change(settings, change.cost))
+            seen.insert(0, RecipeChange(settings, change.cost))
     return seen
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from halfbyte.trainer.plan.op_costs import inside, work
+from halfbyte.trainer.plan.op_costs import ops_inside, work
 
 _GRANULE = 512  # the allocator of CUDA hands out multiples of it
 
@@ -121,7 +121,7 @@ class LiveBytes(TorchDispatchMode):
         name = func.name()
         self.calls += 1
         self.flops += work(name, args, result)
-        own = inside(name, args, result)
+        own = ops_inside(name, args, result)
         if self.now + own > self._peak:
             self._note(own)
         return result

@@ -22,7 +22,7 @@ _GELU_ROWS = 32
 _Arguments = Sequence[Any]
 
 
-def inside(name: str, args: _Arguments, result: Any) -> int:
+def ops_inside(name: str, args: _Arguments, result: Any) -> int:
     """Bytes that the operation called `name` (as `aten::mm`) holds on CUDA beside arguments and results."""
     rule = _INSIDE.get(name)
     return 0 if rule is None else rule(args, result)
@@ -74,8 +74,8 @@ def _attention_backward(args: _Arguments, _: Any) -> int:
 
 
 def _gelu_columns(args: _Arguments) -> int:
-    lowered, lifted = args[3:5]
-    return int(lowered.shape[1] + lifted.shape[1])
+    gb, xa = args[3:5]
+    return int(gb.shape[1] + xa.shape[1])
 
 
 def _gelu_gradients(args: _Arguments, _: Any) -> int:

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.trainer.plan.fit import CARDS, Fit, fit, open_planner, smallest_card
+from halfbyte.trainer.plan.fit import CARDS, FittedRecipe, fit_to_budget, open_planner, smallest_card
 from halfbyte.trainer.plan.phases import (
     BUS_RATE,
     CONTEXT_BYTES,
-    GIB,
     MEASURED_ON,
     MEASURED_RATE,
-    MIB,
     PROCESS_BYTES,
     SLACK,
     RunPlan,
@@ -23,6 +21,7 @@ from halfbyte.trainer.plan.phases import (
 )
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import GIB, MIB
 
 
 def show_plan(recipe: Recipe, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
@@ -38,7 +37,7 @@ def _shown(planner: Planner, *, budget: int | None, as_json: bool) -> tuple[str,
     if budget is None:
         plan = planner.plan()
         return (_json(plan, None) if as_json else "\n".join(plan_lines(plan))), True
-    fitted = fit(planner, budget)
+    fitted = fit_to_budget(planner, budget)
     shown = fitted.nearest or fitted
     if as_json:
         return _json(shown.plan, fitted), fitted.fits
@@ -86,7 +85,7 @@ def _time_lines(plan: RunPlan) -> Iterator[str]:
         )
 
 
-def fit_lines(fitted: Fit) -> Iterator[str]:
+def fit_lines(fitted: FittedRecipe) -> Iterator[str]:
     """What was changed and what each change costs, or what the recipe needs at least."""
     card = f"{fitted.budget / GIB:g} GB"
     shown = fitted.nearest or fitted
@@ -138,7 +137,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _json(plan: RunPlan, fitted: Fit | None) -> str:
+def _json(plan: RunPlan, fitted: FittedRecipe | None) -> str:
     step, whole = plan.seconds(MEASURED_RATE)
     content: dict[str, Any] = {
         "phases": [

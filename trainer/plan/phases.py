@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from halfbyte.trainer.data.buckets import Size
-
-GIB = 2**30
-
-MIB = 2**20
+from halfbyte.trainer.runtime.sizes import GIB, MIB
 
 RECORDED = "cuda graphs: a step's memory"
 

@@ -15,7 +15,7 @@ from halfbyte.trainer.data.size_limits import refuse_large
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, KEPT, Rehearsal, RehearsedStep
+from halfbyte.trainer.plan.dry_run import ADAPTERS, BLOCK_KEEPS, GRADIENTS, Rehearsal, RehearsedStep
 from halfbyte.trainer.plan.encoder_memory import (
     decoder_bytes,
     picture_encoder_bytes,
@@ -174,7 +174,7 @@ class Planner:
         if not recipe.train.cuda_graphs:
             return {}
         within = self.step(_without_accumulation(recipe)).peak.by_kind
-        memory = sum(within.get(kind, 0) for kind in (KEPT, WORKING, INSIDE, GRADIENTS))
+        memory = sum(within.get(kind, 0) for kind in (BLOCK_KEEPS, WORKING, INSIDE, GRADIENTS))
         memory += min(memory, RECORDED_GAPS)
         # cuBLAS has a workspace for the stream of the recording too.
         return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held[ADAPTERS]}

@@ -13,7 +13,7 @@ from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.hub.download import download
 from halfbyte.trainer.hub.reference import HubReference
 from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.pretrained.pipeline import ModelSource, find_component
+from halfbyte.trainer.pretrained.pipeline import ModelSource, component_folder
 
 PIPELINE = "model.path"
 
@@ -80,7 +80,7 @@ def pipelines_component(source: ModelSource, component: str, weights_file: str) 
     )
 
 
-def find(setting: str, named: Path, component: str, weights_file: str) -> Component:
+def find_component(setting: str, named: Path, component: str, weights_file: str) -> Component:
     """The component that a setting names: of a Hub repository its configuration is fetched, and no weights.
 
     Raises HubError, and RecipeError where none is there, or one that is quantized in a way that is not read.
@@ -90,7 +90,7 @@ def find(setting: str, named: Path, component: str, weights_file: str) -> Compon
         if reference is not None:
             found = _on_hub(setting, reference, component, weights_file)
         elif named.is_dir():
-            found = Component(setting, str(named), find_component(named, component), weights_file)
+            found = Component(setting, str(named), component_folder(named, component), weights_file)
         elif named.exists():
             return Component(setting, str(named), named, weights_file)
         else:

@@ -24,11 +24,12 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
 from halfbyte.quant.files.digest import file_digest, sha256_of
 from halfbyte.quant.files.shards import ShardedWeights
-from halfbyte.quant.load.fill import Place, Progress
+from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress
 from halfbyte.quant.load.serialize import CONFIG_FILE, save_quantized
 from halfbyte.quant.load.transformer import load_quantized, read_config
 from halfbyte.trainer.pretrained.component import Component
 from halfbyte.trainer.pretrained.file_digests import FileDigests
+from halfbyte.trainer.runtime.sizes import file_size
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ class BaseCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        progress: Progress | None = None,
-        place: Place | None = None,
+        progress: OnProgress | None = None,
+        place: OnLayerLoaded | None = None,
     ) -> nn.Module:
         """As `load_quantized` of the source's folder: the kept one, or made anew and kept for the next start.
 
@@ -161,7 +162,7 @@ class BaseCache:
                 needed = sum(tensor.nbytes for tensor in model.state_dict().values())
                 free = shutil.disk_usage(self._folder).free
                 if needed + _SPARE_BYTES > free:
-                    raise OSError(f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are left there")
+                    raise OSError(f"it takes {file_size(needed)}, and {file_size(free)} are left there")
                 with work_folder(entry) as work:
                     save_quantized(model, work)
                     _write_manifest(work, settings, source)

@@ -178,7 +178,7 @@ def is_pipeline(name: str, revision: str | None) -> bool:
     return (_download(name, revision, (), ()).folder / "model_index.json").is_file()
 
 
-def find_component(path: Path, component: str) -> Path:
+def component_folder(path: Path, component: str) -> Path:
     """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
 
     Raises RecipeError for a folder that is neither.

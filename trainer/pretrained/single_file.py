@@ -18,7 +18,7 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.files.row_ranges import Rows, SingleFile
-from halfbyte.quant.load.fill import Finish, Place, Progress, fill
+from halfbyte.quant.load.fill import Finish, OnLayerLoaded, OnProgress, fill
 from halfbyte.quant.load.serialize import quantization_config
 from halfbyte.quant.load.transformer import empty_model
 from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
@@ -45,8 +45,8 @@ def load_single_file(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Progress | None = None,
-    place: Place | None = None,
+    progress: OnProgress | None = None,
+    place: OnLayerLoaded | None = None,
 ) -> nn.Module:
     """The model that `config` describes with the weights of `file`; see `load_quantized`.
 

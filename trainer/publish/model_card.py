@@ -48,9 +48,6 @@ class CardFacts:
     validation: ValidationSummary | None  # of a finished run
 
 
-CARD_FILE = "README.md"
-
-
 def model_card(facts: CardFacts) -> str:
     """README.md of the repository; the same for the same facts."""
     has_base = any(name.startswith(f"{BASE}/") for name in facts.names)
@@ -235,7 +232,7 @@ def _storage(facts: CardFacts) -> str:
     return dtype if quant is None else f"{quant.describe()}, computed in {dtype}"
 
 
-def read_validation(run: RunFolder, step: int) -> ValidationSummary | None:
+def read_validation_summary(run: RunFolder, step: int) -> ValidationSummary | None:
     """From the summary of a run that finished at the step; None where nothing was held out. Raises RecipeError."""
     file = run.root / "summary.json"
     try:

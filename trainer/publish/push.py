@@ -11,12 +11,14 @@ from halfbyte.trainer.hub.account import require_writer
 from halfbyte.trainer.hub.client import prepare_client
 from halfbyte.trainer.hub.failures import page
 from halfbyte.trainer.hub.reference import is_repository
+from halfbyte.trainer.pretrained.license import CARD_FILE
 from halfbyte.trainer.publish.files import BASE, PushFile, adapter_files, base_files, sample_pictures
-from halfbyte.trainer.publish.model_card import CARD_FILE, CardFacts, model_card, read_validation
-from halfbyte.trainer.publish.repository import change, commit, create, find, require_write
+from halfbyte.trainer.publish.model_card import CardFacts, model_card, read_validation_summary
+from halfbyte.trainer.publish.repository import change, commit, create, find_repository, require_write
 from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.run_folder.folder import RunFolder
-from halfbyte.trainer.runtime.progress import Announced, sized
+from halfbyte.trainer.runtime.progress import UploadLog
+from halfbyte.trainer.runtime.sizes import file_size
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def prepare_push(request: PushRequest) -> Push:
             tuple(file.name for file in files),
             pictures,
             read_base_error(target.base) if base else None,
-            read_validation(run, step),
+            read_validation_summary(run, step),
         )
     )
     files.append(PushFile(CARD_FILE, card.encode()))
@@ -97,7 +99,7 @@ def check_push(repository: str) -> None:
     """Raises HubError where a push there would fail by what can be known before: login, rights, name, and kind."""
     prepare_client(bars=True)
     require_writer(repository)
-    remote = find(repository)
+    remote = find_repository(repository)
     if remote is not None:
         require_write(remote)
 
@@ -106,7 +108,7 @@ def push(ready: Push, console: Console) -> None:
     """Makes the repository hold the push, in one commit; what it holds already is not sent. Raises HubError."""
     prepare_client(bars=console.is_terminal)
     require_writer(ready.repository)
-    remote = find(ready.repository)
+    remote = find_repository(ready.repository)
     if remote is None:
         remote = create(ready.repository, private=ready.private)
         console.print(f"created {page(remote.name)} ({_visibility(remote.private)})", highlight=False)
@@ -122,9 +124,9 @@ def push(ready: Push, console: Console) -> None:
         console.print(f"up to date: {page(remote.name)} at {remote.commit}", highlight=False)
         return
     total = sum(file.size for file in todo.add)
-    made = commit(todo, remote, Announced(console, "uploading", total), title=ready.title)
+    made = commit(todo, remote, UploadLog(console, "uploading", total), title=ready.title)
     console.print(
-        f"pushed {len(todo.add)} files ({sized(total)}), {todo.kept} were there, {len(todo.delete)} deleted:"
+        f"pushed {len(todo.add)} files ({file_size(total)}), {todo.kept} were there, {len(todo.delete)} deleted:"
         f" {page(remote.name)} at {made}",
         highlight=False,
     )
@@ -134,12 +136,12 @@ def listing(ready: Push) -> list[str]:
     """What would be pushed, line by line, and become of what is there; with the card at the end."""
     width = max(len(file.name) for file in ready.files)
     lines = [f"{page(ready.repository)} ({_visibility(ready.private)} where it is made)"]
-    lines += [f"  {file.name:<{width}} {sized(file.size):>10}" for file in ready.files]
+    lines += [f"  {file.name:<{width}} {file_size(file.size):>10}" for file in ready.files]
     total = sum(file.size for file in ready.files)
     return [
         *lines,
         *_outlook(ready),
-        f"{len(ready.files)} files, {sized(total)}; nothing was sent",
+        f"{len(ready.files)} files, {file_size(total)}; nothing was sent",
         "",
         f"{CARD_FILE}:",
         ready.card,
@@ -149,7 +151,7 @@ def listing(ready: Push) -> list[str]:
 def _outlook(ready: Push) -> tuple[str, ...]:
     prepare_client(bars=False)
     try:
-        return change(ready.files, find(ready.repository), drop_base=ready.drop_base).notes
+        return change(ready.files, find_repository(ready.repository), drop_base=ready.drop_base).notes
     except HubError as error:
         return (f"as it stands the push would fail: {error}",)
 

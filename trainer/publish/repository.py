@@ -14,10 +14,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from halfbyte.trainer.errors import HubError
 from halfbyte.trainer.export.provenance import PROVENANCE_FILE
-from halfbyte.trainer.hub.failures import page, patiently, status_of, told
+from halfbyte.trainer.hub.failures import hub_errors, page, status_of, with_retries
 from halfbyte.trainer.pretrained.license import CARD_FILE
 from halfbyte.trainer.publish.files import BASE, PushFile
-from halfbyte.trainer.runtime.progress import Announced
+from halfbyte.trainer.runtime.progress import UploadLog
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Change:
+class RepoChange:
     """What it takes to make a repository hold the files, and no others that an earlier push has left."""
 
     add: tuple[PushFile, ...]
@@ -73,16 +73,16 @@ class Change:
         return bool(self.add or self.delete)
 
 
-def find(name: str) -> Remote | None:
+def find_repository(name: str) -> Remote | None:
     """What is there under the name; None where nothing is.
 
     Raises HubError where it is no model repository, or one that holds something that no push has put there.
     """
     api = HfApi()
     doing = f"push: what {name} holds"
-    with told(doing, name):
+    with hub_errors(doing, name):
         try:
-            info = patiently(lambda: api.model_info(name))
+            info = with_retries(lambda: api.model_info(name))
         except GatedRepoError:
             raise
         except RepositoryNotFoundError as error:
@@ -113,32 +113,32 @@ def find(name: str) -> Remote | None:
 def _content(name: str, file: str, commit: str | None) -> bytes:
     # Beside the client's cache, which would take the folder for a whole one.
     with tempfile.TemporaryDirectory() as cache:
-        path = patiently(lambda: hf_hub_download(name, file, revision=commit, cache_dir=cache))
+        path = with_retries(lambda: hf_hub_download(name, file, revision=commit, cache_dir=cache))
         return Path(path).read_bytes()
 
 
 def require_write(remote: Remote) -> None:
     """Asks the Hub itself whether the token may write there; raises HubError where it may not."""
-    with told(f"push: whether {remote.name} may be written to", remote.name):
-        patiently(lambda: HfApi().auth_check(remote.name, write=True))
+    with hub_errors(f"push: whether {remote.name} may be written to", remote.name):
+        with_retries(lambda: HfApi().auth_check(remote.name, write=True))
 
 
 def create(name: str, *, private: bool) -> Remote:
     """Makes the repository; raises HubError."""
-    with told(f"push: creating {name}", name):
+    with hub_errors(f"push: creating {name}", name):
         try:
-            patiently(lambda: HfApi().create_repo(name, private=private))
+            with_retries(lambda: HfApi().create_repo(name, private=private))
         except HfHubHTTPError as error:
             if status_of(error) != 409:
                 raise
             # It is there by now: made by somebody else, or by a request whose answer was lost.
-    remote = find(name)
+    remote = find_repository(name)
     if remote is None:
         raise HubError(f"push: {name} was created, but cannot be found; see {page(name)}, and push again")
     return remote
 
 
-def change(files: Sequence[PushFile], remote: Remote | None, *, drop_base: bool = False) -> Change:
+def change(files: Sequence[PushFile], remote: Remote | None, *, drop_base: bool = False) -> RepoChange:
     """What is still to be done; nothing that the repository holds already.
 
     Of what is there no more is deleted than an earlier push wrote and nobody has changed since; its quantized base only
@@ -170,24 +170,24 @@ def change(files: Sequence[PushFile], remote: Remote | None, *, drop_base: bool 
         )
     if base:
         notes.append(f"{BASE}/: the quantized base of an earlier push is kept; --no-base deletes it")
-    return Change(add, delete, len(sent) - len(add), tuple(notes))
+    return RepoChange(add, delete, len(sent) - len(add), tuple(notes))
 
 
-def commit(todo: Change, remote: Remote, progress: Announced, *, title: str) -> str:
+def commit(todo: RepoChange, remote: Remote, progress: UploadLog, *, title: str) -> str:
     """Uploads what is not there, and puts all of it into one commit, whose id it returns. Raises HubError.
 
     todo: by `change`. Nobody sees an uploaded file before the commit, and what an earlier, interrupted push has
     uploaded is not sent again.
     """
     api = HfApi()
-    with told(f"push: uploading to {remote.name}", remote.name):
+    with hub_errors(f"push: uploading to {remote.name}", remote.name):
         additions = {file: CommitOperationAdd(file.name, file.content) for file in todo.add}
         _upload(api, additions, remote.name, progress)
     deletions = [CommitOperationDelete(name) for name in todo.delete]
-    with told(f"push: the commit to {remote.name}", remote.name):
+    with hub_errors(f"push: the commit to {remote.name}", remote.name):
         try:
             # With a parent no commit is made twice, also where the answer to the first was lost.
-            made = patiently(
+            made = with_retries(
                 lambda: api.create_commit(
                     remote.name,
                     [*additions.values(), *deletions],
@@ -203,7 +203,7 @@ def commit(todo: Change, remote: Remote, progress: Announced, *, title: str) -> 
 
 
 def _upload(
-    api: HfApi, additions: Mapping[PushFile, CommitOperationAdd], name: str, progress: Announced
+    api: HfApi, additions: Mapping[PushFile, CommitOperationAdd], name: str, progress: UploadLog
 ) -> None:
     small = [file for file in additions if file.size < _LARGE]
     for file in additions:
@@ -215,9 +215,9 @@ def _upload(
         api.preupload_lfs_files(name, [additions[file] for file in small], free_memory=False)
 
 
-def _committed_before(todo: Change, remote: Remote, error: Exception) -> str:
+def _committed_before(todo: RepoChange, remote: Remote, error: Exception) -> str:
     """The newest commit, where it holds what was to be committed: then only the answer had been lost."""
-    now = find(remote.name)
+    now = find_repository(remote.name)
     if now is None or now.commit is None:
         raise error
     if not all(_same(file, now.files.get(file.name)) for file in todo.add) or now.files.keys() & set(
@@ -236,7 +236,7 @@ def _same(file: PushFile, there: RepoFile | None) -> bool:
 def _refuse_other_kinds(api: HfApi, name: str) -> None:
     """A model could be made beside a dataset or space of that name, but is not what anybody means."""
     for kind in ("dataset", "space"):
-        if patiently(lambda kind=kind: api.repo_exists(name, repo_type=kind)):  # type: ignore[misc]
+        if with_retries(lambda kind=kind: api.repo_exists(name, repo_type=kind)):  # type: ignore[misc]
             raise HubError(
                 f"push: {name} is a {kind} ({page(name, kind)}); expected a model repository, or a name that is free"
             )

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from halfbyte.quant.convert.calibrate import Fit, calibrate
+from halfbyte.quant.convert.calibrate import LayerFit, calibrate
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.trainer.data.batches import collate
 from halfbyte.trainer.data.order import Entry
@@ -23,7 +23,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.objective.shift import NoShift
 from halfbyte.trainer.objective.timesteps import Uniform
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.runtime.progress import Shown
+from halfbyte.trainer.runtime.progress import LazyProgress
 from halfbyte.trainer.training.module import DiffusionModule, training_module
 
 _HOST_BYTES = 2 * 10**9  # of second moments, where there is no device
@@ -42,7 +42,7 @@ def calibrate_for(
     samples: int,
     device: torch.device,
     console: Console,
-) -> list[Fit]:
+) -> list[LayerFit]:
     """Rounds the 4-bit layers of `denoiser` anew for `samples` of the recipe's; see `calibrate`.
 
     original: the folder of the weights in full precision. Raises ValueError where layers get NaN or infinite inputs.
@@ -62,7 +62,7 @@ def calibrate_for(
     forwards = [
         partial(forward, module, entries) for module, entries in zip(cycle(modules), batches, strict=False)
     ]
-    shown = Shown(console, "calibrating", "step")
+    shown = LazyProgress(console, "calibrating", "step")
     try:
         with ShardedWeights(original) as weights:
 

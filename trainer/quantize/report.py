@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from halfbyte.quant.formats.weight_error import SCHEMES, WeightError, weight_err
 from halfbyte.quant.load.text_encoder import text_encoder_on_meta
 from halfbyte.quant.load.transformer import empty_model, read_config
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.pretrained.pipeline import find_component
+from halfbyte.trainer.pretrained.pipeline import component_folder
+from halfbyte.trainer.runtime.progress import OnProgress
 
 SCHEME_NAMES = tuple(scheme.name for scheme in SCHEMES)
 _BLOCK_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
-Progress = Callable[[int, int], None]
 """Called after each layer with (layers done, layers in all)."""
 
 
@@ -103,7 +103,7 @@ def quant_report(
     device: torch.device,
     sample: int = 0,
     beyond: tuple[str, float] | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> QuantReport:
     """Measure the linear layers of a component of a pipeline folder, or of a model's own folder.
 
@@ -114,7 +114,7 @@ def quant_report(
     RecipeError for a folder that holds no such model, or one that is quantized or damaged, and where a text encoder
     is to get a skip list.
     """
-    folder = find_component(model, component)
+    folder = component_folder(model, component)
     try:
         config = read_config(folder)
         model_class = _model_class(config, folder)
@@ -157,7 +157,7 @@ def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin] | typ
 
 
 def _measure(
-    model: nn.Module, weights: ShardedWeights, device: torch.device, sample: int, progress: Progress | None
+    model: nn.Module, weights: ShardedWeights, device: torch.device, sample: int, progress: OnProgress | None
 ) -> list[LayerReport]:
     linears = {f"{path}.weight": (path, linear) for path, linear in linear_layers(model)}
     if not linears:

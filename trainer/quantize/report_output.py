@@ -13,7 +13,8 @@ from rich.table import Table
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.quantize.report import SCHEME_NAMES, LayerReport, QuantReport, Suggestion, quant_report
-from halfbyte.trainer.runtime.progress import Shown
+from halfbyte.trainer.runtime.progress import LazyProgress
+from halfbyte.trainer.runtime.sizes import memory_size
 
 _UNQUANTIZED = "bf16"
 # Column -> the scheme whose size it has; the 4-bit ones differ in error alone.
@@ -37,7 +38,7 @@ def run_quant_report(
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise RecipeError(f"--json: {json_file} cannot be written; expected a file in a folder that exists")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    progress = Shown(progress_console, "measuring", "layer")
+    progress = LazyProgress(progress_console, "measuring", "layer")
     try:
         report = quant_report(
             model, component, device=device, sample=sample, beyond=beyond, progress=progress
@@ -111,7 +112,7 @@ def _table(title: str, rows: Sequence[LayerReport], *, counted: bool) -> Table:
     for row in rows:
         errors = ["n/a" if error is None else f"{100 * error:.2f}" for error in row.error.relative()]
         held = dict(zip(SCHEME_NAMES, row.nbytes, strict=True)) | {_UNQUANTIZED: 2 * row.parameters}
-        sizes = [_size(held[name]) for name in _SIZES.values()]
+        sizes = [memory_size(held[name]) for name in _SIZES.values()]
         table.add_row(
             row.name, *([str(row.layers)] if counted else []), _count(row.parameters), *errors, *sizes
         )
@@ -127,7 +128,7 @@ def _show_suggestion(suggestion: Suggestion, console: Console) -> None:
         lines = [
             f"layers with an error above {limit}: {len(skip.layers)} can be skipped; then"
             f" {_count(suggestion.parameters)} weights stay in bf16, and the linear weights take"
-            f" {_size(suggestion.nbytes)}",
+            f" {memory_size(suggestion.nbytes)}",
             f"  quant.skip: [{', '.join(skip.entries)}]",
         ]
     for path, surplus in skip.out_of_reach.items():
@@ -137,9 +138,3 @@ def _show_suggestion(suggestion: Suggestion, console: Console) -> None:
 
 def _count(number: int) -> str:
     return f"{number / 10**6:.1f} M" if number >= 10**6 else f"{number:,}"
-
-
-def _size(nbytes: int) -> str:
-    if nbytes >= 2**30:
-        return f"{nbytes / 2**30:.2f} GiB"
-    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from halfbyte.quant.convert.calibrate import Fit
+from halfbyte.quant.convert.calibrate import LayerFit
 from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.exact import write_exact
@@ -42,7 +42,7 @@ class Quantized:
     folder: Path
     layers: int  # that are quantized
     nbytes: int  # of the transformer on a device
-    fits: list[Fit]  # empty where nothing was calibrated
+    fits: list[LayerFit]  # empty where nothing was calibrated
 
 
 def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: Console) -> Quantized:
@@ -88,7 +88,7 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
 
 def _quantized(
     recipe: Recipe, family: Family, original: Path | None, samples: int, world: World, console: Console
-) -> tuple[Any, list[Fit]]:
+) -> tuple[Any, list[LayerFit]]:
     """The transformer, and how its layers fit; `original` is the folder of its weights in full precision."""
     prepared = prepare(recipe, family, world, console) if samples else None
     dtype = DTYPES[recipe.quant.compute_dtype]

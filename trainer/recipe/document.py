@@ -13,11 +13,11 @@ import yaml
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.yaml12 import (
-    _SCALARS,
-    _TAG,
+    SCALARS,
+    TAG,
     RecipeDumper,
     RecipeLoader,
-    _converted,
+    converted,
 )
 from halfbyte.trainer.wording import nearest
 
@@ -28,13 +28,13 @@ _SETTING = re.compile(r"(\w+)\.(\w+): ")
 
 RecipeDumper.add_representer(str, RecipeDumper.represent_text)
 
-for _name, _pattern in _SCALARS.items():
-    RecipeLoader.add_implicit_resolver(_TAG + _name, _pattern, None)
-    RecipeDumper.add_implicit_resolver(_TAG + _name, _pattern, None)
+for _name, _pattern in SCALARS.items():
+    RecipeLoader.add_implicit_resolver(TAG + _name, _pattern, None)
+    RecipeDumper.add_implicit_resolver(TAG + _name, _pattern, None)
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Where a value was written: a line of the file, or an override."""
 
     source: str  # the file as the user named it, or the override's text
@@ -55,12 +55,12 @@ class Document:
     """The values of a recipe file with overrides applied, and where each was written."""
 
     data: dict[str, Any]
-    places: dict[KeyPath, Place]
-    problems: list[tuple[Place, str]] = field(default_factory=list)
+    places: dict[KeyPath, SourceLocation]
+    problems: list[tuple[SourceLocation, str]] = field(default_factory=list)
     # Fields whose value could not be read: they are null in `data`, which says nothing about them.
     unread: set[KeyPath] = field(default_factory=set)
 
-    def place(self, path: KeyPath) -> Place:
+    def place(self, path: KeyPath) -> SourceLocation:
         """Where the value at `path` was written; for an absent one, where what encloses it was."""
         while path not in self.places:
             path = path[:-1]
@@ -88,14 +88,14 @@ class Document:
             return message
         return self.place(path).report(path, message[found.end() :])
 
-    def refuse(self, place: Place, path: KeyPath, message: str) -> None:
+    def refuse(self, place: SourceLocation, path: KeyPath, message: str) -> None:
         self.problems.append((place, place.report(path, message)))
 
     def replace(self, path: KeyPath, value: Any) -> None:
         """Changes the value of a field that is there; where it was written stays known."""
         self.at(path[:-1])[path[-1]] = value
 
-    def put(self, path: KeyPath, value: Any, place: Place) -> None:
+    def put(self, path: KeyPath, value: Any, place: SourceLocation) -> None:
         """Sets a field that may be absent; sections on the way that are absent or empty are made."""
         section = self.data
         for depth, key in enumerate(path[:-1], start=1):
@@ -146,7 +146,7 @@ def read(file: str | Path) -> Document:
         raise RecipeError(f"{file}: this is no UTF-8 text, expected a recipe, a YAML file") from error
     except OSError as error:
         raise RecipeError(f"{file}: the recipe cannot be read: {error.strerror}") from error
-    root = Place(str(file), 1, path.absolute().parent)
+    root = SourceLocation(str(file), 1, path.absolute().parent)
     node = compose(text, root)
     if not isinstance(node, yaml.MappingNode):
         kinds = {yaml.SequenceNode: "holds a list", yaml.ScalarNode: "holds a single value"}
@@ -157,7 +157,7 @@ def read(file: str | Path) -> Document:
     return document
 
 
-def compose(text: str, place: Place) -> yaml.Node | None:
+def compose(text: str, place: SourceLocation) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=RecipeLoader)
     except yaml.MarkedYAMLError as error:
@@ -174,44 +174,46 @@ def compose(text: str, place: Place) -> yaml.Node | None:
         raise RecipeError(_not_yaml(place, 1, "nested too deeply")) from error
 
 
-def _not_yaml(place: Place, line: int, problem: str) -> str:
-    where = Place(place.source, line, place.base, place.override)
+def _not_yaml(place: SourceLocation, line: int, problem: str) -> str:
+    where = SourceLocation(place.source, line, place.base, place.override)
     return where.report(place.override or (), f"not valid YAML: {problem}")
 
 
-def plain_value(node: yaml.Node | None, path: KeyPath, place: Place, document: Document) -> Any:
+def plain_value(node: yaml.Node | None, path: KeyPath, place: SourceLocation, document: Document) -> Any:
     """The plain value of a node; notes the line of each key and item, where the document is a file."""
     if node is None:
         return None
-    if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+    if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
         return _mapping(node, path, place, document)
-    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+    if isinstance(node, yaml.SequenceNode) and node.tag == TAG + "seq":
         items = []
         for index, item in enumerate(node.value):
             inner = _note(item, (*path, index), place, document)
             items.append(plain_value(item, (*path, index), inner, document))
         return items
-    kind = node.tag.removeprefix(_TAG)
+    kind = node.tag.removeprefix(TAG)
     if isinstance(node, yaml.ScalarNode) and kind == "str":
         return node.value
-    if isinstance(node, yaml.ScalarNode) and kind in _SCALARS and _SCALARS[kind].match(node.value):
-        return _converted(kind, node.value)
+    if isinstance(node, yaml.ScalarNode) and kind in SCALARS and SCALARS[kind].match(node.value):
+        return converted(kind, node.value)
     document.refuse(place, path, f"a recipe has no tags; leave out '{node.tag}'")
     document.unread.add(path)
     return None
 
 
-def _mapping(node: yaml.MappingNode, path: KeyPath, place: Place, document: Document) -> dict[str, Any]:
+def _mapping(
+    node: yaml.MappingNode, path: KeyPath, place: SourceLocation, document: Document
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            here = Place(place.source, key.start_mark.line + 1, place.base, place.override)
+            here = SourceLocation(place.source, key.start_mark.line + 1, place.base, place.override)
             document.refuse(here, path, "a key is a single word, not a list or a mapping")
             continue
         inner = (*path, key.value)
         if key.value in values:
             first = document.place(inner)
-            here = Place(place.source, key.start_mark.line + 1, place.base, place.override)
+            here = SourceLocation(place.source, key.start_mark.line + 1, place.base, place.override)
             where = f"; first on line {first.line}" if first.override is None else ""
             document.problems.append((here, here.report(inner, f"given twice{where}")))
             continue
@@ -219,9 +221,9 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, place: Place, document: Docu
     return values
 
 
-def _note(node: yaml.Node, path: KeyPath, place: Place, document: Document) -> Place:
+def _note(node: yaml.Node, path: KeyPath, place: SourceLocation, document: Document) -> SourceLocation:
     if place.override is not None:
         return place
-    place = Place(place.source, node.start_mark.line + 1, place.base)
+    place = SourceLocation(place.source, node.start_mark.line + 1, place.base)
     document.places[path] = place
     return place

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe.document import Document, KeyPath, Place, compose, dotted, plain_value
+from halfbyte.trainer.recipe.document import Document, KeyPath, SourceLocation, compose, dotted, plain_value
 from halfbyte.trainer.recipe.schema import SchemaTree
 from halfbyte.trainer.recipe.yaml12 import scalar
 
@@ -18,7 +18,7 @@ def apply_overrides(document: Document, texts: Sequence[str], tree: SchemaTree) 
     for index, text in enumerate(texts):
         name, equals, value = text.partition("=")
         path = tuple(name.strip().split("."))
-        place = Place(text, index, Path.cwd(), path)
+        place = SourceLocation(text, index, Path.cwd(), path)
         if not equals or not all(path):
             document.refuse(place, path, "expected section.field=value, as train.steps=10")
         elif _is_section(path, document, tree):
@@ -48,7 +48,7 @@ def _first(path: KeyPath, tree: SchemaTree) -> str:
     return next(iter(tree.properties(node)))
 
 
-def _name_absent_choice(document: Document, path: KeyPath, place: Place, tree: SchemaTree) -> None:
+def _name_absent_choice(document: Document, path: KeyPath, place: SourceLocation, tree: SchemaTree) -> None:
     """A setting is overridden of a choice that the file leaves to its default: the default is that choice."""
     node = tree.at(path[:-1], document.data)
     if node is not None and tree.variants(node) and document.at(path[:-1]) is None:
@@ -81,7 +81,7 @@ def _leave_out_settings(document: Document, path: KeyPath, before: str, tree: Sc
         )
 
 
-def _written_value(text: str, path: KeyPath, place: Place, document: Document) -> Any:
+def _written_value(text: str, path: KeyPath, place: SourceLocation, document: Document) -> Any:
     # Only brackets and quotes make it YAML. All else is one plain value, so that the '#' of a caption prefix
     # begins no comment, and the '*' of a regular expression no alias.
     if not text.startswith(("[", "{", '"', "'")):

@@ -19,9 +19,9 @@ _FLOAT = re.compile(
 # Unicode's controls of direction: what stands behind one is shown elsewhere than it is.
 _REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-_SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
+SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 
-_TAG = "tag:yaml.org,2002:"
+TAG = "tag:yaml.org,2002:"
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -43,7 +43,7 @@ class RecipeDumper(yaml.SafeDumper):
     def represent_text(self, text: str) -> yaml.ScalarNode:
         # PyYAML folds these line breaks into spaces unless they are written as escapes.
         quoted = _REORDERING.search(text) or any(mark in text for mark in "\x85\u2028\u2029")
-        return self.represent_scalar(_TAG + "str", text, '"' if quoted else None)
+        return self.represent_scalar(TAG + "str", text, '"' if quoted else None)
 
     def write_double_quoted(self, text: str, split: bool = True) -> None:
         unicode = self.allow_unicode
@@ -56,13 +56,13 @@ class RecipeDumper(yaml.SafeDumper):
 
 def scalar(text: str) -> Any:
     """One plain value, as the same letters in a recipe file would be read."""
-    for kind, pattern in _SCALARS.items():
+    for kind, pattern in SCALARS.items():
         if pattern.match(text):
-            return _converted(kind, text)
+            return converted(kind, text)
     return text
 
 
-def _converted(kind: str, text: str) -> Any:
+def converted(kind: str, text: str) -> Any:
     if kind == "null":
         return None
     if kind == "bool":

@@ -53,7 +53,7 @@ class Checkpoint:
     average: dict[str, Tensor] | None = None  # of the weights, where a user is to see one in their place
 
 
-def save(
+def save_checkpoint(
     root: Path,
     position: Position,
     *,

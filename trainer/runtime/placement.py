@@ -10,6 +10,7 @@ from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.runtime.sizes import file_size
 
 # Of a device's free memory; the rest is for what flows through the model.
 _SHARE = 0.8
@@ -73,7 +74,7 @@ class Placement:
             memory = get_balanced_memory(model, memory, no_split_module_classes=classes)
         found = infer_auto_device_map(model, memory, no_split_module_classes=classes)
         if "disk" in found.values():
-            room = ", ".join(f"{device} {size / 1e9:.1f} GB" for device, size in memory.items())
+            room = ", ".join(f"{device} {file_size(size)}" for device, size in memory.items())
             raise RecipeError(
                 f"--device-map: {name} does not fit into what is free ({room}); a smaller --quant or"
                 " --text-encoder-quant may"

@@ -1,7 +1,7 @@
 """Progress that a person can read: a bar on a terminal, a line now and then in a log."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -14,7 +14,12 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from halfbyte.trainer.runtime.sizes import decimal_unit, file_size
+
 _LOG_SECONDS = 10.0
+OnProgress = Callable[[int, int], None]
+"""Called with the number of units done and the total."""
+
 BYTES = "B"
 """The unit whose numbers are shown as GB, MB or kB, by the total."""
 
@@ -54,7 +59,7 @@ class Progress:
         pace = (done - self._first) / max(now - self._began, 1e-9)
         note = f"{pace:.2f} {self.unit}/s"
         if self.unit == BYTES:
-            name, size = _byte_unit(self.total)
+            name, size = decimal_unit(self.total)
             note = f"{pace / size:.2f} {name}/s"
         if detail:
             note = "  ".join(part for part in (detail, self.remark, note) if part)
@@ -76,7 +81,7 @@ class Progress:
 
     def _share(self, done: int) -> str:
         if self.unit == BYTES:
-            name, size = _byte_unit(self.total)
+            name, size = decimal_unit(self.total)
             return f"{done / size:.1f}/{self.total / size:.1f} {name}"
         return f"{done}/{self.total}"
 
@@ -86,7 +91,7 @@ class Progress:
             self._bar.stop()
 
 
-class Shown:
+class LazyProgress:
     """A progress callback (done, total) that opens its display when it hears the total."""
 
     def __init__(self, console: Console, title: str, unit: str) -> None:
@@ -106,7 +111,7 @@ class Shown:
             self._progress.close()
 
 
-class Announced:
+class UploadLog:
     """Progress of a few parts of known sizes: a line as each begins, with what went before it."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
@@ -118,23 +123,11 @@ class Announced:
     def announce(self, part: str, size: int) -> None:
         """The next part of `size` bytes begins."""
         self._console.print(
-            f"{self._title} {part} ({sized(size)}), {sized(self._done)} of {sized(self._total)} done",
+            f"{self._title} {part} ({file_size(size)}), {file_size(self._done)} of {file_size(self._total)} done",
             markup=False,
             highlight=False,
         )
         self._done += size
-
-
-def sized(count: int) -> str:
-    """Bytes for a reader, in the units of the Hub's pages."""
-    name, size = _byte_unit(count)
-    return f"{count} B" if size == 1 else f"{count / size:.1f} {name}"
-
-
-def _byte_unit(count: int) -> tuple[str, int]:
-    """The largest unit that `count` is one of at least."""
-    units = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
-    return next((unit for unit in units if count >= unit[1]), ("B", 1))
 
 
 def _clock(seconds: float) -> str:

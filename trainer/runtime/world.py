@@ -45,7 +45,7 @@ class World:
         return self.size // self.local_size
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
@@ -94,7 +94,7 @@ def barrier(world: World) -> None:
         torch.distributed.barrier()
 
 
-def told_by_first(world: World, find: Callable[[], T]) -> T:
+def broadcast_from_leader(world: World, find: Callable[[], T]) -> T:
     """What the leading process finds, in every process; every process must ask.
 
     Raises what it raises of HalfbyteError, in every process too.
@@ -102,7 +102,7 @@ def told_by_first(world: World, find: Callable[[], T]) -> T:
     if world.size == 1:
         return find()
     told: list[Any] = [None]
-    if world.leads:
+    if world.is_leader:
         try:
             told = [find()]
         except HalfbyteError as error:

@@ -14,7 +14,7 @@ from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 
 LIST_FILE = "pictures.json"
 GRID_FILE = "grid.png"
-METADATA = "halfbyte"
+PNG_KEY = "halfbyte"
 """The PNG text with a picture's JSON."""
 
 
@@ -83,7 +83,7 @@ class PictureFolder:
         } | common
         text = PngInfo()
         text.add_itxt("prompt", job.prompt)
-        text.add_itxt(METADATA, json.dumps(record, ensure_ascii=False))
+        text.add_itxt(PNG_KEY, json.dumps(record, ensure_ascii=False))
         picture.save(path, pnginfo=text)
         self._records.append(record)
         self._pictures.append((job, picture))
@@ -129,7 +129,7 @@ def _column(job: Job) -> tuple[float | None, int]:
 def read_record(picture: Path) -> dict[str, Any]:
     """What a picture's file says of how it was drawn."""
     with Image.open(picture) as opened:
-        record: dict[str, Any] = json.loads(opened.info[METADATA])
+        record: dict[str, Any] = json.loads(opened.info[PNG_KEY])
     return record
 
 

@@ -10,7 +10,7 @@ from halfbyte.trainer.wording import in_prose
 
 QUANTS = ("nf4", "int8", "none")
 TEXT_ENCODER_QUANTS = ("auto", "none", "int8", "nf4")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "sequential")
 DEVICE_MAPS = ("auto", "balanced")
 
@@ -50,7 +50,7 @@ class SampleRequest:
         for option, value, accepted in (
             ("--quant", self.quant, QUANTS),
             ("--text-encoder-quant", self.text_encoder_quant, TEXT_ENCODER_QUANTS),
-            ("--dtype", self.dtype, DTYPES),
+            ("--dtype", self.dtype, DTYPE_NAMES),
             ("--offload", self.offload, OFFLOADS),
             ("--device-map", self.device_map, DEVICE_MAPS),
         ):

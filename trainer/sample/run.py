@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from halfbyte.trainer.cuda_graphs.recorder import CudaRecorder
-from halfbyte.trainer.data.encoding_cache import fill
+from halfbyte.trainer.data.encoding_cache import encode_missing
 from halfbyte.trainer.data.size_limits import refuse_large_drawings
 from halfbyte.trainer.denoiser.attention import AttentionShape, choose_attention
 from halfbyte.trainer.errors import LaunchError, RecipeError
@@ -21,7 +21,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.runtime.device_memory import free_unused, when_full
 from halfbyte.trainer.runtime.placement import Placement
-from halfbyte.trainer.runtime.progress import Progress, Shown, write_lines
+from halfbyte.trainer.runtime.progress import LazyProgress, Progress, write_lines
 from halfbyte.trainer.runtime.version import halfbyte_version
 from halfbyte.trainer.runtime.world import World, join
 from halfbyte.trainer.sample.draw import Drawing, describe_base
@@ -186,7 +186,7 @@ def _encode(
     subject: Subject, jobs: Sequence[Job], placement: Placement, console: Console
 ) -> Mapping[str, TextEmbedding]:
     """The prompts' embeddings, from the cache that training fills; the text encoders are gone when it returns."""
-    encoding = Shown(console, "encoding", "entry")
+    encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         subject.family,
         device=placement.device,
@@ -196,7 +196,7 @@ def _encode(
         placement=placement,
     )
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    texts = fill(subject.cache_folder, encoders, [], prompts, progress=encoding)[1]
+    texts = encode_missing(subject.cache_folder, encoders, [], prompts, progress=encoding)[1]
     encoding.close()
     del encoders
     free_unused(placement.device)

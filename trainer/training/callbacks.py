@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from halfbyte.trainer.adapters import saved as adapters_saved
 from halfbyte.trainer.adapters.lora import by_parameter, save_adapter, trained_parameters
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.runtime.progress import Progress
@@ -67,7 +67,7 @@ class Averager(StepCallback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Lightning's hook: what is exported is the average to the bit that the last checkpoint has, which it might
         not be once Lightning has moved the model to the CPU."""
-        pl_module.weights.settle()
+        pl_module.weights.apply_average()
 
 
 class Validator(StepCallback):
@@ -103,7 +103,7 @@ class Validator(StepCallback):
 
     def measure(self, module: DiffusionModule) -> float:
         """Measures now; every process must call it."""
-        with module.weights.in_place():
+        with module.weights.swapped_in():
             measured = self.validation.measure(module.step)
         if self.writer is not None:
             self.writer.write_validation(measured)
@@ -112,7 +112,7 @@ class Validator(StepCallback):
         return measured.loss
 
 
-class Recorder(StepCallback):
+class MetricsRecorder(StepCallback):
     """Writes metrics, shows progress, and stops a run whose loss is no number."""
 
     def __init__(
@@ -184,7 +184,7 @@ class Recorder(StepCallback):
 
 def _peak_bytes(module: DiffusionModule, device: torch.device) -> int:
     """What a recorded step computes in is taken throughout, and counts as allocated only while it is recorded."""
-    if module.called is not None:
+    if module.forward_fn is not None:
         return torch.cuda.max_memory_reserved(device)
     return torch.cuda.max_memory_allocated(device)
 
@@ -221,7 +221,7 @@ class Checkpointer(StepCallback):
             raise RecipeError(
                 f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote it: go on"
                 " with that one, or start a new run from its weights:"
-                f" lora.init_from={self.resume.folder / adapters_saved.ADAPTER_FILE} output.dir=runs/other"
+                f" lora.init_from={self.resume.folder / ADAPTER_FILE} output.dir=runs/other"
             ) from error
         if self.resume.average is not None:
             pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))
@@ -245,10 +245,10 @@ class Checkpointer(StepCallback):
             raise HalfbyteError(
                 f"step {module.step}: the adapter holds values that are not finite; {_STOPPED}"
             )
-        if self.world.leads:
+        if self.world.is_leader:
             accumulation = int(trainer.accumulate_grad_batches)
             position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
-            checkpoint.save(
+            checkpoint.save_checkpoint(
                 self.root,
                 position,
                 write_adapter=lambda folder: _write_adapters(module, folder),
@@ -262,7 +262,7 @@ class Checkpointer(StepCallback):
 def _write_adapters(module: DiffusionModule, folder: str) -> None:
     """What a user is to see under the usual name; beside it, where it is an average, the weights that train."""
     pipeline_class = module.family.pipeline_class
-    with module.weights.in_place():
+    with module.weights.swapped_in():
         save_adapter(module.denoiser, pipeline_class, folder)
     if module.weights.averaged:
         save_adapter(module.denoiser, pipeline_class, folder, checkpoint.TRAINED_FILE)
@@ -280,9 +280,9 @@ class Sampler(StepCallback):
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """See `StepCallback`."""
         if self.every and module.step % self.every == 0 and module.step != self.last_step:
-            if self.world.leads:
+            if self.world.is_leader:
                 module.denoiser.eval()
-                with module.weights.in_place():
+                with module.weights.swapped_in():
                     self.draw(module.step)
                 module.denoiser.train()
             barrier(self.world)

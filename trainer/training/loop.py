@@ -22,7 +22,7 @@ from halfbyte.trainer.data.prepare import Prepared
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.optim.averages import Ema, Weights
+from halfbyte.trainer.optim.averages import Ema, TrainedWeights
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder
@@ -33,7 +33,7 @@ from halfbyte.trainer.training.callbacks import (
     Averager,
     Checkpointer,
     Interruption,
-    Recorder,
+    MetricsRecorder,
     Sampler,
     Validator,
     WarmUp,
@@ -84,7 +84,7 @@ class Training:
         return self.saved.position.step if self.saved else 0
 
 
-def fit(training: Training) -> Finished:
+def train(training: Training) -> Finished:
     """Takes the steps that are left, with pictures, validation and checkpoints on the way.
 
     Raises OutOfMemory where the device is full; a KeyboardInterrupt goes through.
@@ -93,11 +93,13 @@ def fit(training: Training) -> Finished:
     first_step, last_step = training.first_step, recipe.train.steps
     graphed = GraphedDenoiser(training.denoiser) if records_graphs(recipe, world) else None
     module = _module(training, graphed)
-    if world.leads:
+    if world.is_leader:
         for line in recipe.optimizer.advice():
             log.warning(line)
-    writer = MetricsWriter(training.folder.root, first_step) if world.leads else None
-    shown = Progress(training.console, "training", total=last_step, done=first_step) if world.leads else None
+    writer = MetricsWriter(training.folder.root, first_step) if world.is_leader else None
+    shown = (
+        Progress(training.console, "training", total=last_step, done=first_step) if world.is_leader else None
+    )
     interruption = Interruption(world)
     callbacks = [
         interruption,
@@ -143,7 +145,7 @@ def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionMod
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         first_step=training.first_step,
-        called=graphed,
+        forward_fn=graphed,
     )
 
 
@@ -155,7 +157,7 @@ def _watching(training: Training, writer: MetricsWriter | None, shown: Progress 
         every = recipe.validation.every
         validation = validation_of(recipe, training.family, world, training.prepared, training.denoiser)
         yield Validator(validation, writer, shown, every=every, last_step=last_step)
-    yield Recorder(
+    yield MetricsRecorder(
         world,
         writer,
         shown,
@@ -254,7 +256,7 @@ def _warm_up(graphed: GraphedDenoiser, training: Training) -> None:
     )
 
 
-def _weights(recipe: Recipe) -> Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights]:
+def _weights(recipe: Recipe) -> Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], TrainedWeights]:
     """What makes the average that the recipe asks for, of the weights that train."""
     ema = recipe.ema
     if ema.decay is None:

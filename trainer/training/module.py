@@ -16,7 +16,7 @@ from halfbyte.trainer.objective.losses import Loss
 from halfbyte.trainer.objective.shift import Shift
 from halfbyte.trainer.objective.timesteps import TimestepScheme
 from halfbyte.trainer.objective.weighting import Weighting
-from halfbyte.trainer.optim.averages import Weights
+from halfbyte.trainer.optim.averages import TrainedWeights
 from halfbyte.trainer.randomness import generator, key, uniform
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.sections import ObjectiveSection
@@ -62,19 +62,20 @@ class DiffusionModule(LightningModule):
         max_grad_norm: float | None,
         seed: int,
         first_step: int = 0,
-        build_weights: Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], Weights] | None = None,
-        called: Callable[..., Any] | None = None,
+        build_weights: Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], TrainedWeights]
+        | None = None,
+        forward_fn: Callable[..., Any] | None = None,
     ) -> None:
-        """`build_weights` makes the average that is looked at in place of the weights that train; `called` is called
+        """`build_weights` makes the average that is used in place of the weights that train; `forward_fn` is called
         in place of the denoiser, see `GraphedDenoiser`."""
         super().__init__()
         self.family = family
         self.denoiser = denoiser.train()  # adapters' dropout; Lightning leaves the mode as it is
-        self.called = called
+        self.forward_fn = forward_fn
         self.objective = objective
         self.build_optimizer = build_optimizer
         self.build_weights = build_weights
-        self.weights = Weights()
+        self.weights = TrainedWeights()
         self.lr_factor = lr_factor
         self.compute_dtype = compute_dtype
         self.max_grad_norm = max_grad_norm
@@ -119,7 +120,7 @@ class DiffusionModule(LightningModule):
             batch.prompt_embeds.to(self.compute_dtype), batch.pooled_prompt_embeds.to(self.compute_dtype)
         )
         velocity = self.family.predict(
-            self.denoiser if self.called is None else self.called,
+            self.denoiser if self.forward_fn is None else self.forward_fn,
             point.noisy.to(self.compute_dtype),
             point.sigma,
             text,

@@ -10,6 +10,7 @@ from halfbyte.trainer.adapters.lora import TrainedLayers
 from halfbyte.trainer.denoiser.attention import AttentionChoice
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import memory_size
 from halfbyte.trainer.runtime.world import World
 
 
@@ -40,7 +41,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         base = f"not quantized, {dtype}"
     else:
         base = f"{opening.quant.describe()}; {opening.quantized_layers} layers, computed in {dtype}"
-    where = f", {_bytes(opening.streamed)} of it streamed from host memory" if opening.streamed else ""
+    where = f", {memory_size(opening.streamed)} of it streamed from host memory" if opening.streamed else ""
     objective = recipe.objective
     tokens = sorted(
         {family.image_tokens(h // family.vae_scale, w // family.vae_scale) for w, h in opening.sizes}
@@ -49,7 +50,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     step = train.batch_size * train.grad_accumulation * world.size
     return [
         ("model", f"{family.describe_source()} ({recipe.model.family})"),
-        ("base", f"{base}; {_bytes(opening.footprint)}{where}"),
+        ("base", f"{base}; {memory_size(opening.footprint)}{where}"),
         (
             "trains",
             f"{_adapter_kind(recipe)} rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"
@@ -152,9 +153,3 @@ def _processes(world: World) -> str:
         if world.size == 1
         else f"{world.size} processes on {world.device.type}"
     )
-
-
-def _bytes(count: int) -> str:
-    if count >= 2**30:
-        return f"{count / 2**30:.2f} GiB"
-    return f"{count / 2**20:.1f} MiB"

@@ -13,16 +13,16 @@ from halfbyte.kernels.gelu import ops as gelu_ops
 def test_gelus_backward_brings_the_gradients_of_the_adapters_beside_it(dtype, p, u):
     # y = gelu(s B (A x)) through the layer behind it: what autograd in float64 finds for the A behind and the B before.
     rows, width = 11, 48
-    lifted, lowered = torch.randn(rows, u).to(dtype), torch.randn(rows, p).to(dtype)
+    xa, gb = torch.randn(rows, u).to(dtype), torch.randn(rows, p).to(dtype)
     x, dy = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
     up = torch.zeros(width, u, dtype=torch.float64, requires_grad=True)
     down = torch.zeros(p, width, dtype=torch.float64, requires_grad=True)
     hidden = x.double().requires_grad_()
-    acted = functional.gelu(hidden + lifted.double() @ up.t(), approximate="tanh")
-    loss = (acted * dy.double()).sum() + ((acted @ down.t()) * lowered.double()).sum()
+    acted = functional.gelu(hidden + xa.double() @ up.t(), approximate="tanh")
+    loss = (acted * dy.double()).sum() + ((acted @ down.t()) * gb.double()).sum()
     wanted = torch.autograd.grad(loss, (hidden, down, up))
     buffer = torch.full((rows, width + 16), float("nan"), dtype=dtype)
-    found = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 16:])
+    found = gelu_ops.gelu_tanh_gradients(dy, x, gb, xa, buffer[:, 16:])
     assert buffer[:, :16].isnan().all()
     for ours, exact in zip((buffer[:, 16:], *found), wanted, strict=True):
         assert ours.shape == exact.shape

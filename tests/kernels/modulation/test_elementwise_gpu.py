@@ -11,7 +11,7 @@ from halfbyte.kernels.modulation import reference
 from halfbyte.kernels.qk_rope import ops as qk_rope_ops
 from halfbyte.kernels.qk_rope import reference as qk_rope_reference
 from halfbyte.kernels.qk_rope.ops import Stream
-from halfbyte.trainer.plan.op_costs import inside
+from halfbyte.trainer.plan.op_costs import ops_inside
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -178,14 +178,14 @@ def test_gelu_equals_the_reference(width, dtype):
 def test_gelus_gradients_with_the_adapters_equal_the_reference(rows, width, p, u, dtype):
     x, dy = (part[0] for part in slices(2, (1, rows, width), dtype))
     x = x * 4
-    lowered = torch.randn(rows, p + 8, device="cuda", dtype=dtype)[:, 8:]
-    lifted = torch.randn(rows, u + 3, device="cuda", dtype=dtype)[:, 3:]
+    gb = torch.randn(rows, p + 8, device="cuda", dtype=dtype)[:, 8:]
+    xa = torch.randn(rows, u + 3, device="cuda", dtype=dtype)[:, 3:]
     buffer = torch.full((rows, width + 48), float("nan"), device="cuda", dtype=dtype)
-    down, up = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 48:])
-    dx, *expected = gelu_reference.gelu_tanh_gradients(dy, x, lowered, lifted)
+    down, up = gelu_ops.gelu_tanh_gradients(dy, x, gb, xa, buffer[:, 48:])
+    dx, *expected = gelu_reference.gelu_tanh_gradients(dy, x, gb, xa)
     assert_close(buffer[:, 48:], dx)
     assert buffer[:, :48].isnan().all()
-    again = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, buffer[:, 48:])
+    again = gelu_ops.gelu_tanh_gradients(dy, x, gb, xa, buffer[:, 48:])
     for ours, theirs, repeated in zip((down, up), expected, again, strict=True):
         assert ours.dtype == torch.float32
         assert ours.shape == theirs.shape
@@ -200,13 +200,13 @@ def test_gelus_gradients_with_the_adapters_equal_the_reference(rows, width, p, u
 def test_gelus_gradients_take_inside_what_a_plan_says(rows):
     width, p, u = 3072, 16, 32
     x, dy = (torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    lowered, lifted = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in (p, u))
+    gb, xa = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in (p, u))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    sums = gelu_ops.gelu_tanh_gradients(dy, x, lowered, lifted, dy)
+    sums = gelu_ops.gelu_tanh_gradients(dy, x, gb, xa, dy)
     taken = torch.cuda.max_memory_allocated() - before - sum(part.nbytes for part in sums)
-    assert taken == inside("halfbyte::gelu_tanh_gradients_", (dy, dy, x, lowered, lifted), sums)
+    assert taken == ops_inside("halfbyte::gelu_tanh_gradients_", (dy, dy, x, gb, xa), sums)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from halfbyte.quant.convert.dequantize import dequantize
+from halfbyte.quant.convert.dequantize import dequantize_model
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
@@ -42,7 +42,7 @@ def test_a_dequantized_model_saves_and_loads_in_stock_diffusers(model_cls, recip
     weights = {
         path: m.dequantize(dtype) for path, m in model.named_modules() if isinstance(m, QuantizedLayer)
     }
-    assert set(dequantize(model, dtype)) == set(weights)
+    assert set(dequantize_model(model, dtype)) == set(weights)
     for path, weight in weights.items():
         layer = model.get_submodule(path)
         assert type(layer) is nn.Linear
@@ -72,7 +72,7 @@ def test_its_numbers_are_those_that_bitsandbytes_computes_with(mini_sd3, tmp_pat
         save_quantized(model, folder)
         with stock_bitsandbytes_on_cpu():
             stock = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
-        dequantize(model, torch.bfloat16)
+        dequantize_model(model, torch.bfloat16)
         # In train mode, as the probe sets it, bitsandbytes on the CPU multiplies the dequantized weight.
         assert torch.equal(prediction(model), prediction(stock)), recipe
 
@@ -87,7 +87,7 @@ def test_what_the_class_keeps_in_fp32_stays():
 
     model = Kept()
     convert(model, QuantRecipe())
-    assert dequantize(model, torch.float16) == ("body",)
+    assert dequantize_model(model, torch.float16) == ("body",)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
         "scale.weight",
@@ -101,7 +101,7 @@ def test_a_shared_layer_stays_shared():
     model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(64, 64, bias=False)})
     convert(model, QuantRecipe())
     model["b"] = model["a"]
-    assert dequantize(model, torch.float32) == ("a", "b", "c")
+    assert dequantize_model(model, torch.float32) == ("a", "b", "c")
     assert model["a"] is model["b"]
     assert model["c"].bias is None
 
@@ -109,7 +109,7 @@ def test_a_shared_layer_stays_shared():
 def test_a_dequantized_model_can_be_quantized_again(mini_sd3):
     model = load(mini_sd3 / "transformer", QuantRecipe(double_quant=False))
     before = prediction(model)
-    dequantize(model, torch.bfloat16)
+    dequantize_model(model, torch.bfloat16)
     convert(model, QuantRecipe(double_quant=False))
     # The levels of the table are quantized to themselves.
     assert torch.equal(prediction(model), before)
@@ -120,38 +120,38 @@ def test_adapters_and_hooks_are_refused_before_anything_changes(mini_sd3):
     expected = prediction(model)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="SD3Transformer2DModel: has adapters; take them off"):
-        dequantize(model, torch.bfloat16)
+        dequantize_model(model, torch.bfloat16)
     model.delete_adapters("default")
     with pytest.raises(ValueError, match="has adapters"):
-        dequantize(model.transformer_blocks[0], torch.bfloat16)
+        dequantize_model(model.transformer_blocks[0], torch.bfloat16)
     model = load(mini_sd3 / "transformer", QuantRecipe())
     handle = model.proj_out.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="proj_out: has hooks"):
-        dequantize(model, torch.bfloat16)
+        dequantize_model(model, torch.bfloat16)
     assert torch.equal(prediction(model), expected)
     handle.remove()
-    dequantize(model, torch.bfloat16)
+    dequantize_model(model, torch.bfloat16)
     with pytest.raises(ValueError, match="has no quantized layer"):
-        dequantize(model, torch.bfloat16)
+        dequantize_model(model, torch.bfloat16)
 
 
 def test_hooks_that_only_align_devices_go_over_to_the_plain_layers(mini_sd3):
     model = load(mini_sd3 / "transformer", QuantRecipe())
     plain = load(mini_sd3 / "transformer", QuantRecipe())
     add_hook_to_module(model.proj_out, AlignDevicesHook("cpu"))
-    dequantize(model, torch.bfloat16)
-    dequantize(plain, torch.bfloat16)
+    dequantize_model(model, torch.bfloat16)
+    dequantize_model(plain, torch.bfloat16)
     assert isinstance(model.proj_out._hf_hook, AlignDevicesHook)
     assert torch.equal(prediction(model), prediction(plain))
     model = load(mini_sd3 / "transformer", QuantRecipe())
     cpu_offload(model, torch.device("cpu"))
     with pytest.raises(ValueError, match="has hooks, of offloading"):
-        dequantize(model, torch.bfloat16)
+        dequantize_model(model, torch.bfloat16)
 
 
 def test_an_unfit_dtype_is_refused():
     with pytest.raises(ValueError, match=r"dtype: got torch\.int8, accepted: float32"):
-        dequantize(nn.Linear(2, 2), torch.int8)
+        dequantize_model(nn.Linear(2, 2), torch.int8)
 
 
 def test_a_text_encoder_of_transformers_comes_back_as_well(tmp_path):
@@ -159,7 +159,7 @@ def test_a_text_encoder_of_transformers_comes_back_as_well(tmp_path):
     model = T5EncoderModel(T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4))
     convert(model, QuantRecipe(compute_dtype=torch.float32))
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    dequantize(model, torch.float32)
+    dequantize_model(model, torch.float32)
     model.save_pretrained(tmp_path)
     stock = T5EncoderModel.from_pretrained(tmp_path).eval()
     tokens = torch.arange(8)[None]

@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_those_of_float64(device, dtype, packed):
     y = layers.forward(wide)
     grad = layers.widened(rows, layers.outputs, x).fill_(float("nan"))
     grad[:, : layers.outputs] = upstream
-    dx, downs, ups = layers.gradients(grad, wide[:, : layers.width], layers.lifted(wide), wants_input=True)
+    dx, downs, ups = layers.gradients(grad, wide[:, : layers.width], layers.xa(wide), wants_input=True)
     learned = [part for pair in zip(downs, ups, strict=True) for part in pair if part is not None]
     expected_y, expected = exact(layers, x, upstream)
     assert y.dtype == dx.dtype == dtype
@@ -93,7 +93,7 @@ def test_without_adapters_nothing_is_added(device):
     x = torch.randn(5, layers.width, device=device).bfloat16()
     grad = torch.randn(5, layers.outputs, device=device).bfloat16()
     y = layers.forward(x)
-    dx, downs, ups = layers.gradients(grad, x, layers.lifted(x), wants_input=True)
+    dx, downs, ups = layers.gradients(grad, x, layers.xa(x), wants_input=True)
     expected_y, (expected,) = exact(layers, x, grad)
     assert error(y, expected_y) < BOUND[torch.bfloat16]
     assert error(dx, expected) < BOUND[torch.bfloat16]
@@ -105,7 +105,7 @@ def test_what_is_not_asked_for_is_not_computed():
     x = layers.widened(5, layers.width, torch.empty(0)).normal_()
     layers.lift(x)
     grad = layers.widened(5, layers.outputs, x).normal_()
-    dx, *_ = layers.gradients(grad, x[:, : layers.width], layers.lifted(x), wants_input=False)
+    dx, *_ = layers.gradients(grad, x[:, : layers.width], layers.xa(x), wants_input=False)
     assert dx is None
 
 

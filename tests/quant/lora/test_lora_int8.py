@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.kernels.int8 import reference as int8_reference
-from halfbyte.quant.convert.dequantize import dequantize
+from halfbyte.quant.convert.dequantize import dequantize_model
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.linear8bit import Linear8bit
 from halfbyte.quant.lora.layers import LORA_LAYERS, LoraLinear8bit, lora_linears
@@ -147,7 +147,7 @@ def test_the_file_has_stock_names_and_loads_over_the_dequantized_base(mini_flux,
             parameter.data.copy_(0.05 * noise(*parameter.shape))
     save_adapter(denoiser, FluxPipeline, str(tmp_path))
     plain = loaded()
-    dequantize(plain, torch.float32)
+    dequantize_model(plain, torch.float32)
     for base, tolerance in ((loaded(), 1e-4), (plain, 2e-2)):
         pipeline = FluxPipeline.from_pretrained(mini_flux, transformer=base, dtype=torch.float32)
         pipeline.load_lora_weights(tmp_path)

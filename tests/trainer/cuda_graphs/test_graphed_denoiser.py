@@ -87,7 +87,7 @@ def test_every_optimizer_moves_what_was_recorded(mini_flux: Path, name: str) -> 
             optimizer.zero_grad()
             if average is not None:
                 average.update(number + 1)
-                with average.in_place(), torch.no_grad():
+                with average.swapped_in(), torch.no_grad():
                     found.append(setup.module.loss(batch))
         results.append(found + [p.detach().clone() for p in setup.parameters.values()])
     assert same(*results)

@@ -27,7 +27,7 @@ from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.optim.averages import Ema, OptimizerAverage, Weights
+from halfbyte.trainer.optim.averages import Ema, OptimizerAverage, TrainedWeights
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
@@ -82,11 +82,11 @@ class Steps:
         self.module = module_of(family, denoiser, dtype)
         self.graphed = GraphedDenoiser(denoiser)
         if graphs:
-            self.module.called = self.graphed
+            self.module.forward_fn = self.graphed
         self.parameters = trained_parameters(denoiser)
         choice = OPTIMIZERS[optimizer].model_validate({"name": optimizer})
         self.optimizer = choice.build(list(self.parameters.items()))
-        self.weights: Weights = Ema(self.parameters, decay=0.5) if ema else Weights()
+        self.weights: TrainedWeights = Ema(self.parameters, decay=0.5) if ema else TrainedWeights()
         if choice.averages:
             self.weights = OptimizerAverage(self.parameters, self.optimizer)
 
@@ -112,7 +112,7 @@ class Steps:
             self.weights.update(number + 1)
             if validate:
                 self.denoiser.eval()
-                with self.weights.in_place(), torch.no_grad():
+                with self.weights.swapped_in(), torch.no_grad():
                     found.append((f"validation after {number}", self.loss(1000, side)))
                 self.denoiser.train()
         return found + [(f"weight: {name}", p.detach().clone()) for name, p in self.parameters.items()]
@@ -237,7 +237,7 @@ def test_a_resumed_run_is_the_unbroken_one(mini_flux: Path, caplog: pytest.LogCa
         found = steps.take([8] * 3)
         if broken:
             steps.graphed.release()
-            steps.graphed = steps.module.called = GraphedDenoiser(steps.denoiser)
+            steps.graphed = steps.module.forward_fn = GraphedDenoiser(steps.denoiser)
         return found + steps.take([8] * 3, first=3)
 
     expected = make(False)

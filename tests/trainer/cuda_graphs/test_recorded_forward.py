@@ -13,7 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from halfbyte.trainer.cuda_graphs.forward import MOST_SHAPES, RecordedForwards, recorded_forwards
+from halfbyte.trainer.cuda_graphs.forward import MOST_FORWARDS, RecordedForwards, recorded_forwards
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
@@ -121,18 +121,18 @@ def test_a_recording_reads_the_inputs_of_each_call_and_its_output_stays(denoiser
 def test_shapes_are_recorded_each_for_itself_and_the_oldest_goes() -> None:
     model, recorders = _Scaled(), Recorders(Tape)
     with recorded_forwards(model, recorders) as forwards:
-        for rows in range(1, MOST_SHAPES + 1):
+        for rows in range(1, MOST_FORWARDS + 1):
             for _ in range(2):
                 scaled(model, rows)
-        assert (forwards.shapes, recorders.counts) == (MOST_SHAPES, (MOST_SHAPES, 2 * MOST_SHAPES))
+        assert (forwards.shapes, recorders.counts) == (MOST_FORWARDS, (MOST_FORWARDS, 2 * MOST_FORWARDS))
         scaled(model, 1)
         for _ in range(2):
-            scaled(model, MOST_SHAPES + 1)
-        assert (forwards.shapes, recorders.counts[0]) == (MOST_SHAPES, MOST_SHAPES + 1)
+            scaled(model, MOST_FORWARDS + 1)
+        assert (forwards.shapes, recorders.counts[0]) == (MOST_FORWARDS, MOST_FORWARDS + 1)
         scaled(model, 1)
-        assert recorders.counts[0] == MOST_SHAPES + 1, "it was used last but one"
+        assert recorders.counts[0] == MOST_FORWARDS + 1, "it was used last but one"
         scaled(model, 2)
-        assert recorders.counts[0] == MOST_SHAPES + 2
+        assert recorders.counts[0] == MOST_FORWARDS + 2
     assert len(recorders.made) == 1, "all in one memory"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from halfbyte.trainer.data.batches import PlannedBatches
 from halfbyte.trainer.data.buckets import Cropping, bucket_sizes, nearest_size, views_of
 from halfbyte.trainer.data.folder import Sample
-from halfbyte.trainer.data.order import Entry, Plan
+from halfbyte.trainer.data.order import Entry, SampleOrder
 from halfbyte.trainer.errors import RecipeError
 
 SHAPES = [(640, 480)] * 7 + [(480, 640)] * 5 + [(500, 500)] * 3 + [(300, 900)]
@@ -24,9 +24,11 @@ def samples(shapes: list[tuple[int, int]]) -> list[Sample]:
     ]
 
 
-def plan_of(shapes: list[tuple[int, int]], global_batch: int, seed: int = 0, **cropping: object) -> Plan:
+def plan_of(
+    shapes: list[tuple[int, int]], global_batch: int, seed: int = 0, **cropping: object
+) -> SampleOrder:
     views = views_of(samples(shapes), Cropping(64, 16, **cropping), seed)
-    return Plan(views, seed=seed, global_batch=global_batch)
+    return SampleOrder(views, seed=seed, global_batch=global_batch)
 
 
 class TestSizes:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfbyte.trainer.data.buckets import View
-from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache, fill
+from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache, encode_missing
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.embedding import LatentMoments
 
@@ -34,7 +34,7 @@ def entries(cache: Path) -> list[Path]:
 class TestFill:
     def test_what_is_read_is_what_was_encoded(self, pictures: Path, tmp_path: Path) -> None:
         views = views_in(pictures)
-        latents, texts = fill(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
+        latents, texts = encode_missing(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
         for number, view in enumerate(views):
             moments = latents.read(view)
             color = torch.tensor([60 * number, 255 - 60 * number, 30]) / 127.5 - 1
@@ -50,14 +50,14 @@ class TestFill:
 
     def test_a_second_start_encodes_nothing(self, pictures: Path, tmp_path: Path) -> None:
         views = views_in(pictures)
-        fill(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
+        encode_missing(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
         encoders = CountingEncoders()
-        fill(tmp_path / "cache", encoders, views, captions_of(views))
+        encode_missing(tmp_path / "cache", encoders, views, captions_of(views))
         assert (encoders.pictures, encoders.captions) == ([], [])
 
     def test_names_play_no_part(self, pictures: Path, tmp_path: Path) -> None:
         views = views_in(pictures)
-        fill(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
+        encode_missing(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
         moved = tmp_path / "moved"
         pictures.rename(moved)
         for kind in ("png", "txt"):  # a and b change names: each keeps its caption
@@ -65,7 +65,7 @@ class TestFill:
             (moved / f"b.{kind}").rename(moved / f"a.{kind}")
         views = views_in(moved)
         encoders = CountingEncoders()
-        latents, texts = fill(tmp_path / "cache", encoders, views, captions_of(views))
+        latents, texts = encode_missing(tmp_path / "cache", encoders, views, captions_of(views))
         assert (encoders.pictures, encoders.captions) == ([], [])
         for view in views:
             red = latents.read(view).mean[0, 0, 0, 0].item()
@@ -74,12 +74,12 @@ class TestFill:
 
     def test_only_what_changed_is_encoded(self, pictures: Path, tmp_path: Path) -> None:
         views = views_in(pictures)
-        fill(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
+        encode_missing(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
         Image.new("RGB", (64, 48), "white").save(pictures / "b.png")
         (pictures / "c.txt").write_text("cap z", encoding="utf-8")
         views = views_in(pictures)
         encoders = CountingEncoders()
-        latents, texts = fill(tmp_path / "cache", encoders, views, captions_of(views))
+        latents, texts = encode_missing(tmp_path / "cache", encoders, views, captions_of(views))
         assert len(encoders.pictures) == 1
         assert encoders.captions == ["cap z"]
         assert latents.read(views[1]).mean.eq(1).all()
@@ -107,7 +107,7 @@ class TestFill:
         left.paste("white", (0, 0, 32, 64))
         left.save(pictures / "d.png")
         plain, flipped = views_in(pictures, flip=True)[-2:]
-        latents, _ = fill(tmp_path / "cache", CountingEncoders(), [plain, flipped], [])
+        latents, _ = encode_missing(tmp_path / "cache", CountingEncoders(), [plain, flipped], [])
         assert torch.allclose(latents.read(plain).mean, latents.read(flipped).mean.flip(-1), atol=1e-6)
         assert not torch.allclose(latents.read(plain).mean, latents.read(flipped).mean, atol=0.5)
 
@@ -116,7 +116,7 @@ class TestFill:
         (pictures / "e.txt").write_text("cap a", encoding="utf-8")
         views = views_in(pictures)
         encoders = CountingEncoders()
-        fill(tmp_path / "cache", encoders, views, captions_of(views))
+        encode_missing(tmp_path / "cache", encoders, views, captions_of(views))
         assert len(views) == 5
         assert len(encoders.pictures) == 4
         assert sorted(encoders.captions) == ["", "cap a", "cap b", "cap c", "cap d"]
@@ -125,7 +125,7 @@ class TestFill:
         views = views_in(pictures)
         seen: list[tuple[int, int]] = []
         for size in (1, 3):
-            fill(
+            encode_missing(
                 tmp_path / str(size),
                 CountingEncoders(),
                 views,
@@ -143,7 +143,7 @@ class TestFill:
         views = views_in(pictures)
         shares = [CountingEncoders() for _ in range(3)]
         for rank, encoders in enumerate(shares):
-            fill(tmp_path / "cache", encoders, views, captions_of(views), rank=rank, world_size=3)
+            encode_missing(tmp_path / "cache", encoders, views, captions_of(views), rank=rank, world_size=3)
         assert sum(len(encoders.pictures) for encoders in shares) == 4
         encoded = [caption for encoders in shares for caption in encoders.captions]
         assert sorted(encoded) == sorted(["", *captions_of(views)])
@@ -155,7 +155,8 @@ class TestFill:
         context = multiprocessing.get_context("fork")
         workers = [
             context.Process(
-                target=fill, args=(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
+                target=encode_missing,
+                args=(tmp_path / "cache", CountingEncoders(), views, captions_of(views)),
             )
             for _ in range(3)
         ]
@@ -174,13 +175,13 @@ class TestFill:
                 return LatentMoments(moments.mean / 0, moments.std)
 
         with pytest.raises(DataError, match=r"a\.png: the VAE gives mean with NaN or infinity"):
-            fill(tmp_path / "cache", Overflowing(), views_in(pictures), [])
+            encode_missing(tmp_path / "cache", Overflowing(), views_in(pictures), [])
         assert list((tmp_path / "cache" / "latents").rglob("*")) == []
 
     def test_a_cache_that_cannot_be_written(self, pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file", encoding="utf-8")
         with pytest.raises(DataError, match="cannot write the cache entry"):
-            fill(tmp_path / "cache", CountingEncoders(), views_in(pictures), [])
+            encode_missing(tmp_path / "cache", CountingEncoders(), views_in(pictures), [])
 
     def test_too_small_a_disk_is_noticed_at_the_first_entry(
         self, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -190,14 +191,14 @@ class TestFill:
         views = views_in(pictures)
         encoders = CountingEncoders()
         with pytest.raises(DataError, match=r"cache needs .* set data\.cache_dir to a larger one"):
-            fill(tmp_path / "cache", encoders, views, captions_of(views))
+            encode_missing(tmp_path / "cache", encoders, views, captions_of(views))
         assert len(encoders.captions) == 1
 
     def test_progress_counts_what_is_there_already(self, pictures: Path, tmp_path: Path) -> None:
         views = views_in(pictures)
-        fill(tmp_path / "cache", CountingEncoders(), views[:2], captions_of(views[:1]))
+        encode_missing(tmp_path / "cache", CountingEncoders(), views[:2], captions_of(views[:1]))
         seen: list[tuple[int, int]] = []
-        fill(
+        encode_missing(
             tmp_path / "cache",
             CountingEncoders(),
             views,
@@ -210,7 +211,7 @@ class TestFill:
         views = views_in(pictures)
         cache = tmp_path / "cache"
         assert not LatentCache.has_decoded(cache, views[0].sample.sha256)
-        fill(cache, CountingEncoders(), views[:1], [])
+        encode_missing(cache, CountingEncoders(), views[:1], [])
         assert LatentCache.has_decoded(cache, views[0].sample.sha256)
         assert not LatentCache.has_decoded(cache, views[1].sample.sha256)
 
@@ -219,7 +220,7 @@ class TestDamage:
     @pytest.fixture
     def filled(self, pictures: Path, tmp_path: Path) -> tuple[Path, list[View]]:
         views = views_in(pictures)
-        fill(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
+        encode_missing(tmp_path / "cache", CountingEncoders(), views, captions_of(views))
         return tmp_path / "cache", views
 
     @pytest.mark.parametrize("kind", ["latents", "texts"])
@@ -243,7 +244,7 @@ class TestDamage:
             )
         encoders = CountingEncoders()
         with caplog.at_level(logging.WARNING):
-            fill(cache, encoders, views, captions_of(views))
+            encode_missing(cache, encoders, views, captions_of(views))
         assert len(encoders.pictures) + len(encoders.captions) == 1
         assert f"{victim} is damaged" in caplog.text
         assert victim.read_bytes() == sound
@@ -282,7 +283,7 @@ class TestDamage:
             sizes.append(os.fstat(descriptor).st_size)
 
         monkeypatch.setattr(os, "fsync", fsync)
-        fill(cache, CountingEncoders(), views, [])
+        encode_missing(cache, CountingEncoders(), views, [])
         assert named == [False]
         assert sizes == [size]
         assert path.exists()
@@ -298,7 +299,7 @@ class TestDamage:
 
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(DataError, match=r"cannot write the cache entry .* No space left on device"):
-            fill(cache, CountingEncoders(), views, [])
+            encode_missing(cache, CountingEncoders(), views, [])
         assert len(entries(cache / "latents")) == 3
         assert list(cache.rglob("*.partial")) == []
 

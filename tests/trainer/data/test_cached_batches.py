@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import Batch, PlannedBatches, TrainingSet, collate
 from halfbyte.trainer.data.buckets import Cropping, View, views_of
-from halfbyte.trainer.data.encoding_cache import fill
+from halfbyte.trainer.data.encoding_cache import encode_missing
 from halfbyte.trainer.data.folder import read_samples
-from halfbyte.trainer.data.order import Plan
+from halfbyte.trainer.data.order import SampleOrder
 
 from counting_encoders import CountingEncoders, captions_of, write_pictures
 
@@ -29,8 +29,10 @@ class TestBatches:
 
     def loaded(self, groups: list[tuple[View, ...]], cache: Path, **options: object) -> DataLoader[Batch]:
         views = [view for group in groups for view in group]
-        latents, texts = fill(cache, CountingEncoders(), views, captions_of(views))
-        batches = PlannedBatches(Plan(groups, seed=0, global_batch=2), batch_size=2, rank=0, start=0, stop=24)
+        latents, texts = encode_missing(cache, CountingEncoders(), views, captions_of(views))
+        batches = PlannedBatches(
+            SampleOrder(groups, seed=0, global_batch=2), batch_size=2, rank=0, start=0, stop=24
+        )
         data = TrainingSet(latents, texts, **options)
         return DataLoader(data, batch_sampler=batches, collate_fn=collate)
 
@@ -46,7 +48,7 @@ class TestBatches:
         assert rows == 48
 
     def test_shapes_positions_and_order(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
-        plan = Plan(groups, seed=0, global_batch=2)
+        plan = SampleOrder(groups, seed=0, global_batch=2)
         loader = self.loaded(groups, tmp_path / "cache")
         assert len(loader) == 24
         for batch, planned in zip(loader, islice(plan.micro_batches(), 24), strict=True):

@@ -75,16 +75,16 @@ def test_embeddings_are_kept_apart_by_how_t5_was_held(mini_flux, tmp_path):
 
 def test_auto_packs_a_large_t5(mini_flux, monkeypatch):
     folder = mini_flux / "text_encoder_2"
-    assert t5.settle("auto", folder) == "none"
+    assert t5.resolve_quant("auto", folder) == "none"
     monkeypatch.setattr(t5, "_LARGE", 10**5)
-    assert t5.settle("auto", folder) == "int8"
-    assert t5.settle("none", folder) == "none"
+    assert t5.resolve_quant("auto", folder) == "int8"
+    assert t5.resolve_quant("none", folder) == "none"
 
 
 def test_a_config_that_is_no_t5s_is_a_recipe_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=r"model\.path: .*config\.json: not a JSON file"):
-        t5.settle("auto", tmp_path)
+        t5.resolve_quant("auto", tmp_path)
 
 
 def test_the_vae_and_the_text_encoders_are_never_held_together(mini_flux, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfbyte.trainer.optim.averages import Ema, Weights
+from halfbyte.trainer.optim.averages import Ema, TrainedWeights
 
 
 def parameters(count=2):
@@ -59,7 +59,7 @@ def test_looking_puts_every_bit_back():
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     def look():
-        with ema.in_place():
+        with ema.swapped_in():
             assert all(parameter.equal(ema.average[name]) for name, parameter in trained.items())
             assert not trained["layer0"].equal(before["layer0"])
             raise RuntimeError
@@ -88,7 +88,7 @@ def test_an_average_of_other_parameters_is_refused():
 
 
 def test_without_an_average_what_trains_is_seen():
-    weights = Weights()
+    weights = TrainedWeights()
     assert not weights.averaged
-    with weights.in_place():
+    with weights.swapped_in():
         pass

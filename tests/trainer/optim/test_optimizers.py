@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.trainer.adapters import saved as adapters_saved
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.optim.averages import OptimizerAverage
 from halfbyte.trainer.optim.optimizers import (
     OPTIMIZERS,
@@ -72,10 +72,10 @@ class Toy:
 
     def save(self, root):
         trained = {f"transformer.{name}": value.detach().cpu() for name, value in self.parameters.items()}
-        return checkpoint.save(
+        return checkpoint.save_checkpoint(
             root,
             checkpoint.Position(3, 3, 1),
-            write_adapter=lambda folder: save_file(trained, f"{folder}/{adapters_saved.ADAPTER_FILE}"),
+            write_adapter=lambda folder: save_file(trained, f"{folder}/{ADAPTER_FILE}"),
             optimizer=checkpoint.named_optimizer_state(self.optimizer),
             scaler={},
         )
@@ -110,7 +110,7 @@ def test_what_it_saves_is_that_very_state(choice, tmp_path):
     toy = Toy(choice).steps(3)
     first = toy.save(tmp_path / "first")
     again = Toy(choice, saved=checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
-    for name in (adapters_saved.ADAPTER_FILE, "optimizer.safetensors", "state.json"):
+    for name in (ADAPTER_FILE, "optimizer.safetensors", "state.json"):
         assert (first / name).read_bytes() == (again / name).read_bytes(), name
 
 
@@ -201,7 +201,7 @@ def test_schedule_free_shows_its_average_and_trains_on():
     weights = choice.weights(toy.parameters, toy.optimizer)
     assert isinstance(weights, OptimizerAverage)
     trained = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
-    with weights.in_place():
+    with weights.swapped_in():
         for name, parameter in toy.parameters.items():
             # y = (1 - beta) z + beta x, x the average and y the weights that train (Defazio et al. 2024, eq. 3)
             z = toy.optimizer.state[parameter]["z"]

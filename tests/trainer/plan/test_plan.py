@@ -27,7 +27,6 @@ from halfbyte.trainer.plan.phases import (
     BUS_RATE,
     CONTEXT_BYTES,
     GATHERED,
-    GIB,
     MEASURED_RATE,
     PRODUCTS_BYTES,
     RECORDED,
@@ -40,6 +39,7 @@ from halfbyte.trainer.plan.published_configs import write_configurations
 from halfbyte.trainer.quantize.run import quantize
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import GIB
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training.module import DiffusionModule
 

@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.plan.fit import Fit, cheapest_savings, fit, open_planner, parse_budget
+from halfbyte.trainer.plan.fit import (
+    FittedRecipe,
+    cheapest_savings,
+    fit_to_budget,
+    open_planner,
+    parse_budget,
+)
 from halfbyte.trainer.plan.output import fit_lines, plan_lines
-from halfbyte.trainer.plan.phases import CONTEXT_BYTES, GIB
+from halfbyte.trainer.plan.phases import CONTEXT_BYTES
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.plan.published_configs import write_configurations
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import GIB
 
 from repository import RECIPES
 from runs import write_recipe
@@ -54,7 +61,7 @@ def with_graphs(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"cuda_graphs": True})})
 
 
-def made(fitted: Fit) -> list[str]:
+def made(fitted: FittedRecipe) -> list[str]:
     """The settings that were changed."""
     return [setting for change in fitted.changes for setting in change.settings]
 
@@ -66,7 +73,7 @@ def all_offered(toy: Path, *settings: str) -> list[str]:
 
 
 def test_settings_are_chosen_for_a_card_the_cheapest_first(planner: Planner) -> None:
-    fitted = fit(planner, 8 * GIB)
+    fitted = fit_to_budget(planner, 8 * GIB)
     assert fitted.fits
     assert fitted.plan.largest.device_bytes <= 8 * GIB
     made = [change.settings[0] for change in fitted.changes]
@@ -76,7 +83,7 @@ def test_settings_are_chosen_for_a_card_the_cheapest_first(planner: Planner) -> 
 
 
 def test_a_small_card_streams_blocks_instead_of_activations(planner: Planner) -> None:
-    fitted = fit(planner, 6 * GIB)
+    fitted = fit_to_budget(planner, 6 * GIB)
     assert fitted.fits
     made = [change.settings for change in fitted.changes]
     # Smaller optimizer state and offloading came first, did not do, and are taken back.
@@ -88,7 +95,7 @@ def test_a_small_card_streams_blocks_instead_of_activations(planner: Planner) ->
     assert fitted.plan.step.copies / GIB == pytest.approx(10.9, abs=0.1)
     assert step.allocated / GIB < 4.5
     assert "of packed blocks and activations come to the device a step" in "\n".join(plan_lines(fitted.plan))
-    smaller = fit(planner, 4 * GIB)
+    smaller = fit_to_budget(planner, 4 * GIB)
     assert smaller.fits
     assert smaller.recipe.model.stream_text_encoder
     # What is left of T5 on the device: the embedding, and two blocks.
@@ -101,7 +108,7 @@ def test_graphs_are_given_up_ahead_of_what_they_exclude(planner: Planner, flux: 
     def made(budget: int) -> list[str]:
         other = open_planner(with_graphs(planner.recipe))
         other._rehearsals, other._steps = planner._rehearsals, planner._steps
-        fitted = fit(other, budget)
+        fitted = fit_to_budget(other, budget)
         assert fitted.fits
         # What the command line would make of it is no contradiction.
         settings = [setting for change in fitted.changes for setting in change.settings]
@@ -121,14 +128,16 @@ def test_graphs_are_given_up_ahead_of_what_they_exclude(planner: Planner, flux: 
 
 def test_sd3s_encoders_fit_a_small_card_if_t5_is_streamed(tmp_path: Path) -> None:
     folder = write_configurations(tmp_path, "stabilityai/stable-diffusion-3.5-medium")
-    fitted = fit(open_planner(load_recipe(FOLDER / "sd3_lora.yaml", [f"model.path={folder}"])), 6 * GIB)
+    fitted = fit_to_budget(
+        open_planner(load_recipe(FOLDER / "sd3_lora.yaml", [f"model.path={folder}"])), 6 * GIB
+    )
     assert fitted.fits
     assert [change.settings for change in fitted.changes] == [["model.stream_text_encoder=true"]]
 
 
 def test_what_cannot_fit_says_so_with_the_nearest_that_does(toy: Path) -> None:
     budget = CONTEXT_BYTES
-    fitted = fit(open_planner(load_recipe(toy)), budget)
+    fitted = fit_to_budget(open_planner(load_recipe(toy)), budget)
     assert not fitted.fits
     text = "\n".join(fit_lines(fitted))
     assert text.startswith(f"does not fit {budget / GIB:g} GB")
@@ -136,7 +145,7 @@ def test_what_cannot_fit_says_so_with_the_nearest_that_does(toy: Path) -> None:
 
 
 def test_a_recipe_that_fits_is_left_alone(planner: Planner) -> None:
-    fitted = fit(planner, 80 * GIB)
+    fitted = fit_to_budget(planner, 80 * GIB)
     assert fitted.recipe == planner.recipe
     assert list(fit_lines(fitted)) == ["fits 80 GB as it is"]
 
@@ -169,7 +178,7 @@ def test_budgets(text: str, expected: int | None) -> None:
 
 
 def test_the_nearest_card_is_told_with_what_it_needs(planner: Planner) -> None:
-    fitted = fit(planner, GIB)
+    fitted = fit_to_budget(planner, GIB)
     assert not fitted.fits
     # Everything was tried, each setting is told once and as it ended.
     assert {"data.resolution=512", "train.gradient_checkpointing=offload"} <= set(made(fitted))
@@ -178,7 +187,7 @@ def test_the_nearest_card_is_told_with_what_it_needs(planner: Planner) -> None:
     assert fitted.nearest is not None
     assert fitted.nearest.fits
     assert fitted.nearest.budget == 4 * GIB
-    assert made(fitted.nearest) == made(fit(planner, 4 * GIB))
+    assert made(fitted.nearest) == made(fit_to_budget(planner, 4 * GIB))
     assert not {"data", "lora"} & {setting.partition(".")[0] for setting in made(fitted.nearest)}
     lines = list(fit_lines(fitted))
     assert "the nearest that does is a card of 4 GB, with:" in lines[0]
@@ -187,7 +196,7 @@ def test_the_nearest_card_is_told_with_what_it_needs(planner: Planner) -> None:
 
 def test_every_change_is_needed(planner: Planner) -> None:
     for card in (4, 6, 8):
-        fitted = fit(planner, card * GIB)
+        fitted = fit_to_budget(planner, card * GIB)
         for left_out in fitted.changes:
             recipe = planner.recipe
             for change in fitted.changes:
@@ -204,7 +213,7 @@ def test_no_step_is_rehearsed_where_another_phase_does_not_fit(toy: Path) -> Non
 
 
 def test_a_base_in_full_precision_is_quantized_before_adapter_and_pictures_shrink(opened: Opened) -> None:
-    fitted = fit(opened("quant.type=none"), 16 * GIB)
+    fitted = fit_to_budget(opened("quant.type=none"), 16 * GIB)
     assert fitted.fits
     assert made(fitted) == ["quant.type=nf4"]
     assert "4 bits" in fitted.changes[0].cost_in(fitted.recipe)
@@ -213,7 +222,7 @@ def test_a_base_in_full_precision_is_quantized_before_adapter_and_pictures_shrin
 def test_costs_are_told_of_the_recipe_that_fits(opened: Opened) -> None:
     """Not of the steps on the way there, whose batch, resolution or accumulation may be another."""
     planner = opened("train.cuda_graphs=false", "train.batch_size=2", "data.resolution=2048")
-    fitted = fit(planner, 4 * GIB)
+    fitted = fit_to_budget(planner, 4 * GIB)
     assert fitted.fits
     assert {"train.gradient_checkpointing=offload", "data.resolution=1024"} <= set(made(fitted))
     told = "\n".join(fit_lines(fitted))

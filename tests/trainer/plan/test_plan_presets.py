@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from halfbyte.trainer.plan.fit import open_planner
-from halfbyte.trainer.plan.phases import GIB
 from halfbyte.trainer.plan.published_configs import write_configurations
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import differences
 from halfbyte.trainer.recipe.yaml12 import RecipeLoader
+from halfbyte.trainer.runtime.sizes import GIB
 
 from repository import RECIPES
 

@@ -20,7 +20,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, OptimizerChoice
 from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, VISITING, Rehearsal
 from halfbyte.trainer.plan.memory_tracker import INSIDE, WORKING, LiveBytes, allocated
-from halfbyte.trainer.plan.op_costs import inside
+from halfbyte.trainer.plan.op_costs import ops_inside
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.world import read_world
@@ -254,20 +254,20 @@ def test_live_bytes_adds_what_a_kernel_takes_inside() -> None:
 def test_a_four_bit_product_over_many_rows_dequantizes_its_weight() -> None:
     fields = (None, None, None, None, None, None, (32, 64), 64, 0)
     few, many = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (1, 100))
-    assert inside("halfbyte::linear_4bit", (many, None, *fields), None) == 32 * 64 * 2
-    assert inside("halfbyte::linear_4bit", (few, None, *fields), None) == 0
+    assert ops_inside("halfbyte::linear_4bit", (many, None, *fields), None) == 32 * 64 * 2
+    assert ops_inside("halfbyte::linear_4bit", (few, None, *fields), None) == 0
 
 
 @pytest.mark.parametrize(("rows", "shares"), [(4096, 8), (100, 4)])
 def test_gelus_gradients_are_summed_in_shares_of_the_rows(rows: int, shares: int) -> None:
-    width, lowered, lifted = 256, 16, 8
+    width, gb, xa = 256, 16, 8
     live = LiveBytes()
     with live:
         x, dy = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
-        narrow = [torch.empty(rows, size, dtype=torch.bfloat16, device="meta") for size in (lowered, lifted)]
+        narrow = [torch.empty(rows, size, dtype=torch.bfloat16, device="meta") for size in (gb, xa)]
         gelu_tanh_gradients(dy, x, *narrow, out=dy)
-    assert live.peak.by_kind[INSIDE] == 4 * shares * (lowered + lifted) * width
-    assert live.flops == 2 * rows * width * (lowered + lifted)
+    assert live.peak.by_kind[INSIDE] == 4 * shares * (gb + xa) * width
+    assert live.flops == 2 * rows * width * (gb + xa)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.classes))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.trainer.adapters import saved as adapters_saved
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.run_folder import checkpoint
 
 
@@ -29,10 +29,10 @@ def trained(steps=3, seed=0):
 def save(root, step, steps=3):
     parameters, optimizer = trained(steps)
     state = {f"transformer.{name}": p.detach() for name, p in parameters.items()}
-    return checkpoint.save(
+    return checkpoint.save_checkpoint(
         root,
         checkpoint.Position(step, step * 2, 4),
-        write_adapter=lambda folder: save_file(state, f"{folder}/{adapters_saved.ADAPTER_FILE}"),
+        write_adapter=lambda folder: save_file(state, f"{folder}/{ADAPTER_FILE}"),
         optimizer=checkpoint.named_optimizer_state(optimizer),
         scaler={"scale": 65536.0},
     )
@@ -54,9 +54,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize(
-    "name", [adapters_saved.ADAPTER_FILE, "optimizer.safetensors", "state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", [ADAPTER_FILE, "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, damage):
     save(tmp_path, 3)
@@ -94,7 +92,7 @@ def test_a_crash_before_the_rename_leaves_the_older_one(tmp_path):
 
     _, optimizer = trained()
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save(
+        checkpoint.save_checkpoint(
             tmp_path,
             checkpoint.Position(4, 8, 4),
             write_adapter=write_and_die,

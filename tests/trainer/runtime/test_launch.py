@@ -21,13 +21,13 @@ TORCHRUN = {
 
 def test_a_plain_start_is_a_world_of_one():
     world = read_world({})
-    assert (world.size, world.rank, world.nodes, world.leads) == (1, 0, 1, True)
+    assert (world.size, world.rank, world.nodes, world.is_leader) == (1, 0, 1, True)
 
 
 def test_torchrun_on_two_machines():
     world = read_world(TORCHRUN | {"ACCELERATE_USE_CPU": "true"})
     assert world == World(4, 3, 2, 1, torch.device("cpu"))
-    assert (world.nodes, world.leads, world.backend) == (2, False, "gloo")
+    assert (world.nodes, world.is_leader, world.backend) == (2, False, "gloo")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from halfbyte.trainer.runtime import progress as shown
-from halfbyte.trainer.runtime.progress import BYTES, Progress, Shown
+from halfbyte.trainer.runtime.progress import BYTES, LazyProgress, Progress
 
 
 class Clock:
@@ -65,7 +65,7 @@ def test_few_bytes_are_told_in_smaller_units(clock, total, told):
 
 def test_other_units_are_counted(clock):
     def show(console):
-        counted = Shown(console, "reading", "picture")
+        counted = LazyProgress(console, "reading", "picture")
         counted(0, 40)
         clock.now += 20
         counted(10, 40)

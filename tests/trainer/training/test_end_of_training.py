@@ -33,7 +33,7 @@ def test_lightning_does_not_move_the_model_when_training_ends(mini_flux, tmp_pat
 @pytest.mark.gpu
 def test_a_run_on_the_gpu_ends_with_samples_and_the_base_there(mini_flux, tmp_path, monkeypatch):
     devices = []
-    fit = fitting.fit
+    fit = fitting.train
 
     def noted(training):
         finished = fit(training)

@@ -13,7 +13,7 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.data.batches import TrainingSet
 from halfbyte.trainer.data.buckets import Cropping, views_of
-from halfbyte.trainer.data.encoding_cache import fill
+from halfbyte.trainer.data.encoding_cache import encode_missing
 from halfbyte.trainer.data.folder import read_samples
 from halfbyte.trainer.data.held_out import set_aside
 from halfbyte.trainer.denoiser.base import load_base
@@ -41,7 +41,7 @@ def prepared(tmp_path_factory, mini_flux):
     family = Flux.open(str(mini_flux), None, 24)
     views = [group[0] for group in views_of(samples, Cropping(64, family.size_multiple), 0)]
     encoders = load_encoders(family, device=CPU, dtype=torch.bfloat16, memo=folder / "digests")
-    caches = fill(folder / "cache", encoders, views, [sample.caption for sample in samples])
+    caches = encode_missing(folder / "cache", encoders, views, [sample.caption for sample in samples])
     return family, views, TrainingSet(*caches)
 
 

@@ -211,7 +211,7 @@ class _DualBackward:
                 normed = block.normed(stream, modulation.scale, modulation.shift)
             else:
                 wide, projected = _project(block, part.heads, stream, modulation)
-                normed, self.lifts[index][0] = wide[:, : part.heads.width], part.heads.lifted(wide)
+                normed, self.lifts[index][0] = wide[:, : part.heads.width], part.heads.xa(wide)
                 self.projected.append(projected)
             self.normed.append(normed)
         self.streams = block.attention.streams(self.projected, len(self.inputs[0]))
@@ -276,7 +276,7 @@ class _DualBackward:
         if hidden is None:
             wide = self.block.widened(part.up, middle, modulation.mlp_scale, modulation.mlp_shift)
             hidden = part.up.forward(wide)
-            normed, lift = wide[:, : part.up.width], part.up.lifted(wide)
+            normed, lift = wide[:, : part.up.width], part.up.xa(wide)
             del wide
         else:
             normed = self.block.normed(middle, modulation.mlp_scale, modulation.mlp_shift)
@@ -288,12 +288,12 @@ class _DualBackward:
             _, gate_grad = gated_residual_grads(grad, modulation.mlp_gate, update, out=room)
         else:
             gated_residual_backward(grad, modulation.mlp_gate, out=room)
-        acted_grad, lowered = self.collected.before(part.down, update_grad, self.lift(index, 3))
+        acted_grad, gb = self.collected.before(part.down, update_grad, self.lift(index, 3))
         hidden_grad, _ = gradient_room(part.up, grad)
         self.collected.gelu(
-            part.down, lowered, acted_grad, part.up, lift, hidden, hidden_grad[:, : part.up.outputs]
+            part.down, gb, acted_grad, part.up, lift, hidden, hidden_grad[:, : part.up.outputs]
         )
-        del acted_grad, lowered, update_grad, room
+        del acted_grad, gb, update_grad, room
         normed_grad = self.collected.through(part.up, hidden_grad, normed, lift).view(grad.shape)
         eps = self.block.norm_eps
         if gate_grad is None:

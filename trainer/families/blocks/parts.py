@@ -119,7 +119,7 @@ def gelu_input(group: LinearGroup, hidden: Tensor, first: int = 0) -> Tensor:
 def lifted_alone(group: LinearGroup, wide: Tensor, wanted: bool) -> Tensor | None:
     """u (M, extra) of what `group` has seen, by itself: the rest of `wide` need not be kept for it."""
     # contiguous() would give a view without columns as it is, which holds all of `wide`.
-    return group.lifted(wide).clone(memory_format=torch.contiguous_format) if wanted else None
+    return group.xa(wide).clone(memory_format=torch.contiguous_format) if wanted else None
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from halfbyte.kernels.attention.ops import attention, trainable_backend
 from halfbyte.quant.lora.layers import lora_linears
+from halfbyte.trainer.families.blocks.attention import Rotary
 
-Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (S, head_dim) fp32
 Projected = tuple[Tensor, ...]  # queries, keys, values: three of (B, S, heads * head_dim)
 
 
-class SharedInputAttention(transformer_flux.FluxAttnProcessor):
+class FluxSharedInputAttention(transformer_flux.FluxAttnProcessor):
     """Queries, keys and values of a stream from one pass over its tokens."""
 
     def __init__(self, backend: str | None = None) -> None:

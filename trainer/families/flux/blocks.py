@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from halfbyte.quant.layers.autocast import without_autocast
 from halfbyte.quant.lora.layers import lora_linears
-from halfbyte.trainer.families.blocks.attention import JointAttention
+from halfbyte.trainer.families.blocks.attention import JointAttention, Rotary
 from halfbyte.trainer.families.blocks.dual_block import DualBlock, DualBlockFunction, StreamPart
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings, WholeBlock
 from halfbyte.trainer.families.blocks.parts import adapters, linear_group, plain
-from halfbyte.trainer.families.flux.attention import Rotary, SharedInputAttention
+from halfbyte.trainer.families.flux.attention import FluxSharedInputAttention
 from halfbyte.trainer.families.flux.single_block import SingleBlock, SingleBlockFunction
 
 
@@ -51,7 +51,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
-        if self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
+        if self.runs_whole(self.attn.processor, FluxSharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
             with without_autocast(text.device.type):
@@ -111,7 +111,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
-        if self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
+        if self.runs_whole(self.attn.processor, FluxSharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
             with without_autocast(text.device.type):
@@ -119,7 +119,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             if block is not None:
                 modulation = self.norm.linear(self.norm.silu(temb)).to(dtype)
                 return SingleBlockFunction.apply(text, image, modulation, block, *adapters(block.groups))
-        ours = isinstance(self.attn.processor, SharedInputAttention)
+        ours = isinstance(self.attn.processor, FluxSharedInputAttention)
         if joint_attention_kwargs or not ours or not plain(self.attn):
             # Another processor, an IP adapter's for one, makes queries and keys by itself; hooks need the call.
             forward: Callable[..., Any] = super().forward
@@ -168,10 +168,10 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
         return tokens[:, :texts], tokens[:, texts:]
 
 
-def fuse_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
+def fuse_flux_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
     """Puts these blocks in place of diffusers' in a FluxTransformer2DModel; its parameters stay as they are."""
     model: Any = denoiser
-    model.set_attn_processor(SharedInputAttention(settings.backend))
+    model.set_attn_processor(FluxSharedInputAttention(settings.backend))
     for blocks, ours in (
         (model.transformer_blocks, FluxTransformerBlock),
         (model.single_transformer_blocks, FluxSingleTransformerBlock),

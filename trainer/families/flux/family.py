@@ -13,7 +13,7 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.flux.blocks import fuse_blocks
+from halfbyte.trainer.families.flux.blocks import fuse_flux_blocks
 from halfbyte.trainer.families.flux.names import flux_names
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 from halfbyte.trainer.pretrained.pipeline import ModelSource
@@ -57,9 +57,9 @@ class Flux(Family):
         )
         return TextEmbedding(prompt_embeds, pooled)
 
-    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+    def fuse_flux_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
         """Each block as one function where it can be; else queries, keys, values and MLP from one product."""
-        fuse_blocks(denoiser, settings)
+        fuse_flux_blocks(denoiser, settings)
 
     def representable(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded to `dtype`: the transformer casts the timestep to its hidden states' dtype."""

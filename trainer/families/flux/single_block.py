@@ -119,7 +119,7 @@ def _single_backward(
         projected = kept[2]
     else:
         wide, projected = block.project(tokens, modulation)
-        normed, into_lift = wide[:, : block.into.width], block.into.lifted(wide)
+        normed, into_lift = wide[:, : block.into.width], block.into.xa(wide)
         del wide
     streams = block.attention.streams([projected], batch)
     out, statistics = kept[:2] if kept else block.attention.attend(streams)
@@ -132,7 +132,7 @@ def _single_backward(
         _, gate_grad = gated_residual_grads(grad, gate, update, out=room)
     else:
         gated_residual_backward(grad, gate, out=room)
-    mixed_grad, lowered = collected.before(block.out, update_grad, out_lift)
+    mixed_grad, gb = collected.before(block.out, update_grad, out_lift)
 
     width = tokens.shape[-1]
     attended = copy_rows(mixed_grad[None, :, :width]).view(tokens.shape)
@@ -140,7 +140,7 @@ def _single_backward(
     block.attention.backward(attended, streams, out, statistics, [room])
     collected.gelu(
         block.out,
-        lowered,
+        gb,
         mixed_grad[:, width:],
         block.into,
         into_lift,
@@ -148,7 +148,7 @@ def _single_backward(
         into_grad[:, 3 * width : block.into.outputs],
         beside=out.view(len(mixed_grad), width),
     )
-    del mixed_grad, update_grad, lowered, attended, projected, streams, room
+    del mixed_grad, update_grad, gb, attended, projected, streams, room
 
     if normed is None:
         normed = block.normed(tokens, modulation).flatten(0, 1)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from halfbyte.quant.layers.on_host import held_tensors, hold_on_host
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
-from halfbyte.quant.load.fill import Place
+from halfbyte.quant.load.fill import OnLayerLoaded
 from halfbyte.trainer.families.offload.copies import BlockCopies, Mark
 
 ROOMS = 2
 _ALIGNMENT = 256  # bytes, more than any kernel asks of a pointer
 
 
-def keep_on_host(blocks: Sequence[str]) -> Place:
+def keep_on_host(blocks: Sequence[str]) -> OnLayerLoaded:
     """For loading: brings the packed layers of the blocks of these names to the host as they come."""
     prefixes = tuple(f"{name}." for name in blocks)
 
@@ -56,7 +56,7 @@ class _HeldBlock:
         self._on_host = self.views(self.bytes)
         for view, tensor in zip(self._on_host, self._tensors, strict=True):
             view.copy_(tensor)
-        self.rest()
+        self.restore_host()
 
     @property
     def bytes(self) -> Tensor:
@@ -72,14 +72,14 @@ class _HeldBlock:
             for tensor, offset in zip(self._tensors, self._offsets, strict=True)
         ]
 
-    def point(self, views: Sequence[Tensor]) -> None:
+    def set_storage(self, views: Sequence[Tensor]) -> None:
         """Has the tensors be these views."""
         for tensor, view in zip(self._tensors, views, strict=True):
             tensor.data = view
 
-    def rest(self) -> None:
+    def restore_host(self) -> None:
         """Has them be what lies on the host."""
-        self.point(self._on_host)
+        self.set_storage(self._on_host)
 
 
 @dataclass(eq=False)
@@ -125,7 +125,7 @@ class BlockStream:
             self._leave()
             room = self._fetch(number)
             self._copies.wait(room.arrived)
-            self._blocks[number].point(room.views[number])
+            self._blocks[number].set_storage(room.views[number])
             self._visited = number
         self._fetch(following)
 
@@ -134,7 +134,7 @@ class BlockStream:
         if self._visited is None:
             return
         room = next(room for room in self._rooms if room.holds == self._visited)
-        self._blocks[self._visited].rest()
+        self._blocks[self._visited].restore_host()
         self._visited = None
         room.free = self._copies.now()
         self._rooms.remove(room)

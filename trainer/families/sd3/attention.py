@@ -13,7 +13,7 @@ from halfbyte.kernels.attention.ops import attention, trainable_backend
 from halfbyte.quant.lora.layers import lora_linears
 
 
-class SharedInputAttention(JointAttnProcessor2_0):
+class SD3SharedInputAttention(JointAttnProcessor2_0):
     """Queries, keys and values of a stream from one pass over its tokens."""
 
     def __init__(self, backend: str | None = None) -> None:

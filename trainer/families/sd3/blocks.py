@@ -14,7 +14,7 @@ from halfbyte.trainer.families.blocks.attention import JointAttention
 from halfbyte.trainer.families.blocks.dual_block import DualBlock, DualBlockFunction, StreamPart
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings, WholeBlock
 from halfbyte.trainer.families.blocks.parts import adapters, linear_group, plain
-from halfbyte.trainer.families.sd3.attention import SharedInputAttention
+from halfbyte.trainer.families.sd3.attention import SD3SharedInputAttention
 
 
 # Named as diffusers names it: device maps look for blocks by the name of their class.
@@ -30,7 +30,9 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
     ) -> tuple[Tensor | None, Tensor]:
         """(B, S, dim) and the text's (B, T, dim) -> the text's (None behind the last block) and the image's."""
         two_streams = not (self.context_pre_only or self.use_dual_attention or self._chunk_size)
-        if two_streams and self.runs_whole(self.attn.processor, SharedInputAttention, joint_attention_kwargs):
+        if two_streams and self.runs_whole(
+            self.attn.processor, SD3SharedInputAttention, joint_attention_kwargs
+        ):
             dtype = self.computed_in(hidden_states)
             image, text = hidden_states.to(dtype), encoder_hidden_states.to(dtype)
             with without_autocast(image.device.type):
@@ -88,10 +90,10 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
         )
 
 
-def fuse_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
+def fuse_sd3_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
     """Puts these blocks in place of diffusers' in an SD3Transformer2DModel; its parameters stay as they are."""
     model: Any = denoiser
-    model.set_attn_processor(SharedInputAttention(settings.backend))
+    model.set_attn_processor(SD3SharedInputAttention(settings.backend))
     for block in model.transformer_blocks:
         # Ours adds no parameters, so the block keeps its own, with hooks and adapters.
         block.__class__ = JointTransformerBlock

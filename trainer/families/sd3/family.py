@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.sd3.blocks import fuse_blocks
+from halfbyte.trainer.families.sd3.blocks import fuse_sd3_blocks
 from halfbyte.trainer.families.sd3.names import sd3_names
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 
@@ -66,9 +66,9 @@ class SD3(Family):
         )
         return TextEmbedding(prompt_embeds, pooled)
 
-    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+    def fuse_sd3_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
         """Each block as one function where it can be; else queries, keys and values from one product."""
-        fuse_blocks(denoiser, settings)
+        fuse_sd3_blocks(denoiser, settings)
 
     def predict(
         self,

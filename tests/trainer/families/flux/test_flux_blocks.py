@@ -11,7 +11,7 @@ from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.families.blocks.attention import JointAttention
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.blocks.parts import joined
-from halfbyte.trainer.families.flux.blocks import fuse_blocks
+from halfbyte.trainer.families.flux.blocks import fuse_flux_blocks
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.plan.memory_tracker import LiveBytes
@@ -44,7 +44,7 @@ def denoiser(*, quant="nf4", targets=None, dropout=0.0, dtype=torch.float32, set
     for name, parameter in trained_parameters(model).items():
         if ".lora_B." in name:
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=draws))
-    fuse_blocks(model, settings or BlockSettings())
+    fuse_flux_blocks(model, settings or BlockSettings())
     return model.train()
 
 

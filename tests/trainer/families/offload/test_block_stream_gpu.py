@@ -234,7 +234,7 @@ def test_a_run_on_the_gpu_streams_from_loading_to_export(
 ) -> None:
     """Samples, validation, an export that proves itself; T5 streams as well."""
     devices: dict[str, list[str]] = {}
-    fit = fitting.fit
+    fit = fitting.train
 
     def noted(training: fitting.Training) -> fitting.Finished:
         finished = fit(training)

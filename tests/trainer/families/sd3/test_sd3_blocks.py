@@ -8,7 +8,7 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
-from halfbyte.trainer.families.sd3.blocks import fuse_blocks
+from halfbyte.trainer.families.sd3.blocks import fuse_sd3_blocks
 from halfbyte.trainer.families.sd3.family import SD3
 
 
@@ -40,7 +40,7 @@ def denoiser(settings, *, qk_norm="rms_norm", dual_layers=(), targets=None):
     for name, parameter in trained_parameters(model).items():
         if ".lora_B." in name:
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=draws))
-    fuse_blocks(model, settings)
+    fuse_sd3_blocks(model, settings)
     return model.train()
 
 
