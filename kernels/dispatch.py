@@ -1,7 +1,8 @@
-"""Whether an op has to go through torch's dispatcher, or may be called as the function it is.
+"""Decides when an op can skip torch's dispatcher and call its kernel directly.
 
-The dispatcher and the Python around a registered op cost the processor more than many of our kernels take, and are
-for those who watch: compilers and tracers, fake tensors, dispatch modes (selective checkpointing is one), vmap.
+Going through the dispatcher and the Python around a registered op takes more CPU time than many of our
+kernels take on the GPU. Only observers need the dispatcher: compilers and tracers, fake tensors, dispatch
+modes (selective checkpointing, for example) and vmap.
 """
 
 import importlib
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 
 def is_eager(tensor: Tensor) -> bool:
-    """Whether nothing records or replaces what is done with this tensor now, autograd aside."""
+    """Returns True if nothing except autograd records or replaces operations on this tensor."""
     return (
         not torch.compiler.is_compiling()
-        # By class: a fake tensor says that it is an instance of Parameter.
+        # Compare the class itself: isinstance(fake_tensor, Parameter) can be True.
         and (type(tensor) is Tensor or issubclass(type(tensor), nn.Parameter))
         and (tensor.is_cuda or tensor.is_cpu)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -25,9 +26,9 @@ def is_eager(tensor: Tensor) -> bool:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with one of these."""
+    """Returns True if autograd records operations on at least one of these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
+# CUDA builds of torch include Triton. CPU builds do not and do not need it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,8 +1,12 @@
-"""What the CUDA kernels over a stream's rows share: a row in chunks that stay in registers, and sums over rows.
+"""Building blocks for Triton kernels that process a stream (B, S, D) row by row.
 
-A program takes one row: at FLUX's shapes that is faster than several one after the other, for which modulation would
-be loaded once. Only a sum over rows has few programs with many rows each. It is made in two stages, the same in every
-run: one sum a program, then the sum of those.
+A program keeps a whole row of D values in registers, split into chunks. Normally one
+program handles one row. At FLUX's shapes this is faster than looping over several rows,
+even though a loop would load the modulation only once.
+
+Only a sum over rows uses few programs with many rows each. It runs in two stages so
+that the order of additions is the same in every run: each program stores its partial
+sum, then a second kernel adds the partial sums.
 """
 
 from typing import NamedTuple
@@ -14,14 +18,14 @@ from torch import Tensor
 
 from halfbyte.kernels.triton_launch import Launcher
 
-_LANE_VALUES = 8  # 16 bytes of a 16-bit type: what a lane loads at once
+_LANE_VALUES = 8  # 16 bytes of a 16-bit dtype: one vectorized load of a lane
 _CHUNKS = (256, 512, 1024, 2048, 4096)
-_MOST_CHUNKS = 4  # of more, a lane's registers leave too few programs on a multiprocessor
-_MOST_SUMS = 264  # programs that leave a sum each: two on each of an H200's 132 multiprocessors
+_MOST_CHUNKS = 4  # with more, register pressure leaves too few programs on a multiprocessor
+_MOST_SUMS = 264  # programs that write partial sums: two for each of an H200's 132 multiprocessors
 
 
 class RowTile(NamedTuple):
-    """A row as a program holds it: `chunks` of `chunk` values, by so many warps."""
+    """The layout of a row in a program's registers: `chunks` chunks of `chunk` values, in `warps` warps."""
 
     chunk: int
     chunks: int
@@ -30,8 +34,9 @@ class RowTile(NamedTuple):
 
 @triton.jit
 def load_chunk(row, number: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Values of a chunk in fp32, 0 beyond the row's width."""
+    """Loads chunk `number` of a row as fp32 (CHUNK,); positions past the row's width are 0."""
     column = number * CHUNK + tl.arange(0, CHUNK)
+    # `number` is a compile-time constant: only the last chunk of a ragged row needs a mask.
     if (number + 1) * CHUNK <= WIDTH:
         return tl.load(row + column).to(tl.float32)
     return tl.load(row + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -39,7 +44,7 @@ def load_chunk(row, number: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constex
 
 @triton.jit
 def store_chunk(row, value, number: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """The chunk into its row, in the row's dtype."""
+    """Stores chunk `number` into its row, converted to the row's dtype."""
     column = number * CHUNK + tl.arange(0, CHUNK)
     if (number + 1) * CHUNK <= WIDTH:
         tl.store(row + column, value.to(row.dtype.element_ty))
@@ -49,7 +54,12 @@ def store_chunk(row, value, number: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def row_statistics(values, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and 1 / standard deviation of a row in chunks."""
+    """Returns the mean and 1 / sqrt(variance + eps) of a row, as fp32 scalars.
+
+    The variance is the mean of (x - mean)^2 in a second loop. E[x^2] - mean^2
+    would cancel for rows with a large mean.
+    """
+    # Add the chunks elementwise first, so that the reduction across lanes happens only once.
     total = tl.zeros((CHUNK,), tl.float32)
     for number in tl.static_range(CHUNKS):
         total += values[number]
@@ -58,6 +68,7 @@ def row_statistics(values, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS
     for number in tl.static_range(CHUNKS):
         centred = values[number] - mean
         if (number + 1) * CHUNK > WIDTH:
+            # Padding was loaded as 0 and is now -mean: it must not count.
             centred = tl.where(number * CHUNK + tl.arange(0, CHUNK) < WIDTH, centred, 0.0)
         squares += centred * centred
     return mean, tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
@@ -72,12 +83,12 @@ def _sum_kernel(
     DEPTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """out (B, D) of sums (B, count, D)."""
+    """Adds partial sums (B, count, D) fp32 over `count` into out (B, D). Grid: (column tiles, B)."""
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     total = tl.zeros((DEPTH, TILE), tl.float32)
     for start in range(0, count, DEPTH):
-        place = start + tl.arange(0, DEPTH)
+        place = start + tl.arange(0, DEPTH)  # DEPTH partial sums at a time, TILE columns each
         inside = (place < count)[:, None] & (column < WIDTH)[None, :]
         source = sums + (batch * count + place)[:, None] * WIDTH + column[None, :]
         total += tl.load(source, mask=inside, other=0.0)
@@ -89,36 +100,42 @@ _launch_sum = Launcher(_sum_kernel)
 
 
 def row_tile(width: int) -> RowTile:
-    """The tile for rows of `width`: the least padding, then the fewest chunks.
+    """Returns the tile for rows of `width` values with the least padding, and then the fewest chunks.
 
-    Raises ValueError where no program's registers hold a row.
+    Raises:
+        ValueError: if a row is too wide for the registers of one program.
     """
     fitting = [(chunk, triton.cdiv(width, chunk)) for chunk in _CHUNKS if width <= chunk * _MOST_CHUNKS]
     if not fitting:
         most = _CHUNKS[-1] * _MOST_CHUNKS
-        raise ValueError(f"x: got rows of {width}, expected at most {most}, which a program's registers hold")
+        raise ValueError(
+            f"x: got rows of {width} values, expected at most {most} (the registers of one program)"
+        )
     chunk, chunks = min(fitting, key=lambda choice: (choice[0] * choice[1], choice[1]))
     return RowTile(chunk, chunks, chunk // (32 * _LANE_VALUES))
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor, its last dimension contiguous: a slice as it lies, anything else copied."""
+    """Returns the tensor unchanged if its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def target(out: Tensor | None, like: Tensor) -> Tensor:
-    """`out`, whose rows are contiguous, or new memory for a stream (B, S, D)."""
+    """Returns `out` if given (its rows must be contiguous), else a new tensor like the stream (B, S, D)."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
 
 
 def partial_sums(stream: Tensor) -> Tensor:
-    """Room for a sum (D,) fp32 of each program over the rows of a stream (B, S, D): (B, programs, D)."""
+    """Allocates (B, programs, D) fp32: one partial sum over rows for each program of a stream (B, S, D).
+
+    Its second dimension is also the number of programs the kernel must be launched with.
+    """
     batch, rows, width = stream.shape
     return torch.empty((batch, min(rows, _MOST_SUMS), width), dtype=torch.float32, device=stream.device)
 
 
 def add_up(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums (B, programs, D) over the programs: (B, D) in `dtype`."""
+    """Adds the partial sums (B, programs, D) over the programs in fp32 and rounds to (B, D) in `dtype`."""
     batch, count, width = sums.shape
     out = torch.empty((batch, width), dtype=dtype, device=sums.device)
     if out.numel():

@@ -1,4 +1,4 @@
-"""Checks of operands that the ops share."""
+"""Operand checks shared by several ops."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,27 @@ WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_rows(name: str, rows: Tensor, width: int, bias: Tensor | None = None, outputs: int = 0) -> None:
-    """What a weight is multiplied by, (..., width), and the bias (outputs,) that is added.
+    """Checks the rows (..., width) that a weight is multiplied with, and the bias (outputs,) to add.
 
     Raises:
-        ValueError: naming the argument, or "bias".
+        ValueError: with the name of the argument that does not fit.
     """
     if rows.dim() == 0 or rows.shape[-1] != width:
         raise ValueError(f"{name}: got shape {tuple(rows.shape)}, expected (..., {width})")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs or not bias.is_contiguous()):
         raise ValueError(
-            f"bias: got shape {tuple(bias.shape)} with strides {bias.stride()}, expected ({outputs},) contiguous"
+            f"bias: got shape {tuple(bias.shape)} with strides {bias.stride()},"
+            f" expected a contiguous ({outputs},)"
         )
 
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: int) -> None:
-    # Tensors of the CPU and of meta have no number; there torch itself refuses to mix them.
+    """Checks dtype, number of elements, contiguity and CUDA device index (-1: any) of an operand.
+
+    Raises:
+        ValueError: with the name of the operand and all that it has and should have.
+    """
+    # `get_device` is -1 for CPU and meta tensors. torch itself refuses to mix those with other devices.
     if (
         tensor.dtype is not dtype
         or tensor.numel() != numel
@@ -30,6 +36,6 @@ def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, devi
     ):
         layout = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
         raise ValueError(
-            f"{name}: got {tensor.dtype} {tuple(tensor.shape)}{layout} on {tensor.device}, expected {numel} values of"
-            f" {dtype}, contiguous and on the device of the other operands"
+            f"{name}: got {tensor.dtype} {tuple(tensor.shape)}{layout} on {tensor.device}, expected a"
+            f" contiguous tensor of {numel} {dtype} values on the same device as the other operands"
         )

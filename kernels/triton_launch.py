@@ -1,7 +1,7 @@
-"""Triton kernels launched again without working out again what was compiled.
+"""Launches Triton kernels with little CPU time by caching the compiled kernel.
 
-Triton's own launch binds the arguments, inspects each and looks the kernel up by the description of them all, some
-20 us of processor time. Here a kernel is looked up by the few facts that its compilation depends on.
+Triton's own launch binds the arguments, inspects each of them and builds a key from all of that: about 20 us
+of CPU time. `Launcher` builds a smaller key from the few properties that Triton specializes a compilation on.
 """
 
 from contextlib import nullcontext
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Triton compiles for an address or a number by whether this divides it.
+# Triton specializes on whether a pointer or an integer is divisible by this.
 _ALIGNMENT = 16
 
 
 class Launcher:
-    """One Triton kernel: tensors and numbers first among its parameters, then the constants it is compiled for."""
+    """Launches one Triton kernel. Its parameters are tensors and numbers, followed by constants."""
 
     def __init__(self, kernel: Any, **options: Any) -> None:
-        """`options` are those of every launch, such as `enable_fp_fusion`."""
+        """Takes the options that apply to every launch, such as `enable_fp_fusion`."""
         self._kernel = kernel
         self._options = options
         self._compiled: dict[tuple[Any, ...], Any] = {}
@@ -30,10 +30,16 @@ class Launcher:
         constants: tuple[Any, ...],
         **options: Any,
     ) -> None:
-        """Launch on the current stream of the first argument's device; constants in the kernel's order."""
+        """Launches on the current stream of the first argument's device.
+
+        `arguments` and `constants` are in the order of the kernel's
+        parameters. The first argument is a tensor.
+        """
         first = arguments[0]
         assert isinstance(first, Tensor)
         device = first.get_device()
+        # All that a compilation depends on: dtype and alignment of tensors; for an integer, whether it is 1,
+        # divisible by 16, and fits 32 bits; every constant and option.
         facts = [device, constants, *options.values()]
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -46,6 +52,7 @@ class Launcher:
             stream = torch._C._cuda_getCurrentRawStream(device)
             compiled[grid](*arguments, *constants, stream=stream)
             return
-        # Triton launches on the current device. Its interpreter takes tensors of the CPU, which have no number.
+        # First launch with this key, or another current device: Triton compiles and launches on the current
+        # device. Triton's interpreter takes CPU tensors, whose device index is -1.
         with nullcontext() if device < 0 else torch.cuda.device(device):
             self._compiled[key] = self._kernel[grid](*arguments, *constants, **self._options, **options)

@@ -1,14 +1,15 @@
-"""Attention without a mask, as an op with its backend chosen by name and its softmax statistics given out.
+"""Attention without a mask, with a backend chosen by name and access to its softmax statistics.
 
-Training through a block that is computed again needs the two apart: what is kept between the passes is the output
-and one number a row, and the queries, keys and values of the backward are made anew.
+A block that recomputes its activations needs forward and backward as separate calls.
+Between the two passes it keeps only the output and the softmax statistics (one number per
+row and head). It recomputes queries, keys and values.
 
-cuDNN is nearly twice as fast as flash on Hopper, and its backward trusts that the incoming gradient lies in memory
-as the output does. Where it does not, the gradients are wrong in silence or the process dies (torch 2.11, cuDNN
-9.19), so the gradient is brought into that layout here.
+cuDNN is nearly twice as fast as flash on Hopper. Its backward assumes that the incoming gradient has the same
+memory layout as the output. If it does not, the gradients are silently wrong or the process crashes (torch
+2.11, cuDNN 9.19). The backward here therefore makes the gradient contiguous first.
 
-flash4 is FlashAttention-4, of a package that need not be there: on Hopper it takes 0.88 of cuDNN's time at FLUX's 24
-heads of 128, 0.80 at SD3.5 large's 38 of 64 (4608 tokens, docs/benchmarks/train.md).
+flash4 is FlashAttention-4, from an optional package. On Hopper it takes 0.88 of cuDNN's time at FLUX's 24
+heads of 128, and 0.80 at SD3.5 large's 38 heads of 64 (4608 tokens, docs/benchmarks/train.md).
 """
 
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor
 
 Backend = Literal["cudnn", "flash", "flash4", "efficient", "deterministic", "cpu"]
 BACKENDS: tuple[Backend, ...] = ("cudnn", "flash", "flash4", "efficient", "deterministic", "cpu")
-"""deterministic is flash, or efficient for other types than its own, with a backward that repeats to the bit."""
+"""`deterministic` is flash (or efficient, for dtypes flash lacks) with a bitwise repeatable backward."""
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("attention(Tensor query, Tensor key, Tensor value, str backend) -> (Tensor, Tensor)")
@@ -38,7 +39,7 @@ FLASH4_INSTALL = "pip install 'flash-attn-4[cu13]>=4.0.0b36'"
 
 
 def flash4_version() -> str | None:
-    """The version of the package that flash4 is from; None where it is not installed."""
+    """Returns the installed version of the package that provides flash4, or None if it is not installed."""
     try:
         return version(FLASH4_PACKAGE)
     except PackageNotFoundError:
@@ -47,8 +48,8 @@ def flash4_version() -> str | None:
 
 @cache
 def _flash4() -> Any:
-    """FlashAttention-4's forward and backward. Loaded where they are used alone: it takes seconds."""
-    # Told of its own arguments, whenever a kernel is compiled.
+    """Returns FlashAttention-4's module. Importing takes seconds, so it happens on first use."""
+    # The package warns about its own arguments whenever it compiles a kernel.
     warnings.filterwarnings("ignore", message="Argument aux_data")
     from flash_attn.cute import interface
 
@@ -56,28 +57,31 @@ def _flash4() -> Any:
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """What is known to be right without a probe: flash for 16-bit types on CUDA, the kernel for any type else."""
+    """Returns a backend that needs no probe: cpu, flash (16-bit CUDA) or efficient (other dtypes)."""
     if device.type == "cpu":
         return "cpu"
     return "flash" if dtype in (torch.float16, torch.bfloat16) else "efficient"
 
 
 def trainable_backend(query: Tensor) -> Backend | None:
-    """What to train with where nobody chose: torch's own choice on a GPU may be cuDNN without the layout that its
-    backward needs. None where that choice is as good as any."""
+    """Returns the backend to train with when none was chosen, or None if torch may choose.
+
+    On a GPU torch itself may choose cuDNN, without ensuring the gradient layout that cuDNN's backward needs.
+    """
     if query.is_cuda and torch.is_grad_enabled():
         return default_backend(query.device, query.dtype)
     return None
 
 
 @contextmanager
-def _in_a_fixed_order() -> Iterator[None]:
-    """Within it torch's attention sums its backward in a fixed order; its flag is for all of the process."""
+def _fixed_summation_order() -> Iterator[None]:
+    """Makes torch's attention backward add in a fixed order, by setting and restoring a process-wide flag."""
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
-    memory.fill_uninitialized_memory = False  # all of it is written
+    # The kernels write every element of their outputs, so filling those first would only cost time.
+    memory.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -86,8 +90,8 @@ def _in_a_fixed_order() -> Iterator[None]:
         memory.fill_uninitialized_memory = fills
 
 
-def _kernel(query: Tensor, backend: str) -> str:
-    """The one of torch's that a backend stands for."""
+def _torch_kernel(query: Tensor, backend: str) -> str:
+    """Returns the torch kernel to run: `deterministic` stands for flash or efficient, by dtype."""
     return default_backend(query.device, query.dtype) if backend == "deterministic" else backend
 
 
@@ -97,7 +101,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[T
         return out, statistics
     parts = [part.transpose(1, 2) for part in (query, key, value)]
     aten = torch.ops.aten
-    backend = _kernel(query, backend)
+    backend = _torch_kernel(query, backend)
     if backend == "cudnn":
         result = aten._scaled_dot_product_cudnn_attention(*parts, None, True)
     elif backend == "flash":
@@ -114,7 +118,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[T
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The output is contiguous as (B, S, H, D), and so must the gradient be: see above.
+    # The output is contiguous as (B, S, H, D), so the gradient must be too (see the module's docstring).
     if backend == "flash4":
         query_grad, key_grad, value_grad, *_ = _flash4()._flash_attn_bwd(
             query, key, value, out, grad.contiguous(), logsumexp
@@ -123,11 +127,11 @@ def _backward(
     parts = [part.transpose(1, 2) for part in (grad.contiguous(), query, key, value, out)]
     tokens, keys = query.shape[1], key.shape[1]
     if backend == "deterministic":
-        with _in_a_fixed_order():
-            kernel = _kernel(query, backend)
+        with _fixed_summation_order():
+            kernel = _torch_kernel(query, backend)
             return _backward(grad, query, key, value, out, logsumexp, kernel)
     aten = torch.ops.aten
-    # Nothing is dropped, so the state of the dropout is asked for and not read.
+    # torch's kernels require a dropout RNG state. With dropout 0 they never read it.
     state = torch.zeros((), dtype=torch.int64, device=grad.device)
     if backend == "cudnn":
         grads = aten._scaled_dot_product_cudnn_attention_backward(
@@ -154,14 +158,15 @@ _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 @torch.library.register_fake("halfbyte::attention", lib=_library)
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _ = query.shape
-    backend = _kernel(query, backend)
+    backend = _torch_kernel(query, backend)
     if backend == "cpu":
-        # Strides and dtype as torch's kernel has them.
+        # torch's CPU kernel returns the statistics with these strides and this dtype.
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         statistics = query.new_empty((batch, tokens, heads), dtype=dtype).transpose(1, 2)
     elif backend == "cudnn":
         statistics = query.new_empty((batch, heads, tokens, 1), dtype=torch.float32)
     elif backend == "efficient":
+        # torch pads the rows to a multiple of 32.
         statistics = query.new_empty((batch, heads, -(-tokens // 32) * 32), dtype=torch.float32)
     else:
         statistics = query.new_empty((batch, heads, tokens), dtype=torch.float32)
@@ -192,11 +197,14 @@ torch.library.register_autograd("halfbyte::attention", _gradients, setup_context
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v for each head, and the logarithms of the softmax's denominators.
+    """Returns softmax(q k^T / sqrt(D)) v of each head, and the logarithms of the softmax denominators.
 
-    query, key, value (B, S, H, D) of one dtype, the last dimension contiguous; the output likewise, contiguous. The
-    statistics are the backend's own and mean something to `attention_backward` alone. Differentiable through the
-    output. Raises ValueError for an unknown backend.
+    query, key and value are (B, S, H, D) of one dtype with a contiguous last dimension. The output has the
+    same shape and is contiguous. The layout of the statistics depends on the backend; pass them only to
+    `attention_backward`. Differentiable through the output.
+
+    Raises:
+        ValueError: for an unknown backend.
     """
     result: tuple[Tensor, Tensor] = torch.ops.halfbyte.attention.default(query, key, value, backend)
     return result
@@ -205,7 +213,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[
 def attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, contiguous, from that of the output, in any layout."""
+    """Returns the contiguous gradients of query, key and value.
+
+    `grad` is the output's gradient, in any layout.
+    `out` and `logsumexp` are the results of `attention` with the same backend.
+    """
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.halfbyte.attention_backward.default(
         grad, query, key, value, out, logsumexp, backend
     )

@@ -1,4 +1,4 @@
-"""Rows copied on CUDA between matrices whose rows are further apart: torch's own copy of those has half the speed."""
+"""Triton kernel that copies rows between strided matrices, at twice the speed of torch's own strided copy."""
 
 import triton
 import triton.language as tl
@@ -22,6 +22,7 @@ def _copy_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Copies TILE columns of one row. Grid: (rows * column tiles, B)."""
     tiles: tl.constexpr = (WIDTH + TILE - 1) // TILE
     batch = tl.program_id(1).to(tl.int64)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -35,7 +36,7 @@ _launch_copy = Launcher(_copy_kernel)
 
 
 def copy_rows(out: Tensor, x: Tensor) -> None:
-    """x (B, S, D) into out (B, S, D) of the same dtype, whose rows are contiguous."""
+    """Copies x (B, S, D) into out (B, S, D) of the same dtype, whose rows must be contiguous."""
     x = readable(x)
     batch, rows, width = x.shape
     if x.numel() == 0:

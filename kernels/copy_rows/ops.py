@@ -1,4 +1,4 @@
-"""Rows copied into a slice of a wider buffer, or out of one, as torch sees it."""
+"""Registers an op that copies rows into or out of a slice of a wider buffer."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ def _copy(out: Tensor, x: Tensor) -> None:
 _library.impl("copy_rows_", _copy, "CompositeExplicitAutograd")
 
 if HAS_TRITON:
-    from halfbyte.kernels.copy_rows import cuda as copy_triton
+    from halfbyte.kernels.copy_rows import cuda
 
-    _library.impl("copy_rows_", copy_triton.copy_rows, "CUDA")
+    _library.impl("copy_rows_", cuda.copy_rows, "CUDA")
 
 
 @torch.library.register_fake("halfbyte::copy_rows_", lib=_library)
@@ -27,21 +27,24 @@ def _fake_copy(out: Tensor, x: Tensor) -> None:
 
 
 def copy_rows(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x (B, S, D) into `out`, rows of any stride in both; without `out` into new contiguous memory. Returns it.
+    """Copies x (B, S, D) into `out`, or into new contiguous memory, and returns the copy. Not differentiable.
 
-    Not differentiable. Raises ValueError for another shape or dtype of `out`, or rows of it that are not contiguous.
+    Both may have any row stride.
+
+    Raises:
+        ValueError: if `out` differs from x in shape or dtype, or its rows are not contiguous.
     """
     if x.dim() != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, S, D)")
     if out is None:
         out = x.new_empty(x.shape)
     if out.shape != x.shape or out.dtype != x.dtype:
-        got, expected = f"{out.dtype} {tuple(out.shape)}", f"{x.dtype} {tuple(x.shape)} as x"
+        got, expected = f"{out.dtype} {tuple(out.shape)}", f"{x.dtype} {tuple(x.shape)} like x"
         raise ValueError(f"out: got {got}, expected {expected}")
     if out.stride(-1) != 1:
-        raise ValueError(f"out: got strides {out.stride()}, expected rows that are contiguous")
+        raise ValueError(f"out: got strides {out.stride()}, expected contiguous rows (last stride 1)")
     if HAS_TRITON and x.is_cuda and is_eager(x):
-        copy_triton.copy_rows(out, x)
+        cuda.copy_rows(out, x)
     else:
         torch.ops.halfbyte.copy_rows_.default(out, x)
     return out

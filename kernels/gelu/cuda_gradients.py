@@ -1,9 +1,17 @@
-"""The tanh GELU's backward on CUDA with the gradients of the adapters on either side of it, in one pass.
+"""Triton kernel for the tanh GELU's backward, fused with the gradients of the two neighboring adapters.
 
-A block's MLP reads gelu(x) into one layer and writes x by another. The gradient of the first one's A needs gelu(x)
-again, that of the second one's B the gradient of x; both are in registers here as the gradient of x is made, so that
-neither gelu(x) nor a second reading of its gradient goes through memory. Sums over rows are made in two stages, the
-same in every run: one sum a program, then the sum of those.
+In an MLP one layer writes x and the next layer reads a = gelu(x). Three results are needed (see
+`halfbyte.kernels.gelu.ops.gelu_tanh_gradients`):
+
+    dx   = dy * gelu'(x)       (M, D)  in the streams' dtype
+    down = gb^T gelu(x)        (P, D)  fp32, gradient of the reading layer's A
+    up   = (dx^T xa)           (D, U)  fp32, gradient of the writing layer's B
+
+While dx is computed, both gelu(x) and dx are in registers. Multiplying them there means that gelu(x) is never
+written to memory and dx is not read again.
+
+The products sum over the M rows. To add in the same order in every run, there are two stages and no atomics:
+each program writes the sum over its share of the rows, then a second kernel adds the shares.
 """
 
 import torch
@@ -15,16 +23,16 @@ from halfbyte.kernels.gelu.cuda import gelu_gate, gelu_slope
 from halfbyte.kernels.row_chunks import readable
 from halfbyte.kernels.triton_launch import Launcher
 
-_DEPTH = 32  # rows at a time
-_TILE = 32  # columns of x that a program has
-_SHARES = 8  # parts of the rows, each another program's
-_SUM_TILE = 64
-_LEAST = 16  # rows of a matrix unit's operand
+_DEPTH = 32  # rows per loop iteration
+_TILE = 32  # columns of x per program
+_SHARES = 8  # programs that split the rows of a column tile
+_SUM_TILE = 64  # columns per program of the second stage
+_LEAST = 16  # the smallest side of a `tl.dot` operand
 
 
 @triton.jit
-def _turned(source, row, inside, ROW: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr):
-    """Rows of a narrow matrix as columns: (ROOM, rows), 0 beyond what there is."""
+def _load_transposed(source, row, inside, ROW: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr):
+    """Loads rows of a narrow matrix (M, COLUMNS) transposed, as (ROOM, rows), padded with 0."""
     column = tl.arange(0, ROOM)
     place = source + row[None, :] * ROW + column[:, None]
     return tl.load(place, mask=(column < COLUMNS)[:, None] & inside[None, :], other=0.0)
@@ -52,10 +60,18 @@ def _gradients_kernel(
     DEPTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """Writes dx into `out` and partial sums (shares, GB + XA, WIDTH) fp32. Grid: (column tiles, shares).
+
+    GB and XA are P and U, the true columns of gb and xa (0: there is no such adapter). GB_ROOM and XA_ROOM
+    are padded to a size that `tl.dot` takes.
+    """
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     within = column < WIDTH
+    # The rows of this program's share, a multiple of DEPTH so that iterations do not overlap between shares.
     share = tl.cdiv(tl.cdiv(rows, DEPTH), tl.num_programs(1)) * DEPTH
     first = tl.program_id(1) * share
+    # fp32 accumulators, in registers for the whole loop. `up` holds (xa^T dx) = (dx^T xa)^T, so that both
+    # have columns of x along their second dimension.
     down = tl.zeros((GB_ROOM, TILE), tl.float32)
     up = tl.zeros((XA_ROOM, TILE), tl.float32)
     for start in range(first, min(first + share, rows), DEPTH):
@@ -64,16 +80,22 @@ def _gradients_kernel(
         mask = inside[:, None] & within[None, :]
         value = tl.load(x + row[:, None] * X_ROW + column[None, :], mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + row[:, None] * DY_ROW + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate, closed = gelu_gate(value)
-        result = (grad * gelu_slope(value, gate, closed)).to(out.dtype.element_ty)
+        gate, complement = gelu_gate(value)
+        # dx is rounded before the product below, as the reference rounds it. Rows and columns outside the
+        # matrices have value = grad = 0 and add nothing to the sums.
+        result = (grad * gelu_slope(value, gate, complement)).to(out.dtype.element_ty)
+        # out may be x or dy: this program has already read the elements that it
+        # overwrites, and no other reads them.
         tl.store(out + row[:, None] * OUT_ROW + column[None, :], result, mask=mask)
         if GB > 0:
-            narrow = _turned(gb, row, inside, GB_ROW, GB, GB_ROOM)
-            acted = (value * gate).to(narrow.dtype)
+            narrow = _load_transposed(gb, row, inside, GB_ROW, GB, GB_ROOM)  # gb^T (GB_ROOM, DEPTH)
+            acted = (value * gate).to(narrow.dtype)  # gelu(x) (DEPTH, TILE), rounded
+            # "ieee": fp32 inputs are multiplied in fp32, not in TF32. It does not affect 16-bit inputs.
             down = tl.dot(narrow, acted, down, input_precision="ieee")
         if XA > 0:
-            narrow = _turned(xa, row, inside, XA_ROW, XA, XA_ROOM)
+            narrow = _load_transposed(xa, row, inside, XA_ROW, XA, XA_ROOM)  # xa^T (XA_ROOM, DEPTH)
             up = tl.dot(narrow, result.to(narrow.dtype), up, input_precision="ieee")
+    # Of a share's GB + XA rows in `sums`, the first GB belong to `down` and the rest to `up`.
     place = sums + tl.program_id(1).to(tl.int64) * (GB + XA) * WIDTH + column[None, :]
     if GB > 0:
         number = tl.arange(0, GB_ROOM)[:, None]
@@ -96,7 +118,10 @@ def _sum_kernel(
     XA_ROOM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """down (GB, D) and up (D, XA) of sums (shares, GB + XA, D)."""
+    """Adds sums (shares, GB + XA, D) over the shares into down (GB, D) and, transposed, up (D, XA).
+
+    Grid: (column tiles,). The loop over shares fixes the order of additions.
+    """
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
     within = column < WIDTH
     if GB > 0:
@@ -126,7 +151,11 @@ def _room(columns: int) -> int:
 
 
 def gelu_tanh_gradients(out: Tensor, dy: Tensor, x: Tensor, gb: Tensor, xa: Tensor) -> tuple[Tensor, Tensor]:
-    """`elementwise_reference.gelu_tanh_gradients`, of few columns in `gb` and in `xa`."""
+    """Computes `halfbyte.kernels.gelu.reference.gelu_tanh_gradients` in two launches.
+
+    Writes dx into `out`, whose rows must be contiguous, and returns (down (P, D), up (D, U)) in fp32.
+    gb and xa must have at most `halfbyte.kernels.gelu.ops.MOST_COLUMNS` columns.
+    """
     dy, x, gb, xa = readable(dy), readable(x), readable(gb), readable(xa)
     (rows, width), p, u = x.shape, gb.shape[1], xa.shape[1]
     down = torch.empty((p, width), dtype=torch.float32, device=x.device)

@@ -1,6 +1,7 @@
-"""The blocks' tanh GELU, forward and backward, as torch sees it: into a slice of a wider buffer where one is given.
+"""Registers the blocks' tanh GELU with torch.
 
-The backward comes with the gradients of the adapters on either side of it as well.
+There are three ops: forward, backward, and backward with the neighboring adapters' gradients. All three can
+write into a slice of a wider buffer.
 """
 
 import torch
@@ -12,7 +13,7 @@ from halfbyte.kernels.gelu import reference
 from halfbyte.kernels.rows import WEIGHT_DTYPES
 
 MOST_COLUMNS = 64
-"""Of either narrow matrix in one pass on CUDA: the sums of more do not fit into a program's registers."""
+"""The most columns of `gb` or `xa` in the fused CUDA kernel: wider sums do not fit a program's registers."""
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("gelu_tanh_(Tensor(a!) out, Tensor x) -> ()")
@@ -41,12 +42,11 @@ _library.impl("gelu_tanh_backward_", _gelu_backward, "CompositeExplicitAutograd"
 _library.impl("gelu_tanh_gradients_", _gelu_gradients, "CompositeExplicitAutograd")
 
 if HAS_TRITON:
-    from halfbyte.kernels.gelu import cuda as gelu_triton
-    from halfbyte.kernels.gelu import cuda_gradients as gelu_gradients_triton
+    from halfbyte.kernels.gelu import cuda, cuda_gradients
 
-    _library.impl("gelu_tanh_", gelu_triton.gelu_tanh, "CUDA")
-    _library.impl("gelu_tanh_backward_", gelu_triton.gelu_tanh_backward, "CUDA")
-    _library.impl("gelu_tanh_gradients_", gelu_gradients_triton.gelu_tanh_gradients, "CUDA")
+    _library.impl("gelu_tanh_", cuda.gelu_tanh, "CUDA")
+    _library.impl("gelu_tanh_backward_", cuda.gelu_tanh_backward, "CUDA")
+    _library.impl("gelu_tanh_gradients_", cuda_gradients.gelu_tanh_gradients, "CUDA")
 
 
 @torch.library.register_fake("halfbyte::gelu_tanh_", lib=_library)
@@ -73,7 +73,9 @@ def _check(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}")
     if tensor.dim() != 3 or tensor.shape != x.shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected (B, S, D) as x {tuple(x.shape)}")
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected (B, S, D) like x {tuple(x.shape)}"
+        )
 
 
 def _target(out: Tensor | None, x: Tensor) -> Tensor:
@@ -81,46 +83,59 @@ def _target(out: Tensor | None, x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
     _check("out", out, x)
     if out.stride(-1) != 1:
-        raise ValueError(f"out: got strides {out.stride()}, expected rows that are contiguous")
+        raise ValueError(f"out: got strides {out.stride()}, expected contiguous rows (last stride 1)")
     return out
 
 
 def gelu_tanh(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) of x (B, S, D), in fp32 within.
+    """Returns 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) of x (B, S, D), computed in fp32.
 
-    Written into `out` (B, S, D) where given, which may be a slice of a wider buffer's rows and x itself, and
-    returned; otherwise new and contiguous in x's dtype.
+    Writes into `out` (B, S, D) if given: a slice of a wider buffer's rows, or x itself. Without `out` the
+    result is new and contiguous, in x's dtype.
+
+    Raises:
+        ValueError: if a shape, dtype or stride does not fit.
     """
     _check("x", x, x)
     out = _target(out, x)
     if HAS_TRITON and x.is_cuda and is_eager(x):
-        gelu_triton.gelu_tanh(out, x)
+        cuda.gelu_tanh(out, x)
     else:
         torch.ops.halfbyte.gelu_tanh_.default(out, x)
     return out
 
 
 def gelu_tanh_backward(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """The gradient of `gelu_tanh`'s x, from x itself: dy (B, S, D), which may be a slice, and x (B, S, D).
+    """Returns the gradient of `gelu_tanh`'s x, from the output's gradient dy and x itself, all (B, S, D).
 
-    Written into `out` as in `gelu_tanh`; `out` may be dy or x.
+    dy may be a slice. Writes into `out` like `gelu_tanh`; `out` may be dy or x.
+
+    Raises:
+        ValueError: if a shape, dtype or stride does not fit.
     """
     _check("x", x, x)
     _check("dy", dy, x)
     out = _target(out, x)
     if HAS_TRITON and x.is_cuda and is_eager(x):
-        gelu_triton.gelu_tanh_backward(out, dy, x)
+        cuda.gelu_tanh_backward(out, dy, x)
     else:
         torch.ops.halfbyte.gelu_tanh_backward_.default(out, dy, x)
     return out
 
 
 def gelu_tanh_gradients(dy: Tensor, x: Tensor, gb: Tensor, xa: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu_tanh_backward` of matrices, and of the same pass gb^T gelu(x) (P, D) and dx^T xa (D, U) in fp32.
+    """Writes dx into `out`; returns the neighboring adapters' gradients gb^T gelu(x) (P, D), dx^T xa (D, U).
 
-    dy and x (M, D), gb (M, P) and xa (M, U) of one dtype; dx goes into `out` (M, D), which may be dy or x.
-    With p = dL/dy B of the layer that reads gelu(x), the first is the gradient of its A; with u = x A^T of the layer
-    that writes x, the second is that of its B. gelu(x) and dx are rounded to their dtype before they are multiplied.
+    An MLP is  x = W1 h + B1 (A1 h),  a = gelu(x),  z = W2 a + B2 (A2 a),  with adapters A, B in both layers:
+
+    - `gb` = dL/dz B2 (M, P) comes from the layer that reads a. Then dL/dA2 = gb^T gelu(x).
+    - `xa` = h A1^T (M, U) comes from the layer that writes x. Then dL/dB1 = dx^T xa.
+
+    dy and x are (M, D); dy = dL/da. All inputs have one dtype, the returned gradients are fp32. gelu(x) and
+    dx are rounded to the dtype before the products. `out` (M, D) may be dy or x.
+
+    Raises:
+        ValueError: if a shape, dtype or stride does not fit.
     """
     _check("x", x[None], x[None])
     _check("dy", dy[None], x[None])
@@ -128,13 +143,14 @@ def gelu_tanh_gradients(dy: Tensor, x: Tensor, gb: Tensor, xa: Tensor, out: Tens
     for name, narrow in (("gb", gb), ("xa", xa)):
         if narrow.dim() != 2 or narrow.shape[0] != x.shape[0] or narrow.dtype != x.dtype:
             got = f"{narrow.dtype} {tuple(narrow.shape)}"
-            raise ValueError(f"{name}: got {got}, expected {x.dtype} and the {x.shape[0]} rows of x")
-    # On meta as on CUDA, whose memory is planned there.
+            raise ValueError(f"{name}: got {got}, expected {x.dtype} and {x.shape[0]} rows like x")
+    # Too wide for the fused kernel: separate calls, with gelu(x) in memory. Meta tensors take the same path
+    # as CUDA, because running a step on meta predicts the memory of a CUDA device.
     if (x.is_cuda or x.is_meta) and max(gb.shape[1], xa.shape[1]) > MOST_COLUMNS:
         acted = gelu_tanh(x[None])[0]
         gelu_tanh_backward(dy[None], x[None], out=out[None])
         return product_in_fp32(gb.t(), acted), product_in_fp32(out.t(), xa)
     if HAS_TRITON and x.is_cuda and is_eager(x):
-        return gelu_gradients_triton.gelu_tanh_gradients(out, dy, x, gb, xa)
+        return cuda_gradients.gelu_tanh_gradients(out, dy, x, gb, xa)
     down, up = torch.ops.halfbyte.gelu_tanh_gradients_.default(out, dy, x, gb, xa)
     return down, up

@@ -1,6 +1,6 @@
-"""LLM.int8() on CUDA: rows quantized in one launch, the product on the int8 tensor cores, one launch to scale it.
+"""LLM.int8() on CUDA: a kernel quantizes the rows, int8 tensor cores multiply, a kernel scales the product.
 
-The numbers are the reference's; only sums of outlier products are rounded in another order.
+Results equal the reference's, except that outlier products are added in another order.
 """
 
 import torch
@@ -11,18 +11,20 @@ from torch import Tensor
 from halfbyte.kernels.int8.reference import RANGE
 from halfbyte.kernels.triton_launch import Launcher
 
-_MAX_ROW_TILE = 16384  # a row up to this length is read once, a longer one twice
-# cuBLAS takes int8 products only of more than 16 rows, with both other sides multiples of 8.
+_MAX_ROW_TILE = 16384  # longer rows take several tiles and are read from memory twice
+# cuBLAS multiplies int8 only with more than 16 rows and with K and N multiples of 8.
 _LEAST_ROWS = 17
 _ALIGNMENT = 8
 _SCALE_TILE = 1024
 
-_ROUND = tl.constexpr(1.5 * 2**23)  # added and subtracted, it rounds a float32 below 2**22 half to even
+# Adding and subtracting this rounds an fp32 value below 2**22 to an integer, half to even: the sum has no
+# bits left for a fraction.
+_ROUND = tl.constexpr(1.5 * 2**23)
 
 
 @triton.jit
 def _larger(a, b):
-    """The larger of two, or NaN where either is: `tl.maximum` and `tl.max` alone drop NaN."""
+    """Returns the larger of two values, or NaN if either is NaN; plain `tl.maximum` and `tl.max` drop NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -37,8 +39,13 @@ def _quantize_rows_kernel(
     TILE: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ):
+    """Quantizes one row to int8 and marks the outlier columns. Grid: (rows,).
+
+    factor = 127 / absmax(row without outliers);  quantized = round(value * factor), 0 for outliers
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
+    # First pass: the row's absmax. Each lane keeps the largest magnitude that it has seen.
     largest = tl.zeros((TILE,), tl.float32)
     for start in range(0, columns, TILE):
         column = start + lane
@@ -47,15 +54,17 @@ def _quantize_rows_kernel(
         magnitude = tl.abs(value.to(tl.float32))
         if OUTLIERS:
             outlier = magnitude >= threshold
-            # Every row that finds one writes the same byte.
+            # Several programs may mark the same column; all write the same byte, so the race is harmless.
             tl.store(outlier_columns + column, tl.full((TILE,), 1, tl.uint8), mask=outlier & inside)
             magnitude = tl.where(outlier, 0.0, magnitude)
         largest = _larger(largest, magnitude)
     row_absmax = tl.reduce(largest, 0, _larger)
     tl.store(absmax + row, row_absmax)
     factor = tl.where(row_absmax > 0, tl.div_rn(1.0, row_absmax) * 127.0, 0.0)
-    # A row that is not finite has no codes, and NaN no integer: its scale alone makes its outputs NaN.
+    # A row with NaN or infinity gets codes of 0, because NaN has no integer value. Its absmax already makes
+    # the outputs NaN.
     scalable = factor > 0
+    # Second pass: the codes. A row of a single tile comes from the cache.
     for start in range(0, columns, TILE):
         column = start + lane
         inside = column < columns
@@ -80,13 +89,17 @@ def _scale_kernel(
     OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    # Rows on the first axis: CUDA ends the others at 65,535.
+    """Computes out = product * (row_absmax * absmax / 127^2) + outlier_part + bias. Grid: (M, N tiles).
+
+    All arithmetic is fp32; the result is rounded once to out's dtype.
+    """
+    # Rows are the grid's first axis, because CUDA limits the other axes to 65,535.
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < columns
     scale = tl.load(row_absmax + row) * tl.load(absmax + column, mask=inside, other=0.0)
     value = tl.load(product + row * columns + column, mask=inside, other=0).to(tl.float32)
-    value *= scale * (1.0 / 16129.0)
+    value *= scale * (1.0 / 16129.0)  # 127^2
     if OUTLIERS:
         value += tl.load(outlier_part + row * columns + column, mask=inside, other=0.0)
     if BIAS:
@@ -99,7 +112,10 @@ _launch_scale = Launcher(_scale_kernel, num_warps=4, enable_fp_fusion=False)
 
 
 def _quantize(values: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(int8 rows, row absmax, outlier mark of each column)."""
+    """Returns (int8 rows (R, C), fp32 row absmax (R,), uint8 outlier mark of each column (C,)).
+
+    Unlike the reference, it does not zero the other rows' values in outlier columns.
+    """
     values = values.contiguous()
     rows, columns = values.shape
     quantized = torch.empty((rows, columns), dtype=torch.int8, device=values.device)
@@ -118,13 +134,16 @@ def _quantize(values: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """`int8_reference.quantize_rows` in one launch."""
+    """Computes `halfbyte.kernels.int8.reference.quantize_rows` in one launch."""
     quantized, absmax, _ = _quantize(values, 0.0)
     return quantized, absmax
 
 
 def quantize_activations(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_reference.quantize_activations`; with a threshold it waits for the device to count the columns."""
+    """Computes `halfbyte.kernels.int8.reference.quantize_activations`.
+
+    With a threshold it synchronizes with the device, because the number of outlier columns is a shape.
+    """
     quantized, absmax, outlier = _quantize(x, threshold)
     if threshold <= 0:
         return quantized, absmax, torch.empty(0, dtype=torch.int64, device=x.device)
@@ -135,7 +154,7 @@ def quantize_activations(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """`int8_reference.multiply` on the int8 tensor cores, padded to what cuBLAS takes."""
+    """Computes `halfbyte.kernels.int8.reference.multiply` on tensor cores, padded to shapes cuBLAS accepts."""
     rows, width = a.shape
     outputs = b.shape[0]
     if width % _ALIGNMENT:
@@ -150,17 +169,17 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 def linear_int8(
     x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    """`int8_reference.linear_int8`."""
+    """Computes `halfbyte.kernels.int8.reference.linear_int8`."""
     rows, row_absmax, columns = quantize_activations(x, threshold)
     product = multiply(rows, quantized)
     outputs = quantized.shape[0]
     out = torch.empty((x.shape[0], outputs), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    outlier_part = row_absmax
+    outlier_part = row_absmax  # a placeholder without outliers, never read
     if columns.numel():
         weight = quantized[:, columns].float() * (absmax * (1.0 / RANGE))[:, None]
-        # The weight is rounded as the reference rounds it; the few products are summed in fp32.
+        # Round the weight to x's dtype, as the reference does; add the few products in fp32.
         outlier_part = x[:, columns].float() @ weight.to(x.dtype).float().t()
     addend = row_absmax if bias is None else bias
     _launch_scale(

@@ -7,10 +7,10 @@ from halfbyte.kernels.rows import check_tensor
 
 
 def check_int8(quantized: Tensor, absmax: Tensor) -> None:
-    """A weight of LLM.int8(): int8 (N, K) and the fp32 (N,) of its rows.
+    """Checks a weight of LLM.int8(): int8 (N, K) and the fp32 absmax (N,) of its rows.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: with the name of the argument that does not fit.
     """
     if quantized.dtype is not torch.int8 or quantized.dim() != 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""LLM.int8() as torch sees it: schema, fake, autograd and dispatch."""
+"""Registers LLM.int8() with torch: schemas, fakes, autograd and dispatch."""
 
 import importlib
 import importlib.util
@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import is_differentiated, is_eager
-from halfbyte.kernels.int8 import cpu as int8_cpu
-from halfbyte.kernels.int8 import reference as int8_reference
+from halfbyte.kernels.int8 import cpu, reference
 from halfbyte.kernels.int8.operands import check_int8
 from halfbyte.kernels.rows import WEIGHT_DTYPES, check_rows
 
-# Device type -> what implements the rows' quantization and the product there; elsewhere the reference does.
-BACKENDS: dict[str, ModuleType] = {"cpu": int8_cpu}
-# torch's CUDA builds bring Triton; its CPU builds have none, and no use for it.
+# Device type -> module that implements the quantization of rows and the product
+# there. Other devices use the reference.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+# CUDA builds of torch include Triton. CPU builds do not and do not need it.
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.int8.cuda")
 
 
 class Int8Weight(NamedTuple):
-    """A frozen weight of LLM.int8() as the kernels pass it among themselves."""
+    """A frozen weight of LLM.int8(), as functions in `kernels` and `quant` pass it."""
 
     quantized: Tensor  # int8 (N, K)
-    absmax: Tensor  # fp32 (N,), of the rows
-    threshold: float  # from which on a column of the input is multiplied apart
+    absmax: Tensor  # fp32 (N,), one per row
+    threshold: float  # magnitude at which a column of the input is multiplied separately
 
     @property
     def shape(self) -> torch.Size:
@@ -44,7 +44,7 @@ _library.define("linear_int8_input_grad(Tensor grad, Tensor quantized, Tensor ab
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    return BACKENDS.get(tensor.device.type, int8_reference)
+    return BACKENDS.get(tensor.device.type, reference)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -74,12 +74,12 @@ def _linear(x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None, t
 
 def _input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
     _check_grad(grad, quantized, absmax)
-    return int8_reference.linear_int8_input_grad(grad, quantized, absmax)
+    return reference.linear_int8_input_grad(grad, quantized, absmax)
 
 
 def _dequantize(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     check_int8(quantized, absmax)
-    return int8_reference.dequantize_rows(quantized, absmax, dtype)
+    return reference.dequantize_rows(quantized, absmax, dtype)
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,12 +141,16 @@ torch.library.register_autograd("halfbyte::linear_int8", _backward, setup_contex
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> (int8 (N, K), fp32 row absmax (N,)), by way of fp16."""
+    """Quantizes a weight (N, K) to (int8 (N, K), fp32 row absmax (N,)), after converting it to fp16.
+
+    Raises:
+        ValueError: for a dtype other than fp32, fp16 or bf16, or a weight that is no matrix.
+    """
     return torch.ops.halfbyte.quantize_int8.default(weight)
 
 
 def dequantize_int8(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 (N, K) and fp32 (N,) -> (N, K) in `dtype`."""
+    """Dequantizes int8 (N, K) with fp32 row absmax (N,) to (N, K) in `dtype`."""
     if is_eager(quantized):
         return _dequantize(quantized, absmax, dtype)
     return torch.ops.halfbyte.dequantize_int8.default(quantized, absmax, dtype)
@@ -155,10 +159,10 @@ def dequantize_int8(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Te
 def linear_int8(
     x: Tensor, quantized: Tensor, absmax: Tensor, bias: Tensor | None = None, threshold: float = 6.0
 ) -> Tensor:
-    """x (..., K) times the int8 weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
+    """Returns x (..., K) times the int8 weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
 
-    Columns of x where a magnitude reaches `threshold` are multiplied in x's dtype; 0 quantizes them all.
-    Differentiable in x and bias.
+    Columns of x in which a magnitude reaches `threshold` are multiplied in x's dtype; 0 quantizes all
+    columns. Differentiable in x and bias.
     """
     if is_eager(x) and not is_differentiated(x, bias):
         return _linear(x, quantized, absmax, bias, threshold)
@@ -166,7 +170,7 @@ def linear_int8(
 
 
 def linear_int8_input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
-    """grad (..., N) times the dequantized weight (N, K): (..., K) in grad's dtype."""
+    """Returns grad (..., N) times the dequantized weight (N, K): (..., K) in grad's dtype."""
     if is_eager(grad):
         return _input_grad(grad, quantized, absmax)
     return torch.ops.halfbyte.linear_int8_input_grad.default(grad, quantized, absmax)

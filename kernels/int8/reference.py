@@ -1,8 +1,9 @@
-"""LLM.int8() in plain torch: the definition the kernels are tested against.
+"""LLM.int8() in plain torch: the definition that the kernels are tested against.
 
-After Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (arXiv:2208.07339), in
-bitsandbytes' order of roundings: rows of weights and of activations are scaled by their largest magnitude to
--127..127, multiplied in int32, and the activation columns that hold an outlier are multiplied apart.
+From Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale"
+(arXiv:2208.07339), with bitsandbytes' order of roundings. Rows of weights and of activations are
+scaled by their absmax to -127..127 and multiplied in int32. Activation columns that contain an
+outlier are multiplied separately in higher precision.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,9 @@ RANGE = 127.0
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """values (R, C) of any float dtype -> (int8 (R, C), fp32 row absmax (R,)); a row of zeros gives zeros.
+    """Quantizes values (R, C) of any float dtype to int8 (R, C) and fp32 row absmax (R,); zeros stay zeros.
 
-    The values pass through fp16, as the format says, so weights beyond 65504 do not fit it.
+    The format converts the values to fp16 first, so it cannot hold weights beyond +-65504.
     """
     half = values.to(torch.float16).contiguous().float()
     absmax = half.abs().amax(dim=1)
@@ -24,23 +25,25 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(half: Tensor, absmax: Tensor) -> Tensor:
-    # A reciprocal and a product, rounded one by one: a division rounds 2 codes in 10,000 differently. An fp16
-    # row is zero or at least 2**-24, so the reciprocal is finite wherever it is used.
+    # Reciprocal and product are rounded separately, as in bitsandbytes. A division would
+    # round 2 codes in 10,000 differently. An fp16 absmax is zero or at least 2**-24, so
+    # every reciprocal that is used is finite.
     factor = torch.where(absmax > 0, absmax.reciprocal() * RANGE, 0.0)[:, None]
-    # A row that is not finite has no codes, and NaN no integer: its scale alone makes its outputs NaN.
+    # A row with NaN or infinity gets codes of 0, because NaN has no integer value. Its absmax is NaN or
+    # infinite, which already makes the row's outputs NaN.
     return torch.where(factor > 0, torch.round(half * factor), 0.0).to(torch.int8)
 
 
 def dequantize_rows(quantized: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 (R, C) and fp32 (R,) -> (R, C): q * (absmax / 127) in fp32, one rounding to `dtype`."""
+    """Returns int8 (R, C) times fp32 row absmax (R,) / 127, computed in fp32 and rounded once to `dtype`."""
     return (quantized.float() * (absmax * (1.0 / RANGE))[:, None]).to(dtype)
 
 
 def quantize_activations(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, K) -> (int8 (M, K), fp32 row absmax (M,), outlier columns int64 (C,)).
+    """Quantizes x (M, K) to (int8 (M, K), fp32 row absmax (M,), outlier columns int64 (C,)).
 
-    A column is an outlier where any |x| in it, in fp16, reaches the threshold; 0 means no outliers. Outlier
-    values do not count towards the row's absmax, and outlier columns are zeros in the int8 result.
+    A column is an outlier if any |x| in it, in fp16, reaches the threshold. Threshold 0 means no outliers.
+    Outlier values do not count for their row's absmax, and outlier columns are zero in the int8 result.
     """
     if threshold <= 0:
         quantized, absmax = quantize_rows(x)
@@ -55,8 +58,8 @@ def quantize_activations(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (M, K) times int8 (N, K) transposed -> int32 (M, N), exact."""
-    # 127 * 127 * K stays below 2**53 for any K there is; fp32 would be exact only up to K = 1040.
+    """Returns int8 (M, K) times int8 (N, K) transposed: int32 (M, N), exact."""
+    # fp64 is exact: 127 * 127 * K stays below 2**53 for every realistic K. fp32 is exact only up to K = 1040.
     return (a.double() @ b.double().t()).to(torch.int32)
 
 
@@ -68,7 +71,13 @@ def linear_int8(
     threshold: float,
     multiply: Callable[[Tensor, Tensor], Tensor] = multiply,
 ) -> Tensor:
-    """x (M, K) times the dequantized weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype."""
+    """Returns x (M, K) times the dequantized weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype.
+
+    y = (x_int8 w_int8^T) * absmax_x absmax_w / 127^2 + (outlier columns of
+    x) (the same columns of w)^T + bias
+
+    `multiply` computes the exact int8 product.
+    """
     rows, row_absmax, columns = quantize_activations(x, threshold)
     scale = row_absmax[:, None] * absmax[None, :] * (1.0 / RANGE**2)
     y = multiply(rows, quantized).float() * scale
@@ -81,8 +90,9 @@ def linear_int8(
 
 
 def linear_int8_input_grad(grad: Tensor, quantized: Tensor, absmax: Tensor) -> Tensor:
-    """grad (M, N) times the dequantized weight (N, K): (M, K) in grad's dtype.
+    """Returns grad (M, N) times the dequantized weight (N, K): (M, K) in grad's dtype.
 
-    The rounding of the activations is passed through as the identity, as LLM.int8() trains.
+    Treats the quantization of the activations as the identity
+    (straight-through), as LLM.int8() does in training.
     """
     return grad @ dequantize_rows(quantized, absmax, grad.dtype)

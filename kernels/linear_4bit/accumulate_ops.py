@@ -1,8 +1,11 @@
-"""Products that add into a matrix already there, as the two halves of an adapted layer need.
+"""Registers in-place ops out += product, with which an adapted layer adds its base and adapter halves.
 
-The sum is formed in fp32 and rounded once. They are ops because of what `torch.compile` would make of the same
-lines: a dequantize in the forward and the same one in the backward count as one value there, which is saved between
-the two at its full size; and addmm_ becomes a product into fresh memory, with the addend copied there first.
+This file holds what does not belong to the 4-bit linear itself (`ops`): the same products, but accumulated
+into an existing matrix. The sum is computed in fp32 and rounded once.
+
+They are ops because `torch.compile` would spoil the same lines of plain torch in two ways. It treats the
+dequantized weights of forward and backward as one value and saves it at full size between the two. And it
+turns addmm_ into a product into new memory, after copying the addend there.
 """
 
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import is_eager
-from halfbyte.kernels.linear_4bit import ops as linear_ops
+from halfbyte.kernels.linear_4bit import ops
 from halfbyte.kernels.quantize_4bit.packed_weight import SCHEMA, PackedWeight
 from halfbyte.kernels.rows import check_rows
 
@@ -37,13 +40,15 @@ def _check(out: Tensor, name: str, rows: Tensor, width: int, outputs: int) -> No
 def _add_linear(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
     outputs, width = weight.shape
     _check(out, "x", x, width, outputs)
-    kernel = linear_ops.few_rows_kernel(x, weight)
+    kernel = ops.few_rows_kernel(x, weight)
     if kernel is None:
         out.addmm_(x, weight.dequantize(x.dtype).t())
     elif x.shape[0] == 1:
-        # The kernels add a bias in fp32, and of a single row any addend is a bias.
+        # The kernels add a bias in fp32 before they round. With a single row,
+        # `out` can be passed as the bias.
         out.copy_(kernel.linear_rows(x, weight, out[0]))
     else:
+        # Here the product is rounded before the sum is: two roundings.
         out.add_(kernel.linear_rows(x, weight, None))
 
 
@@ -88,7 +93,7 @@ def _fake_add_input_grad(out: Tensor, grad: Tensor, *fields: Any) -> None:
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out (M, N) += left (M, K) times right (K, N); one dtype, not differentiable."""
+    """Adds left (M, K) times right (K, N) to out (M, N), all of one dtype. Not differentiable."""
     if is_eager(out):
         _add_product(out, left, right)
     else:
@@ -96,7 +101,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_linear_4bit(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
-    """out (M, N) += x (M, K) times the weight (N, K) transposed; one dtype, not differentiable."""
+    """Adds x (M, K) times the weight (N, K) transposed to out (M, N), in one dtype. Not differentiable."""
     if is_eager(out):
         _add_linear(out, x, weight)
     else:
@@ -104,7 +109,7 @@ def add_linear_4bit(out: Tensor, x: Tensor, weight: PackedWeight) -> None:
 
 
 def add_linear_4bit_input_grad(out: Tensor, grad: Tensor, weight: PackedWeight) -> None:
-    """out (M, K) += grad (M, N) times the weight (N, K); one dtype, not differentiable."""
+    """Adds grad (M, N) times the weight (N, K) to out (M, K), in one dtype. Not differentiable."""
     if is_eager(out):
         _add_input_grad(out, grad, weight)
     else:

@@ -1,13 +1,23 @@
-"""A 4-bit linear for 2 to 16 rows on CUDA: tensor cores on weights that are decoded in registers.
+"""Gluon kernel for a 4-bit linear of 2 to 16 rows: tensor cores on weights that are decoded in registers.
 
-What such a product costs is decoding, so nothing is decoded twice and no decoded value leaves its thread. A thread
-holds whole blocks: the 64 values that share a scale have 16 different ones, which are computed and rounded once,
-as dequantizing rounds them, and looked up by byte permutations, four at a time. The registers that this gives
-are already in the places where the matrix unit wants a fragment of the weight, because K may be summed in any order
-that the inputs follow: these are laid out in fragments beforehand. There is no shared memory and no barrier.
+Decoding dominates the cost of such a product. So no value is decoded twice,
+and no decoded value leaves its thread:
 
-In Gluon, Triton's language for kernels that place their values themselves. The weights are those of `dequantize` to
-the bit; sums are fp32, over parts of K where N alone makes too few programs, added up in a fixed order.
+- A thread holds whole groups of 64 values that share a scale. They take only 16 different values, which are
+  computed and rounded once, as dequantizing rounds them, and then looked up with byte permutations, four at a
+  time (`halfbyte.kernels.linear_4bit.ptx_lookup`).
+- The decoded registers already are a tensor core operand (a fragment). A sum over K may run in any order, so
+  the kernel picks the order in which the decoded values fall into place. `_arrange_kernel` first brings x
+  into the same order.
+
+There is no shared memory and no barrier. The weights are bitwise identical to `dequantize`'s. Sums are fp32.
+If N alone gives too few programs, K is split into parts whose sums `_sum_kernel` adds in a fixed order.
+
+Gluon is Triton's language for kernels that control in which lane and register each value lies.
+
+The order of K: a step covers 8 groups of 64 values in each weight row; a group has 8 words of 8 values, a
+word 4 bytes of 2 values. One mma has K = 16: the two values of one byte of a word, for each of the 8 groups.
+So a step takes 8 words * 4 bytes = 32 mmas, that is 32 * 16 = 512 values of K.
 """
 
 import functools
@@ -21,38 +31,40 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from halfbyte.kernels.linear_4bit import ptx_lookup as register_table
+from halfbyte.kernels.linear_4bit import ptx_lookup
 from halfbyte.kernels.quantize_4bit.cuda import launches_early
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 from halfbyte.kernels.triton_launch import Launcher
 
 MAX_ROWS = 16
 
-# A step is eight groups of 64 values in each of a program's rows of the weight. A group has eight 32-bit words.
-_GROUP = 64
-_STEP = 8 * _GROUP
+_GROUP = 64  # values of a weight row that share a scale
+_STEP = 8 * _GROUP  # values of a weight row in one iteration
 
 # Measured best on an H200 (docs/benchmarks/kernels.md).
 _WARPS = 4
-_WANTED_PROGRAMS = 864  # about two rounds of three on each of an H200's 132 multiprocessors
+_WANTED_PROGRAMS = 864  # about two waves of three programs on each of an H200's 132 multiprocessors
 _SUM_TILE = 1024
 
 
-_TABLE_BF16 = tl.constexpr(register_table.build("bf16"))
-_TABLE_FP16 = tl.constexpr(register_table.build("f16"))
-_TABLE_OPERANDS = tl.constexpr(register_table.BUILD_OPERANDS)
-_DECODE = tl.constexpr(register_table.decode())
-_DECODE_OPERANDS = tl.constexpr(register_table.DECODE_OPERANDS)
+_TABLE_BF16 = tl.constexpr(ptx_lookup.build("bf16"))
+_TABLE_FP16 = tl.constexpr(ptx_lookup.build("f16"))
+_TABLE_OPERANDS = tl.constexpr(ptx_lookup.BUILD_OPERANDS)
+_DECODE = tl.constexpr(ptx_lookup.decode())
+_DECODE_OPERANDS = tl.constexpr(ptx_lookup.DECODE_OPERANDS)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _arrange_kernel(x, arranged, rows, width, ROWS: tl.constexpr, EARLY: tl.constexpr):
-    """x as the fragments of `_product_kernel`: (step, word of a group, g / 4, m / 8, m % 8, g % 4, value of a word).
+    """Copies x (rows, width) into the fragment order of `_product_kernel`. Grid: (steps,).
 
-    g numbers the groups of a step, m the rows; what is beyond x is zero. Grid: a program a step.
+    arranged: (step, word of a group, g / 4, m / 8, m % 8, g % 4, value of a word), where g numbers the 8
+    groups of a step and m the rows of x. Rows and columns past x are zero.
     """
     if EARLY:
+        # Launched while the previous kernel still runs: do not read x before this.
         tl.extra.cuda.gdc_wait()
+    # Decompose the flat output index into its coordinates, last dimension first.
     place = tl.arange(0, ROWS * 512)
     value, group_low, row_low = place % 8, place // 8 % 4, place // 32 % 8
     row = place // 256 % (ROWS // 8) * 8 + row_low
@@ -67,9 +79,14 @@ def _arrange_kernel(x, arranged, rows, width, ROWS: tl.constexpr, EARLY: tl.cons
 def _multiply_word(
     total, word, t0, t1, t2, t3, t4, t5, t6, t7, inputs, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):
-    """total plus the products of one word of every group: four fragments of 8 groups times the 2 values of a byte."""
+    """Returns total (OUTPUTS, ROWS) plus the products of one word of every group: four mmas with K = 16.
+
+    `word` (OUTPUTS, 8 groups) is packed; t0-t7 are the tables of the same (output, group). Each of the four
+    mmas takes the two values of one byte of the word, for 8 groups.
+    """
     OUTPUTS: gl.constexpr = total.shape[0]
     ROWS: gl.constexpr = total.shape[1]
+    # Eight tensors (OUTPUTS, 8 groups): values[i] is value i of the word.
     values = gl.inline_asm_elementwise(
         _DECODE,
         _DECODE_OPERANDS,
@@ -78,13 +95,16 @@ def _multiply_word(
         is_pure=True,
         pack=1,
     )
-    # (g / 4, m / 8, m % 8, g % 4, byte high, byte low, parity) -> (k, m, byte high, byte low), k = (g, parity)
+    # Split the word's index of a value into byte (two bits) and parity within the byte. Then reorder (g / 4,
+    # m / 8, m % 8, g % 4, byte high, byte low, parity) to (k, m, byte high, byte low), k = (g, parity). These
+    # only rename registers: with `assert_trivial` the compiler refuses to move data between lanes.
     inputs = inputs.reshape((2, ROWS // 8, 8, 4, 2, 2, 2)).permute((0, 3, 6, 1, 2, 4, 5))
     low0, low1 = gl.split(inputs.reshape((16, ROWS, 2, 2)))
     x0, x2 = gl.split(low0)
     x1, x3 = gl.split(low1)
     xs = (x0, x1, x2, x3)
     for byte in gl.static_range(4):
+        # k = (g, parity) here as well: joins both values of a byte as the last dimension.
         left = gl.join(values[2 * byte], values[2 * byte + 1]).reshape((OUTPUTS, 16))
         total = mma_v2(
             gl.convert_layout(left, LEFT, assert_trivial=True),
@@ -94,7 +114,7 @@ def _multiply_word(
     return total
 
 
-# A number of rows or steps more is no reason to compile again.
+# Not specialized on rows and steps, so that other counts do not compile the kernel again.
 @gluon.jit(do_not_specialize=["rows", "steps"])
 def _product_kernel(
     arranged,
@@ -122,50 +142,59 @@ def _product_kernel(
     INPUT_LAYOUT: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """out[part, m, n] for 16 n a warp, over `steps` steps of K; with one part the finished (m, n). Grid (n, part)."""
+    """Computes out[part, m, n], the sum over one part of K. Grid: (n tiles, parts).
+
+    A warp computes 16 outputs n for all rows m, over `steps` steps of K. With a single part (WHOLE) out is
+    the final (m, n), with the bias. `groups` is the number of 64-value groups in a weight row.
+    """
     IS_HALF: gl.constexpr = arranged.dtype.element_ty == gl.float16
     OUTPUTS: gl.constexpr = 16 * WARPS
     SUM: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], instr_shape=[16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUM, 2)
     packed = packed.to(gl.pointer_type(gl.int32))
+    # The 16 code values, as scalars. They do not depend on the previous kernel,
+    # so they are loaded before the wait.
     c0, c1, c2, c3 = gl.load(code), gl.load(code + 1), gl.load(code + 2), gl.load(code + 3)
     c4, c5, c6, c7 = gl.load(code + 4), gl.load(code + 5), gl.load(code + 6), gl.load(code + 7)
     c8, c9, c10, c11 = gl.load(code + 8), gl.load(code + 9), gl.load(code + 10), gl.load(code + 11)
     c12, c13, c14, c15 = gl.load(code + 12), gl.load(code + 13), gl.load(code + 14), gl.load(code + 15)
 
     tile = gl.program_id(0) * OUTPUTS
-    # (output, group, word)
+    # Indices and layout of the packed words: (output, group, word).
     output = (
         tile + gl.arange(0, OUTPUTS, gl.SliceLayout(1, gl.SliceLayout(2, WORD_LAYOUT)))[:, None][:, :, None]
     )
     group = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, WORD_LAYOUT)))[None, :][:, :, None]
     word = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, WORD_LAYOUT)))[None, :][:, None, :]
     word_place = (output * groups + group) * 8 + word
-    # (output, group)
+    # Indices and layout of the scales: (output, group).
     scale_output = tile + gl.arange(0, OUTPUTS, gl.SliceLayout(1, GROUP_LAYOUT))[:, None]
     scale_group = gl.arange(0, 8, gl.SliceLayout(0, GROUP_LAYOUT))[None, :]
     scale_place = scale_output * groups + scale_group
     fragment = gl.arange(0, 64 * ROWS, INPUT_LAYOUT)
-    total = gl.zeros((OUTPUTS, ROWS), gl.float32, SUM)
+    total = gl.zeros((OUTPUTS, ROWS), gl.float32, SUM)  # fp32 accumulator of the tensor cores
     if EARLY:
+        # Gluon's form of gdc_wait: `arranged` comes from the previous kernel.
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
     shift = gl.load(offset) if DOUBLE else 0.0
 
     first = gl.program_id(1) * steps
+    # Software pipeline: the words of the first step are loaded here, those of step i + 1 during step i.
     words = gl.load(
         packed + word_place + first * 64, mask=(output < outputs) & (first * 8 + group < groups), other=0
     )
     for step in range(first, first + steps):
-        start = step * 8
+        start = step * 8  # the step's first group
         known = (scale_output < outputs) & (start + scale_group < groups)
         block = (scale_place + start) // (BLOCKSIZE // 64)
         scale = gl.load(absmax + block, mask=known, other=0)
         if DOUBLE:
             nested = gl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=known, other=0.0)
             scale = gl.load(nested_code + scale.to(gl.int32)) * nested + shift
+        # One table of 16 rounded values per (output, group), for all 64 values of the group.
         t0, t1, t2, t3, t4, t5, t6, t7 = gl.inline_asm_elementwise(
             _TABLE_FP16 if IS_HALF else _TABLE_BF16,
             _TABLE_OPERANDS,
@@ -174,6 +203,8 @@ def _product_kernel(
             is_pure=True,
             pack=1,
         )
+        # Take (output, group, word) apart into eight (output, group) tensors, by
+        # the three bits of the word's number.
         even, odd = gl.split(words.reshape((OUTPUTS, 8, 2, 2, 2)))
         even0, even1 = gl.split(even)
         odd0, odd1 = gl.split(odd)
@@ -182,12 +213,14 @@ def _product_kernel(
         w1, w5 = gl.split(odd0)
         w3, w7 = gl.split(odd1)
         each = (w0, w1, w2, w3, w4, w5, w6, w7)
+        # The current words are in w0-w7 now; start loading the next step's while these are multiplied.
         words = gl.load(
             packed + word_place + start * 8 + 64,
             mask=(output < outputs) & (start + 8 + group < groups) & (step + 1 < first + steps),
             other=0,
         )
         for number in gl.static_range(8):
+            # The word's part of x is contiguous in `arranged`: 8 groups * ROWS rows * 8 values.
             inputs = gl.load(arranged + (step * 8 + number) * (64 * ROWS) + fragment)
             one = gl.convert_layout(each[number], GROUP_LAYOUT, assert_trivial=True)
             total = _multiply_word(total, one, t0, t1, t2, t3, t4, t5, t6, t7, inputs, LEFT, RIGHT)
@@ -213,7 +246,7 @@ def _sum_kernel(
     TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out = the sum over the parts, plus bias; all flat (m, n)."""
+    """Computes out = sum over the parts + bias, over flat (m, n). The loop fixes the order of additions."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -233,12 +266,16 @@ _launch_sum = Launcher(_sum_kernel)
 
 @functools.cache
 def _layouts(warps: int, rows: int) -> tuple[Any, Any, Any]:
-    """Where the words (n, group, word), scales (n, group) and inputs (fragment) lie, as a fragment has its values.
+    """Returns the layouts of words (n, group, word), scales (n, group) and flat inputs that match mma's fragments.
 
-    Of a 16 x 16 fragment a thread has rows g and g + 8, columns 2t, 2t + 1, 2t + 8 and 2t + 9, for g = lane // 4
-    and t = lane % 4 (PTX, mma.m16n8k16). A column is a group and a parity, so it holds groups t and t + 4.
+    Of the 16 x 16 weight fragment (PTX ISA, mma.m16n8k16) the thread with r = lane // 4 and t = lane % 4
+    holds rows r and r + 8, and columns 2t, 2t + 1, 2t + 8 and 2t + 9. A column k is (group, parity), so the
+    thread holds groups t and t + 4 with both parities. A layout lists basis vectors: which index each bit of
+    the register, lane and warp number adds.
     """
     tiles = [16 << bit for bit in range(warps.bit_length() - 1)]
+    # Registers: the 8 words of a group, rows r and r + 8, groups t and t + 4.
+    # Lanes: t, then r. Warps: 16 rows each.
     words = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 4], [8, 0, 0], [0, 4, 0]],
         [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
@@ -253,6 +290,8 @@ def _layouts(warps: int, rows: int) -> tuple[Any, Any, Any]:
         [],
         [16 * warps, 8],
     )
+    # Registers: the 8 values of a word (one 16-byte load), then g / 4, then m /
+    # 8 for 16 rows. Every warp loads all.
     inputs = gl.DistributedLinearLayout(
         [[1], [2], [4], [256], [512]][: 4 + rows // 16],
         [[8], [16], [32], [64], [128]],
@@ -265,14 +304,15 @@ def _layouts(warps: int, rows: int) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def _has_instructions(device: torch.device) -> bool:
-    """Whether the device runs this PTX: fragments of 16 columns came with compute capability 8.0."""
+    """Returns True if the device runs this PTX: mma with K = 16 needs compute capability 8.0."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def supports(weight: PackedWeight, x: Tensor) -> bool:
-    """Whether these rows x (M, K) are for this kernel: a weight row must be whole blocks of 64.
+    """Returns True if this kernel should multiply these rows x (M, K).
 
-    It multiplies a single row as well, but `linear_triton` is a tenth faster there.
+    A weight row must consist of whole blocks, and a block of whole groups of 64. The kernel also multiplies a
+    single row correctly, but `halfbyte.kernels.linear_4bit.cuda_one_row` is a tenth faster there.
     """
     return (
         2 <= x.shape[0] <= MAX_ROWS
@@ -285,13 +325,13 @@ def supports(weight: PackedWeight, x: Tensor) -> bool:
 
 
 class _Plan(NamedTuple):
-    """How a product is spread over programs."""
+    """The split of a product over programs."""
 
-    rows: int  # of the inputs, filled up to whole fragments
-    warps: int  # of a program, each with 16 outputs
+    rows: int  # of the inputs, padded to 8 or 16
+    warps: int  # per program, each with 16 outputs
     parts: int  # of K
-    steps: int  # of a part
-    early: bool  # launched while the kernel before still runs
+    steps: int  # per part
+    early: bool  # launch while the previous kernel still runs
 
 
 @functools.cache
@@ -303,7 +343,10 @@ def _plan(rows: int, outputs: int, width: int, device: torch.device) -> _Plan:
 
 
 def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x (M, K) times the 4-bit weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype; see `supports`."""
+    """Returns x (M, K) times the 4-bit weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype.
+
+    `supports` must be True for weight and x.
+    """
     outputs, width = weight.shape
     rows = x.shape[0]
     plan = _plan(rows, outputs, width, x.device)
@@ -315,6 +358,8 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         assert weight.nested_code is not None
         nested = (weight.nested_absmax, weight.offset, weight.nested_code)
     early = plan.early
+    # Three launches at most, on one stream: arrange x, multiply, add the parts.
+    # `arranged` and `partial` are free after.
     arranged = x.new_empty(plan.parts * plan.steps * _STEP * plan.rows)
     _launch_arrange(
         (plan.parts * plan.steps, 1, 1),
@@ -326,7 +371,7 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = x.new_empty((rows, outputs))
     whole = plan.parts == 1
     partial = y if whole else x.new_empty((plan.parts, rows, outputs), dtype=torch.float32)
-    addend = y if bias is None else bias
+    addend = y if bias is None else bias  # without a bias y is only a placeholder, never read
     double, has_bias = weight.nested_absmax is not None, bias is not None
     _launch_product(
         (triton.cdiv(outputs, 16 * plan.warps), plan.parts, 1),

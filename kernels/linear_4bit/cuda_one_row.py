@@ -1,11 +1,12 @@
-"""A 4-bit linear for a few rows on CUDA: the packed weight is read once and never written out dequantized.
+"""Triton kernel for a 4-bit linear of one to four rows, which never writes the weight dequantized.
 
-Modulation and embedding layers see one row a sample, and hold over a quarter of FLUX's parameters. Their products
-need the packed bytes alone, a quarter of bf16's. What limits the kernel is not memory but looking up every value
-for every row: it is the fastest for one row, and for up to `MAX_ROWS` where `few_rows_triton` does not fit.
+Modulation and embedding layers see one row per sample and hold over a quarter of FLUX's parameters. Their
+products only have to read the packed bytes, a quarter of the bf16 weight's. The kernel is limited not by
+memory but by looking up every value for every row. It is the fastest kernel for one row; for up to `MAX_ROWS`
+rows it is used if `halfbyte.kernels.linear_4bit.cuda_few_rows` does not support the weight.
 
-The products are fp32: x times table value, summed over a word, times the block's scale. The weight is not rounded
-to x's dtype on the way, as dequantizing does.
+The products are fp32: x times table value, summed over a word, times the block's scale. Unlike dequantizing,
+this does not round the weight to x's dtype in between.
 """
 
 import torch
@@ -20,12 +21,12 @@ from halfbyte.kernels.triton_launch import Launcher
 MAX_ROWS = 4
 
 _UNIT = tl.constexpr(8)  # values in a 32-bit word of the packed weight
-_WORDS = 64  # of a weight row that a program reads at a time
+_WORDS = 64  # of each weight row that a program reads at a time
 _WANTED_PROGRAMS = 1024  # about eight on each of an H200's 132 multiprocessors
 
 
 def supports(weight: PackedWeight, x: Tensor) -> bool:
-    """Whether the kernel can multiply these rows x (M, K) by this weight: a weight row must be whole blocks."""
+    """Returns True if the kernel can multiply these rows x (M, K). A weight row must be whole blocks."""
     return (
         1 <= x.shape[0] <= MAX_ROWS
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -56,7 +57,10 @@ def _linear_kernel(
     WORDS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """out[m, n] for OUTPUTS neighbouring n and one m; grid (n tiles, M)."""
+    """Computes out[m, n] for OUTPUTS consecutive n and one m. Grid: (n tiles, M).
+
+    y[n] = sum over words of scale[n, block of the word] * sum over the word's 8 values of x * code
+    """
     packed = unit_pointer(packed, _UNIT)
     BLOCK_WORDS: tl.constexpr = BLOCKSIZE // _UNIT
     BLOCKS: tl.constexpr = WORDS // BLOCK_WORDS
@@ -67,12 +71,13 @@ def _linear_kernel(
     first_block = (first_word // BLOCK_WORDS).to(tl.int32)
     x += tl.program_id(1).to(tl.int64) * width
     table = tl.load(code + tl.arange(0, 16))
-    # All of a step's words in one dimension, rows outermost: a lane holds the same word of every row, so that the
-    # rows share its inputs, and nothing is exchanged before the last sum.
+    # A step processes WORDS words of each of OUTPUTS weight rows, in one flat dimension with rows outermost.
+    # A lane then holds the same word of every row, so all rows use the inputs it has loaded, and lanes
+    # exchange nothing before the final sum.
     lane = tl.arange(0, WORDS)
     word = tl.arange(0, OUTPUTS * WORDS)
     block = tl.arange(0, OUTPUTS * BLOCKS)
-    total = tl.zeros((OUTPUTS * WORDS,), tl.float32)
+    total = tl.zeros((OUTPUTS * WORDS,), tl.float32)  # fp32 accumulator, over all steps
     for start in range(0, row_words, WORDS):
         left = row_words - start
         words = tl.load(
@@ -90,6 +95,7 @@ def _linear_kernel(
             NESTED_BLOCKSIZE,
             DOUBLE,
         )
+        # Within a step, sum x * code over the 8 values of each word, without the scale.
         products = tl.zeros((OUTPUTS * WORDS,), tl.float32)
         for within in tl.static_range(8):
             inputs = tl.load(
@@ -99,6 +105,7 @@ def _linear_kernel(
             values = tl.gather(table, (words >> ((within ^ 1) * 4)) & 15, axis=0)
             shared = tl.broadcast_to(inputs[None, :], (OUTPUTS, WORDS))
             products += values * tl.reshape(shared, (OUTPUTS * WORDS,))
+        # Apply the scale once per word instead of once per value.
         each_scale = tl.broadcast_to(scale[:, None], (OUTPUTS * BLOCKS, BLOCK_WORDS))
         total += products * tl.reshape(each_scale, (OUTPUTS * WORDS,))
     y = tl.sum(tl.reshape(total, (OUTPUTS, WORDS)), axis=1)
@@ -110,12 +117,16 @@ def _linear_kernel(
     tl.store(place, y.to(out.dtype.element_ty), mask=inside)
 
 
-# In one warp the table is looked up by exchanging registers, without shared memory's barriers.
+# Within a single warp tl.gather exchanges registers (shuffles) instead of
+# using shared memory and its barriers.
 _launch = Launcher(_linear_kernel, num_warps=1)
 
 
 def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x (M, K) times the weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype; see `supports`."""
+    """Returns x (M, K) times the weight (N, K) transposed, plus bias (N,): (M, N) in x's dtype.
+
+    `supports` must be True for weight and x.
+    """
     outputs, width = weight.shape
     x = x.contiguous()
     rows = x.shape[0]
@@ -126,6 +137,7 @@ def linear_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         assert weight.offset is not None
         assert weight.nested_code is not None
         nested = (weight.nested_absmax, weight.offset, weight.nested_code)
+    # Fewer outputs per program where 8 would give too few programs to fill the GPU.
     per_program = 8
     while per_program > 2 and outputs * rows < _WANTED_PROGRAMS * per_program * 2:
         per_program //= 2

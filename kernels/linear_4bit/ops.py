@@ -1,7 +1,8 @@
-"""The 4-bit linear as torch sees it: schema, fake, autograd and the choice of kernel by the number of rows.
+"""Registers the 4-bit linear with torch (schema, fake, autograd) and chooses a kernel by the number of rows.
 
-A few rows on CUDA are multiplied by the packed weight as it is (modulation and embedding layers see one row a
-sample); more of them, and on CPU and for dX, the weight is dequantized for the one product and dropped.
+On CUDA, a few rows are multiplied by the packed weight directly; modulation and embedding
+layers see one row per sample. For more rows, on CPU, and for dX, the weight is
+dequantized for that one product and freed after it.
 """
 
 import importlib
@@ -16,14 +17,15 @@ from halfbyte.kernels.dispatch import HAS_TRITON, is_differentiated, is_eager
 from halfbyte.kernels.quantize_4bit.packed_weight import SCHEMA, PackedWeight
 from halfbyte.kernels.rows import check_rows
 
-# What multiplies a few rows by the packed weight as it is; the first that supports weight and rows is taken.
+# Modules that multiply a few rows by the packed weight directly. The first
+# that supports weight and rows is used.
 FEW_ROWS: tuple[ModuleType, ...] = ()
 if HAS_TRITON:
     FEW_ROWS = tuple(
         importlib.import_module(f"halfbyte.kernels.linear_4bit.{name}")
         for name in ("cuda_few_rows", "cuda_one_row")
     )
-_MAX_ROWS = 16  # of any of them
+_MAX_ROWS = 16  # that any of them supports
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define(f"linear_4bit(Tensor x, Tensor? bias, {SCHEMA}) -> Tensor")
@@ -31,7 +33,7 @@ _library.define(f"linear_4bit_input_grad(Tensor grad, {SCHEMA}) -> Tensor")
 
 
 def few_rows_kernel(x: Tensor, weight: PackedWeight) -> ModuleType | None:
-    """What is faster for these rows x (M, K) than dequantizing the weight; None where nothing is."""
+    """Returns the kernel that is faster than dequantizing for these rows x (M, K), or None."""
     if x.is_cuda and 0 < x.shape[0] <= _MAX_ROWS:
         weight.check()
         return next((kernel for kernel in FEW_ROWS if kernel.supports(weight, x)), None)
@@ -105,9 +107,12 @@ torch.library.register_autograd("halfbyte::linear_4bit", _backward, setup_contex
 
 
 def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times the 4-bit weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
+    """Returns x (..., K) times the 4-bit weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
 
-    Differentiable in x and bias; the weight is frozen. Backward keeps the packed weight and nothing of x.
+    Differentiable in x and bias; the weight is frozen. Autograd saves only the packed weight, not x.
+
+    Raises:
+        ValueError: if a shape or a field of the weight does not fit.
     """
     if is_eager(x) and not is_differentiated(x, bias):
         return _linear(x, bias, weight)
@@ -115,7 +120,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
 
 
 def linear_4bit_input_grad(grad: Tensor, weight: PackedWeight) -> Tensor:
-    """grad (..., N) times the 4-bit weight (N, K): (..., K) in grad's dtype."""
+    """Returns dX: grad (..., N) times the 4-bit weight (N, K), (..., K) in grad's dtype."""
     if is_eager(grad):
         return _input_grad(grad, weight)
     return torch.ops.halfbyte.linear_4bit_input_grad.default(grad, *weight)

@@ -1,6 +1,6 @@
-"""The gated residual's backward on CUDA: the gradient of the update, and of the gate where modulation learns."""
+"""Triton kernel for the backward of the gated residual: dupdate and, if modulation is trained, dgate."""
 
-# Triton joins tuples by + and knows no unpacking; to a type checker a tuple's length is its type.
+# Triton joins tuples with + and has no unpacking; to a type checker a tuple's length is part of its type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
@@ -40,16 +40,21 @@ def _kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
+    """Computes dupdate = gate * dy, and with SUMS each program's partial sum of dgate.
+
+    dgate is the sum over rows of dy * update.
+    Grid: (rows, B), or with SUMS (programs, B) where each program loops over rows.
+    """
     first = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     gates = ()
-    dgates = ()
+    dgates = ()  # fp32 accumulators over this program's rows
     for chunk in tl.static_range(CHUNKS):
         gates = gates + (load_chunk(gate + batch * gate_batch, chunk, WIDTH, CHUNK),)
         if SUMS:
             dgates = dgates + (tl.zeros((CHUNK,), tl.float32),)
     for row in range(first, rows, tl.num_programs(0)):
-        new_dgates = ()
+        new_dgates = ()  # Triton cannot assign to an element of a tuple
         for chunk in tl.static_range(CHUNKS):
             grad = load_chunk(dy + batch * dy_batch + row * DY_ROW, chunk, WIDTH, CHUNK)
             place = dupdate + batch * dupdate_batch + row * DUPDATE_ROW
@@ -76,9 +81,9 @@ def _backward(
     dupdate: Tensor,
     sums: Tensor | None,
 ) -> None:
-    """Fills dupdate with gate * dy, and each program's sum of update * dy where asked for."""
+    """Writes gate * dy into `dupdate` and, if given, each program's sum of update * dy into `sums`."""
     dy, gate = readable(dy), readable(gate)
-    other = dy if update is None else readable(update)
+    other = dy if update is None else readable(update)  # dy is a placeholder that is never read
     batch, rows, width = dy.shape
     if dy.numel() == 0:
         return
@@ -111,7 +116,7 @@ def _backward(
 
 
 def gated_residual_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
-    """`elementwise_reference.gated_residual_backward` in one launch."""
+    """Computes `halfbyte.kernels.modulation.reference.gated_residual_backward` in one launch."""
     dupdate = target(out, dy)
     _backward(dy, gate, None, dupdate, None)
     return dupdate
@@ -120,7 +125,7 @@ def gated_residual_backward(dy: Tensor, gate: Tensor, out: Tensor | None = None)
 def gated_residual_grads(
     dy: Tensor, gate: Tensor, update: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`elementwise_reference.gated_residual_grads` in one launch and one for the sum."""
+    """Computes `halfbyte.kernels.modulation.reference.gated_residual_grads` in two launches."""
     dupdate = target(out, dy)
     sums = partial_sums(dy)
     _backward(dy, gate, update, dupdate, sums)

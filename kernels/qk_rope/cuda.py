@@ -1,7 +1,8 @@
-"""RMSNorm and rope of q and k on CUDA, from the streams' projections into the joint buffers, in one launch.
+"""Triton kernel for RMSNorm + RoPE of q and k: one launch from the projections into the joint buffers.
 
-A program takes all heads of one token of q, k or v: cos and sin are loaded once for them. A group of heads is a tile,
-with as many groups as the heads fill, so that no lane idles at 24 heads or 38.
+A program handles all heads of one token of q, k or v, so it loads cos, sin and the norm weight once for all
+heads. It processes the heads in groups, each a register tile (GROUP, DIM). The group size is chosen so that
+hardly any lane idles, also at 24 or 38 heads.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from halfbyte.kernels.row_chunks import readable
 from halfbyte.kernels.triton_launch import Launcher
 
 _GROUPS = (8, 16, 32)  # heads in a tile
-_LANE_VALUES = 8  # 16 bytes of a 16-bit type: what a lane loads at once
+_LANE_VALUES = 8  # 16 bytes of a 16-bit dtype: one vectorized load of a lane
 
 
 class HeadTile(NamedTuple):
-    """A token as a program holds it: `groups` of `group` heads, one after the other, of `dim` padded values."""
+    """The tiles of one token: `groups` tiles of `group` heads, each head padded to `dim` values."""
 
     group: int
     groups: int
@@ -29,8 +30,12 @@ class HeadTile(NamedTuple):
 
 
 @triton.jit
-def turn(x, cos, sin, GROUP: tl.constexpr, DIM: tl.constexpr, BACK: tl.constexpr):
-    """Interleaved pairs (a, b) -> (a cos - b sin, b cos + a sin); `BACK` is the transpose of that."""
+def rotate(x, cos, sin, GROUP: tl.constexpr, DIM: tl.constexpr, BACK: tl.constexpr):
+    """Rotates interleaved pairs (a, b) -> (a cos - b sin, b cos + a sin); with `BACK` applies the transpose.
+
+    x, cos and sin are (GROUP, DIM) fp32. The transpose multiplies with sin first and swaps then, see
+    `halfbyte.kernels.qk_rope.reference`: this holds even if the two values of a pair have different angles.
+    """
     pairs = x * sin if BACK else x
     first, second = tl.split(tl.reshape(pairs, (GROUP, DIM // 2, 2)))
     if BACK:
@@ -80,11 +85,17 @@ def _forward_kernel(
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    token = tl.program_id(0)
+    """Writes one token of one joint buffer (B, length, HEADS, HEAD_DIM). Grid: (length, B, parts).
+
+    Suffixes 0 and 1 name the stream; the first `first_length` joint tokens belong to stream 0. Part 0 is q, 1
+    is k and 2 is v, which is only copied. With a single stream, the arguments of stream 1 repeat stream 0 and
+    are never read.
+    """
+    token = tl.program_id(0)  # its position in the joint sequence
     batch = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     second_stream = token >= first_length
-    row = (token - tl.where(second_stream, first_length, 0)).to(tl.int64)
+    row = (token - tl.where(second_stream, first_length, 0)).to(tl.int64)  # its position in its stream
     if part == 0:
         out = query
         if second_stream:
@@ -110,7 +121,8 @@ def _forward_kernel(
             source = value0 + batch * value0_batch + row * VALUE0_ROW
     out += (batch * length + token) * HEADS * HEAD_DIM
     column = tl.arange(0, DIM)[None, :]
-    # Spread over a tile's shape, what HEADS share is loaded by each lane where it is needed.
+    # Weight, cos and sin are the same for all heads. Loading them in the tile's full shape gives each lane
+    # its own copy; a (1, DIM) load would have to be exchanged between lanes to broadcast it.
     spread = tl.zeros((GROUP, 1), tl.int32) + column
     if NORM:
         weight = tl.load(norm + spread, mask=(spread < HEAD_DIM) & (part < 2), other=0.0).to(tl.float32)
@@ -124,10 +136,11 @@ def _forward_kernel(
         x = tl.load(source + head * HEAD_DIM + column, mask=inside, other=0.0).to(tl.float32)
         if part < 2:
             if NORM:
+                # One mean square per head. The padding past HEAD_DIM was loaded as 0.
                 factor = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
                 x = x * factor[:, None] * weight
             if ROPE:
-                x = turn(x, cosine, sine, GROUP, DIM, False)
+                x = rotate(x, cosine, sine, GROUP, DIM, False)
         tl.store(out + head * HEAD_DIM + column, x.to(out.dtype.element_ty), mask=inside)
 
 
@@ -135,7 +148,7 @@ _launch_forward = Launcher(_forward_kernel)
 
 
 def head_tile(heads: int, head_dim: int) -> HeadTile:
-    """The group of heads with the least padding, then the fewest of them."""
+    """Returns the tile whose groups have the least padding, then the fewest groups."""
     group = min(_GROUPS, key=lambda size: (triton.cdiv(heads, size) * size, -size))
     dim = triton.next_power_of_2(head_dim)
     warps = max(1, min(8, group * dim // (32 * _LANE_VALUES)))
@@ -143,7 +156,7 @@ def head_tile(heads: int, head_dim: int) -> HeadTile:
 
 
 def stream_pair(streams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Two readable tensors: of one stream alone, the second is never reached."""
+    """Returns two readable tensors; for a single stream the second repeats the first and is never read."""
     first = readable(streams[0])
     return first, readable(streams[1]) if len(streams) > 1 else first
 
@@ -159,7 +172,11 @@ def qk_norm_rope(
     heads: int,
     eps: float,
 ) -> list[Tensor]:
-    """Joint q, k and, of two streams, v (B, sum S_i, H, D_h)."""
+    """Returns joint q, k and, if `values` is not empty, v, each (B, sum S_i, H, D_h).
+
+    `halfbyte.kernels.qk_rope.reference.norm_rope` defines the result. `query_norms` and `key_norms` are empty
+    for no norm; cos and sin are None for no RoPE.
+    """
     batch, first_length, width = queries[0].shape
     length = sum(query.shape[1] for query in queries)
     head_dim = width // heads

@@ -1,6 +1,6 @@
-"""The way back from the joint buffers on CUDA: rope's transpose and RMSNorm's gradient, in one launch.
+"""Triton kernel for the backward of RMSNorm + RoPE: one launch from the joint gradients to the projections'.
 
-A program takes all heads of one token of q, k or v, as in the forward.
+A program handles all heads of one token of q, k or v, like the forward in `halfbyte.kernels.qk_rope.cuda`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.qk_rope.cuda import head_tile, stream_pair, turn
+from halfbyte.kernels.qk_rope.cuda import head_tile, rotate, stream_pair
 from halfbyte.kernels.row_chunks import readable
 from halfbyte.kernels.triton_launch import Launcher
 
@@ -68,11 +68,21 @@ def _backward_kernel(
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
 ):
+    """Writes one token of one projection's gradient. Grid: (length, B, parts), parts as in the forward.
+
+    With the rotation R, the frozen norm weight w and r = 1 / sqrt(mean(x^2) + eps), per head:
+
+        g  = w * (R^T dq)
+        dx = r * (g - x * r^2 * mean(g * x))
+
+    The gradients have run-time strides for batch, token and head, because attention backends lay them out
+    differently. r is computed from x again; the forward saves nothing.
+    """
     token = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     second_stream = token >= first_length
-    row = (token - tl.where(second_stream, first_length, 0)).to(tl.int64)
-    joint = token.to(tl.int64)
+    row = (token - tl.where(second_stream, first_length, 0)).to(tl.int64)  # position in the token's stream
+    joint = token.to(tl.int64)  # position in the joint sequence
     part = tl.program_id(2)
     if part == 0:
         grads = query_grad + batch * query_grad_batch + joint * query_grad_row
@@ -99,6 +109,7 @@ def _backward_kernel(
     else:
         grads = value_grad + batch * value_grad_batch + joint * value_grad_row
         grad_head = value_grad_head
+        # v passes through unchanged: neither of these is read.
         source = key0
         norm = key_norm0
         if second_stream:
@@ -110,6 +121,7 @@ def _backward_kernel(
     else:
         out += batch * out0_batch + row * OUT0_ROW
     column = tl.arange(0, DIM)[None, :]
+    # Loaded in the tile's full shape, as in the forward.
     spread = tl.zeros((GROUP, 1), tl.int32) + column
     if NORM:
         weight = tl.load(norm + spread, mask=(spread < HEAD_DIM) & (part < 2), other=0.0).to(tl.float32)
@@ -123,11 +135,12 @@ def _backward_kernel(
         grad = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         if part < 2:
             if ROPE:
-                grad = turn(grad, cosine, sine, GROUP, DIM, True)
+                # The forward normalizes and then rotates, so the backward undoes the rotation first.
+                grad = rotate(grad, cosine, sine, GROUP, DIM, True)
             if NORM:
                 x = tl.load(source + head * HEAD_DIM + column, mask=inside, other=0.0).to(tl.float32)
                 factor = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
-                grad *= weight
+                grad *= weight  # g, 0 in the padding
                 along = tl.sum(grad * x, axis=1)[:, None] / HEAD_DIM
                 grad = factor * (grad - x * (factor * factor * along))
         tl.store(out + head * HEAD_DIM + column, grad.to(out.dtype.element_ty), mask=inside)
@@ -147,7 +160,7 @@ def qk_norm_rope_backward(
     sin: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """The gradients of the streams' queries, then of their keys, contiguous (B, S_i, H*D_h)."""
+    """Returns the gradients of the streams' queries, then of their keys, contiguous (B, S_i, H*D_h)."""
     out = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (*queries, *keys)]
     count = len(queries)
     _backward(dq, dk, None, queries, keys, query_norms, key_norms, cos, sin, eps, (out[:count], out[count:]))
@@ -167,7 +180,10 @@ def qk_norm_rope_backward_into(
     sin: Tensor | None,
     eps: float,
 ) -> None:
-    """The gradients of the streams' queries, keys and values into `out`, where one stream's have the same strides."""
+    """Writes the gradients of the streams' queries, keys and values into out[part][stream].
+
+    The three tensors of a stream must have the same strides.
+    """
     _backward(dq, dk, dv, queries, keys, query_norms, key_norms, cos, sin, eps, out)
 
 
@@ -184,14 +200,17 @@ def _backward(
     eps: float,
     out: Sequence[Sequence[Tensor]],
 ) -> None:
-    """Fills out[part][stream]; of the values where they are given."""
+    """Fills out[part][stream] for the parts query, key and, if dv is given, value."""
     batch, length, heads, head_dim = dq.shape
     if dq.numel() == 0:
         return
     dq, dk = readable(dq), readable(dk)
+    # Without dv the grid has no third part, and the arguments for it are placeholders.
     value_grad = dk if dv is None else readable(dv)
     sources = (*stream_pair(queries), *stream_pair(keys))
-    targets = [stream for part in out for stream in (part[0], part[-1])]
+    targets = [
+        stream for part in out for stream in (part[0], part[-1])
+    ]  # two streams per part, like the sources
     tile = head_tile(heads, head_dim)
     _launch_backward(
         (length, batch, len(out)),

@@ -1,7 +1,7 @@
-"""RMSNorm and rope of q and k on the way into the joint attention buffers, and back, as torch sees them.
+"""Registers RMSNorm + RoPE of q and k, from the projections into joint attention buffers, and the backward.
 
-diffusers normalizes each stream, concatenates and turns: three passes over q and k and one over v. Here each value
-is read once and written once, at its place in the joint buffer.
+diffusers normalizes each stream, concatenates the streams and rotates them: three passes over q and k and one
+over v. Here each value is read once and written once, to its place in the joint buffer.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,10 @@ MAX_HEAD_DIM = 256
 
 
 class Stream(NamedTuple):
-    """One stream's part of a joint attention: projections (B, S_i, H*D_h), slices of a wider buffer if they like.
+    """One stream of a joint attention: projections (B, S_i, H*D_h), which may be slices of a wider buffer.
 
-    `query_norm` and `key_norm` are the RMSNorm weights (D_h,), both or neither. A backward reads no value.
+    `query_norm` and `key_norm` are the RMSNorm weights (D_h,): both or
+    neither. The backward needs no `value`.
     """
 
     query: Tensor
@@ -82,11 +83,10 @@ _library.impl("qk_norm_rope", _qk_norm_rope, "CompositeExplicitAutograd")
 _library.impl("qk_norm_rope_backward", _qk_norm_rope_backward, "CompositeExplicitAutograd")
 
 if HAS_TRITON:
-    from halfbyte.kernels.qk_rope import cuda as qk_rope_triton
-    from halfbyte.kernels.qk_rope import cuda_backward as qk_rope_backward_triton
+    from halfbyte.kernels.qk_rope import cuda, cuda_backward
 
-    _library.impl("qk_norm_rope", qk_rope_triton.qk_norm_rope, "CUDA")
-    _library.impl("qk_norm_rope_backward", qk_rope_backward_triton.qk_norm_rope_backward, "CUDA")
+    _library.impl("qk_norm_rope", cuda.qk_norm_rope, "CUDA")
+    _library.impl("qk_norm_rope_backward", cuda_backward.qk_norm_rope_backward, "CUDA")
 
 
 @torch.library.register_fake("halfbyte::qk_norm_rope", lib=_library)
@@ -139,11 +139,11 @@ def _check_streams(streams: Sequence[Stream], heads: int) -> None:
                 )
             if part.dtype != streams[0].query.dtype:
                 raise ValueError(
-                    f"{where}: got {part.dtype}, expected {streams[0].query.dtype} as the first query has"
+                    f"{where}: got {part.dtype}, expected {streams[0].query.dtype} like the first query"
                 )
         for name, weight in (("query_norm", stream.query_norm), ("key_norm", stream.key_norm)):
             if (weight is None) != (streams[0].query_norm is None):
-                raise ValueError(f"streams[{number}].{name}: expected a weight in every stream, or in none")
+                raise ValueError(f"streams[{number}].{name}: expected a weight in every stream or in none")
             if weight is not None and weight.shape != (width // heads,):
                 raise ValueError(
                     f"streams[{number}].{name}: got shape {tuple(weight.shape)}, expected ({width // heads},)"
@@ -151,9 +151,13 @@ def _check_streams(streams: Sequence[Stream], heads: int) -> None:
 
 
 def _width(streams: Sequence[Stream], heads: int) -> int:
-    """H*D_h of the streams, of which each head has an even part."""
+    """Returns the streams' width H*D_h.
+
+    Raises:
+        ValueError: for a number of streams other than 1 or 2, or heads that do not fit the width.
+    """
     if len(streams) not in (1, 2):
-        raise ValueError(f"streams: got {len(streams)}, expected one or two")
+        raise ValueError(f"streams: got {len(streams)}, expected 1 or 2")
     query = streams[0].query
     if query.dim() != 3:
         raise ValueError(f"streams[0].query: got shape {tuple(query.shape)}, expected (B, S, H*D_h)")
@@ -183,22 +187,26 @@ def _norms(streams: Sequence[Stream]) -> tuple[list[Tensor], list[Tensor]]:
 def qk_norm_rope(
     streams: Sequence[Stream], rope: tuple[Tensor, Tensor] | None, *, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Joint q, k, v (B, sum S_i, H, D_h) of one or two streams, in the order given.
+    """Returns the joint q, k, v (B, sum S_i, H, D_h) of one or two streams, in the given order.
 
-    q and k pass through their stream's RMSNorm and, where `rope` is (cos, sin), each (sum S_i, D_h) fp32, are turned
-    in interleaved pairs, as diffusers' apply_rotary_emb does with use_real_unbind_dim=-1; all in fp32, rounded once.
-    q and k are new and contiguous; so is v of two streams, and that of one is a view of its value.
+    q and k pass through their stream's RMSNorm. If `rope` is (cos, sin), each (sum S_i, D_h) fp32, their
+    interleaved pairs are then rotated, as diffusers' apply_rotary_emb does with use_real_unbind_dim=-1. All
+    arithmetic is fp32 with one rounding. q and k are new and contiguous. v of two streams is too; v of a
+    single stream is a view of its value.
+
+    Raises:
+        ValueError: if a shape, dtype or the number of heads does not fit.
     """
     width = _width(streams, heads)
     _check_streams(streams, heads)
     _check_rope(rope, sum(stream.query.shape[1] for stream in streams), width // heads)
     values = [stream.value for stream in streams if stream.value is not None]
     if len(values) != len(streams):
-        raise ValueError("streams: got one without a value, expected a value in each")
+        raise ValueError("streams: got a stream without a value, expected a value in every stream")
     cos, sin = rope or (None, None)
     run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope.default
     if HAS_TRITON and streams[0].query.is_cuda and is_eager(streams[0].query):
-        run = qk_rope_triton.qk_norm_rope
+        run = cuda.qk_norm_rope
     joint = run(
         [stream.query for stream in streams],
         [stream.key for stream in streams],
@@ -223,12 +231,15 @@ def qk_norm_rope_backward(
     eps: float = 1e-6,
     out: Sequence[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Each stream's (dquery, dkey, dvalue), (B, S_i, H*D_h), from the gradients of the joint q, k, v.
+    """Returns each stream's (dquery, dkey, dvalue), (B, S_i, H*D_h), from the gradients of the joint q, k, v.
 
-    dq, dk and dv are (B, sum S_i, H, D_h) in whatever strides the attention's backward gives. dquery and dkey are
-    contiguous in the projections' dtype; dvalue is a view of dv where its strides allow one. With `out`, all three
-    are written there: for each stream slices (B, S_i, H*D_h) of a wider buffer's rows, say. The RMSNorm weights are
-    frozen: they have no gradient.
+    dq, dk and dv are (B, sum S_i, H, D_h) with any strides. dquery and dkey are contiguous in the
+    projections' dtype. dvalue is a view of dv if its strides allow it. With `out`, all three are written
+    there; for each stream it holds three tensors (B, S_i, H*D_h), which may be slices of a wider buffer's
+    rows. The RMSNorm weights are frozen and get no gradient.
+
+    Raises:
+        ValueError: if a shape, dtype, stride or the number of heads does not fit.
     """
     heads = dq.shape[2] if dq.dim() == 4 else 0
     width = _width(streams, heads)
@@ -252,21 +263,19 @@ def qk_norm_rope_backward(
     if out is not None:
         _check_out(out, streams)
         if eager:
-            qk_rope_backward_triton.qk_norm_rope_backward_into(
-                list(zip(*out, strict=True)), dq, dk, dv, *arguments
-            )
+            cuda_backward.qk_norm_rope_backward_into(list(zip(*out, strict=True)), dq, dk, dv, *arguments)
             return list(out)
     run: Callable[..., list[Tensor]] = torch.ops.halfbyte.qk_norm_rope_backward.default
     if eager:
-        run = qk_rope_backward_triton.qk_norm_rope_backward
+        run = cuda_backward.qk_norm_rope_backward
     grads = run(dq, dk, *arguments)
     count = len(streams)
     dvalues = [part.flatten(2) for part in dv.split(lengths, dim=1)]
     results = list(zip(grads[:count], grads[count:], dvalues, strict=True))
     if out is None:
         return results
-    for slices, of_stream in zip(out, results, strict=True):
-        for target, grad in zip(slices, of_stream, strict=True):
+    for slices, grads_of_stream in zip(out, results, strict=True):
+        for target, grad in zip(slices, grads_of_stream, strict=True):
             target.copy_(grad)
     return list(out)
 
@@ -282,5 +291,6 @@ def _check_out(out: Sequence[tuple[Tensor, Tensor, Tensor]], streams: Sequence[S
                 )
             if part.stride(-1) != 1 or part.stride() != slices[0].stride():
                 raise ValueError(
-                    f"out[{number}]: got strides {part.stride()}, expected contiguous rows, all three alike"
+                    f"out[{number}]: got strides {part.stride()}, expected contiguous rows and the same strides for"
+                    " all three"
                 )

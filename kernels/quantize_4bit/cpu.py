@@ -1,9 +1,9 @@
-"""The 4-bit format on CPU in vectorized torch: the reference's numbers, without its per-value searches.
+"""The 4-bit format on CPU in vectorized torch: the reference's results without a search per value.
 
-Nothing here is compiled. Gathering two dequantized values a byte as one 64-bit word runs at the speed of
-bitsandbytes' AVX-512 kernel, so a `torch.compile` path would only add its start-up of many seconds.
+Nothing is compiled. Looking up the two values of a byte together as one 64-bit word is as fast as
+bitsandbytes' AVX-512 kernel, so `torch.compile` would only add many seconds of start-up.
 
-Work goes in chunks that stay in the cache; every temporary is a chunk's size, whatever the weight's.
+The weight is processed in chunks that stay in the cache; every temporary has the size of a chunk.
 """
 
 import functools
@@ -17,35 +17,37 @@ from halfbyte.kernels.quantize_4bit import reference
 _DEQUANTIZE_CHUNK = 1 << 20  # values
 _QUANTIZE_CHUNK = 1 << 20
 
-# Cells of the scaled value that `quantize` looks codes up by: fine enough that almost none holds a boundary.
-_CELLS = 1 << 15  # a unit of the scaled value; a power of two, so that scaling by it is exact
-# Added to a float32 below 2**22, this leaves round_half_even(value) + _CELLS in the low mantissa bits.
+# Quantizing looks a scaled value's code up by its cell: the value times _CELLS, rounded to an integer. Cells
+# are so small that almost none contains a boundary between codes.
+_CELLS = 1 << 15  # per unit of the scaled value; a power of two, so that the product is exact
+# Adding this to an fp32 value below 2**22 leaves round_half_even(value) + _CELLS in the low mantissa bits.
 _ROUND_TO_BITS = 1.5 * 2**23 + _CELLS
-_CELL_BITS = (1 << 17) - 1  # up to 2 * _CELLS, and a stray NaN stays inside the table
-_UNDECIDED = 0xFF  # the entry of a cell that a boundary divides
+_CELL_BITS = (1 << 17) - 1  # mask for cells up to 2 * _CELLS; also keeps the cell of a NaN within the table
+_UNDECIDED = 0xFF  # table entry of a cell that contains a boundary: such values are searched
 
 
 def _pairs(code: Tensor) -> Tensor:
-    """(256,) int64: the two fp32 values of every packed byte, side by side in memory."""
+    """Returns (256,) int64: for every packed byte its two fp32 values, adjacent in memory."""
     byte = torch.arange(256)
     return torch.stack([code[byte >> 4], code[byte & 0xF]], dim=1).contiguous().view(torch.int64).view(-1)
 
 
 def _chunk(limit: int, blocksize: int) -> int:
-    """The largest even number of whole blocks within `limit`, at least two blocks."""
+    """Returns the size of the largest even number of whole blocks within `limit` values, at least two."""
     return max(limit // (2 * blocksize), 1) * 2 * blocksize
 
 
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int
 ) -> Tensor:
-    """`reference.dequantize_4bit`, bit for bit."""
+    """Computes `halfbyte.kernels.quantize_4bit.reference.dequantize_4bit`, bitwise identical."""
     out = torch.empty(list(shape), dtype=dtype)
     flat_out = out.view(-1)
     flat = packed.reshape(-1)
     numel = flat_out.numel()
     chunk = min(_chunk(_DEQUANTIZE_CHUNK, blocksize), numel + numel % 2)
     pairs = _pairs(code)
+    # Buffers for one chunk, reused by all: bytes as indices, and the looked-up pairs.
     index = torch.empty(chunk // 2, dtype=torch.int32)
     gathered = torch.empty(chunk // 2, dtype=torch.int64)
     for start in range(0, numel, chunk):
@@ -53,7 +55,8 @@ def dequantize_4bit(
         size = (count + 1) // 2
         index[:size].copy_(flat[start // 2 : start // 2 + size])
         torch.index_select(pairs, 0, index[:size], out=gathered[:size])
-        values = gathered[:size].view(torch.float32)[:count]
+        values = gathered[:size].view(torch.float32)[:count]  # a view: each int64 is two fp32 values
+        # Multiply whole blocks with their absmax in place, then the last short block, if any.
         full = count // blocksize
         first = start // blocksize
         values[: full * blocksize].view(full, blocksize).mul_(absmax[first : first + full, None])
@@ -75,14 +78,17 @@ def dequantize_4bit_double(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    """The weight of a double-quantized layer, bit for bit as the reference has it."""
+    """Dequantizes a double-quantized weight, bitwise identical to the reference."""
     absmax = reference.dequantize_absmax(codes, nested_absmax, offset, nested_code, nested_blocksize)
     return dequantize_4bit(packed, absmax, code, shape, dtype, blocksize)
 
 
 @functools.cache
 def _code_table(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(code of every cell, boundaries, code of every rank between them); for FP4 by magnitude, without sign."""
+    """Returns (code of each cell, boundaries, code of each interval between boundaries); FP4 by magnitude.
+
+    Cells that contain a boundary hold `_UNDECIDED`.
+    """
     if quant_type == "nf4":
         boundaries, ranked = reference.NF4_BOUNDARIES, torch.arange(16, dtype=torch.uint8)
     else:
@@ -95,7 +101,7 @@ def _code_table(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_4bit`, code for code."""
+    """Computes `halfbyte.kernels.quantize_4bit.reference.quantize_4bit` with identical codes."""
     flat = weight.reshape(-1)
     numel = flat.numel()
     packed = torch.empty(((numel + 1) // 2, 1), dtype=torch.uint8)
@@ -103,7 +109,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tens
     chunk = _chunk(_QUANTIZE_CHUNK, blocksize)
     for start in range(0, numel, chunk):
         values = flat[start : start + chunk].float()
-        # Zeros at the end neither raise a block's absmax nor leave a byte half written.
+        # Padding with zeros does not change a block's absmax and fills the last byte.
         values = torch.nn.functional.pad(values, (0, -values.numel() % (2 * blocksize))).view(-1, blocksize)
         first = start // blocksize
         largest = values.abs().amax(dim=1)
@@ -116,11 +122,12 @@ def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tens
 
 
 def _codes(scaled: Tensor, quant_type: str) -> Tensor:
-    """(n,) fp32 in [-1, 1] -> (n,) uint8 codes."""
+    """Returns the codes (n,) uint8 of values (n,) fp32 in [-1, 1]."""
     table, boundaries, ranked = _code_table(quant_type)
     magnitude = scaled.abs() if quant_type == "fp4" else scaled
     cell = (magnitude * _CELLS).add_(_ROUND_TO_BITS).view(torch.int32).bitwise_and_(_CELL_BITS)
     codes = torch.index_select(table, 0, cell)
+    # Search only the few values whose cell contains a boundary.
     undecided = (codes == _UNDECIDED).nonzero().view(-1)
     codes[undecided] = ranked[torch.bucketize(magnitude[undecided], boundaries)]
     if quant_type == "fp4":
@@ -131,6 +138,6 @@ def _codes(scaled: Tensor, quant_type: str) -> Tensor:
 def quantize_4bit_double(
     weight: Tensor, quant_type: str, blocksize: int, nested_blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(packed, codes, nested_absmax, offset), equal to the reference's."""
+    """Returns (packed, codes, nested_absmax, offset), equal to the reference's."""
     packed, absmax = quantize_4bit(weight, quant_type, blocksize)
     return packed, *reference.quantize_absmax(absmax, nested_blocksize)

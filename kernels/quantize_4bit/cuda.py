@@ -1,11 +1,15 @@
-"""The 4-bit format on CUDA: quantize in two launches, dequantize in one, bit for bit as `reference` has it.
+"""Triton kernels for the 4-bit format, bitwise identical to the reference.
 
-Both are written to be bound by memory alone. A thread dequantizes units of eight values: one 32-bit word in, one
-16-byte store out, neighbours adjacent. Quantizing a value takes one table load and one comparison instead of a
-search: the range is cut into cells of 1/64, narrower than the gap between any two boundaries, so a cell holds one
-boundary at most, and the cell's entry names it and the code below it.
+Quantizing takes two launches, dequantizing one. Both are written to be limited by memory bandwidth only.
 
-Launch options: `enable_fp_fusion=False`, because `code * nested_absmax + offset` is rounded twice in the format.
+Dequantizing: a thread takes units of eight values, one 32-bit load and one 16-byte store each. Neighboring
+threads take neighboring units.
+
+Quantizing: a value takes one table load and one comparison instead of a search. The range [-1, 1] is cut into
+cells of 1/64. A cell is narrower than the gap between any two boundaries, so it contains one boundary at
+most. The cell's table entry holds this boundary and the rank (index of the interval) below it.
+
+Launches use `enable_fp_fusion=False`, because the format rounds `code * nested_absmax + offset` twice.
 """
 
 import functools
@@ -21,26 +25,28 @@ from halfbyte.kernels.quantize_4bit import reference
 from halfbyte.kernels.quantize_4bit.cuda_blocks import in_range, lookup, read_scale, unit_of, unit_pointer
 from halfbyte.kernels.triton_launch import Launcher
 
-# Measured best on an H200 (docs/benchmarks/kernels.md).
-_TILE = (256, 1)  # units a tile, tiles a program that dequantizes
-_TILE_SMALL = (512, 2)  # where there are too few programs for one to begin while another ends
+# Measured best on an H200 (docs/benchmarks/kernels.md). To dequantize: units per tile, tiles per program. The
+# few programs of a small weight all start at once, so instead of overlapping with other programs each
+# overlaps its own two tiles.
+_TILE = (256, 1)
+_TILE_SMALL = (512, 2)
 _SMALL_NUMEL = 1 << 24
 _DEQUANTIZE_WARPS = 4
-_VALUES_PER_PROGRAM = 8192  # quantize
+_VALUES_PER_PROGRAM = 8192  # to quantize
 _QUANTIZE_WARPS = 8
 
-_CELLS = 64  # a unit of the scaled value; a power of two, so that scaling by it is exact
-# Added to a float32 below 2**22, this leaves round_half_even(value) + 64 in the low mantissa bits.
+_CELLS = 64  # per unit of the scaled value; a power of two, so that the product is exact
+# Adding this to an fp32 value below 2**22 leaves round_half_even(value) + 64 in the low mantissa bits.
 _ROUND_TO_BITS = tl.constexpr(1.5 * 2**23 + _CELLS)
 
-# A program's sum of scales is stored over this: no more than that many of them, so that none overflows. A power of
-# two, so that the sum has the bits that it had without.
+# A program stores its sum of absmax values divided by this. A program sums at most that many values, so the
+# sum cannot overflow. As a power of two, it does not change the sum's mantissa.
 _SUM_SCALE = tl.constexpr(256.0)
 
 
 @functools.cache
 def launches_early(device: torch.device) -> bool:
-    """Whether a kernel may be launched before the one ahead has ended (CUDA's programmatic dependent launch)."""
+    """Returns True if a kernel may start before the previous one ends (programmatic dependent launch)."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -50,14 +56,15 @@ def launches_early(device: torch.device) -> bool:
 
 @functools.cache
 def _cache_bytes(device: torch.device) -> int:
-    """The size of the device's L2 cache."""
+    """Returns the size of the device's L2 cache in bytes; 0 if the device is not CUDA."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 @triton.jit
 def _reciprocal(largest):
-    """One over the blocks' absmax, floored as the reference floors it so that a zero absmax gives a finite one."""
-    # Below the smallest normal fp32, so a bare constant would make everything fp64.
+    """Returns 1 / max(absmax, 1e-38), with the reference's floor that keeps blocks of zeros finite."""
+    # 1e-38 is below the smallest normal fp32. Triton would make a plain
+    # constant fp64, and everything after it too.
     return tl.div_rn(1.0, tl.maximum(largest, tl.full(largest.shape, 1e-38, tl.float32)))
 
 
@@ -72,16 +79,18 @@ def _load_tile(
     UNITS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """(words, scales as stored, their numbers, mask) of UNITS units from `first` on."""
+    """Loads UNITS units from index `first` on: (words, stored absmax per unit, block's index, mask)."""
     local = tl.arange(0, UNITS)
     mask = in_range(local * UNIT, numel - first * UNIT, EVEN)
-    # Told that neighbours are unrelated, the compiler gives each thread one word of every row of 32, which is
-    # already how the stores want their values; otherwise it would take 16 bytes a thread and shuffle.
+    # max_contiguous(..., [1]) hides from the compiler that the words are contiguous. It then gives each
+    # thread one word out of every 32, which is the layout that the stores need. Otherwise it would load 16
+    # bytes per thread and have to shuffle the values between threads.
     words = tl.load(
         tl.max_contiguous(packed + first + local, [1]),
         mask=mask,
         other=0,
-        eviction_policy="evict_first",  # read once a step, unlike the weight that a product reads next
+        # Read only once per step, so do not evict the dequantized weight, which the next product reads.
+        eviction_policy="evict_first",
     ).to(tl.int32)
     block = (first * UNIT // BLOCKSIZE).to(tl.int32) + local * UNIT // BLOCKSIZE
     return words, tl.load(absmax + block, mask=mask, other=0), block, mask
@@ -107,9 +116,13 @@ def _dequantize_kernel(
     EARLY: tl.constexpr,
     STREAM: tl.constexpr,
 ):
-    """TILES times UNITS units a program, as many programs apart; the next tile is read before one is written."""
+    """Computes out = code[nibble] * absmax of the block. Grid: (programs,).
+
+    A program handles TILES tiles of UNITS units; consecutive tiles are num_programs tiles apart. It loads the
+    next tile before it stores the current one.
+    """
     if EARLY:
-        # Launched while the kernel before still runs: nothing it wrote may be read before this.
+        # Launched while the previous kernel still runs: do not read its results before this.
         tl.extra.cuda.gdc_wait()
     packed = unit_pointer(packed, UNIT)
     local = tl.arange(0, UNITS)
@@ -119,9 +132,10 @@ def _dequantize_kernel(
     for tile in tl.static_range(TILES):
         place = first * UNIT
         scale = read_scale(stored, nested_absmax, offset, nested_code, block, mask, NESTED_BLOCKSIZE, DOUBLE)
-        # The even value of a byte is its high nibble: shifts 4, 0, 12, 8, ...
+        # (UNITS, UNIT) codes. The even value of a byte is its high nibble: shifts 4, 0, 12, 8, ...
         nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
         if tile + 1 < TILES:
+            # Prefetch: `words` and `stored` of the current tile are no longer needed.
             first += tl.num_programs(0) * UNITS
             words, stored, block, mask = _load_tile(
                 packed, absmax, first, numel, BLOCKSIZE, UNIT, UNITS, EVEN
@@ -142,18 +156,18 @@ _launch_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
 @functools.cache
 def _dequantize_plan(
     numel: int,
-    size: int,  # bytes of a dequantized value
+    size: int,  # bytes per dequantized value
     unit: int,
     blocksize: int,
     nested_blocksize: int | None,
     device: torch.device,
 ) -> tuple[tuple[int, int, int], tuple[int | bool, ...], bool]:
-    """The grid, the constants of the kernel, and whether it may be launched early."""
+    """Returns the grid, the kernel's constants, and True to launch before the previous kernel ends."""
     units, tiles = _TILE_SMALL if numel <= _SMALL_NUMEL else _TILE
     units = max(units, blocksize // unit)
     early = launches_early(device)
     even = numel % (units * unit * tiles) == 0
-    # A weight that the L2 cannot hold until it is read should not push out what it can.
+    # If the dequantized weight does not fit the L2 cache, store it past the cache and keep what is in there.
     stream = numel * size > _cache_bytes(device)
     double = nested_blocksize is not None
     nested = nested_blocksize or blocksize
@@ -187,7 +201,7 @@ def _dequantize(
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int
 ) -> Tensor:
-    """`reference.dequantize_4bit` in one launch."""
+    """Computes `halfbyte.kernels.quantize_4bit.reference.dequantize_4bit` in one launch."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     _dequantize(packed, absmax, None, code, out, blocksize, None)
     return out
@@ -205,7 +219,7 @@ def dequantize_4bit_double(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    """The weight of a double-quantized layer in one launch: the scales are never written out."""
+    """Dequantizes a double-quantized weight in one launch, without storing the fp32 absmax."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     _dequantize(packed, codes, (nested_absmax, offset, nested_code), code, out, blocksize, nested_blocksize)
     return out
@@ -213,10 +227,11 @@ def dequantize_4bit_double(
 
 @functools.cache
 def cell_table(quant_type: str, device: torch.device) -> Tensor:
-    """(256,) int64: for every cell of the scaled value, its boundary (low half, fp32 bits) and the rank below it.
+    """Returns (256,) int64: each cell's boundary (low 32 bits, as fp32) and the rank below it (high 32 bits).
 
-    Cells are numbered round_half_even(64 * value) + 64, for FP4 of the magnitude. A cell without a boundary
-    gets an infinite one. Only 129 are in range; the rest keep a stray NaN inside the table.
+    A value's cell is round_half_even(64 * value) + 64; FP4 uses the magnitude. A cell without a boundary has
+    the boundary infinity, so every value in it gets the rank below. Only cells 0 to 128 occur; the others
+    keep the lookup of a NaN within the table.
     """
     boundaries = {"nf4": reference.NF4_BOUNDARIES, "fp4": reference.FP4_BOUNDARIES}[quant_type]
     cells = (torch.round(boundaries * _CELLS) + _CELLS).long()
@@ -241,11 +256,17 @@ def _quantize_kernel(
     FP4: tl.constexpr,
     EVEN: tl.constexpr,
 ):
+    """Quantizes BLOCKS blocks of the flat weight. Grid: (programs,).
+
+    Writes packed codes, absmax, and one partial sum of absmax per program,
+    for the offset of double quantization.
+    """
     packed = unit_pointer(packed, UNIT)
     first = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCKSIZE)
     left = numel - first
-    # A thread holds whole units, neighbouring threads neighbouring units: loads and stores are contiguous, a
-    # block's maximum stays within a few lanes, and packing within the thread.
+    # Tile (UNITS, UNIT). A thread holds whole units and neighboring threads neighboring
+    # units. So loads and stores are contiguous, a block's absmax needs only a few lanes,
+    # and packing a unit stays within a thread.
     PER_BLOCK: tl.constexpr = BLOCKSIZE // UNIT
     UNITS: tl.constexpr = BLOCKS * PER_BLOCK
     unit = tl.arange(0, UNITS)
@@ -253,23 +274,29 @@ def _quantize_kernel(
     inside = unit[:, None] * UNIT + within[None, :]
     values = tl.load(weight + first + inside, mask=in_range(inside, left, EVEN), other=0.0).to(tl.float32)
 
+    # absmax (BLOCKS,): first over each unit, then over the units of each block.
     largest = tl.max(tl.reshape(tl.max(tl.abs(values), axis=1), (BLOCKS, PER_BLOCK)), axis=1)
     row = tl.arange(0, BLOCKS)
     tl.store(absmax + first // BLOCKSIZE + row, largest, mask=in_range(row * BLOCKSIZE, left, EVEN))
     tl.static_assert(BLOCKS <= _SUM_SCALE)
     tl.store(sums + tl.program_id(0), tl.sum(largest * (1.0 / _SUM_SCALE), axis=0))
 
+    # Repeat each block's reciprocal for its units. A product, not a division, as the format requires.
     inverse = tl.reshape(tl.broadcast_to(_reciprocal(largest)[:, None], (BLOCKS, PER_BLOCK)), (UNITS,))
     scaled = values * inverse[:, None]
     ranked = tl.abs(scaled) if FP4 else scaled
+    # The fma adds _ROUND_TO_BITS to 64 * value: the low byte of the result's bits is the cell.
     cell = tl.fma(ranked, 64.0, _ROUND_TO_BITS).to(tl.int32, bitcast=True) & 0xFF
     entry = lookup(cells, 256, cell)
+    # code = rank below the boundary, plus 1 if the value is above the boundary.
     limit = entry.to(tl.int32).to(tl.float32, bitcast=True)
     codes = (entry >> 32).to(tl.int32) + (ranked > limit).to(tl.int32)
     if FP4:
-        # Ranks by magnitude to codes, a nibble each: 0, 1, 6, 7, 4, 5, 2, 3; bit 3 is the sign.
+        # FP4: map ranks by magnitude to codes 0, 1, 6, 7, 4, 5, 2, 3 (the nibbles of
+        # the constant); bit 3 is the sign.
         codes = ((0x32547610 >> (codes * 4)) & 7) | ((scaled < 0).to(tl.int32) * 8)
 
+    # Pack a unit's codes into one word. The shifted codes do not overlap, so their sum is their bitwise or.
     units = tl.sum(codes << ((within ^ 1) * 4)[None, :], axis=1)
     tl.store(
         packed + first // UNIT + unit,
@@ -292,7 +319,12 @@ def _quantize_absmax_kernel(
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # Every program adds up the first pass's partial sums itself, in one fixed order: no third launch, no atomics.
+    """Quantizes GROUP nested blocks of absmax to 8 bits. Grid: (programs,). Program 0 also stores the offset.
+
+    offset = mean(absmax);  code = nearest dynamic code of (absmax - offset) / nested_absmax
+    """
+    # Every program adds all partial sums of the first kernel itself, in a fixed order. This needs neither a
+    # third launch nor atomics. The accumulator is fp64.
     lane = tl.arange(0, CHUNK)
     total = tl.zeros((CHUNK,), tl.float64)
     for start in range(0, programs, CHUNK):
@@ -301,6 +333,8 @@ def _quantize_absmax_kernel(
     if tl.program_id(0) == 0:
         tl.store(offset, mean)
 
+    # Tile (GROUP, NESTED_BLOCKSIZE). Positions past the end become 0, not -mean,
+    # so they do not count for an absmax.
     row = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
     block = row[:, None] * NESTED_BLOCKSIZE + tl.arange(0, NESTED_BLOCKSIZE)[None, :]
     mask = block < blocks
@@ -308,6 +342,7 @@ def _quantize_absmax_kernel(
     largest = tl.max(tl.abs(values), axis=1)
     tl.store(nested_absmax + row, largest, mask=row * NESTED_BLOCKSIZE < blocks)
     scaled = values * _reciprocal(largest)[:, None]
+    # Binary search over the 255 boundaries, one bit of the code at a time.
     found = tl.zeros_like(block)
     for power in tl.static_range(8):
         step = 128 >> power
@@ -316,7 +351,7 @@ def _quantize_absmax_kernel(
 
 
 def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed, absmax, partial sums of absmax)."""
+    """Returns (packed, absmax, each program's partial sum of absmax)."""
     numel = weight.numel()
     weight = weight.contiguous()
     device = weight.device
@@ -347,7 +382,7 @@ def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, 
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_4bit` in one launch."""
+    """Computes `halfbyte.kernels.quantize_4bit.reference.quantize_4bit` in one launch."""
     packed, absmax, _ = _quantize(weight, quant_type, blocksize)
     return packed, absmax
 
@@ -355,10 +390,10 @@ def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tens
 def quantize_4bit_double(
     weight: Tensor, quant_type: str, blocksize: int, nested_blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize a weight and its scales in two launches, the second over the scales alone.
+    """Quantizes a weight and its absmax in two launches; the second only reads the absmax.
 
     Returns (packed, codes, nested_absmax, offset). The offset is summed in another order than the reference's
-    mean, so it agrees to rounding (1e-6 relative), and a code next to a boundary may differ by one.
+    mean. So it equals it only to rounding (1e-6 relative), and a code next to a boundary may differ by one.
     """
     packed, absmax, sums = _quantize(weight, quant_type, blocksize)
     device = weight.device

@@ -1,22 +1,23 @@
-"""What the CUDA kernels of the 4-bit format share: units of packed values, block scales, table lookups."""
+"""Building blocks for the 4-bit Triton kernels: units of packed values, absmax of blocks, table lookups."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values a thread takes at a time: a 32-bit word's worth, or one byte's where the length or the address is odd.
+# Values that a thread takes at a time (a unit): those of a 32-bit word, or those of one byte if the number of
+# values or the address is not aligned.
 _WORD_UNIT = 8
 _BYTE_UNIT = 2
 
 
 def unit_of(packed: Tensor, numel: int) -> int:
-    """How many values a thread may take at a time from this packed weight."""
+    """Returns how many values a thread may take at a time from this packed weight: 8 or 2."""
     return _WORD_UNIT if numel % _WORD_UNIT == 0 and packed.data_ptr() % 4 == 0 else _BYTE_UNIT
 
 
 @triton.jit
 def unit_pointer(packed, UNIT: tl.constexpr):
-    """The address of packed bytes as one of units: int32 words or the bytes themselves."""
+    """Returns the address of packed bytes as a pointer to units: int32 words, or bytes unchanged."""
     if UNIT == 8:
         units = packed.to(tl.pointer_type(tl.int32))
     else:
@@ -26,7 +27,7 @@ def unit_pointer(packed, UNIT: tl.constexpr):
 
 @triton.jit
 def in_range(position, left, EVEN: tl.constexpr):
-    """The mask `position < left`; a constant, which the compiler drops, where the caller knows it holds."""
+    """Returns the mask `position < left`, or with EVEN (always true) a constant that the compiler removes."""
     if EVEN:
         mask = tl.full(position.shape, 1, tl.int1)
     else:
@@ -36,7 +37,10 @@ def in_range(position, left, EVEN: tl.constexpr):
 
 @triton.jit
 def lookup(table, SIZE: tl.constexpr, index):
-    """table[index] for a (rows, columns) index, out of shared memory: half the instructions of a global load."""
+    """Returns table[index] for an index (rows, columns), with a gather from shared memory.
+
+    This takes half the instructions of a load from global memory.
+    """
     ROWS: tl.constexpr = index.shape[0]
     COLUMNS: tl.constexpr = index.shape[1]
     found = tl.gather(tl.load(table + tl.arange(0, SIZE)), tl.reshape(index, (ROWS * COLUMNS,)), 0)
@@ -54,7 +58,10 @@ def read_scale(
     NESTED_BLOCKSIZE: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """The fp32 scales of the blocks numbered `block`, from what their absmax holds: with double quantization codes."""
+    """Returns the fp32 absmax of the blocks `block` from the stored `scale` (with DOUBLE a uint8 code).
+
+    absmax = nested_code[code] * nested_absmax + offset, with product and sum rounded separately.
+    """
     if DOUBLE:
         nested = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
         scale = tl.load(nested_code + scale.to(tl.int32)) * nested + tl.load(offset)
@@ -72,6 +79,6 @@ def block_scale(
     NESTED_BLOCKSIZE: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """The fp32 scales of the blocks numbered `block`."""
+    """Loads the fp32 absmax of the blocks `block`."""
     scale = tl.load(absmax + block, mask=mask, other=0)
     return read_scale(scale, nested_absmax, offset, nested_code, block, mask, NESTED_BLOCKSIZE, DOUBLE)

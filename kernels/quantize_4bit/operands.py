@@ -1,8 +1,8 @@
-"""What the ops take: types, sizes and layout of their operands, checked before anything is read.
+"""Checks dtype, size and layout of the operands of the 4-bit ops, before a kernel reads them.
 
-Kernels index by these numbers alone, so an operand that is too short would be read beyond its end, and torch would
-broadcast it to a wrong weight. The checks run at every call: comparisons of plain integers, no launch, and on
-symbolic sizes guards that hold.
+Kernels compute addresses from the sizes that are passed to them. They would read past the end of an operand
+that is too short, and torch would broadcast it to a wrong weight. The checks run at every call. They compare
+plain integers and launch nothing; on symbolic sizes they become guards.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 def check_quantize(
     weight: Tensor, quant_type: str, blocksize: int, nested_blocksize: int = BLOCKSIZES[0]
 ) -> None:
-    """The operands of `quantize_4bit` and `quantize_4bit_double`.
+    """Checks the operands of `quantize_4bit` and `quantize_4bit_double`.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: with the name of the argument that does not fit.
     """
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: got {quant_type!r}, accepted: {', '.join(QUANT_TYPES)}")
@@ -44,10 +44,10 @@ def check_dequantize(
     blocksize: int,
     scale_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """The operands of `dequantize_4bit`, whose scales have `scale_dtype`.
+    """Checks the operands of `dequantize_4bit`, whose absmax has `scale_dtype`.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: with the name of the argument that does not fit.
     """
     numel = 1
     for size in shape:
@@ -75,10 +75,10 @@ def check_dequantize_double(
     blocksize: int,
     nested_blocksize: int,
 ) -> None:
-    """The operands of `dequantize_4bit_double`, whose 8-bit scales are called absmax as in a `PackedWeight`.
+    """Checks the operands of `dequantize_4bit_double`. Errors call its `codes` absmax, like a `PackedWeight`.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: with the name of the argument that does not fit.
     """
     check_dequantize(packed, codes, code, shape, dtype, blocksize, torch.uint8)
     _check_blocksize("nested_blocksize", nested_blocksize)

@@ -1,8 +1,8 @@
-"""The quantization ops as torch sees them: schema, fake and dispatch.
+"""Registers the 4-bit quantization ops with torch: schemas, fakes and dispatch.
 
-An op checks its operands, then runs the plain-torch reference on every device, except where `BACKENDS` names
-something faster for that device type. A backend implements the four functions with the reference's meaning; tests
-compare the two.
+An op checks its operands and then runs a backend: the module in `BACKENDS` for the device type, or the
+plain-torch reference on other devices. A backend module implements the four functions with the reference's
+meaning; tests compare them.
 """
 
 import importlib
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.dispatch import is_eager
-from halfbyte.kernels.quantize_4bit import cpu as nf4_cpu
-from halfbyte.kernels.quantize_4bit import operands, reference
+from halfbyte.kernels.quantize_4bit import cpu, operands, reference
 
 _library = torch.library.Library("halfbyte", "DEF")
 _library.define(
@@ -66,9 +65,9 @@ REFERENCE: Mapping[str, Callable[..., Any]] = {
     "dequantize_4bit_double": _reference_dequantize_double,
 }
 
-# Device type -> the module with its implementations, under the names of the ops.
-BACKENDS: dict[str, ModuleType] = {"cpu": nf4_cpu}
-# A CPU build of torch comes without Triton; CUDA builds bring it.
+# Device type -> module whose functions have the names of the ops.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu}
+# CUDA builds of torch include Triton. CPU builds do not and do not need it.
 if importlib.util.find_spec("triton") is not None:
     BACKENDS["cuda"] = importlib.import_module("halfbyte.kernels.quantize_4bit.cuda")
 
@@ -81,6 +80,7 @@ _CHECKS: Mapping[str, Callable[..., None]] = {
 
 
 def _checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that checks the op's operands and then calls the kernel."""
     check = _CHECKS[name]
 
     def run(*arguments: Any) -> Any:
@@ -147,7 +147,7 @@ def _fake_dequantize_double(
 
 
 def _eager(name: str, *arguments: Any) -> Tensor:
-    """What the dispatcher would do with the op for its first argument's device."""
+    """Runs the op as the dispatcher would for the device of its first argument."""
     _CHECKS[name](*arguments)
     backend = BACKENDS.get(arguments[0].device.type)
     kernel = REFERENCE[name] if backend is None else getattr(backend, name)
@@ -156,9 +156,10 @@ def _eager(name: str, *arguments: Any) -> Tensor:
 
 
 def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Blocks of a weight with n elements -> (packed uint8 ((n + 1) // 2, 1), absmax fp32 (ceil(n / blocksize),)).
+    """Quantizes n elements to (packed uint8 ((n + 1) // 2, 1), absmax fp32 (ceil(n / blocksize),)).
 
-    Like all of these, raises ValueError naming the argument for a type, a size or a layout that does not fit.
+    Raises:
+        ValueError: with the name of the argument that does not fit; the other three ops do the same.
     """
     return torch.ops.halfbyte.quantize_4bit.default(weight, quant_type, blocksize)
 
@@ -166,7 +167,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tens
 def quantize_4bit_double(
     weight: Tensor, quant_type: str, blocksize: int, nested_blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `quantize_4bit`, with the b scales in 8 bits.
+    """Quantizes a weight like `quantize_4bit`, and its b absmax values to 8 bits.
 
     Returns (packed, codes uint8 (b,), nested_absmax fp32 (ceil(b / nested_blocksize),), offset fp32 ()).
     """
@@ -176,7 +177,7 @@ def quantize_4bit_double(
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], dtype: torch.dtype, blocksize: int
 ) -> Tensor:
-    """The weight of `shape` in `dtype`; `code` is the table (16,) fp32 that the packed codes number."""
+    """Returns the weight of `shape` in `dtype`; `code` is the table (16,) fp32 that packed codes index."""
     if is_eager(packed):
         return _eager("dequantize_4bit", packed, absmax, code, shape, dtype, blocksize)
     return torch.ops.halfbyte.dequantize_4bit.default(packed, absmax, code, shape, dtype, blocksize)
@@ -194,7 +195,7 @@ def dequantize_4bit_double(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    """The weight of `shape` in `dtype` from 8-bit scales; `nested_code` is their table (256,) fp32."""
+    """Returns the weight of `shape` in `dtype`; `nested_code` is the table (256,) fp32 of the absmax codes."""
     if is_eager(packed):
         return _eager(
             "dequantize_4bit_double",

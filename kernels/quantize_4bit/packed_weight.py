@@ -1,4 +1,4 @@
-"""A 4-bit weight as the kernels pass it among themselves."""
+"""`PackedWeight`: the tensors and numbers of a 4-bit weight, passed together."""
 
 from typing import Any, NamedTuple
 
@@ -9,10 +9,13 @@ from halfbyte.kernels.quantize_4bit import operands, ops
 
 
 class PackedWeight(NamedTuple):
-    """The tensors and numbers of one quantized (N, K) weight; the three nested ones go together or are None."""
+    """A quantized (N, K) weight. The three nested tensors are set with double quantization and None otherwise.
+
+    `halfbyte.kernels.quantize_4bit.reference` defines the format.
+    """
 
     packed: Tensor  # uint8, (N * K + 1) // 2 bytes
-    absmax: Tensor  # fp32 scales (b,), or their uint8 codes where double-quantized
+    absmax: Tensor  # fp32 (b,); with double quantization its uint8 codes
     nested_absmax: Tensor | None  # fp32 (ceil(b / nested_blocksize),)
     offset: Tensor | None  # fp32 ()
     code: Tensor  # fp32 (16,)
@@ -23,22 +26,22 @@ class PackedWeight(NamedTuple):
 
     @classmethod
     def of(cls, fields: tuple[Any, ...]) -> "PackedWeight":
-        """The weight that an op got field by field, as `SCHEMA` has them."""
+        """Builds a weight from an op's arguments, in the order of `SCHEMA`."""
         *tensors, shape, blocksize, nested_blocksize = fields
         outputs, width = shape
         return cls._make((*tensors, (outputs, width), blocksize, nested_blocksize))
 
     def check(self) -> None:
-        """For kernels that read it as it is; `dequantize` checks for itself.
+        """Checks the fields, for kernels that read them directly; `dequantize` does its own checks.
 
         Raises:
-            ValueError: naming the field that does not fit.
+            ValueError: with the name of the field that does not fit.
         """
         check = operands.check_dequantize_double if self._is_double else operands.check_dequantize
         check(*self._arguments(torch.float32))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The (N, K) weight in `dtype`."""
+        """Returns the weight (N, K) in `dtype`."""
         dequantize = ops.dequantize_4bit_double if self._is_double else ops.dequantize_4bit
         return dequantize(*self._arguments(dtype))
 
@@ -47,7 +50,7 @@ class PackedWeight(NamedTuple):
         return self.nested_absmax is not None
 
     def _arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Of the op that dequantizes a weight of its kind."""
+        """Returns the arguments of the op that dequantizes this kind of weight."""
         if self.nested_absmax is None:
             return self.packed, self.absmax, self.code, self.shape, dtype, self.blocksize
         scales = (self.absmax, self.nested_absmax, self.offset)
@@ -56,5 +59,5 @@ class PackedWeight(NamedTuple):
 
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", tuple[int, int]: "SymInt[]", int: "int"}
-# A weight among the arguments of an op.
+# The schema text for a weight's fields among the arguments of an op.
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in PackedWeight.__annotations__.items())

@@ -1,4 +1,12 @@
-"""The adapters of a group of layers cast and laid out for its products on CUDA, in one launch each."""
+"""Triton kernels that cast and combine the adapters of a group of layers, in one launch per matrix.
+
+The layers of a group share their input x. Their adapters combine into two matrices:
+
+    downs: A_1, A_2, ... below each other                      (extra, K)
+    ups:   scale_i * B_i as blocks along a diagonal, else 0    (N, extra)
+
+so that one product with each gives all adapters' outputs. `extra` is at least the sum of the ranks.
+"""
 
 from collections.abc import Sequence
 
@@ -12,7 +20,7 @@ MOST_LAYERS = 4
 
 _TILE = 1024
 _MOST_ROWS = 64
-_VALUES = 4096  # of a program: more than its registers hold would go through memory
+_VALUES = 4096  # of one program's tile; a larger one would spill from registers to memory
 
 
 @triton.jit
@@ -30,7 +38,11 @@ def _down_kernel(
     END4: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Row r of out is row r of the four below each other, 0 beyond them."""
+    """Stacks four matrices below each other in out, followed by zeros. Grid: (column tiles, rows of out).
+
+    END1..END4 are the cumulative ranks. With fewer matrices the last END
+    repeats, so no row selects a missing one.
+    """
     row = tl.program_id(1)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = column < WIDTH
@@ -57,7 +69,7 @@ def _part(
     FIRST: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """The layer's values in a tile of the diagonal, 0 elsewhere."""
+    """Returns a layer's scaled values within a tile, and 0 outside of its block at (START, FIRST)."""
     own = (row >= START) & (row < START + OUTPUTS) & (column >= FIRST) & (column < FIRST + RANK)
     return tl.load(up + (row - START) * RANK + column - FIRST, mask=own, other=0.0).to(tl.float32) * scale
 
@@ -90,9 +102,13 @@ def _up_kernel(
     ROWS: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """out (rows, COLUMNS), contiguous: the four times their scales on a diagonal of blocks, 0 elsewhere."""
+    """Fills contiguous out (rows, COLUMNS) with four scaled matrices as blocks on the diagonal, 0 elsewhere.
+
+    Grid: (row tiles,). The scaling is fp32 and the result is rounded once to out's dtype.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, ROOM)[None, :]
+    # The blocks have no element in common, so adding the tiles places each of them.
     value = _part(first, row, column, scale1, START1, OUTPUTS1, 0, RANK1)
     if RANK2 > 0:
         value += _part(second, row, column, scale2, START2, OUTPUTS2, RANK1, RANK2)
@@ -109,12 +125,13 @@ _launch_up = Launcher(_up_kernel)
 
 
 def _four(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Returns contiguous tensors, padded with the last one to the number that the kernels take."""
     contiguous = [part.contiguous() for part in parts]
     return contiguous + contiguous[-1:] * (MOST_LAYERS - len(parts))
 
 
 def stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
-    """Fills out (extra, K) with at most four A (rank, K) below each other, and with zeros behind them."""
+    """Fills out (extra, K) with at most four A (rank, K) below each other, followed by zeros."""
     ends, end = [], 0
     for down in downs:
         end += down.shape[0]
@@ -126,8 +143,10 @@ def stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
 
 
 def stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]) -> None:
-    """Fills out (N, extra), contiguous, with at most four B (N_i, rank) times their scales: B_i's rows from starts[i],
-    its columns behind those of the one before; zeros elsewhere."""
+    """Fills out (N, extra), contiguous, with at most four B (N_i, rank) times their scales; zeros elsewhere.
+
+    B_i starts at row starts[i]. Its columns follow those of B_(i-1).
+    """
     missing = MOST_LAYERS - len(ups)
     rows, columns = out.shape
     room = triton.next_power_of_2(columns)

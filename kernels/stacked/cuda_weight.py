@@ -1,7 +1,9 @@
-"""A 4-bit weight dequantized into the rows of a wider matrix, its adapter beside it, in one launch.
+"""Triton kernel that dequantizes a 4-bit weight into a wider matrix, next to its adapter's B, in one launch.
 
-Values are bit for bit those of `nf4_triton`; what differs is where they go: row n of the weight to row n of a
-matrix whose rows are further apart.
+Row n of the result is [weight row n (K) | scale * B row n, zero-padded (columns)]. One product of
+this matrix with [x | x A^T] then gives the layer's output with its adapter. The weight's values
+are bitwise identical to those of `halfbyte.kernels.quantize_4bit.cuda`; only their place differs,
+because the rows of the result are further apart.
 """
 
 import triton
@@ -13,10 +15,10 @@ from halfbyte.kernels.quantize_4bit.cuda_blocks import block_scale, in_range, lo
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 from halfbyte.kernels.triton_launch import Launcher
 
-_UNIT = 8  # values a thread takes at a time: one 32-bit word
-_UNITS = 256  # a program
+_UNIT = 8  # values that a thread decodes at a time: one 32-bit word
+_UNITS = 256  # per program
 _WARPS = 4
-_ADAPTER_VALUES = 4096  # a program
+_ADAPTER_VALUES = 4096  # per program
 
 
 @triton.jit
@@ -46,11 +48,18 @@ def _stack_kernel(
     EVEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """Writes the weight with the first programs of the grid and the adapter columns with the rest.
+
+    STRIDE is the row stride of `out`, WIDTH is K, and the adapter's RANK columns start at column WIDTH +
+    FIRST. `halfbyte.kernels.quantize_4bit.cuda` explains units and nibbles.
+    """
     if EARLY:
+        # Launched while the previous kernel still runs: do not read its results before this.
         tl.extra.cuda.gdc_wait()
     packed = unit_pointer(packed, UNIT)
     weight_programs = tl.cdiv(numel, UNITS * UNIT)
     if tl.program_id(0) < weight_programs:
+        # UNITS words of the flat row-major weight, int64 because an index may exceed 2^31.
         first = tl.program_id(0).to(tl.int64) * UNITS
         local = tl.arange(0, UNITS)
         within = tl.arange(0, UNIT)
@@ -66,9 +75,10 @@ def _stack_kernel(
         scale = block_scale(
             absmax, nested_absmax, offset, nested_code, block, unit_mask, NESTED_BLOCKSIZE, DOUBLE
         )
+        # (UNITS, UNIT) codes. The even value of a byte is its high nibble: shifts 4, 0, 12, 8, ...
         nibbles = (words[:, None] >> ((within ^ 1) * 4)[None, :]) & 15
         values = lookup(code, 16, nibbles) * scale[:, None]
-        # The width is a multiple of the unit, so a unit lies within one row.
+        # K is a multiple of UNIT, so the values of a unit lie within one row.
         row = (first + local) // (WIDTH // UNIT)
         start = row * STRIDE + (first + local - row * (WIDTH // UNIT)) * UNIT
         tl.store(
@@ -77,6 +87,8 @@ def _stack_kernel(
             mask=in_range(local[:, None] * UNIT + within[None, :], left, EVEN),
         )
     else:
+        # Adapter columns (N, COLUMNS): fp32 B times the scale, zeros outside of
+        # the RANK columns, rounded once.
         index = (tl.program_id(0) - weight_programs) * ADAPTER_VALUES + tl.arange(0, ADAPTER_VALUES)
         up_row = index // COLUMNS
         column = index % COLUMNS
@@ -93,7 +105,7 @@ _launch_stack = Launcher(_stack_kernel, enable_fp_fusion=False)
 
 
 def supports(weight: PackedWeight) -> bool:
-    """Whether the kernel can take this weight: CUDA, and rows of whole words."""
+    """Returns True if the kernel can dequantize this weight: on CUDA, with rows of whole 32-bit words."""
     return (
         weight.packed.is_cuda
         and weight.shape[1] % _UNIT == 0
@@ -104,8 +116,14 @@ def supports(weight: PackedWeight) -> bool:
 def stack_weight(
     out: Tensor, weight: PackedWeight, up: Tensor | None, scale: float, first: int, columns: int
 ) -> None:
-    """Fills out (N, K + columns), a view with any row stride: the weight (N, K), and up (N, rank) fp32 times scale in
-    the columns from K + first, zeros in the rest of `columns`."""
+    """Fills out (N, K + columns), a view with any row stride, with the weight (N, K) and its scaled adapter.
+
+    `up` (N, rank) fp32 times `scale` goes to the columns from K + first. The
+    rest of the last `columns` becomes zero.
+
+    Raises:
+        ValueError: if a field of the weight does not fit the others.
+    """
     weight.check()
     outputs, width = weight.shape
     numel = outputs * width
@@ -113,7 +131,7 @@ def stack_weight(
     units = max(_UNITS, weight.blocksize // _UNIT)
     programs = triton.cdiv(numel, units * _UNIT) + triton.cdiv(adapter_numel, _ADAPTER_VALUES)
     early = launches_early(out.device)
-    absent = weight.absmax
+    absent = weight.absmax  # a placeholder for operands that this weight lacks, never read
     _launch_stack(
         (programs, 1, 1),
         (

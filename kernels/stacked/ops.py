@@ -1,8 +1,8 @@
-"""4-bit weights dequantized into a wider matrix and adapters laid out beside them, as torch sees it.
+"""Registers ops that stack 4-bit weights and adapters of several layers into one matrix.
 
-Of weights there is no reference to dispatch to: where the kernel cannot run, products are made layer by layer instead,
-see `halfbyte.quant.lora.linear_group`. Tensors on meta stand for those of a CUDA device, whose memory is planned by
-running a step without values.
+A stacked matrix replaces several products by one. `stack_weight` has no reference implementation: where its
+kernel cannot run, `halfbyte.quant.lora.linear_group` multiplies layer by layer instead. Meta tensors are
+treated like CUDA tensors, because running a step on meta predicts the memory of a CUDA device.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ from halfbyte.kernels.dispatch import HAS_TRITON, is_eager
 from halfbyte.kernels.quantize_4bit.packed_weight import SCHEMA, PackedWeight
 
 if HAS_TRITON:
-    from halfbyte.kernels.stacked import cuda_adapters as adapter_stack_triton
-    from halfbyte.kernels.stacked import cuda_weight as stacked_triton
+    from halfbyte.kernels.stacked import cuda_adapters, cuda_weight
 
-_WORD = 8  # 4-bit values
+_WORD = 8  # 4-bit values in a 32-bit word
 
 _library = torch.library.Library("halfbyte", "FRAGMENT")
 _library.define("stack_downs_(Tensor(a!) out, Tensor[] downs) -> ()")
@@ -30,7 +29,7 @@ _library.define(
 
 def _stack_op(out: Tensor, *fields: Any) -> None:
     *weight, up, scale, first, columns = fields
-    stacked_triton.stack_weight(out, PackedWeight.of(tuple(weight)), up, scale, first, columns)
+    cuda_weight.stack_weight(out, PackedWeight.of(tuple(weight)), up, scale, first, columns)
 
 
 _library.impl("stack_weight_", _stack_op, "CUDA")
@@ -54,19 +53,19 @@ def _stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales
 
 
 def _stack_downs_cuda(out: Tensor, downs: Sequence[Tensor]) -> None:
-    run = adapter_stack_triton.stack_downs if _is_few(downs) else _stack_downs
+    run = cuda_adapters.stack_downs if _is_few(downs) else _stack_downs
     run(out, downs)
 
 
 def _stack_ups_cuda(
     out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]
 ) -> None:
-    run = adapter_stack_triton.stack_ups if _is_few(ups) else _stack_ups
+    run = cuda_adapters.stack_ups if _is_few(ups) else _stack_ups
     run(out, ups, starts, scales)
 
 
 def _is_few(adapters: Sequence[Tensor]) -> bool:
-    return 0 < len(adapters) <= adapter_stack_triton.MOST_LAYERS
+    return 0 < len(adapters) <= cuda_adapters.MOST_LAYERS
 
 
 _library.impl("stack_downs_", _stack_downs, "CompositeExplicitAutograd")
@@ -92,28 +91,31 @@ def _fake_stack(out: Tensor, *fields: Any) -> None:
 
 
 def stackable(weight: PackedWeight) -> bool:
-    """Whether `stack_weight` can take this weight: CUDA, or meta in its place, and rows of whole words."""
+    """Returns True if `stack_weight` can take this weight: on CUDA or meta, rows of whole 32-bit words."""
     if weight.packed.is_meta:
         return weight.shape[1] % _WORD == 0
     if torch.compiler.is_compiling():
-        # Addresses are not to be had there; weights that were not cut out of another tensor lie right.
+        # A tensor has no address while compiling. Weights that are no slice of another tensor are aligned.
         return HAS_TRITON and weight.packed.is_cuda and weight.shape[1] % _WORD == 0
-    return HAS_TRITON and stacked_triton.supports(weight)
+    return HAS_TRITON and cuda_weight.supports(weight)
 
 
 def stack_weight(
     out: Tensor, weight: PackedWeight, up: Tensor | None, scale: float, first: int, columns: int
 ) -> None:
-    """Fills out (N, K + columns), a view with any row stride: the weight (N, K), and up (N, rank) fp32 times scale in
-    the columns from K + first, zeros in the rest of `columns`. Not differentiable."""
+    """Fills out (N, K + columns), a view with any row stride, with the weight (N, K) and its scaled adapter.
+
+    `up` (N, rank) fp32 times `scale` goes to the columns from K + first. The rest of the last `columns`
+    becomes zero. Not differentiable; needs a weight for which `stackable` is True.
+    """
     if is_eager(out):
-        stacked_triton.stack_weight(out, weight, up, scale, first, columns)
+        cuda_weight.stack_weight(out, weight, up, scale, first, columns)
     else:
         torch.ops.halfbyte.stack_weight_.default(out, *weight, up, scale, first, columns)
 
 
 def stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
-    """Fills out (extra, K) with A (rank, K) of several layers below each other, and with zeros behind them."""
+    """Fills out (extra, K) with A (rank, K) of several layers below each other, followed by zeros."""
     if HAS_TRITON and out.is_cuda and is_eager(out):
         _stack_downs_cuda(out, downs)
     else:
@@ -121,8 +123,11 @@ def stack_downs(out: Tensor, downs: Sequence[Tensor]) -> None:
 
 
 def stack_ups(out: Tensor, ups: Sequence[Tensor], starts: Sequence[int], scales: Sequence[float]) -> None:
-    """Fills out (N, extra), contiguous, with B (N_i, rank) of several layers on a diagonal of blocks: each times its
-    scale in fp32 before it is rounded, its rows from starts[i], its columns behind the layer's before; else zeros."""
+    """Fills contiguous out (N, extra) with several layers' B (N_i, rank) as blocks on the diagonal, else zeros.
+
+    Each B_i is multiplied by its scale in fp32 and then rounded. It starts at row starts[i]; its columns
+    follow those of the previous layer.
+    """
     if HAS_TRITON and out.is_cuda and is_eager(out):
         _stack_ups_cuda(out, ups, starts, scales)
     else:

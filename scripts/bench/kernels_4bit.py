@@ -1,16 +1,18 @@
-"""Times the 4-bit and int8 kernels on one GPU beside bitsandbytes, a plain copy and bf16 products.
+"""Times the 4-bit and int8 kernels on one GPU, next to bitsandbytes, a plain copy and bf16 products.
 
     python -m scripts.bench.kernels_4bit results.json
 
-First every kernel is checked against `kernels/reference.py`; nothing is timed if one is wrong. Needs torch with
-Triton; bitsandbytes is timed where it imports. Where the package is not installed, a folder of links lays it out:
+First it checks every kernel against `kernels/*/reference.py`; if one is wrong, it times nothing. It needs
+torch with Triton. It times bitsandbytes if that can be imported. If halfbyte is not installed, a folder of
+links replaces it:
 
-    mkdir -p .typing/halfbyte; for p in kernels quant trainer recipes; do ln -sfn ../../$p .typing/halfbyte/$p; done
-    PYTHONPATH=.typing python -m scripts.bench.kernels_4bit results.json
+    mkdir -p .typing/halfbyte; for p in kernels quant trainer recipes; do ln -sfn ../../$p
+    .typing/halfbyte/$p; done PYTHONPATH=.typing python -m scripts.bench.kernels_4bit results.json
 
-Times are medians over replays of a CUDA graph that goes through several sets of buffers, more than the L2 cache
-holds, each with its own outputs; `limit` is the time the bytes take at the copy rate measured in the same run, or
-for a product the larger of that and its operations at the measured rate of an 8192-cubed bf16 product.
+Times are medians over replays of a CUDA graph. The graph goes through several sets of buffers, more than the
+L2 cache holds, each with its own outputs. `limit` is the time in which the kernel's bytes can be copied, at
+the copy rate measured in the same run. For a product it is that or, if larger, the time for its operations at
+the measured rate of an 8192 x 8192 x 8192 bf16 product.
 """
 
 import itertools
@@ -25,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.int8 import cuda as int8_triton
+from halfbyte.kernels.int8 import cuda as int8_cuda
 from halfbyte.kernels.int8 import ops as int8_ops
 from halfbyte.kernels.int8 import reference as int8_reference
 from halfbyte.kernels.linear_4bit import ops as linear_ops
-from halfbyte.kernels.quantize_4bit import cuda as nf4_triton
+from halfbyte.kernels.quantize_4bit import cuda as cuda_4bit
 from halfbyte.kernels.quantize_4bit import reference, scale_search
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 
@@ -43,7 +45,7 @@ BF16 = torch.bfloat16
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 ROTATED_BYTES = 600_000_000  # ten times an H200's L2
 
-# (N, K) of the linears and how many the transformer has.
+# (N, K) of FLUX's linears, and how many the transformer has of each.
 FLUX = {
     (18432, 3072): 38,
     (9216, 3072): 38,
@@ -69,24 +71,24 @@ LINEAR = [
     (9728, 2432),
 ]
 LINEAR_ROWS = (512, 1536, 4608)
-FEW_ROWS = [(18432, 3072), (9216, 3072), (3072, 3072), (14592, 2432)]  # modulation and embedders
+FEW_ROWS = [(18432, 3072), (9216, 3072), (3072, 3072), (14592, 2432)]  # modulation and embedding layers
 
 
 @dataclass
 class Row:
-    """One line of the table; times in microseconds."""
+    """One line of the table; times are in microseconds."""
 
     what: str
     shape: tuple[int, ...]  # (M, N, K) or (N, K)
     limit: float
     ours: float
-    ours_plain: float | None = None  # launched one by one from Python
+    ours_plain: float | None = None  # launched from Python one by one
     bitsandbytes: float | None = None
-    bf16: float | None = None  # F.linear, or a copy of as many bytes
+    bf16: float | None = None  # F.linear, or a copy of the same number of bytes
 
 
 def plain_us(calls: list[Callable[[], Any]], repeats: int = 5) -> float:
-    """Microseconds a call, launched from Python one after the other."""
+    """Returns microseconds per call when the calls are launched from Python one by one."""
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -100,16 +102,16 @@ def plain_us(calls: list[Callable[[], Any]], repeats: int = 5) -> float:
 
 
 def graph_us(calls: list[Callable[[], Any]], repeats: int = 15) -> float:
-    """Microseconds a call in a graph of all of them, every output kept in memory of its own."""
+    """Returns microseconds per call in a CUDA graph of all calls, each output in its own memory."""
     for call in (calls[0], calls[-1]):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    kept = []
+    outputs = []  # keep them, so that the graph does not reuse their memory
     with torch.cuda.graph(graph):
         for call in calls:
-            kept.append(call())
-    # The clocks rise only under load: the first milliseconds are up to a tenth slower.
+            outputs.append(call())
+    # The GPU raises its clocks only under load: the first milliseconds are up to 10 % slower.
     deadline = time.perf_counter() + 0.05
     while time.perf_counter() < deadline:
         graph.replay()
@@ -132,7 +134,7 @@ def random_weight(shape: tuple[int, int], dtype: torch.dtype = BF16) -> Tensor:
 def quantize(weight: Tensor) -> PackedWeight:
     device = weight.device
     return PackedWeight(
-        *nf4_triton.quantize_4bit_double(weight, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE),
+        *cuda_4bit.quantize_4bit_double(weight, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE),
         reference.NF4_CODE.to(device),
         reference.DYNAMIC_CODE.to(device),
         (weight.shape[0], weight.shape[1]),
@@ -143,7 +145,7 @@ def quantize(weight: Tensor) -> PackedWeight:
 
 def dequantize(weight: PackedWeight) -> Tensor:
     *tensors, shape, blocksize, nested_blocksize = weight
-    return nf4_triton.dequantize_4bit_double(*tensors, shape, BF16, blocksize, nested_blocksize)
+    return cuda_4bit.dequantize_4bit_double(*tensors, shape, BF16, blocksize, nested_blocksize)
 
 
 def packed_bytes(shape: tuple[int, int]) -> float:
@@ -152,19 +154,19 @@ def packed_bytes(shape: tuple[int, int]) -> float:
 
 
 def sets(size: float) -> int:
-    """How many sets of buffers of `size` bytes to go through."""
+    """Returns how many sets of buffers of `size` bytes to rotate through."""
     return max(4, min(64, round(ROTATED_BYTES / size)))
 
 
 def poison() -> None:
-    """Leave NaN in the memory that the next outputs will be made of."""
+    """Fills memory with NaN and frees it; the next outputs reuse it, so unwritten values show as NaN."""
     for size in (1 << 16, 1 << 20, 1 << 24, 1 << 26):
         torch.full((size,), float("nan"), device="cuda")
 
 
-def require(true: bool, what: str) -> None:
-    if not true:
-        raise SystemExit(f"{what} differs from the reference: nothing was timed")
+def require(condition: bool, what: str) -> None:
+    if not condition:
+        raise SystemExit(f"{what}: the result differs from the reference; fix the kernel, nothing was timed")
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -172,27 +174,27 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def check(shapes: list[tuple[int, int]]) -> None:
-    """Every kernel against its definition on fresh random weights."""
+    """Checks every kernel against its reference on new random weights; exits if one is wrong."""
     for shape, quant_type, dtype in itertools.product(
         shapes, ("nf4", "fp4"), (BF16, torch.float16, torch.float32)
     ):
         weight = random_weight(shape, dtype)
         packed, absmax = reference.quantize_4bit(weight, quant_type, BLOCKSIZE)
         poison()
-        double = nf4_triton.quantize_4bit_double(weight, quant_type, BLOCKSIZE, NESTED_BLOCKSIZE)
+        double = cuda_4bit.quantize_4bit_double(weight, quant_type, BLOCKSIZE, NESTED_BLOCKSIZE)
         require(torch.equal(double[0], packed), f"quantize {quant_type} {shape} {dtype}")
-        single = nf4_triton.quantize_4bit(weight, quant_type, BLOCKSIZE)
+        single = cuda_4bit.quantize_4bit(weight, quant_type, BLOCKSIZE)
         require(torch.equal(single[1], absmax), f"absmax {quant_type} {shape} {dtype}")
         code, nested_code = reference.CODES[quant_type].cuda(), reference.DYNAMIC_CODE.cuda()
         scale = reference.dequantize_absmax(*double[1:], nested_code, NESTED_BLOCKSIZE)
         poison()
-        out = nf4_triton.dequantize_4bit_double(
+        out = cuda_4bit.dequantize_4bit_double(
             *double, code, nested_code, shape, dtype, BLOCKSIZE, NESTED_BLOCKSIZE
         )
         expected = reference.dequantize_4bit(packed, scale, code, shape, dtype, BLOCKSIZE)
         require(torch.equal(out, expected), f"dequantize {quant_type} {shape} {dtype}")
         poison()
-        out = nf4_triton.dequantize_4bit(*single, code, shape, dtype, BLOCKSIZE)
+        out = cuda_4bit.dequantize_4bit(*single, code, shape, dtype, BLOCKSIZE)
         expected = reference.dequantize_4bit(packed, absmax, code, shape, dtype, BLOCKSIZE)
         require(torch.equal(out, expected), f"dequantize single {quant_type} {shape} {dtype}")
     for shape, rows in itertools.product([(3072, 3072), (264, 1032)], (1, 2, 4, 9, 16, 40)):
@@ -205,16 +207,16 @@ def check(shapes: list[tuple[int, int]]) -> None:
         require(relative_error(y, x.double() @ exact.t()) < 5e-3, f"linear {rows} rows {shape}")
         dx = linear_ops.linear_4bit_input_grad(y, quantized)
         require(relative_error(dx, y.double() @ exact) < 5e-3, f"input grad {rows} rows {shape}")
-        rows8, absmax8 = int8_triton.quantize_rows(weight)
+        rows8, absmax8 = int8_cuda.quantize_rows(weight)
         require(torch.equal(rows8, int8_reference.quantize_rows(weight)[0]), f"int8 rows {shape}")
         x[0, 5] = 30.0
-        y = int8_triton.linear_int8(x, rows8, absmax8, None, 6.0)
+        y = int8_cuda.linear_int8(x, rows8, absmax8, None, 6.0)
         expected = int8_reference.linear_int8(x, rows8, absmax8, None, 6.0)
         require(relative_error(y, expected) < 5e-3, f"int8 linear {rows} rows {shape}")
 
 
 def ceilings() -> tuple[float, float]:
-    """(bytes/s of a 4 GiB copy, read plus written; operations/s of an 8192-cubed bf16 product)."""
+    """Returns (bytes/s of a 4 GiB copy, read plus written; operations/s of an 8192^3 bf16 product)."""
     source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() / plain_us([lambda: target.copy_(source)] * 3) * 1e6
@@ -237,20 +239,18 @@ def bench_dequantize(shape: tuple[int, int], copy_rate: float) -> Row:
 
 
 def bench_quantize_all(copy_rate: float) -> list[Row]:
-    """Every linear of FLUX, double-quantized from bf16: the whole transformer in one graph."""
+    """Times double quantization of all of FLUX's linears from bf16 in one graph, and of single weights."""
     weights = {shape: [random_weight(shape) for _ in range(min(count, 8))] for shape, count in FLUX.items()}
     queue = [weights[shape][i % len(weights[shape])] for shape, count in FLUX.items() for i in range(count)]
     size = sum(2 * w.numel() + packed_bytes((w.shape[0], w.shape[1])) for w in queue)
-    calls = [
-        lambda w=w: nf4_triton.quantize_4bit_double(w, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE) for w in queue
-    ]
+    calls = [lambda w=w: cuda_4bit.quantize_4bit_double(w, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE) for w in queue]
     total = Row("quantize FLUX", (sum(w.numel() for w in queue),), size / copy_rate * 1e6, 0.0)
     total.ours = graph_us(calls, repeats=5) * len(calls)
     total.ours_plain = plain_us(calls, repeats=2) * len(calls)
     rows = [total]
     for shape in ((3072, 3072), (12288, 3072)):
         of_shape = [
-            lambda w=w: nf4_triton.quantize_4bit_double(w, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE)
+            lambda w=w: cuda_4bit.quantize_4bit_double(w, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE)
             for w in weights[shape]
         ]
         limit = (2 * shape[0] * shape[1] + packed_bytes(shape)) / copy_rate * 1e6
@@ -266,7 +266,7 @@ def bench_quantize_all(copy_rate: float) -> list[Row]:
 
 
 def bench_scale_search(shape: tuple[int, int], copy_rate: float) -> Row:
-    """`scale_search: mse` of one weight; its limit is that of quantizing without."""
+    """Times `scale_search: mse` for one weight; the limit is that of plain quantization."""
     weight = random_weight(shape)
     size = 2 * shape[0] * shape[1] + packed_bytes(shape)
     calls = [lambda: scale_search.quantize_4bit_double(weight, "nf4", BLOCKSIZE, NESTED_BLOCKSIZE)] * 2
@@ -331,7 +331,7 @@ def table(rows: list[Row]) -> str:
 def main(path: str) -> None:
     torch.seed()
     check([(3072, 3072), (264, 1032), (7, 9)])
-    print("every kernel agrees with the reference", flush=True)
+    print("every kernel agrees with its reference", flush=True)
     copy_rate, product_rate = ceilings()
     print(f"copy {copy_rate / 1e12:.2f} TB/s, bf16 product {product_rate / 1e12:.0f} TFLOP/s", flush=True)
     rows = [bench_dequantize(shape, copy_rate) for shape in DEQUANTIZE]

@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference, float64 and bitsandbytes, on random inputs and poisoned memory."""
+"""Checks the CUDA kernels against the reference, float64 and bitsandbytes, with poisoned memory."""
 
 import itertools
 
@@ -13,22 +13,22 @@ from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from halfbyte.kernels.int8 import cuda as int8_triton
-from halfbyte.kernels.linear_4bit import cuda_one_row as linear_triton
-from halfbyte.kernels.quantize_4bit import cuda as nf4_triton
+from halfbyte.kernels.int8 import cuda as int8_cuda
+from halfbyte.kernels.linear_4bit import cuda_one_row
+from halfbyte.kernels.quantize_4bit import cuda as cuda_4bit
 
 from tensors import relative_error
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Whole programs; a short last one; an odd length; one value; rows that are no multiple of a block.
+# Whole programs; a short last program; an odd length; a single value; rows that are no multiple of a block.
 SHAPES = ((256, 512), (33, 264), (7, 9), (1, 1), (130, 1000))
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Freed memory is handed out again as it was left: an unwritten output shows as NaN."""
+    """Fills memory with NaN and frees it. Outputs reuse this memory, so unwritten values show as NaN."""
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24):
         torch.full((size,), float("nan"), device="cuda")
 
@@ -56,17 +56,18 @@ def quantized_weight(weight, double, quant_type="nf4", blocksize=64):
 def test_quantize_equals_the_reference(shape, dtype, quant_type, blocksize):
     weight = random_weight(shape, dtype)
     expected = reference.quantize_4bit(weight, quant_type, blocksize)
-    packed, absmax = nf4_triton.quantize_4bit(weight, quant_type, blocksize)
+    packed, absmax = cuda_4bit.quantize_4bit(weight, quant_type, blocksize)
     assert torch.equal(packed, expected[0])
     assert torch.equal(absmax, expected[1])
     codes, nested_absmax, offset = reference.quantize_absmax(absmax, 256)
-    double = nf4_triton.quantize_4bit_double(weight, quant_type, blocksize, 256)
+    double = cuda_4bit.quantize_4bit_double(weight, quant_type, blocksize, 256)
     assert torch.equal(double[0], packed)
     difference = (double[1].int() - codes.int()).abs()
     assert difference.max() <= 1
     assert difference.float().mean() < 3e-3 or difference.sum() <= 1
     torch.testing.assert_close(double[3], offset, rtol=1e-6, atol=0)
-    # The largest |absmax - offset|: an error of the offset is large beside a small difference.
+    # nested_absmax is the largest |absmax - offset|. If that is small, an error
+    # of the offset is relatively large.
     torch.testing.assert_close(double[2], nested_absmax, rtol=1e-6, atol=1e-6 * offset.item())
 
 
@@ -74,7 +75,7 @@ def test_quantize_equals_the_reference(shape, dtype, quant_type, blocksize):
 def test_tiny_and_huge_blocks_equal_the_reference(exponent):
     weight = (torch.randn(64, 64, device="cuda").double() * 2.0**exponent).to(torch.bfloat16)
     expected = reference.quantize_4bit(weight, "nf4", 64)
-    packed, absmax = nf4_triton.quantize_4bit(weight, "nf4", 64)
+    packed, absmax = cuda_4bit.quantize_4bit(weight, "nf4", 64)
     assert torch.equal(absmax, expected[1])
     assert torch.equal(packed, expected[0])
 
@@ -82,7 +83,7 @@ def test_tiny_and_huge_blocks_equal_the_reference(exponent):
 @pytest.mark.parametrize("blocksize", [32, 4096])
 def test_the_mean_of_huge_scales_stays_finite(blocksize):
     weight = torch.full((512, 1024), 3e38, device="cuda")
-    *_, nested_absmax, offset = nf4_triton.quantize_4bit_double(weight, "nf4", blocksize, 256)
+    *_, nested_absmax, offset = cuda_4bit.quantize_4bit_double(weight, "nf4", blocksize, 256)
     torch.testing.assert_close(offset.item(), 3e38, rtol=1e-6, atol=0)
     assert (nested_absmax < 1e-5 * 3e38).all()
 
@@ -97,9 +98,9 @@ def test_dequantize_equals_the_reference(shape, dtype, quant_type, blocksize, do
     absmax = quantized.absmax
     if double:
         absmax = reference.dequantize_absmax(*quantized[1:4], quantized.nested_code, 256)
-        out = nf4_triton.dequantize_4bit_double(*quantized[:6], shape, dtype, blocksize, 256)
+        out = cuda_4bit.dequantize_4bit_double(*quantized[:6], shape, dtype, blocksize, 256)
     else:
-        out = nf4_triton.dequantize_4bit(quantized.packed, absmax, quantized.code, shape, dtype, blocksize)
+        out = cuda_4bit.dequantize_4bit(quantized.packed, absmax, quantized.code, shape, dtype, blocksize)
     expected = reference.dequantize_4bit(quantized.packed, absmax, quantized.code, shape, dtype, blocksize)
     assert torch.equal(out, expected)
 
@@ -110,7 +111,7 @@ def test_dequantize_takes_an_odd_address():
     moved = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
     moved.copy_(packed.view(-1))
     code = reference.NF4_CODE.cuda()
-    out = nf4_triton.dequantize_4bit(moved, absmax, code, (64, 64), torch.bfloat16, 64)
+    out = cuda_4bit.dequantize_4bit(moved, absmax, code, (64, 64), torch.bfloat16, 64)
     assert torch.equal(out, reference.dequantize_4bit(packed, absmax, code, (64, 64), torch.bfloat16, 64))
 
 
@@ -119,9 +120,10 @@ def test_quantize_equals_bitsandbytes():
     for dtype, quant_type in itertools.product(DTYPES, ("nf4", "fp4")):
         weight = random_weight((512, 1024), dtype)
         packed, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=False)
-        ours = nf4_triton.quantize_4bit(weight, quant_type, 64)
+        ours = cuda_4bit.quantize_4bit(weight, quant_type, 64)
         assert torch.equal(ours[1], state.absmax)
-        # FP4 has boundaries that 16-bit ratios hit exactly; there bitsandbytes' approximate reciprocal decides.
+        # 16-bit ratios hit some of FP4's boundaries exactly; there bitsandbytes'
+        # approximate reciprocal decides.
         allowed = 0 if quant_type == "nf4" else 1e-3
         assert (ours[0] != packed).float().mean().item() <= allowed, (dtype, quant_type)
 
@@ -145,11 +147,11 @@ def test_linear_4bit_against_float64(shape, rows, double, dtype):
     assert relative_error(x.grad, grad.double() @ exact) < limit
 
 
-def test_small_linear_repeats_to_the_bit():
+def test_small_linear_is_bitwise_repeatable():
     quantized = quantized_weight(random_weight((3072, 3072), torch.float32), True)
     x = torch.randn(4, 3072, device="cuda", dtype=torch.bfloat16)
-    first = linear_triton.linear_rows(x, quantized, None)
-    assert all(torch.equal(first, linear_triton.linear_rows(x, quantized, None)) for _ in range(20))
+    first = cuda_one_row.linear_rows(x, quantized, None)
+    assert all(torch.equal(first, cuda_one_row.linear_rows(x, quantized, None)) for _ in range(20))
 
 
 @pytest.mark.parametrize(
@@ -158,26 +160,26 @@ def test_small_linear_repeats_to_the_bit():
 )
 def test_int8_equals_the_reference(shape, rows, threshold, dtype):
     weight = random_weight(shape, dtype)
-    quantized, absmax = int8_triton.quantize_rows(weight)
+    quantized, absmax = int8_cuda.quantize_rows(weight)
     expected = int8_reference.quantize_rows(weight)
     assert torch.equal(quantized, expected[0])
     assert torch.equal(absmax, expected[1])
     x = torch.randn(rows, shape[1], device="cuda").to(dtype)
-    ours = int8_triton.quantize_activations(x, threshold)
+    ours = int8_cuda.quantize_activations(x, threshold)
     for tensor, wanted in zip(ours, int8_reference.quantize_activations(x, threshold), strict=True):
         assert torch.equal(tensor, wanted)
-    assert torch.equal(int8_triton.multiply(ours[0], quantized), int8_reference.multiply(ours[0], quantized))
+    assert torch.equal(int8_cuda.multiply(ours[0], quantized), int8_reference.multiply(ours[0], quantized))
     bias = torch.randn(shape[0], device="cuda").to(dtype)
-    y = int8_triton.linear_int8(x, quantized, absmax, bias, threshold)
+    y = int8_cuda.linear_int8(x, quantized, absmax, bias, threshold)
     wanted = int8_reference.linear_int8(x, quantized, absmax, bias, threshold)
     limit = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
     assert relative_error(y, wanted.double()) < limit
 
 
-def test_int8_takes_more_rows_than_a_grid_has_on_its_other_axes():
-    quantized, absmax = int8_triton.quantize_rows(random_weight((24, 32), torch.bfloat16))
+def test_int8_takes_more_than_65535_rows():
+    quantized, absmax = int8_cuda.quantize_rows(random_weight((24, 32), torch.bfloat16))
     x = torch.randn(65_536 + 3, 32, device="cuda", dtype=torch.bfloat16)
-    y = int8_triton.linear_int8(x, quantized, absmax, None, 4.0)
+    y = int8_cuda.linear_int8(x, quantized, absmax, None, 4.0)
     wanted = int8_reference.linear_int8(x, quantized, absmax, None, 4.0)
     assert relative_error(y, wanted.double()) < 4e-3
     assert relative_error(y[65_530:], wanted[65_530:].double()) < 4e-3
@@ -185,18 +187,18 @@ def test_int8_takes_more_rows_than_a_grid_has_on_its_other_axes():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e5])
 @pytest.mark.parametrize(("threshold", "width"), itertools.product((0.0, 4.0), (70, 20000)))
-def test_int8_shows_what_is_not_finite_as_the_reference_does(value, threshold, width):
-    quantized, absmax = int8_triton.quantize_rows(random_weight((40, width), torch.bfloat16))
+def test_int8_propagates_nonfinite_values_like_the_reference(value, threshold, width):
+    quantized, absmax = int8_cuda.quantize_rows(random_weight((40, width), torch.bfloat16))
     x = torch.randn(20, width, device="cuda", dtype=torch.bfloat16)
-    x[7, 5] = value  # 1e5 is beyond fp16, by way of which rows are quantized
-    ours = int8_triton.quantize_activations(x, threshold)
+    x[7, 5] = value  # rows are converted to fp16 first, where 1e5 is infinite
+    ours = int8_cuda.quantize_activations(x, threshold)
     wanted = int8_reference.quantize_activations(x, threshold)
     for tensor, expected in zip(ours, wanted, strict=True):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
-    y = int8_triton.linear_int8(x, quantized, absmax, None, threshold)
+    y = int8_cuda.linear_int8(x, quantized, absmax, None, threshold)
     expected = int8_reference.linear_int8(x, quantized, absmax, None, threshold)
     assert torch.equal(y.isfinite(), expected.isfinite())
-    # An outlier column is multiplied in x's dtype, anything else takes its row with it.
+    # An outlier column is multiplied in x's dtype. Any other nonfinite value makes its whole row NaN.
     outlier = threshold > 0 and value == value
     assert y[7].isnan().all() or outlier
     assert y[[0, 6, 8, 19]].isfinite().all()
@@ -206,7 +208,7 @@ def test_int8_rows_equal_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = random_weight((1024, 3072), torch.float16)
     theirs, their_absmax, _ = functional.int8_vectorwise_quant(weight)
-    quantized, absmax = int8_triton.quantize_rows(weight)
+    quantized, absmax = int8_cuda.quantize_rows(weight)
     assert torch.equal(absmax, their_absmax)
     difference = (quantized.int() - theirs.int()).abs()
     assert difference.max() <= 1

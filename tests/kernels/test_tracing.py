@@ -1,4 +1,4 @@
-"""When an op is called as a function, and when it has to go through torch's dispatcher to be seen."""
+"""Checks when an op may call its kernel directly and when it must go through torch's dispatcher."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.quant.layers.linear8bit import Linear8bit
 
 
-class Seen(TorchDispatchMode):
-    """Notes the names of our ops."""
+class OpRecorder(TorchDispatchMode):
+    """Records the names of our ops."""
 
     def __init__(self):
         super().__init__()
@@ -48,37 +48,37 @@ def test_plain_tensors_and_parameters_are_eager(layer):
     assert is_eager(layer.weight)
 
 
-def test_whoever_watches_makes_it_not_eager():
+def test_observers_make_a_tensor_not_eager():
     x = torch.zeros(2, 3)
-    with Seen():
+    with OpRecorder():
         assert not is_eager(x)
     with FakeTensorMode() as mode:
         assert not is_eager(torch.zeros(2))
     for fake in (mode.from_tensor(x), mode.from_tensor(nn.Parameter(x))):
         assert not is_eager(fake)
     assert not is_eager(torch.zeros(2, device="meta"))
-    asked = []
-    torch.vmap(lambda row: asked.append(is_eager(row)) or row)(x)
+    answers = []
+    torch.vmap(lambda row: answers.append(is_eager(row)) or row)(x)
     torch.compile(lambda t: t + is_eager(t), backend="eager", fullgraph=True)(x)
-    assert asked == [False]
+    assert answers == [False]
     assert torch.compile(lambda t: t + is_eager(t), backend="eager", fullgraph=True)(x).sum() == 0
     assert is_eager(x)
 
 
-def test_what_is_differentiated():
-    x, wanted = torch.zeros(2), torch.zeros(2, requires_grad=True)
+def test_is_differentiated():
+    x, trained = torch.zeros(2), torch.zeros(2, requires_grad=True)
     assert not is_differentiated(x, None)
-    assert is_differentiated(x, None, wanted)
+    assert is_differentiated(x, None, trained)
     with torch.no_grad():
-        assert not is_differentiated(x, wanted)
+        assert not is_differentiated(x, trained)
 
 
 def calls(layer, layer8):
-    """Each function that may skip the dispatcher, on fresh outputs."""
+    """Returns a call of each function that may skip the dispatcher, by op name, each with a new output."""
     x, grad = torch.randn(5, 128), torch.randn(5, 96)
     weight, eight = layer.packed_weight(), layer8.int8_weight()
 
-    def added(function, out, *arguments):
+    def accumulate(function, out, *arguments):
         out = out.clone()
         function(out, *arguments)
         return out
@@ -87,11 +87,11 @@ def calls(layer, layer8):
         "dequantize_4bit_double": lambda: weight.dequantize(torch.float32),
         "linear_4bit": lambda: linear_ops.linear_4bit(x, weight, layer.bias),
         "linear_4bit_input_grad": lambda: linear_ops.linear_4bit_input_grad(grad, weight),
-        "add_product_": lambda: added(
+        "add_product_": lambda: accumulate(
             accumulate_ops.add_product, grad, x, weight.dequantize(torch.float32).t()
         ),
-        "add_linear_4bit_": lambda: added(accumulate_ops.add_linear_4bit, grad, x, weight),
-        "add_linear_4bit_input_grad_": lambda: added(
+        "add_linear_4bit_": lambda: accumulate(accumulate_ops.add_linear_4bit, grad, x, weight),
+        "add_linear_4bit_input_grad_": lambda: accumulate(
             accumulate_ops.add_linear_4bit_input_grad, x, grad, weight
         ),
         "dequantize_int8": lambda: int8_ops.dequantize_int8(eight.quantized, eight.absmax, torch.float32),
@@ -100,23 +100,23 @@ def calls(layer, layer8):
     }
 
 
-def test_both_ways_give_the_same_bits(layer, layer8):
+def test_direct_and_dispatched_results_are_bitwise_identical(layer, layer8):
     for name, call in calls(layer, layer8).items():
         directly = call()
-        with Seen() as seen:
+        with OpRecorder() as recorder:
             dispatched = call()
-        assert name in seen.names
+        assert name in recorder.names
         assert torch.equal(directly, dispatched), name
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_selective_checkpointing_can_keep_the_product(layer, kept, monkeypatch):
-    """The weight is unpacked for the product, again for the gradient, and once more where the product is not kept."""
+    """Counts dequantizations: product and gradient need one each; recomputing the product needs a third."""
     x = torch.randn(3, 128, requires_grad=True)
-    unpacked = []
+    dequantized = []
     dequantize = PackedWeight.dequantize
     monkeypatch.setattr(
-        PackedWeight, "dequantize", lambda *arguments: (unpacked.append(1), dequantize(*arguments))[1]
+        PackedWeight, "dequantize", lambda *arguments: (dequantized.append(1), dequantize(*arguments))[1]
     )
 
     def policy(context, op, *args, **kwargs):
@@ -128,7 +128,7 @@ def test_selective_checkpointing_can_keep_the_product(layer, kept, monkeypatch):
 
     y = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False, context_fn=contexts)
     y.sum().backward()
-    assert len(unpacked) == (2 if kept else 3)
+    assert len(dequantized) == (2 if kept else 3)
     plain = x.detach().clone().requires_grad_(True)
     layer(plain).sin().sum().backward()
     assert torch.equal(x.grad, plain.grad)

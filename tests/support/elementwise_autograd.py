@@ -1,6 +1,7 @@
-"""The blocks' elementwise functions with gradients, for use outside the blocks' own backward.
+"""Wraps the blocks' elementwise ops in autograd functions, for tests outside the blocks' own backward.
 
-Each saves inputs alone and computes statistics again. Gradients of modulation are computed only where asked for.
+Each saves only inputs and recomputes statistics in its backward. Modulation
+gets gradients only if it requires them.
 """
 
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class _GeluTanh(torch.autograd.Function):
 
 
 def _streams(parts: Sequence[Tensor | None]) -> list[Stream]:
-    """What `_QkNormRope` was given flat, for autograd looks for tensors among the arguments only."""
+    """Rebuilds streams from `_QkNormRope`'s arguments, which are flat because autograd needs direct tensors."""
     streams = []
     for start in range(0, len(parts), len(Stream._fields)):
         query, key, *others = parts[start : start + len(Stream._fields)]
@@ -91,28 +92,28 @@ class _QkNormRope(torch.autograd.Function):
         cos, sin, *parts = ctx.saved_tensors
         rope = None if cos is None else (cos, sin)
         grads = qk_rope_ops.qk_norm_rope_backward(dq, dk, dv, _streams(parts), rope, eps=ctx.eps)
-        flat = [grad for of_stream in grads for grad in (*of_stream, None, None)]
+        flat = [grad for grads_of_stream in grads for grad in (*grads_of_stream, None, None)]
         return (None, None, None, *flat)
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """`modulation_ops.layer_norm_modulate`, differentiable in all three."""
+    """Computes `modulation_ops.layer_norm_modulate`, differentiable in all three tensors."""
     return _LayerNormModulate.apply(x, scale, shift, eps)
 
 
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor, *, clip: bool = False) -> Tensor:
-    """`modulation_ops.gated_residual`, differentiable in all three; the gradient passes by the clip."""
+    """Computes `modulation_ops.gated_residual`, differentiable in all tensors; the gradient ignores the clip."""
     return _GatedResidual.apply(x, gate, update, clip)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """`gelu_ops.gelu_tanh`, differentiable."""
+    """Computes `gelu_ops.gelu_tanh`, differentiable."""
     return _GeluTanh.apply(x)
 
 
 def qk_norm_rope(
     streams: Sequence[Stream], rope: tuple[Tensor, Tensor] | None, *, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qk_rope_ops.qk_norm_rope`, differentiable in the projections; norm weights and angles are frozen."""
+    """Computes `qk_rope_ops.qk_norm_rope`, differentiable in the projections only."""
     parts = [part for stream in streams for part in stream]
     return _QkNormRope.apply(rope, heads, eps, *parts)

@@ -1,4 +1,4 @@
-"""The attention op against float64, and as torch sees it."""
+"""Checks the attention op against float64, its layouts and determinism, and its registration with torch."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ ON = [("cpu", "cpu"), ("cpu", "deterministic")] + [
 ON.append(pytest.param("cuda", "flash4", marks=[GPU, NEEDS_FLASH4]))
 
 
-def draw(batch, tokens, heads, dim, *, device, dtype, seed=0):
-    draws = torch.Generator().manual_seed(seed)
+def random_parts(batch, tokens, heads, dim, *, device, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     shape = (batch, tokens, heads, dim)
-    return [torch.randn(shape, generator=draws).to(device, dtype).requires_grad_() for _ in range(3)]
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)]
 
 
 def exact(query, key, value, grad):
-    """Output and gradients in float64, by the definition."""
+    """Returns the output and the gradients in float64, computed by the definition."""
     parts = [part.detach().double().requires_grad_() for part in (query, key, value)]
     q, k, v = (part.transpose(1, 2) for part in parts)
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
@@ -34,9 +34,9 @@ def error(value, expected):
 
 @pytest.mark.parametrize("shape", [(1, 96, 2, 64), (2, 77, 3, 32), (1, 300, 4, 128)])
 @pytest.mark.parametrize(("device", "backend"), ON)
-def test_output_and_gradients_are_those_of_float64(device, backend, shape):
-    parts = draw(*shape, device=device, dtype=torch.bfloat16)
-    # As the blocks hand it over: a slice of something wider, in another order of memory than the output.
+def test_output_and_gradients_equal_float64(device, backend, shape):
+    parts = random_parts(*shape, device=device, dtype=torch.bfloat16)
+    # Like the blocks' gradient: a slice of a wider buffer, with another memory order than the output.
     grad = torch.randn(shape[0], shape[2], shape[1], 2 * shape[3], dtype=torch.bfloat16).to(device)
     grad = grad.transpose(1, 2)[..., : shape[3]]
     out, _ = attention(*parts, backend)
@@ -47,8 +47,8 @@ def test_output_and_gradients_are_those_of_float64(device, backend, shape):
 
 
 @pytest.mark.parametrize(("device", "backend"), ON)
-def test_the_backward_needs_no_more_than_output_and_statistics(device, backend):
-    parts = draw(1, 64, 2, 64, device=device, dtype=torch.bfloat16)
+def test_the_backward_needs_only_output_and_statistics(device, backend):
+    parts = random_parts(1, 64, 2, 64, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         out, statistics = attention(*parts, backend)
     grad = torch.ones_like(out)
@@ -57,22 +57,22 @@ def test_the_backward_needs_no_more_than_output_and_statistics(device, backend):
     for value, wanted in zip(
         attention_backward(grad, *again, out, statistics, backend), expected, strict=True
     ):
-        # Flash's dQ is summed in no fixed order.
+        # Flash adds dQ in no fixed order.
         torch.testing.assert_close(value, wanted, rtol=2e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize(("device", "backend"), ON)
-def test_torch_knows_the_op(device, backend):
+def test_the_op_passes_opcheck(device, backend):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    parts = draw(1, 48, 2, 32, device=device, dtype=dtype)
+    parts = random_parts(1, 48, 2, 32, device=device, dtype=dtype)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.halfbyte.attention.default, (*parts, backend), test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_the_deterministic_backward_repeats_to_the_bit(device, dtype):
-    parts = draw(1, 2000, 4, 64, device=device, dtype=dtype)
+def test_the_deterministic_backward_is_bitwise_repeatable(device, dtype):
+    parts = random_parts(1, 2000, 4, 64, device=device, dtype=dtype)
     grad = torch.randn(1, 2000, 4, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     first, *others = (
         torch.autograd.grad(attention(*parts, "deterministic")[0], parts, grad) for _ in range(5)
@@ -80,8 +80,8 @@ def test_the_deterministic_backward_repeats_to_the_bit(device, dtype):
     assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
-def test_torchs_flags_are_left_as_they_were(monkeypatch):
-    parts = draw(1, 8, 1, 8, device="cpu", dtype=torch.float32)
+def test_torch_flags_are_restored(monkeypatch):
+    parts = random_parts(1, 8, 1, 8, device="cpu", dtype=torch.float32)
     seen = []
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     monkeypatch.setattr(
@@ -97,14 +97,14 @@ def test_torchs_flags_are_left_as_they_were(monkeypatch):
 
 
 def test_an_unknown_backend_is_refused():
-    parts = draw(1, 4, 1, 8, device="cpu", dtype=torch.float32)
+    parts = random_parts(1, 4, 1, 8, device="cpu", dtype=torch.float32)
     with pytest.raises(
-        ValueError, match="'fast', expected one of cudnn, flash, flash4, efficient, deterministic, cpu"
+        ValueError, match=r"attention: .*'fast', .*cudnn, flash, flash4, efficient, deterministic, cpu"
     ):
         attention(*parts, "fast")
 
 
-def test_what_needs_no_probe():
+def test_default_backends():
     assert default_backend(torch.device("cpu"), torch.bfloat16) == "cpu"
     assert default_backend(torch.device("cuda"), torch.bfloat16) == "flash"
     assert default_backend(torch.device("cuda"), torch.float32) == "efficient"

@@ -1,4 +1,4 @@
-"""The 4-bit linear for 2 to 16 rows on CUDA: exactly the dequantized weights, fp32 sums, on poisoned memory."""
+"""Checks the CUDA kernel of the 4-bit linear for 2 to 16 rows: exact weights and fp32 sums."""
 
 import itertools
 
@@ -12,8 +12,7 @@ from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from halfbyte.kernels.linear_4bit import cuda_few_rows as few_rows_triton
-from halfbyte.kernels.linear_4bit import cuda_one_row as linear_triton
+from halfbyte.kernels.linear_4bit import cuda_few_rows, cuda_one_row
 
 from tensors import relative_error
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Freed memory is handed out again as it was left: an unwritten output shows as NaN."""
+    """Fills memory with NaN and frees it. Outputs reuse this memory, so unwritten values show as NaN."""
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 22):
         torch.full((size,), float("nan"), device="cuda")
 
@@ -52,39 +51,37 @@ def test_against_float64(shape, rows, double, dtype):
     bias = torch.randn(shape[0], device="cuda").to(dtype)
     exact = x.double() @ weight.dequantize(dtype).double().t()
     limit = {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
-    assert few_rows_triton.supports(weight, x) == (rows > 1)  # one row is multiplied right, but not fastest
-    assert relative_error(few_rows_triton.linear_rows(x, weight, None), exact) < limit
-    assert relative_error(few_rows_triton.linear_rows(x, weight, bias), exact + bias.double()) < limit
+    assert cuda_few_rows.supports(weight, x) == (rows > 1)  # a single row works but is not the fastest way
+    assert relative_error(cuda_few_rows.linear_rows(x, weight, None), exact) < limit
+    assert relative_error(cuda_few_rows.linear_rows(x, weight, bias), exact + bias.double()) < limit
 
 
 @pytest.mark.parametrize(
     ("quant_type", "double", "blocksize"), [("nf4", True, 64), ("fp4", False, 64), ("nf4", True, 256)]
 )
-def test_its_weights_are_the_dequantized_ones_to_the_bit(quant_type, double, blocksize):
+def test_weights_are_bitwise_identical_to_dequantize(quant_type, double, blocksize):
     weight = quantized_weight((80, 1280), quant_type=quant_type, double=double, blocksize=blocksize)
     right = weight.dequantize(torch.bfloat16)
     for first in range(0, 1280, 16):
         picked = torch.zeros(16, 1280, device="cuda", dtype=torch.bfloat16)
         picked[range(16), range(first, first + 16)] = 1
-        # A product with one is exact, and so is a sum with zeros.
-        assert torch.equal(
-            few_rows_triton.linear_rows(picked, weight, None).t(), right[:, first : first + 16]
-        )
+        # Multiplying by one and adding zeros are exact.
+        assert torch.equal(cuda_few_rows.linear_rows(picked, weight, None).t(), right[:, first : first + 16])
 
 
-def test_it_repeats_to_the_bit():
+def test_it_is_bitwise_repeatable():
     weight = quantized_weight((3072, 3072))
     x = torch.randn(16, 3072, device="cuda", dtype=torch.bfloat16)
-    first = few_rows_triton.linear_rows(x, weight, None)
-    assert all(torch.equal(first, few_rows_triton.linear_rows(x, weight, None)) for _ in range(20))
+    first = cuda_few_rows.linear_rows(x, weight, None)
+    assert all(torch.equal(first, cuda_few_rows.linear_rows(x, weight, None)) for _ in range(20))
 
 
-def test_it_is_taken_where_it_fits():
+def test_the_kernel_is_chosen_by_rows_and_weight():
     weight = quantized_weight((128, 512))
     x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
-    assert linear_ops.few_rows_kernel(x, weight) is few_rows_triton
-    assert linear_ops.few_rows_kernel(x[:1], weight) is linear_triton
-    assert linear_ops.few_rows_kernel(x[:3].float(), weight) is linear_triton
+    assert linear_ops.few_rows_kernel(x, weight) is cuda_few_rows
+    assert linear_ops.few_rows_kernel(x[:1], weight) is cuda_one_row
+    assert linear_ops.few_rows_kernel(x[:3].float(), weight) is cuda_one_row
     assert linear_ops.few_rows_kernel(x.float(), weight) is None
     assert linear_ops.few_rows_kernel(torch.cat([x, x]), weight) is None
     assert linear_ops.few_rows_kernel(x, quantized_weight((128, 512), blocksize=32)) is None

@@ -1,16 +1,16 @@
-"""The assembly that decodes 4-bit words, run by an interpreter of the few instructions that it uses."""
+"""Checks the PTX that decodes 4-bit words, with an interpreter for the few instructions that it uses."""
 
 import re
 
 import pytest
 import torch
 
-from halfbyte.kernels.linear_4bit import ptx_lookup as register_table
+from halfbyte.kernels.linear_4bit import ptx_lookup
 from halfbyte.kernels.quantize_4bit import reference
 
 
 def permute(low, high, selector):
-    """prmt.b32: each byte of the result is one of eight, or its sign bit eight times."""
+    """Computes prmt.b32: each byte of the result is one of eight bytes, or that byte's sign bit repeated."""
     source = [(word >> 8 * place) & 0xFF for word in (low, high) for place in range(4)]
     result = 0
     for place in range(4):
@@ -27,7 +27,7 @@ def bits(value, dtype):
 
 
 def run(assembly, registers):
-    """The registers after the instructions; fp32 ones hold 0-d tensors, others integers."""
+    """Runs the instructions and returns the registers; fp32 registers hold 0-d tensors, others integers."""
 
     def read(operand):
         return registers[operand] if operand in registers else int(operand, 0)
@@ -65,16 +65,16 @@ def run(assembly, registers):
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_every_nibble_at_every_place_is_what_the_reference_says(name, dtype, quant_type):
+def test_every_nibble_at_every_position_equals_the_reference(name, dtype, quant_type):
     code = reference.CODES[quant_type]
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(8):
-        scale = torch.rand((), generator=draws)
-        table = run(register_table.build(name), {"$8": scale, **{f"${9 + i}": code[i] for i in range(16)}})
+        scale = torch.rand((), generator=generator)
+        table = run(ptx_lookup.build(name), {"$8": scale, **{f"${9 + i}": code[i] for i in range(16)}})
         planes = {f"${9 + i}": table[f"${i}"] for i in range(8)}
         for first in range(16):
             packed = torch.tensor([(first + 3 * i) % 16 << 4 | (first + 5 * i) % 16 for i in range(4)])
             word = sum(int(byte) << 8 * place for place, byte in enumerate(packed))
-            decoded = run(register_table.decode(), {"$8": word, **planes})
+            decoded = run(ptx_lookup.decode(), {"$8": word, **planes})
             expected = reference.dequantize_4bit(packed.byte(), scale.view(1), code, (8,), dtype, 64)
             assert [decoded[f"${i}"] for i in range(8)] == [bits(value, dtype) for value in expected]

@@ -1,4 +1,4 @@
-"""The blocks' elementwise work on CPU: float64, autograd and diffusers' own modules are the judges."""
+"""Checks the blocks' elementwise ops on CPU against float64, autograd and diffusers' modules."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from halfbyte.kernels.qk_rope.ops import Stream
 from tests.support import elementwise_autograd as differentiable
 
 EPS = 1e-6
-# Half the distance of neighbouring numbers, relative: what one rounding may cost.
+# The largest relative error of one rounding: half the distance between neighboring numbers.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPE = (2, 5, 48)
 
@@ -28,7 +28,7 @@ def randn(*shape, dtype=torch.float32):
 
 
 def modulation(count, dtype=torch.float32, shape=SHAPE):
-    """Chunks of one wider row, as the modulation layers give them."""
+    """Returns chunks of one wider row, like the modulation layers do."""
     return torch.randn(shape[0], count * shape[2], dtype=dtype).chunk(count, dim=1)
 
 
@@ -55,12 +55,13 @@ def test_one_rounding_away_from_float64(dtype):
         exact = function(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
         out = function(*arguments)
         assert out.dtype == dtype
-        # fp32 arithmetic is exact beside a 16-bit rounding; where terms cancel, it is off by some of its own steps.
+        # Next to a 16-bit rounding, fp32 arithmetic counts as exact. Where terms
+        # cancel, it is off by a few ulps.
         torch.testing.assert_close(out.double(), exact, rtol=ROUNDING[dtype] * 1.01, atol=1e-5)
 
 
-def test_backwards_are_autograds():
-    """In float64, where nothing but the formula can differ."""
+def test_backwards_equal_autograd():
+    """Compares in float64, where only the formula can differ."""
     x, update, dy, residual = (randn(*SHAPE, dtype=torch.float64).requires_grad_() for _ in range(4))
     scale, shift, gate = (m.clone().requires_grad_() for m in modulation(3, torch.float64))
 
@@ -72,21 +73,17 @@ def test_backwards_are_autograds():
     expected = grads(reference.gated_residual(x, gate, update, False), (update, gate), dy)
     torch.testing.assert_close(reference.gated_residual_grads(dy, gate, update), expected)
 
-    y, normed = reference.gated_norm(x, gate, update, scale, shift, EPS, False)
-    expected = grads((normed, y), (x, update), (dy, residual))
-    torch.testing.assert_close(reference.gated_norm_backward(dy, y, gate, scale, residual, EPS), expected)
-
     wide = x * 8
     expected = grads(functional.gelu(wide, approximate="tanh"), wide, dy)[0]
     torch.testing.assert_close(gelu_reference.gelu_tanh_backward(dy, wide), expected)
 
 
-@pytest.mark.parametrize(("normed", "turned"), [(True, True), (True, False), (False, True), (False, False)])
-def test_joint_backward_is_autograds(normed, turned):
+@pytest.mark.parametrize(("normed", "rotated"), [(True, True), (True, False), (False, True), (False, False)])
+def test_joint_backward_equals_autograd(normed, rotated):
     heads, dim, lengths = 3, 8, (2, 3)
     projections = [randn(2, rows, heads * dim, dtype=torch.float64).requires_grad_() for rows in lengths]
     weights = [torch.rand(dim, dtype=torch.float64) for _ in lengths] if normed else []
-    cos, sin = torch.randn(2, 5, dim, dtype=torch.float64) if turned else (None, None)
+    cos, sin = torch.randn(2, 5, dim, dtype=torch.float64) if rotated else (None, None)
     joint = qk_rope_reference.norm_rope(projections, weights, cos, sin, heads, EPS)
     grad = torch.randn_like(joint)
     expected = grads(joint, projections, grad)
@@ -94,16 +91,16 @@ def test_joint_backward_is_autograds(normed, turned):
     torch.testing.assert_close(actual, list(expected))
 
 
-def test_gelu_is_torchs_and_keeps_small_values():
+def test_gelu_equals_torch_and_keeps_small_values():
     x = torch.linspace(-30, 30, 601)
     torch.testing.assert_close(gelu_reference.gelu_tanh(x), functional.gelu(x, approximate="tanh"))
-    # Where 1 + tanh(u) cancels to nothing in fp32, float64 still has a value, and so have we.
+    # Here 1 + tanh(u) cancels to 0 in fp32, but not in float64; x sigmoid(2u) must keep the value.
     far = torch.tensor([-5.0, -5.5, -6.0])
     exact = functional.gelu(far.double(), approximate="tanh")
     torch.testing.assert_close(gelu_reference.gelu_tanh(far).double(), exact, rtol=2e-4, atol=0)
 
 
-def test_adaptive_norms_are_diffusers():
+def test_adaptive_norms_equal_diffusers():
     x, emb = randn(*SHAPE).requires_grad_(), randn(2, 48).requires_grad_()
     dy = randn(*SHAPE)
     for module, places in (
@@ -140,7 +137,7 @@ def flux_attention(added):
 
 
 @pytest.mark.parametrize("added", [True, False])
-def test_joint_buffers_are_flux(monkeypatch, added):
+def test_joint_buffers_equal_flux(monkeypatch, added):
     attention = flux_attention(added)
     text, image = randn(2, 3, 48).requires_grad_(), randn(2, 4, 48).requires_grad_()
     inputs = (text, image) if added else (image,)
@@ -169,7 +166,7 @@ def test_joint_buffers_are_flux(monkeypatch, added):
 
 
 @pytest.mark.parametrize("qk_norm", ["rms_norm", None])
-def test_joint_buffers_are_sd3(monkeypatch, qk_norm):
+def test_joint_buffers_equal_sd3(monkeypatch, qk_norm):
     attention = Attention(
         query_dim=48, added_kv_proj_dim=48, dim_head=16, heads=3, out_dim=48, context_pre_only=False,
         bias=True, processor=JointAttnProcessor2_0(), qk_norm=qk_norm, eps=EPS,
@@ -198,7 +195,7 @@ def test_joint_buffers_are_sd3(monkeypatch, qk_norm):
     torch.testing.assert_close(list(qk_rope_ops.qk_norm_rope(streams, None, heads=3, eps=EPS)), seen)
 
 
-def test_one_streams_value_is_not_copied():
+def test_value_of_a_single_stream_is_not_copied():
     wide = randn(2, 5, 3 * 48)
     stream = Stream(*wide.chunk(3, dim=-1))
     _, _, value = qk_rope_ops.qk_norm_rope([stream], None, heads=3)
@@ -210,7 +207,7 @@ def test_one_streams_value_is_not_copied():
     assert grads_of[1][2].data_ptr() == dv[:, 3:].data_ptr()
 
 
-def test_gelu_writes_its_slice_and_nothing_else():
+def test_gelu_writes_only_its_slice():
     x = randn(*SHAPE)
     buffer = torch.full((2, 5, 64), float("nan"))
     out = gelu_ops.gelu_tanh(x, buffer[..., 16:])
@@ -223,7 +220,7 @@ def test_gelu_writes_its_slice_and_nothing_else():
     assert torch.equal(x, expected)
 
 
-def test_fp16_is_clipped_where_asked():
+def test_fp16_is_clipped_on_request():
     x = torch.tensor([[[6e4, -6e4, 1.0]]], dtype=torch.float16)
     gate = torch.ones(1, 3, dtype=torch.float16)
     clipped = modulation_ops.gated_residual(x, gate, x, clip=True)
@@ -233,29 +230,27 @@ def test_fp16_is_clipped_where_asked():
     assert wide[0, 0, 0] == 12e4
 
 
-def test_results_go_where_they_are_wanted():
+def test_results_are_written_into_out():
     x, update, dy = (randn(*SHAPE) for _ in range(3))
     gate, scale, shift = modulation(3)
     buffer = torch.full((2, 5, 64), float("nan"))
     out = buffer[..., 16:]
-    for function, arguments, place in (
+    for function, arguments, index in (
         (modulation_ops.layer_norm_modulate, (x, scale, shift), None),
         (modulation_ops.gated_residual, (x, gate, update), None),
         (modulation_ops.gated_residual_backward, (dy, gate), None),
         (modulation_ops.gated_residual_grads, (dy, gate, update), 0),
-        (modulation_ops.gated_norm, (x, gate, update, scale, shift), 1),
-        (modulation_ops.gated_norm_backward, (dy, x, gate, scale, update), 1),
     ):
         out.fill_(float("nan"))
         expected, actual = function(*arguments), function(*arguments, out=out)
         torch.testing.assert_close(actual, expected)
-        assert (actual if place is None else actual[place]).data_ptr() == out.data_ptr()
+        assert (actual if index is None else actual[index]).data_ptr() == out.data_ptr()
         with raises("out: got strides"):
             function(*arguments, out=x.mT.contiguous().mT)
     assert buffer[..., :16].isnan().all()
 
 
-def test_gradients_of_the_projections_go_where_they_are_wanted():
+def test_gradients_of_projections_are_written_into_out():
     streams = [Stream(*randn(2, 2, rows, 48), None, *torch.rand(2, 16)) for rows in (3, 4)]
     grads_in = randn(3, 2, 7, 3, 16)
     buffers = [torch.full((2, rows, 3 * 48 + 8), float("nan")) for rows in (3, 4)]
@@ -265,23 +260,12 @@ def test_gradients_of_the_projections_go_where_they_are_wanted():
     torch.testing.assert_close([tuple(slices) for slices in actual], expected)
     assert all(buffer[..., 3 * 48 :].isnan().all() for buffer in buffers)
     torch.testing.assert_close(buffers[1][..., : 3 * 48], torch.cat(expected[1], dim=-1))
-    with raises("out: got 1, expected three slices for each of 2 streams"):
+    with raises("out: got 1, .*2 streams"):
         qk_rope_ops.qk_norm_rope_backward(*grads_in, streams, None, out=out[:1])
     with raises("out\\[1\\]: got strides"):
         qk_rope_ops.qk_norm_rope_backward(
             *grads_in, streams, None, out=[out[0], (*out[1][:2], randn(2, 4, 48))]
         )
-
-
-def test_fused_residual_and_norm_are_the_two():
-    x, update, dn, residual = (randn(*SHAPE, dtype=torch.bfloat16) for _ in range(4))
-    gate, scale, shift = modulation(3, torch.bfloat16)
-    y, normed = modulation_ops.gated_norm(x, gate, update, scale, shift)
-    assert torch.equal(y, modulation_ops.gated_residual(x, gate, update))
-    assert torch.equal(normed, modulation_ops.layer_norm_modulate(y, scale, shift))
-    dx, dupdate = modulation_ops.gated_norm_backward(dn, y, gate, scale, residual)
-    assert torch.equal(dx, modulation_ops.layer_norm_modulate_backward(dn, y, scale, residual))
-    assert torch.equal(dupdate, modulation_ops.gated_residual_backward(dx, gate))
 
 
 def test_differentiable_residual_and_gelu():
@@ -308,8 +292,6 @@ def op_arguments():
         "gated_residual": (x, gate, update, True),
         "gated_residual_backward": (dy, gate),
         "gated_residual_grads": (dy, gate, update),
-        "gated_norm": (x, gate, update, scale, shift, EPS, False),
-        "gated_norm_backward": (dy, x, gate, scale, update, EPS),
         "gelu_tanh_": (dy, x),
         "gelu_tanh_backward_": (update, dy, x),
         "gelu_tanh_gradients_": (update[0], dy[0], x[0], x[0, :, :5], dy[0, :, 40:]),
@@ -349,13 +331,13 @@ def test_everything_compiles_in_one_graph():
     torch.testing.assert_close(grads(actual, x, dy), grads(expected, x, dy))
 
 
-def test_mistakes_are_named():
+def test_bad_arguments_are_named():
     x, scale = randn(*SHAPE), randn(2, 48)
-    with raises("x: got shape \\(5, 48\\), expected \\(B, S, D\\)"):
+    with raises("x: got shape \\(5, 48\\), .*\\(B, S, D\\)"):
         modulation_ops.layer_norm_modulate(x[0], scale, scale)
     with raises("x: got torch.float64"):
         modulation_ops.layer_norm_modulate(x.double(), scale, scale)
-    with raises("shift: got shape \\(1, 48\\), expected \\(B, D\\) = \\(2, 48\\)"):
+    with raises("shift: got shape \\(1, 48\\), .*\\(2, 48\\)"):
         modulation_ops.layer_norm_modulate(x, scale, scale[:1])
     with raises("gate: got torch.int64"):
         modulation_ops.gated_residual(x, scale.long(), x)
@@ -367,30 +349,30 @@ def test_mistakes_are_named():
         gelu_ops.gelu_tanh(x, x.mT.contiguous().mT)
     with raises("dy: got shape"):
         gelu_ops.gelu_tanh_backward(x[:, 1:], x)
-    with raises("gb: got torch.float32 \\(4, 3\\), expected torch.float32 and the 5 rows of x"):
+    with raises("gb: got torch.float32 \\(4, 3\\), .*torch.float32 and.* 5 rows"):
         gelu_ops.gelu_tanh_gradients(x[0], x[0], x[0, 1:, :3], x[0], x[0])
     with raises("xa: got torch.float64"):
         gelu_ops.gelu_tanh_gradients(x[0], x[0], x[0], x[0].double(), x[0])
-    with raises("out: got torch.float32 \\(2, 5, 47\\), expected torch.float32 \\(2, 5, 48\\) as x"):
+    with raises("out: got torch.float32 \\(2, 5, 47\\), .*torch.float32 \\(2, 5, 48\\)"):
         copy_ops.copy_rows(x, x[..., 1:])
-    with raises("x: got shape \\(5, 48\\), expected \\(B, S, D\\)"):
+    with raises("x: got shape \\(5, 48\\), .*\\(B, S, D\\)"):
         copy_ops.copy_rows(x[0])
 
 
-def test_mistakes_of_streams_are_named():
+def test_bad_streams_are_named():
     x, weight = randn(*SHAPE), torch.rand(16)
     good = Stream(x, x, x, weight, weight)
     angles = (torch.randn(5, 16), torch.randn(5, 16))
     for streams, rope, heads, message in (
-        ([], None, 3, "streams: got 0, expected one or two"),
+        ([], None, 3, "streams: got 0,"),
         ([good], None, 5, "heads: got 5 for 48 columns"),
         ([good], (angles[0], angles[1].half()), 3, "rope: sin: got torch.float16"),
         ([good, good], angles, 3, "rope: cos: got torch.float32 \\(5, 16\\)"),
         ([good._replace(key=x[:, 1:])], None, 3, "streams\\[0\\].key: got shape"),
         ([good, good._replace(value=x.half())], None, 3, "streams\\[1\\].value: got torch.float16"),
-        ([good, Stream(x, x, x)], None, 3, "streams\\[1\\].query_norm: expected a weight in every stream"),
+        ([good, Stream(x, x, x)], None, 3, "streams\\[1\\].query_norm: "),
         ([good._replace(key_norm=weight[1:])], None, 3, "streams\\[0\\].key_norm: got shape \\(15,\\)"),
-        ([good._replace(value=None)], None, 3, "streams: got one without a value"),
+        ([good._replace(value=None)], None, 3, "streams: got .*value"),
         ([good._replace(query=x[0])], None, 3, "streams\\[0\\].query: got shape"),
     ):
         with raises(message):

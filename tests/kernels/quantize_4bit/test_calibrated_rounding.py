@@ -1,4 +1,4 @@
-"""Rounding by a layer's inputs: against the slow form of the algorithm in float64, and against plain rounding."""
+"""Checks GPTQ rounding against a slow float64 form of the algorithm and against plain rounding."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def gaussian(*shape, seed=0):
 
 
 def correlated(rows, width, seed=0):
-    """Inputs of which some directions are a hundred times as large as others, and with a mean."""
+    """Returns inputs with a nonzero mean, in which some directions are a hundred times larger than others."""
     mixed = gaussian(rows, width, seed=seed) @ torch.diag(torch.logspace(0, -2, width))
     return mixed @ torch.linalg.qr(gaussian(width, width, seed=seed + 1)).Q + gaussian(width, seed=seed + 2)
 
@@ -35,7 +35,7 @@ def calibrated(weight, moment, quant_type="nf4"):
 
 
 def one_by_one(weight, moment, scale, quant_type):
-    """Optimal brain quantization with a fixed order, its inverse made anew for each column, in float64."""
+    """Rounds by optimal brain quantization in a fixed order, in float64, with a new inverse per column."""
     moment = moment.double()
     moment = moment + 0.02 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
     order = moment.diagonal().argsort(descending=True, stable=True).tolist()
@@ -53,14 +53,14 @@ def one_by_one(weight, moment, scale, quant_type):
 
 
 @both_types
-def test_it_is_the_algorithm(quant_type):
+def test_it_equals_the_slow_algorithm(quant_type):
     weight = gaussian(48, 128)
     x = correlated(600, 128, seed=3)
     moment = x.t() @ x
     _, state, _ = plain(weight, quant_type)
     expected = one_by_one(weight, moment, state.absmax, quant_type)
     found = calibrated(weight, moment, quant_type).double()
-    # A value near a boundary may fall to either side of it in fp32, and then the rest of its row is another.
+    # In fp32 a value near a boundary may fall on the other side of it, which changes the rest of its row.
     same = (found - expected).abs().amax(dim=1) < 1e-5
     assert same.float().mean() > 0.8
     errors = [output_error(weight - values, moment).item() for values in (found, expected)]
@@ -68,7 +68,7 @@ def test_it_is_the_algorithm(quant_type):
 
 
 @both_types
-def test_outputs_come_out_nearer(quant_type):
+def test_output_error_is_smaller(quant_type):
     weight = gaussian(64, 256) * 0.02
     x = correlated(4096, 256)
     unseen = correlated(4096, 256, seed=0)[:2048] + 0.1 * gaussian(2048, 256, seed=9)
@@ -81,7 +81,7 @@ def test_outputs_come_out_nearer(quant_type):
 
 
 @both_types
-def test_without_anything_to_go_by_each_weight_takes_the_nearest_value(quant_type):
+def test_uncorrelated_or_zero_inputs_give_the_nearest_values(quant_type):
     weight = gaussian(32, 192).bfloat16().float()
     _, state, before = plain(weight, quant_type)
     steps = state.absmax.repeat_interleave(64).view(32, 192, 1)
@@ -89,13 +89,13 @@ def test_without_anything_to_go_by_each_weight_takes_the_nearest_value(quant_typ
     for moment in (torch.eye(192), torch.zeros(192, 192)):
         values = calibrated(weight, moment, quant_type)
         assert ((values - weight).abs() - nearest).abs().max() < 1e-6
-        # bitsandbytes' boundaries are half way between nf4's values, but not between all of fp4's.
+        # bitsandbytes' boundaries are the midpoints of nf4's values, but not of all of fp4's.
         assert quant_type == "fp4" or torch.equal(values, before)
 
 
 @pytest.mark.gpu
 @both_types
-def test_a_gpu_rounds_as_well(quant_type):
+def test_gpu_error_equals_cpu_error(quant_type):
     weight = gaussian(512, 3072)
     x = correlated(4096, 3072, seed=3)
     moment = x.t() @ x
@@ -107,11 +107,11 @@ def test_a_gpu_rounds_as_well(quant_type):
     errors = [
         output_error(weight - dequantize(codes, state, torch.float32), moment).item() for codes in packed
     ]
-    # Sums come in another order, and what falls to the other side of a boundary changes the rest of its row.
+    # Another order of additions moves some values across a boundary, which changes the rest of their rows.
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
-def test_the_error_is_that_of_the_outputs():
+def test_output_error_equals_the_error_of_the_outputs():
     difference, x = gaussian(8, 64), gaussian(100, 64, seed=1)
     expected = (x.double() @ difference.double().t()).square().sum()
     assert output_error(difference, x.t() @ x).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -125,7 +125,7 @@ def test_the_error_is_that_of_the_outputs():
     zeros=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_every_shape_comes_out_whole(outputs, blocks, rows, zeros, seed):
+def test_results_of_every_shape_are_finite_and_bounded(outputs, blocks, rows, zeros, seed):
     weight = gaussian(outputs, 64 * blocks, seed=seed)
     if zeros:
         weight[0] = 0
@@ -133,14 +133,14 @@ def test_every_shape_comes_out_whole(outputs, blocks, rows, zeros, seed):
     values = calibrated(weight, x.t() @ x)
     assert values.shape == weight.shape
     assert values.isfinite().all()
-    # No code is further from its weight than the block's largest magnitude allows.
+    # No value exceeds its block's absmax.
     limit = weight.abs().view(outputs, blocks, 64).amax(-1, keepdim=True)
     assert (values.view(outputs, blocks, 64).abs() <= limit * (1 + 1e-6)).all()
     if zeros:
         assert not values[0].any()
 
 
-def test_scales_that_eight_bits_made_zero_stand_for_zeros():
+def test_zero_and_negative_scales_give_codes_of_zero():
     weight = gaussian(4, 128)
     scale = torch.tensor([1.0, 0.0, -1e-6, 2.0, 1.0, 1.0, 1.0, 1.0])
     packed = round_calibrated(weight, torch.eye(128), scale, "nf4", 64)
@@ -149,7 +149,7 @@ def test_scales_that_eight_bits_made_zero_stand_for_zeros():
     assert (blocks[3] != 7).any()
 
 
-def test_a_moment_that_rounding_made_indefinite_is_damped_until_it_is_not():
+def test_an_indefinite_moment_is_damped_until_it_is_positive_definite():
     weight = gaussian(16, 128)
     direction = gaussian(128)
     moment = torch.outer(direction, direction)
@@ -159,7 +159,7 @@ def test_a_moment_that_rounding_made_indefinite_is_damped_until_it_is_not():
     assert (values - weight).norm() < 0.3 * weight.norm()
 
 
-def test_inputs_that_are_not_finite_are_refused():
+def test_a_nan_in_the_moment_is_refused():
     moment = torch.eye(64)
     moment[3, 5] = moment[5, 3] = float("nan")
     with pytest.raises(ValueError, match="second moment"):
@@ -167,13 +167,13 @@ def test_inputs_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
-def test_a_moment_that_is_none_is_refused(bad):
+def test_a_bad_diagonal_of_the_moment_is_refused(bad):
     moment = torch.eye(64)
     moment.fill_diagonal_(bad)
     with pytest.raises(ValueError, match="second moment"):
         round_calibrated(gaussian(2, 64), moment, torch.ones(2), "nf4", 64)
 
 
-def test_blocks_over_the_ends_of_rows_are_refused():
+def test_blocks_that_cross_row_ends_are_refused():
     with pytest.raises(ValueError, match="rows of 96"):
         round_calibrated(gaussian(2, 96), torch.eye(96), torch.ones(3), "nf4", 64)

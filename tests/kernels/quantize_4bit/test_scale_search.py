@@ -1,4 +1,4 @@
-"""Searched scales: less error in every block, in files that nobody can tell from plain ones."""
+"""Checks the scale search: no block has a larger error, and files look like those of plain quantization."""
 
 import bitsandbytes as bnb
 import pytest
@@ -32,7 +32,7 @@ def restored(weight, **spec):
 
 
 def block_errors(weight, values, blocksize=64):
-    """The squared error of each block, in float64."""
+    """Returns the squared error of each block, in float64."""
     squares = (values.double() - weight.double()).square().view(-1)
     return torch.nn.functional.pad(squares, (0, -squares.numel() % blocksize)).view(-1, blocksize).sum(1)
 
@@ -53,7 +53,7 @@ def test_error_on_gaussian_weights(quant_type, plain, searched, double_quant):
 
 
 @both_types
-def test_scales_are_near_those_of_an_exhaustive_search(quant_type):
+def test_scales_are_close_to_an_exhaustive_search(quant_type):
     weight = noise(256, 64)
     largest = weight.abs().amax(dim=1, keepdim=True)
     values = reference.CODES[quant_type].sort().values
@@ -80,7 +80,7 @@ def test_scales_are_near_those_of_an_exhaustive_search(quant_type):
     exponent=st.integers(-8, 3),
     seed=st.integers(0, 1000),
 )
-def test_no_block_is_worse(quant_type, double_quant, blocksize, dtype, shape, tails, exponent, seed):
+def test_no_block_gets_worse(quant_type, double_quant, blocksize, dtype, shape, tails, exponent, seed):
     weight = noise(*shape, seed=seed)
     weight = (weight.sign() * weight.abs() ** (1 + tails) * 4.0**exponent).to(dtype)
     plain, searched = (
@@ -116,7 +116,7 @@ def test_zero_blocks_and_tails(quant_type, double_quant, shape):
 
 @both_types
 def test_blocks_that_gain_nothing_keep_the_plain_codes(quant_type):
-    # Every value is a level of the table, so the largest magnitude is the scale without an error.
+    # Every value is a table entry times the scale, so absmax gives no error.
     weight = reference.CODES[quant_type].repeat(8).view(2, 64) * torch.tensor([[2.0], [0.5]])
     plain, absmax = ops.quantize_4bit(weight, quant_type, 64)
     packed, scales = scale_search.quantize_4bit(weight, quant_type, 64)
@@ -125,7 +125,7 @@ def test_blocks_that_gain_nothing_keep_the_plain_codes(quant_type):
 
 
 @both_types
-def test_offset_and_nested_scales_are_those_of_the_plain_weight(quant_type):
+def test_offset_and_nested_scales_equal_plain_quantization(quant_type):
     weight = noise(300, 70)
     plain = ops.quantize_4bit_double(weight, quant_type, 64, 256)
     searched = scale_search.quantize_4bit_double(weight, quant_type, 64, 256)
@@ -134,7 +134,7 @@ def test_offset_and_nested_scales_are_those_of_the_plain_weight(quant_type):
 
 
 @single_and_double
-def test_the_result_is_the_same_in_chunks_of_any_size(double_quant, monkeypatch):
+def test_the_result_does_not_depend_on_the_chunk_size(double_quant, monkeypatch):
     weight = noise(37, 129)
     spec = QuantSpec(double_quant=double_quant, scale_search="mse")
     packed, state = quantize(weight, spec)
@@ -167,7 +167,7 @@ def load(folder, recipe=None):
     return load_quantized(SD3Transformer2DModel, folder, recipe, dtype=torch.bfloat16, device="cpu")
 
 
-def test_the_file_loads_in_stock_diffusers_and_in_ours(mini_sd3, tmp_path):
+def test_the_file_loads_in_stock_diffusers_and_in_halfbyte(mini_sd3, tmp_path):
     plain, searched = (
         load(mini_sd3 / "transformer", QuantRecipe(skip=("proj_out",), scale_search=search))
         for search in (None, "mse")
@@ -192,10 +192,10 @@ def test_the_file_loads_in_stock_diffusers_and_in_ours(mini_sd3, tmp_path):
     assert torch.equal(prediction(load(tmp_path / "q")), expected)
 
 
-def test_an_unknown_search_is_refused_and_recipes_pass_it_on():
-    with pytest.raises(ValueError, match="scale_search: got 'max', accepted: None, mse"):
+def test_unknown_searches_are_refused_and_recipes_set_the_search():
+    with pytest.raises(ValueError, match=r"scale_search: got 'max', .*mse"):
         QuantSpec(scale_search="max")
-    with pytest.raises(ValueError, match="scale_search: got 'max', accepted: None, mse"):
+    with pytest.raises(ValueError, match=r"scale_search: got 'max', .*mse"):
         QuantRecipe(scale_search="max")
     assert quant_recipe(load_recipe(RECIPES / "flux_mini.yaml")).scale_search is None
     searched = quant_recipe(load_recipe(RECIPES / "flux_mini.yaml", ["quant.scale_search=mse"]))
@@ -205,7 +205,7 @@ def test_an_unknown_search_is_refused_and_recipes_pass_it_on():
 @pytest.mark.gpu
 @both_types
 @single_and_double
-def test_the_gpu_finds_scales_as_good_and_the_same_every_time(quant_type, double_quant):
+def test_gpu_scales_are_repeatable_and_as_good_as_on_cpu(quant_type, double_quant):
     weight = noise(512, 1000).cuda()
     spec = QuantSpec(quant_type, double_quant, scale_search="mse")
     (packed, state), (again, repeated) = quantize(weight, spec), quantize(weight, spec)
