@@ -1,4 +1,4 @@
-"""The way back: a quantized model as the plain one that it stands for."""
+"""Dequantizes a model: replaces its quantized layers by plain linear layers."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from halfbyte.kernels.rows import WEIGHT_DTYPES
 from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
-# What loaders leave on a quantized model, and `save_pretrained` and `to` look at.
+# Attributes that loaders set on a quantized model, and that `save_pretrained` and `to` check.
 _MARKS = (
     "hf_quantizer",
     "quantization_method",
@@ -25,16 +25,16 @@ _MARKS = (
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
-    """Replace the quantized layers of `model` in place by plain ones in `dtype`; returns their paths.
+    """Replaces the quantized layers of `model` in place by plain ones in `dtype`; returns their paths.
 
-    All of the model is in `dtype` afterwards, but for what its class keeps in fp32, and nothing in it or its
-    config says that it was quantized: `save_pretrained` writes a folder that stock `from_pretrained` loads. The
-    parameters stay frozen.
+    Afterwards the whole model is in `dtype`, except the modules that its class keeps in fp32, and neither the
+    model nor its config is marked as quantized: `save_pretrained` writes a folder that stock
+    `from_pretrained` loads. The parameters stay frozen. accelerate's hooks that move inputs to a layer's
+    device, which loaders put on every layer, move to the plain layers.
 
-    Raises ValueError, before anything is changed, where no layer is quantized, the dtype is none for weights, or
-    adapters or hooks are on the layers: they belong to the layers that would go, so adapters are taken off first
-    (`delete_adapters`, `unload_lora_weights`) and added again afterwards. Only accelerate's hooks that bring inputs
-    to a layer's device, which loaders put on every layer, go over to the plain ones.
+    Raises ValueError, before anything changes, where no layer is quantized, `dtype` is no weight dtype, or
+    the layers have adapters or any other hooks. Those belong to the layers that are replaced: remove adapters
+    first (`delete_adapters`, `unload_lora_weights`) and add them again afterwards.
     """
     model_name = type(model).__name__
     if dtype not in WEIGHT_DTYPES:
@@ -49,12 +49,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     _check_bare(model, layers)
     plain: dict[int, nn.Linear] = {}
     for path, layer in layers:
-        # A layer under two names stays one layer.
+        # A layer with two names stays one layer.
         if id(layer) not in plain:
             plain[id(layer)] = _plain(layer, dtype)
         model.set_submodule(path, plain[id(layer)])
     _cast_rest(model, dtype)
-    _forget(model)
+    _remove_marks(model)
     return tuple(path for path, _ in layers)
 
 
@@ -62,12 +62,12 @@ def _check_bare(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
     model_name = type(model).__name__
     if getattr(model, "peft_config", None) or any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError(
-            f"{model_name}: has adapters; take them off (delete_adapters, unload_lora_weights), dequantize, and add"
-            " them again"
+            f"{model_name}: has adapters; remove them (delete_adapters, unload_lora_weights), dequantize, and add them"
+            " again"
         )
     for path, layer in layers:
         if _has_foreign_hook(layer):
-            raise ValueError(f"{path}: has hooks, of offloading for example; remove them first")
+            raise ValueError(f"{path}: has hooks, for example from offloading; remove them first")
 
 
 def _has_foreign_hook(layer: Any) -> bool:
@@ -90,21 +90,23 @@ def _plain(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Linear:
 
 def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
     kept = set(kept_in_fp32(model))
-    # What is saved, as loading casts it; buffers beside that were computed when the model was built.
+    # Casts saved tensors only, as loading does. Other buffers keep the dtype in which the model computed
+    # them.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not kept & set(name.split(".")):
             tensor.data = tensor.data.to(dtype)
 
 
-def _forget(model: nn.Module) -> None:
+def _remove_marks(model: nn.Module) -> None:
+    """Removes the loaders' attributes and the quantization config from the model."""
     for mark in _MARKS:
-        # Only what was put on this model: its class may define a default or a property of the name.
+        # Only the instance's own attributes: the class may define a default or a property with the same name.
         if mark in vars(model):
             delattr(model, mark)
     stock: Any = model
     config: Any = getattr(model, "config", None)
     if isinstance(model, ConfigMixin):
-        # A FrozenDict, which cannot lose a key.
+        # The config is a FrozenDict, from which no key can be deleted.
         stock._internal_dict = FrozenDict(
             {key: value for key, value in config.items() if key != "quantization_config"}
         )

@@ -1,4 +1,4 @@
-"""QuantRecipe: how a model's linear layers are quantized."""
+"""Defines QuantRecipe, the settings for quantizing a model's linear layers."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,29 +19,29 @@ QUANT_TYPES = (*operands.QUANT_TYPES, "int8")
 
 _USUAL_BLOCKSIZE = 64
 
-_LARGEST_THRESHOLD = 65504.0  # of fp16, in which outliers are told
+_LARGEST_THRESHOLD = 65504.0  # the largest fp16 number; outliers are found in fp16
 
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """How a model is quantized, and which of its layers are not."""
+    """The quantization settings of a model, with the layers to leave unquantized."""
 
     quant_type: str = "nf4"
     """`nf4`, `fp4` or `int8` (LLM.int8())."""
     double_quant: bool = True
-    """Store the block scales in 8 bits as well; always False for int8, which has a scale a row."""
+    """Store the block scales in 8 bits as well. Always False for int8, which has one scale per row."""
     blocksize: int = _USUAL_BLOCKSIZE
-    """Weights that share a scale, in the 4-bit types."""
+    """Number of weights that share a scale, in the 4-bit types."""
     compute_dtype: torch.dtype = torch.bfloat16
-    """What the products run in: bfloat16, float16 or float32."""
+    """Dtype of the matrix products: bfloat16, float16 or float32."""
     skip: tuple[str, ...] = ()
-    """Modules left alone, as diffusers matches them: the last part of a layer's path, its whole path, or anything
-    that stands in the path before a dot."""
+    """Modules to leave unquantized, matched by diffusers' rule. An entry matches the last part of a layer's
+    path, its whole path, or any text in the path that is followed by a dot."""
     llm_int8_threshold: float = DEFAULT_THRESHOLD
-    """int8: input columns that reach this magnitude are multiplied in compute_dtype; 0: none are."""
+    """int8 only: input columns that reach this magnitude are multiplied in compute_dtype. 0: none are."""
     scale_search: str | None = None
-    """`mse`: 4-bit scales with the least squared error instead of the block's largest magnitude. It leaves no
-    trace in the files, and a folder that is quantized already keeps its scales."""
+    """`mse`: the 4-bit scale of each block minimizes the squared error, instead of being the block's absmax.
+    Files do not record this setting, and a folder that is already quantized keeps its scales."""
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
@@ -55,19 +55,19 @@ class QuantRecipe:
             raise ValueError(
                 f"llm_int8_threshold: got {self.llm_int8_threshold}, expected a number from 0 to 65504"
             )
-        # diffusers refuses a config.json with an integer there.
+        # diffusers rejects an integer llm_int8_threshold in config.json.
         object.__setattr__(self, "llm_int8_threshold", float(self.llm_int8_threshold))
         if self.quant_type == "int8":
             if self.scale_search is not None:
                 raise ValueError(f"scale_search: got {self.scale_search!r}, expected None for int8")
-            # What has no meaning for a type has one value there, so that recipes that mean the same are equal.
+            # A field that a type does not use gets a fixed value, so that equivalent recipes compare equal.
             object.__setattr__(self, "double_quant", False)
         else:
             object.__setattr__(self, "llm_int8_threshold", DEFAULT_THRESHOLD)
             QuantSpec(self.quant_type, self.double_quant, self.blocksize, self.scale_search)
 
     def describe(self) -> str:
-        """How the layers are held, in words; what they compute in is not said."""
+        """Describes the storage of the layers in words, without the compute dtype."""
         text = self.quant_type
         if self.quant_type == "int8" and self.llm_int8_threshold:
             text += f", outliers from {self.llm_int8_threshold:g}"
@@ -80,12 +80,12 @@ class QuantRecipe:
         return text + (f", all but {', '.join(self.skip)}" if self.skip else "")
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as JSON holds them; see `of_json`."""
+        """Returns the fields as JSON values; `of_json` reads them back."""
         return asdict(self) | {"compute_dtype": str(self.compute_dtype), "skip": list(self.skip)}
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The recipe that `as_json` gave. Raises KeyError, TypeError or ValueError for other fields."""
+        """Returns the recipe from `as_json`'s fields. Raises KeyError, TypeError or ValueError for others."""
         dtypes = {str(dtype): dtype for dtype in WEIGHT_DTYPES}
         return cls(
             **{**fields, "compute_dtype": dtypes[fields["compute_dtype"]], "skip": tuple(fields["skip"])}
@@ -93,12 +93,15 @@ class QuantRecipe:
 
     @property
     def spec(self) -> QuantSpec:
-        """The part that concerns a single 4-bit weight."""
+        """Returns the settings of a single 4-bit weight; the type must not be int8."""
         assert self.quant_type != "int8"
         return QuantSpec(self.quant_type, self.double_quant, self.blocksize, self.scale_search)
 
     def quantized(self, linear: nn.Linear, name: str) -> QuantizedLayer:
-        """The layer that replaces `linear`; raises ValueError, naming the weight by `name`, see `from_linear`."""
+        """Returns the quantized layer that replaces `linear`, see `from_linear`.
+
+        Raises ValueError, naming the weight by `name`, where it cannot be quantized.
+        """
         if self.quant_type == "int8":
             return Linear8bit.from_linear(
                 linear, threshold=self.llm_int8_threshold, compute_dtype=self.compute_dtype, name=name

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized: the recipe, and diffusers' own rule for what it skips."""
+"""Replaces a model's linear layers by quantized ones, except those that the skip list matches."""
 
 import logging
 
@@ -14,16 +14,21 @@ log = logging.getLogger(__name__)
 
 
 def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -> tuple[str, ...]:
-    """Replace the linear layers of `model` in place by quantized ones; returns their paths.
+    """Replaces the linear layers of `model` in place by quantized ones; returns their paths.
 
-    Layers with values are quantized where they are; layers on meta wait for theirs. With `check_skip` a skip
-    list is refused (SkipListError) where an entry matches nothing, and warned about where it matches more than it
-    seems to say; off, for lists that a checkpoint brings along. Raises ValueError as well where adapters are
-    already on the model, or no layer is left to quantize.
+    A layer with values is quantized on its own device. A layer on meta becomes an empty quantized layer,
+    which gets its weight later. `check_skip` checks the recipe's skip list against the model; turn it off for
+    a list that comes with a checkpoint.
+
+    Raises SkipListError where an entry of a checked list matches nothing, and ValueError where the model
+    already has adapters or no layer is left to quantize. Warns where an entry matches layers outside its
+    module.
     """
     model_name = type(model).__name__
     if getattr(model, "peft_config", None):
-        raise ValueError(f"{model_name}: has adapters already; quantize the base first, then add them")
+        raise ValueError(
+            f"{model_name}: already has adapters; quantize the base first, then add the adapters"
+        )
     if check_skip:
         check_skip_list(model, recipe.skip)
     skip = (*recipe.skip, *kept_in_fp32(model))
@@ -35,6 +40,6 @@ def convert(model: nn.Module, recipe: QuantRecipe, *, check_skip: bool = True) -
         replaced.append(path)
     if not replaced:
         raise ValueError(
-            f"{model_name}: no linear layer to quantize; it has none, or skip={list(skip)} names them all"
+            f"{model_name}: no linear layer to quantize; the model has none, or skip={list(skip)} matches them all"
         )
     return tuple(replaced)

@@ -1,4 +1,4 @@
-"""A skip list that means given layers and no others, by diffusers' rule for matching names."""
+"""Builds and checks skip lists: the names of layers to leave unquantized, matched by diffusers' rule."""
 
 import difflib
 import logging
@@ -12,42 +12,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SkipList:
-    """Entries for `skip`, and what they do not say."""
+    """Entries for `skip`, the layers that they match, and the wanted layers that no entry can select."""
 
     entries: tuple[str, ...]
-    layers: tuple[str, ...]  # what the entries keep out of the quantization
-    out_of_reach: dict[
-        str, int
-    ]  # a wanted layer that no entry means alone -> further layers its path matches
+    layers: tuple[str, ...]  # paths of the layers that the entries leave unquantized
+    out_of_reach: dict[str, int]
+    """A wanted layer that every entry matches only together with unwanted layers -> how many other layers its
+    own path matches."""
 
 
 def skip_list_for(model: nn.Module, wanted: Collection[str]) -> SkipList:
-    """The shortest list found that skips exactly the `wanted` linear layers of `model`, on meta or not.
+    """Searches for a short skip list that skips exactly the `wanted` linear layers of `model`.
 
-    An entry may be a name like `to_q`, a block, or a whole path, as long as it matches wanted layers alone. A
-    layer at the top, like FLUX's `proj_out`, may be out of reach: its path is a name that others end in as well.
+    An entry is a name like `to_q`, a block, or a whole path, and must match wanted layers only. A top-level
+    layer, such as FLUX's `proj_out`, can be out of reach: other layers' paths end in the same name. `model`
+    may be on meta.
     """
     paths = [path for path, _ in linear_layers(model)]
-    means = {}
+    matches = {}
     for entry in _entries(wanted):
         matched = frozenset(path for path in paths if is_skipped(path, (entry,)))
         if matched <= set(wanted):
-            means[entry] = matched
+            matches[entry] = matched
+    # Greedy set cover: repeatedly take the entry that matches most of the layers still left.
     left, chosen = set(wanted), []
     while left:
-        # The longest reach first; among equals the shortest name.
-        best = max(means, key=lambda entry: (len(means[entry] & left), -len(entry), entry), default=None)
-        if best is None or not means[best] & left:
+        # Among equals, the shortest entry, then the last one in the alphabet.
+        best = max(matches, key=lambda entry: (len(matches[entry] & left), -len(entry), entry), default=None)
+        if best is None or not matches[best] & left:
             break
         chosen.append(best)
-        left -= means[best]
+        left -= matches[best]
     surplus = {path: sum(is_skipped(other, (path,)) for other in paths) - 1 for path in sorted(left)}
     skipped = tuple(path for path in paths if is_skipped(path, chosen))
     return SkipList(tuple(chosen), skipped, surplus)
 
 
 def _entries(wanted: Collection[str]) -> set[str]:
-    """Every run of whole names in a wanted path, but for those that begin with a number, which says little."""
+    """Returns every run of whole names in the wanted paths, except runs that begin with a number."""
     entries = set()
     for path in wanted:
         parts = path.split(".")
@@ -58,36 +60,37 @@ def _entries(wanted: Collection[str]) -> set[str]:
 
 
 class SkipListError(ValueError):
-    """A skip list that does not fit the model; the message begins with the field, `skip: `."""
+    """Raised for a skip list that does not fit the model; the message begins with the field, `skip: `."""
 
 
 @dataclass(frozen=True)
 class SkipMatch:
-    """What one entry of a skip list keeps out of the quantization."""
+    """The linear layers that one entry of a skip list matches."""
 
     entry: str
-    layers: tuple[str, ...]  # paths of linear layers
-    parameters: int  # elements of their weights
+    layers: tuple[str, ...]  # their paths
+    parameters: int  # total elements of their weights
 
 
 def is_skipped(path: str, skip: Sequence[str]) -> bool:
-    """Whether diffusers' bitsandbytes quantizer would leave the linear layer at `path` alone.
+    """Tests whether diffusers' bitsandbytes quantizer would leave the linear layer at `path` unquantized.
 
-    The rule of `_replace_with_bnb_linear` (diffusers 0.42), to the letter, so that an exported list means the
-    same layers there: an entry matches the leaf name, the whole path, or, with a dot after it, any piece of it.
+    Follows `_replace_with_bnb_linear` (diffusers 0.42) exactly, because an exported list must skip the same
+    layers in diffusers. An entry matches the last name of the path, the whole path, or any text in it
+    followed by a dot.
     """
     leaf = path.rpartition(".")[2]
     return any(entry in (leaf, path) or f"{entry}." in path for entry in skip)
 
 
 def kept_in_fp32(model: nn.Module | type[nn.Module]) -> tuple[str, ...]:
-    """Names that the model's class keeps in fp32; diffusers adds them to every skip list."""
+    """Returns the modules that the model's class keeps in fp32; diffusers adds them to every skip list."""
     names = getattr(model, "_keep_in_fp32_modules", None) or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def skip_matches(model: nn.Module, skip: Sequence[str]) -> tuple[SkipMatch, ...]:
-    """For each entry of a skip list, the linear layers it matches in `model`, on meta or not."""
+    """Returns the linear layers of `model` that each entry of a skip list matches; `model` may be on meta."""
     linears = dict(linear_layers(model))
     matches = []
     for entry in skip:
@@ -98,15 +101,16 @@ def skip_matches(model: nn.Module, skip: Sequence[str]) -> tuple[SkipMatch, ...]
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer of a model with its path."""
-    # Duplicates included: a layer under two names is two entries of a checkpoint, and two layers to diffusers.
+    """Yields every linear layer of a model with its path."""
+    # Keep duplicates: a layer with two names has two entries in a checkpoint, and diffusers counts it as two
+    # layers.
     for path, module in model.named_modules(remove_duplicate=False):
         if path and isinstance(module, nn.Linear):
             yield path, module
 
 
 def refuse_unmatched(model: nn.Module, skip: Sequence[str]) -> Sequence[SkipMatch]:
-    """What the entries match. Raises SkipListError where one matches no linear layer."""
+    """Returns the matches of all entries. Raises SkipListError where an entry matches no linear layer."""
     matches = skip_matches(model, skip)
     for match in matches:
         if match.layers:
@@ -115,27 +119,31 @@ def refuse_unmatched(model: nn.Module, skip: Sequence[str]) -> Sequence[SkipMatc
         known = modules | {path.rpartition(".")[2] for path in modules}
         near = difflib.get_close_matches(match.entry, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        holders = dict.fromkeys(path.partition(".")[0] for path, _ in linear_layers(model))
+        top_modules = dict.fromkeys(path.partition(".")[0] for path, _ in linear_layers(model))
         raise SkipListError(
-            f"skip: got {match.entry!r}, which matches no linear layer of {type(model).__name__}; expected names or"
-            f" paths of layers, or of modules that hold some: {', '.join(holders)} or what is inside of them{hint}"
+            f"skip: got {match.entry!r}, which matches no linear layer of {type(model).__name__}; expected the name or"
+            f" path of a layer or of a module that contains layers: {', '.join(top_modules)}, or a module inside"
+            f" these{hint}"
         )
     return matches
 
 
 def check_skip_list(model: nn.Module, skip: Sequence[str]) -> None:
-    """As `refuse_unmatched`; warns where an entry matches more than it seems to say."""
+    """Checks a skip list: warns where an entry matches layers outside its module.
+
+    Raises SkipListError where an entry matches no linear layer.
+    """
     matches = refuse_unmatched(model, skip)
     model_name = type(model).__name__
     modules = {path for path, _ in model.named_modules()}
     for match in matches:
-        # Whoever names a module by its full path means that module, and gets every layer of the name.
+        # An entry that is a module's full path is meant for that module, but also matches its name elsewhere.
         surplus = [path for path in match.layers if not f"{path}.".startswith(f"{match.entry}.")]
         if match.entry in modules and surplus:
             log.warning(
-                "skip: %r matches %d linear layers of %s (%s parameters stay unquantized), of them %d besides"
-                " the module of that path, %s first; diffusers matches names anywhere in a path, so no list can"
-                " mean that module alone",
+                "skip: %r matches %d linear layers of %s (%s parameters stay unquantized); %d of them are outside the"
+                " module of that path, the first is %s; diffusers matches names anywhere in a path, so no skip list"
+                " can select only that module",
                 match.entry,
                 len(match.layers),
                 model_name,

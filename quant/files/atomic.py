@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, after a crash at any point as well."""
+"""Writes files and folders atomically: they appear complete or not at all, even after a crash."""
 
 import os
 import secrets
@@ -9,12 +9,14 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replaces `path` by a file with this content, written through to the disk; text is written as UTF-8.
+    """Replaces `path` by a file with this content, flushed to the disk; text is written as UTF-8.
 
-    Several processes may write the same file at once: one of them wins. Raises OSError, and leaves what was there.
+    Several processes may write the same file at once; one of them wins. Raises OSError, and then leaves the
+    old file unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    # In the same folder, hence on the same filesystem: a rename across filesystems is a copy, and can tear.
+    # In the same folder, so on the same filesystem: a rename across filesystems is a copy, which is not
+    # atomic.
     partial = path.with_name(f".{path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
@@ -28,7 +30,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def work_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder next to `folder`; it is deleted at the end unless `put_in_place` has moved it."""
+    """Yields an empty folder next to `folder`; deletes it at the end unless `put_in_place` has moved it."""
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -39,7 +41,7 @@ def work_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, folder: Path) -> None:
-    """Renames `work` to `folder` once all of it is on the disk; what was there is deleted after that."""
+    """Flushes `work` to the disk, then renames it to `folder`; a previous `folder` is deleted after that."""
     _share_weights(work)
     for path in work.rglob("*"):
         if not path.is_symlink():
@@ -55,7 +57,7 @@ def put_in_place(work: Path, folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Writes a file, or the entries of a folder, through to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,10 +66,10 @@ def flush(path: Path) -> None:
 
 
 def _share_weights(folder: Path) -> None:
-    """Gives safetensors files the folder's own read and write permissions.
+    """Gives safetensors files the read and write permissions of the folder.
 
-    safetensors makes its files readable by their owner only, whatever the umask, so ComfyUI under another account
-    could not load them.
+    safetensors creates files that only their owner can read, regardless of the umask. ComfyUI under another
+    account could not load them.
     """
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""A digest of a large file's content, made of its chunks', so that many threads can make it at once."""
+"""Computes digests of files; a large file's digest combines those of its chunks, for several threads."""
 
 import hashlib
 import os
@@ -8,32 +8,35 @@ from pathlib import Path
 
 CHUNK_BYTES = 16 * 2**20
 READING_THREADS = min(8, os.cpu_count() or 1)
-"""Enough to read a page cache at memory's pace; a disk is busy with fewer."""
+"""Enough threads to read the page cache at memory speed; fewer already keep a disk busy."""
 
 
 def sha256_of(content: str | bytes) -> str:
-    """The SHA-256 of a text (as UTF-8) or bytes, in hexadecimal."""
+    """Returns the SHA-256 of a text (as UTF-8) or bytes, in hexadecimal."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file, as the Hub and `sha256sum` give it; for large files on every start see `file_digest`."""
+    """Returns the SHA-256 of a file in hexadecimal, as the Hub and `sha256sum` do.
+
+    It reads the file in one thread; `file_digest` is faster for large files.
+    """
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def chunk_digest(data: bytes | memoryview) -> bytes:
-    """Of one chunk: CHUNK_BYTES from a multiple of CHUNK_BYTES on, or what is left of the file there."""
+    """Returns the SHA-256 of a chunk: CHUNK_BYTES from a multiple of CHUNK_BYTES, or fewer at the end."""
     return hashlib.sha256(data).digest()
 
 
 def combined(chunks: Sequence[bytes]) -> str:
-    """The digest of a file from those of all its chunks, in order."""
+    """Returns a file's digest from the digests of all its chunks, in order."""
     return hashlib.sha256(b"".join(chunks)).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file as it is now."""
+    """Computes the digest of a file's current content with several threads; it is not the file's SHA-256."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
 

@@ -1,7 +1,8 @@
-"""A model's tensors one after the other from disk to the device, with the next ones under way.
+"""Streams a model's tensors from disk to the device, reading the next ones while the current one is used.
 
-Files are read in chunks by several threads into pinned memory, from where copies to a GPU overlap with reading
-and with what is done there. A mapped file would count in this process's memory page by page, and reads slower.
+Several threads read the files in chunks into pinned memory. From there, copies to a GPU overlap with reading
+and with the work on the device. A memory-mapped file would count in this process's memory page by page, and
+is slower to read.
 """
 
 import os
@@ -20,48 +21,49 @@ from halfbyte.quant.files.digest import CHUNK_BYTES, READING_THREADS, chunk_dige
 from halfbyte.quant.files.shards import ShardedWeights
 
 FileRead = Callable[[Path, str], None]
-"""Called with each file and its digest, as `file_digest` gives it, when all of it has been read."""
+"""Called with each file and its `file_digest`, once all of the file has been read."""
 
-_SHRUNK = "became shorter while it was read; is it being written?"
+_SHRUNK = "the file became shorter during reading; is another process writing it?"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The bytes that a chunk holds of a tensor."""
+    """The bytes of one tensor that a chunk contains."""
 
     target: Tensor  # uint8, a slice of the tensor's bytes
-    start: int  # in the chunk
+    start: int  # offset in the chunk
 
 
 @dataclass
 class _Chunk:
-    """One read, and what is to become of it."""
+    """One read, and the tensors that its bytes belong to."""
 
     descriptor: int
     path: Path
-    start: int
+    start: int  # offset in the file
     size: int
     parts: list[_Part] = field(default_factory=list)
-    completes: list[str] = field(default_factory=list)  # tensors whose last byte is here
+    completes: list[str] = field(default_factory=list)  # tensors whose last byte is in this chunk
     ends_file: bool = False
-    targets_ready: torch.cuda.Event | None = None
+    targets_ready: torch.cuda.Event | None = None  # copies into the targets wait for it
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A chunk that has been read, its copies at least queued."""
+    """The result of reading a chunk: its copies to the device are queued, or done on the CPU."""
 
     digest: bytes | None
-    copied: torch.cuda.Event | None
+    copied: torch.cuda.Event | None  # fires after the copies
 
 
 class _Lane:
-    """One thread's buffers, of which one is filled while the other is copied from, and its stream."""
+    """The stream and the two buffers of one thread: one buffer is filled while the other is copied from."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         if on_gpu:
-            # A new thread is at the first GPU, and pinned memory would make a context there.
+            # The current device of a new thread is the first GPU, and pinning memory would create a context
+            # there.
             torch.cuda.set_device(device)
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self._buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
@@ -69,7 +71,7 @@ class _Lane:
         self._turn = 0
 
     def buffer(self) -> Tensor:
-        """The other one of the two, when nothing is copied from it any longer."""
+        """Switches to the other buffer, waits until the copies from it are done, and returns it."""
         self._turn = 1 - self._turn
         copied = self._copied[self._turn]
         if copied is not None:
@@ -77,7 +79,7 @@ class _Lane:
         return self._buffers[self._turn]
 
     def mark(self) -> torch.cuda.Event | None:
-        """An event after the copies queued so far, which the buffer waits for before it is filled again."""
+        """Records an event after the copies queued so far; `buffer` waits for it before a refill."""
         if self.stream is None:
             return None
         self._copied[self._turn] = event = torch.cuda.Event()
@@ -86,7 +88,7 @@ class _Lane:
 
 
 class ReadAhead:
-    """Iterates over (name, tensor on its device) in the order of the files."""
+    """Iterates over (name, tensor on its device), in the order of the files."""
 
     def __init__(
         self,
@@ -97,12 +99,13 @@ class ReadAhead:
         on_host: Collection[str] = (),
         on_file: FileRead | None = None,
     ) -> None:
-        """Reads `names` to `device`, those `on_host` to the host instead.
+        """Prepares to read `names` to `device`, and the names in `on_host` to the host instead.
 
-        With `on_file` every byte of the files is read and counts in their digests, also of other tensors.
+        With `on_file`, every byte of the files is read, including other tensors, to compute the files'
+        digests.
         """
         self._weights = weights
-        # A thread of its own has another current device.
+        # Resolves "cuda" to the caller's current device, which is a different one in the reading threads.
         self._device = (
             torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         )
@@ -113,26 +116,29 @@ class ReadAhead:
         for name in weights.names:
             if name in wanted:
                 self._in_file[weights.path(name)].append(name)
-        self._tensors: dict[str, Tensor] = {}  # uint8, the bytes of those under way
+        # uint8 tensors in flight: allocated with their first chunk, handed out and dropped with their last.
+        self._tensors: dict[str, Tensor] = {}
         self._lanes = threading.local()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Raises ValueError, naming the file, where one is shorter than its header says or cannot be read."""
-        under_way: deque[tuple[_Chunk, Future[_Read]]] = deque()
+        """Yields the tensors. Raises ValueError, naming the file, if it is too short or cannot be read."""
+        in_flight: deque[tuple[_Chunk, Future[_Read]]] = deque()
         digests: list[bytes] = []
         with ExitStack() as stack:
             pool = ThreadPoolExecutor(READING_THREADS)
             stack.callback(pool.shutdown, cancel_futures=True)
             chunks = self._chunks(stack)
             while True:
-                while len(under_way) < 2 * READING_THREADS and (chunk := next(chunks, None)) is not None:
-                    under_way.append((chunk, pool.submit(self._read, chunk)))
-                if not under_way:
+                # Two chunks per thread: a thread that finishes one finds its next read in the queue.
+                while len(in_flight) < 2 * READING_THREADS and (chunk := next(chunks, None)) is not None:
+                    in_flight.append((chunk, pool.submit(self._read, chunk)))
+                if not in_flight:
                     return
-                chunk, future = under_way.popleft()
+                chunk, future = in_flight.popleft()
                 read = future.result()
-                chunk.parts.clear()  # they keep the memory of their tensors
+                chunk.parts.clear()  # the slices keep their tensors' memory alive
                 if read.copied is not None:
+                    # The caller's stream, not the host, waits for the copies.
                     torch.cuda.current_stream(self._device).wait_event(read.copied)
                 for name in chunk.completes:
                     yield name, self._finished(name)
@@ -144,7 +150,7 @@ class ReadAhead:
                         digests = []
 
     def _chunks(self, stack: ExitStack) -> Iterator[_Chunk]:
-        """The reads in order; a tensor is allocated when its first chunk is planned."""
+        """Yields the reads in order; a tensor is allocated when its first chunk is planned."""
         for path, names in self._in_file.items():
             descriptor = os.open(path, os.O_RDONLY)
             stack.callback(os.close, descriptor)
@@ -156,7 +162,8 @@ class ReadAhead:
                 self._plan(chunk, left)
                 if chunk.parts or chunk.completes or self._on_file is not None:
                     if self._device.type == "cuda":
-                        # Memory for the tensors may still be in use by what was queued before.
+                        # The allocator may reuse memory that work queued earlier on this stream still reads,
+                        # so the copies, which run on other streams, wait for that work.
                         chunk.targets_ready = torch.cuda.Event()
                         chunk.targets_ready.record(torch.cuda.current_stream(self._device))
                     yield chunk
@@ -164,7 +171,7 @@ class ReadAhead:
                 raise ValueError(f"{path}: {_SHRUNK}")
 
     def _plan(self, chunk: _Chunk, left: deque[str]) -> None:
-        """Notes which of the tensors `left` the chunk holds, and takes those away that end in it."""
+        """Assigns the chunk's bytes to the tensors in `left`, and removes the tensors that end in it."""
         stop = chunk.start + chunk.size
         while left:
             name = left[0]
@@ -172,8 +179,9 @@ class ReadAhead:
             if stored.start >= stop:
                 return
             if name not in self._tensors:
-                place = "cpu" if name in self._on_host else self._device
-                self._tensors[name] = torch.empty(stored.stop - stored.start, dtype=torch.uint8, device=place)
+                device = "cpu" if name in self._on_host else self._device
+                size = stored.stop - stored.start
+                self._tensors[name] = torch.empty(size, dtype=torch.uint8, device=device)
             first, last = max(stored.start, chunk.start), min(stored.stop, stop)
             if last > first:
                 target = self._tensors[name][first - stored.start : last - stored.start]
@@ -183,11 +191,12 @@ class ReadAhead:
             chunk.completes.append(left.popleft())
 
     def _finished(self, name: str) -> Tensor:
+        """Returns a completely read tensor in its dtype and shape."""
         stored = self._weights.stored(name)
         return self._tensors.pop(name).view(stored.dtype).view(stored.shape)
 
     def _read(self, chunk: _Chunk) -> _Read:
-        """On one of the threads."""
+        """Reads a chunk and queues its copies to the device; runs on one of the pool's threads."""
         if not hasattr(self._lanes, "lane"):
             self._lanes.lane = _Lane(self._device)
         lane: _Lane = self._lanes.lane
@@ -209,7 +218,7 @@ def _read_into(data: memoryview, chunk: _Chunk) -> None:
         try:
             count = os.preadv(chunk.descriptor, [data[done:]], chunk.start + done)
         except OSError as error:
-            raise ValueError(f"{chunk.path}: cannot be read: {error.strerror}") from error
+            raise ValueError(f"{chunk.path}: cannot read the file: {error.strerror}") from error
         if count == 0:
             raise ValueError(f"{chunk.path}: {_SHRUNK}")
         done += count

@@ -1,7 +1,7 @@
-"""A model in one file under names that are not diffusers': its tensors, or rows of them, by diffusers' names.
+"""Reads a model from one safetensors file with foreign tensor names, under diffusers' names.
 
-Nothing is converted in memory. What diffusers holds in parts lies in the file as rows one after the other, so that a
-part is a range of bytes, and is read as any other tensor is.
+Nothing is converted in memory. Where diffusers splits a tensor of the file into several, each part is a range
+of whole rows. Such a range is contiguous in the file, so it is read like any other tensor.
 """
 
 import math
@@ -16,7 +16,7 @@ from halfbyte.quant.files.shards import ShardedWeights
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a tensor in a file; all of it where `stop` is None."""
+    """Rows start to stop of a tensor in a file; the whole tensor where `stop` is None."""
 
     name: str
     start: int = 0
@@ -24,15 +24,15 @@ class Rows:
 
 
 class SingleFile(ShardedWeights):
-    """The tensors of one safetensors file; first by their own names, then by those that `rename` gives."""
+    """The tensors of one safetensors file, by the file's own names until `rename` replaces them."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError, naming the file, where it is missing or damaged."""
+        """Opens the file. Raises ValueError, naming it, where it is missing or damaged."""
         super().__init__(path.parent, path.name)
         self._rows: dict[str, Rows] = {name: Rows(name) for name in self._shard_of}
 
     def rename(self, rows: Mapping[str, Rows]) -> None:
-        """From now on `names` are those of `rows`, each with the rows of a tensor that it stands for."""
+        """Replaces `names` by the keys of `rows`; each key stands for these rows of a tensor in the file."""
         stored, shard_of = {}, {}
         for name, part in rows.items():
             whole = self._stored[part.name]
@@ -48,7 +48,7 @@ class SingleFile(ShardedWeights):
         self._stored, self._shard_of, self._rows = stored, shard_of, dict(rows)
 
     def read(self, name: str) -> Tensor:
-        """See `ShardedWeights.read`."""
+        """Reads a tensor, see `ShardedWeights.read`."""
         part = self._rows[name]
         file = self._files[self._shard_of[name]]
         tensor: Tensor = file.get_tensor(part.name)

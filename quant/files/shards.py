@@ -1,4 +1,4 @@
-"""A model's weights on disk in safetensors: one file, or several with an index; read lazily, written whole."""
+"""Reads and writes a model's safetensors weights: one file, or several shards with an index."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from halfbyte.quant.files.atomic import write_file
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
-# As transformers names them.
+# The name that transformers uses.
 TEXT_WEIGHTS_FILE = "model.safetensors"
-# Other files that hold weights, which this reader refuses: pickles run code when they are loaded.
+# Weights in pickled files, which this reader rejects: loading a pickle runs the code in it.
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# In safetensors' own order, which is that of a file's tensors: the widest first, so that each is aligned.
+# The order in which safetensors stores tensors in a file: the widest dtype first, which aligns every tensor.
 _DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -43,22 +43,25 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and what it is, by the header of its file."""
+    """The location, dtype and shape of a tensor, from the header of its file."""
 
     shard: str
-    start: int  # byte in the file
-    stop: int
+    start: int  # first byte in the file
+    stop: int  # byte after the last
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class ShardedWeights:
-    """The tensors of a folder by name; nothing but headers is read before it is asked for."""
+    """The tensors of a folder, by name. Opening reads only the headers; `read` loads a tensor."""
 
     def __init__(self, folder: Path, weights_file: str = WEIGHTS_FILE) -> None:
-        """Raises ValueError, naming the file, where weights or shards are missing or damaged.
+        """Opens all shards of the folder.
 
-        weights_file: what the file is called where there is one alone; an index has that name and .index.json.
+        weights_file: the file's name where all weights are in one file; an index has this name plus
+        `.index.json`.
+
+        Raises ValueError, naming the file, where weights or shards are missing or damaged.
         """
         self.folder = folder
         self._weights_file = weights_file
@@ -81,34 +84,34 @@ class ShardedWeights:
 
     @property
     def names(self) -> list[str]:
-        """In the order of the shards and of the bytes in them: who reads so, reads each file once from its start."""
+        """The tensor names in the order of shards and bytes, in which every file is read sequentially."""
         return sorted(self._shard_of, key=lambda name: (self._shard_of[name], self._stored[name].start, name))
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold tensors, in order."""
+        """The paths of the files with tensors, in order."""
         return tuple(self.folder / shard for shard in sorted(self._files))
 
     @property
     def index(self) -> Path | None:
-        """The file that says which shard a tensor is in, where there are several."""
+        """The path of the index, which maps tensors to shards; None where all tensors are in one file."""
         index = self.folder / self._index_file
         return index if index.is_file() else None
 
     def stored(self, name: str) -> Stored:
-        """Where a tensor lies."""
+        """Returns a tensor's location, dtype and shape."""
         return self._stored[name]
 
     def path(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """Returns the path of the file with the tensor."""
         return self.folder / self._shard_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
+        """Returns the shape of a tensor without reading its values."""
         return self._stored[name].shape
 
     def read(self, name: str) -> Tensor:
-        """A tensor on the CPU, mapped from the file where the system can."""
+        """Reads a tensor to the CPU, memory-mapped where the system supports it."""
         tensor: Tensor = self._files[self._shard_of[name]].get_tensor(name)
         return tensor
 
@@ -116,17 +119,19 @@ class ShardedWeights:
         index, single = self.folder / self._index_file, self.folder / self._weights_file
         if index.is_file():
             shard_of = _read_index(index)
-            held = {shard: self._open(shard) for shard in sorted(set(shard_of.values()))}
-            for shard, names in held.items():
+            names_in = {shard: self._open(shard) for shard in sorted(set(shard_of.values()))}
+            for shard, names in names_in.items():
                 for name in names & shard_of.keys():
                     if shard_of[name] != shard:
                         raise ValueError(
-                            f"{self.folder / shard}: holds {name}, which {index.name} places in {shard_of[name]};"
-                            " which of the two is right cannot be told"
+                            f"{self.folder / shard}: contains {name}, but {index.name} says it is in"
+                            f" {shard_of[name]}; it is unclear which copy is right: download the model again"
                         )
             for name, shard in shard_of.items():
-                if name not in held[shard]:
-                    raise ValueError(f"{self.folder / shard}: lacks {name}, which {index.name} places there")
+                if name not in names_in[shard]:
+                    raise ValueError(
+                        f"{self.folder / shard}: {name} is missing, but {index.name} says it is in this file"
+                    )
             return shard_of
         if single.is_file():
             return dict.fromkeys(self._open(single.name), single.name)
@@ -135,11 +140,13 @@ class ShardedWeights:
     def _open(self, shard: str) -> frozenset[str]:
         path = self.folder / shard
         if not path.is_file():
-            raise ValueError(f"{path}: missing, though {self._index_file} names it; download the model again")
+            raise ValueError(f"{path}: missing, but {self._index_file} lists it; download the model again")
         try:
             self._files[shard] = self._stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+            raise ValueError(
+                f"{path}: not a complete safetensors file ({error}); download it again"
+            ) from error
         stored = _read_header(path, shard)
         self._stored.update(stored)
         return frozenset(stored)
@@ -149,17 +156,16 @@ class ShardedWeights:
         pickled = sorted(path.name for pattern in _PICKLED for path in self.folder.glob(pattern))
         if pickled:
             return (
-                f"{self.folder}: holds {pickled[0]} but no safetensors weights, {expected}; pickled files are not"
-                " read, because loading one runs the code in it: convert the model with diffusers'"
-                " save_pretrained"
+                f"{self.folder}: found {pickled[0]} but no safetensors weights, {expected}; pickled files are rejected"
+                " because loading one runs the code in it: convert the model with diffusers' save_pretrained"
             )
         variants = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        found = f"; it has {', '.join(variants[:5])}" if variants else ""
+        found = f"; found {', '.join(variants[:5])}" if variants else ""
         return f"{self.folder}: no weights, {expected}{found}"
 
 
 def _read_header(path: Path, shard: str) -> dict[str, Stored]:
-    """The places of a file's tensors; the file is known to be whole, since safetensors has opened it."""
+    """Reads the locations of a file's tensors; safetensors has already checked that the file is complete."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -168,14 +174,17 @@ def _read_header(path: Path, shard: str) -> dict[str, Stored]:
     for name, facts in header.items():
         dtype = _DTYPES.get(facts["dtype"])
         if dtype is None:
-            raise ValueError(f"{path}: {name}: has dtype {facts['dtype']}, accepted: {', '.join(_DTYPES)}")
+            raise ValueError(f"{path}: {name}: got dtype {facts['dtype']}, accepted: {', '.join(_DTYPES)}")
         start, stop = (8 + length + offset for offset in facts["data_offsets"])
         stored[name] = Stored(shard, start, stop, dtype, tuple(facts["shape"]))
     return stored
 
 
 def weight_files(folder: Path, weights_file: str = WEIGHTS_FILE) -> list[str]:
-    """The names of the files that hold a folder's weights, by its index where it has one. Raises ValueError."""
+    """Returns the names of a folder's weight files, from its index if it has one.
+
+    Raises ValueError for a damaged index.
+    """
     index = folder / f"{weights_file}.index.json"
     return sorted(set(_read_index(index).values())) if index.is_file() else [weights_file]
 
@@ -187,15 +196,17 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{path}: has no weight_map from tensor names to files")
+        raise ValueError(f"{path}: weight_map is missing; expected a map from tensor names to files")
     for name, shard in shard_of.items():
-        # A name with a folder in it could lead out of the model.
+        # A name with a folder in it could point outside the model's folder.
         if (
             not isinstance(shard, str)
             or shard != os.path.basename(shard)
             or not shard.endswith(".safetensors")
         ):
-            raise ValueError(f"{path}: {name} is in {shard!r}, expected a safetensors file beside the index")
+            raise ValueError(
+                f"{path}: {name} is in {shard!r}, expected a safetensors file in the folder of the index"
+            )
     return shard_of
 
 
@@ -206,9 +217,9 @@ def write_weights(
     max_shard_bytes: int,
     weights_file: str = WEIGHTS_FILE,
 ) -> None:
-    """Write tensors into `folder`, a group never parted between files; an index where there are several files.
+    """Writes tensors into `folder` in shards of at most `max_shard_bytes`, several with an index.
 
-    A group bigger than `max_shard_bytes` gets a file of its own.
+    A group is never split between files; a group larger than `max_shard_bytes` gets its own file.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
@@ -234,9 +245,9 @@ def write_weights(
 
 
 def _write_shard(shard: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, tensor by tensor from where they are; the same bytes as safetensors' own.
+    """Writes a safetensors file, copying one tensor at a time to the host.
 
-    `safetensors.torch.save_file` would hold all of them on the host at once.
+    The bytes are those of `safetensors.torch.save_file`, which would need all tensors on the host at once.
     """
     ranks = {dtype: rank for rank, dtype in enumerate(_CODES)}
     names = sorted(shard, key=lambda name: (ranks[shard[name].dtype], name))

@@ -1,4 +1,15 @@
-"""One quantized weight: its packed codes, what it takes to read them, and the way there and back."""
+"""Quantizes a weight to 4 bits (NF4 or FP4) and back, and defines the state that dequantization needs.
+
+A weight is cut into blocks of `blocksize` elements in row-major order. Each block has a scale, its absmax
+unless `scale_search` finds a better one, and each element is stored as the 4-bit index of the nearest value
+in a table:
+
+    weight ~ code[index] * scale        code: 16 values in [-1, 1]
+
+Double quantization stores the scales in 8 bits too, as deviations from their mean (`offset`):
+
+    scale ~ nested.code[index8] * nested.absmax + nested.offset        one nested.absmax for 256 scales
+"""
 
 import math
 from collections.abc import Callable
@@ -16,21 +27,21 @@ SCALE_SEARCHES = (None, "mse")
 
 
 class BeyondFormatError(ValueError):
-    """A weight that is whole, with values that a format cannot hold."""
+    """Raised for a finite weight with values outside the range of a format."""
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a weight becomes 4 bits."""
+    """The settings for quantizing one weight to 4 bits."""
 
     quant_type: str = "nf4"
-    """`nf4`, for weights that are spread like a normal distribution, or `fp4`."""
+    """`nf4`, for weights with a normal distribution, or `fp4`."""
     double_quant: bool = True
-    """Store the block scales in 8 bits as well: 0.37 bit a parameter less."""
+    """Store the block scales in 8 bits as well, which saves 0.37 bit per parameter."""
     blocksize: int = 64
-    """Elements that share a scale."""
+    """Number of elements that share a scale."""
     scale_search: str | None = None
-    """`mse`: the scale of each block is the one with the least squared error; None: its largest magnitude."""
+    """`mse`: the scale of each block minimizes its squared error. None: the scale is the block's absmax."""
 
     def __post_init__(self) -> None:
         if self.scale_search not in SCALE_SEARCHES:
@@ -46,44 +57,44 @@ class QuantSpec:
 
 @dataclass(frozen=True, eq=False)
 class NestedState:
-    """How 8-bit scales are read: `code[codes] * absmax + offset`."""
+    """The state that dequantizes 8-bit scales: `code[codes] * absmax + offset`."""
 
     absmax: Tensor  # (ceil(b / blocksize),) fp32, for b scales
     code: Tensor  # (256,) fp32
-    offset: Tensor  # () fp32; stays a tensor, because a Python number would break a compiled graph
+    offset: Tensor  # () fp32; a tensor, because reading it into a Python number would break a compiled graph
     blocksize: int
 
-    # What bitsandbytes' own reader asks of such a state, see `QuantState.state2`.
+    # Attributes that bitsandbytes' own reader expects, see `QuantState.state2`.
     nested: ClassVar[None] = None
     dtype: ClassVar[torch.dtype] = torch.float32
 
 
 @dataclass(frozen=True, eq=False)
 class QuantState:
-    """All that is needed, with the packed codes, to have the weight back."""
+    """The state that, together with the packed codes, gives the weight back."""
 
     quant_type: str
     shape: torch.Size
     dtype: torch.dtype  # of the weight before it was quantized
     blocksize: int
-    code: Tensor  # (16,) fp32
-    absmax: Tensor  # (b,), fp32, or uint8 codes when `nested` says how to read them
+    code: Tensor  # (16,) fp32, the table of values
+    absmax: Tensor  # (b,), the scales of b blocks: fp32, or uint8 codes if `nested` is set
     nested: NestedState | None = None
 
-    # diffusers (LoRAs that widen a layer) and PEFT (DoRA) hand the state of a `Params4bit` to bitsandbytes'
-    # dequantize_4bit, which looks for the nested part under these two names.
+    # diffusers (for LoRAs that widen a layer) and PEFT (for DoRA) pass the state of a `Params4bit` to
+    # bitsandbytes' dequantize_4bit, which expects the nested state under the names `offset` and `state2`.
     @property
     def offset(self) -> Tensor | None:
-        """What is added to the scales."""
+        """The offset that is added to the scales; None without double quantization."""
         return None if self.nested is None else self.nested.offset
 
     @property
     def state2(self) -> NestedState | None:
-        """How the scales are read."""
+        """The state of the scales; None without double quantization."""
         return self.nested
 
     def scales(self) -> Tensor:
-        """The fp32 scales of the blocks (b,)."""
+        """Returns the fp32 scales of the blocks, (b,)."""
         nested = self.nested
         if nested is None:
             return self.absmax
@@ -93,7 +104,7 @@ class QuantState:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
+        """All tensors of the state."""
         nested = self.nested
         return [self.absmax, self.code] + (
             [] if nested is None else [nested.absmax, nested.code, nested.offset]
@@ -101,11 +112,11 @@ class QuantState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device besides the packed codes."""
+        """Bytes of the state's tensors, without the packed codes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "QuantState":
-        """The same state over what `change` makes of each tensor."""
+        """Returns the same state with `change` applied to each tensor."""
         nested = self.nested
         if nested is not None:
             nested = replace(
@@ -117,7 +128,7 @@ class QuantState:
         return replace(self, code=change(self.code), absmax=change(self.absmax), nested=nested)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "QuantState":
-        """The same state on `device`; dtypes never change, whatever the module around it is cast to."""
+        """Returns the same state on `device`; dtypes never change, even if the module around it is cast."""
         device = torch.device(device)
         if self.absmax.device == device:
             return self
@@ -125,20 +136,22 @@ class QuantState:
 
 
 def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Tensor, QuantState]:
-    """Quantize a weight of any shape on its own device, into (packed uint8 ((n + 1) // 2, 1), state).
+    """Quantizes a weight of any shape with n elements on its own device.
 
-    Raises ValueError, naming the tensor by `name`, where it is empty, not fp32, fp16 or bf16, or not finite, and
-    BeyondFormatError where it would not come back finite.
+    Returns the packed codes, uint8 ((n + 1) // 2, 1), and their state.
+
+    Raises ValueError, naming the tensor by `name`, if it is empty, not fp32, fp16 or bf16, or not finite;
+    BeyondFormatError if the dequantized weight would not be finite.
     """
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: cannot quantize {weight.dtype}; accepted: float32, float16, bfloat16")
     if weight.numel() == 0:
         raise ValueError(f"{name}: cannot quantize an empty tensor of shape {tuple(weight.shape)}")
     weight = weight.detach().contiguous()
-    # aminmax is one pass without a temporary, and passes NaN on.
+    # aminmax reads the weight once, allocates no copy of it, and propagates NaN.
     largest = float(torch.stack(torch.aminmax(weight)).abs().max())
     if not math.isfinite(largest):
-        raise ValueError(f"{name}: the weight holds NaN or infinite values; the checkpoint is damaged")
+        raise ValueError(f"{name}: the weight contains NaN or infinite values; the checkpoint is damaged")
     code = reference.on_device(f"{spec.quant_type.upper()}_CODE", weight.device)
     nested = None
     kernels = ops if spec.scale_search is None else scale_search
@@ -152,17 +165,19 @@ def quantize(weight: Tensor, spec: QuantSpec, name: str = "weight") -> tuple[Ten
         packed, absmax = kernels.quantize_4bit(weight, spec.quant_type, spec.blocksize)
     state = QuantState(spec.quant_type, weight.shape, weight.dtype, spec.blocksize, code, absmax, nested)
     limit = torch.finfo(weight.dtype).max
-    # Scales are rounded, so that they may pass the largest magnitude; near the dtype's end that makes infinities.
+    # Rounding to 8 bits can raise a scale above the block's absmax. Near the end of the weight's dtype, the
+    # dequantized weight would then be infinite. The comparison synchronizes with the device, hence the cheap
+    # first test.
     if largest > limit / 2 and not (state.scales() <= limit).all():
         raise BeyondFormatError(
-            f"{name}: holds {largest:g}, and its quantized scales do not fit {weight.dtype}, which ends at {limit:g};"
+            f"{name}: contains {largest:g}, and its quantized scales exceed {limit:g}, the largest {weight.dtype};"
             " skip the layer, or set double_quant to false"
         )
     return packed, state
 
 
 def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight of `state.shape`, in `dtype` or else in the dtype it had."""
+    """Returns the weight with shape `state.shape`, in `dtype` or by default in the dtype it had before."""
     dtype = state.dtype if dtype is None else dtype
     nested = state.nested
     if nested is None:

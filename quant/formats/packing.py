@@ -1,9 +1,16 @@
-"""How bitsandbytes files hold one quantized weight: the tensors beside it, and the JSON that explains them.
+"""Reads and writes the statistics of a 4-bit weight in the format of bitsandbytes files.
 
-For a weight saved as `P.weight` the statistics are `P.weight.absmax`, `P.weight.quant_map`, with double
-quantization `P.weight.nested_absmax` and `P.weight.nested_quant_map`, and
-`P.weight.quant_state.bitsandbytes__nf4` (or `__fp4`): UTF-8 JSON in a uint8 tensor. Reading trusts nothing: a
-file either holds exactly a weight that we can read, or a ValueError names the tensor.
+Next to a weight `P.weight`, the packed codes, a file contains:
+
+- `P.weight.absmax`: the scales of the blocks, fp32, or uint8 with double quantization
+- `P.weight.quant_map`: the table of 16 values
+- `P.weight.nested_absmax` and `P.weight.nested_quant_map`: with double quantization, scales and table of the
+  scales
+- `P.weight.quant_state.bitsandbytes__nf4` (or `__fp4`): UTF-8 JSON in a uint8 tensor with the settings, and
+  with double quantization the offset of the scales
+
+Every tensor and every key is checked. A weight that does not match the format exactly raises a ValueError
+that names the tensor.
 """
 
 import json
@@ -30,14 +37,15 @@ STATISTICS = (
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 _KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
-_MAX_JSON_BYTES = 4096  # ours and theirs take about 200
+_MAX_JSON_BYTES = 4096  # bitsandbytes and this package write about 200
 _MAX_DIMENSIONS = 8
-# A table on disk is the built-in one up to the rounding of a division; anything else means other weights.
+# A table in a file differs from the built-in one by the rounding of a division at most. Any other table
+# belongs to another quantization type.
 _TABLE_TOLERANCE = 1e-6
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """`P.weight.absmax` -> (`P.weight`, `absmax`); None where the key names no statistic."""
+    """Splits `P.weight.absmax` into (`P.weight`, `absmax`); returns None if the key names no statistic."""
     for suffix in STATISTICS:
         if key.endswith("." + suffix):
             weight = key.removesuffix("." + suffix)
@@ -47,15 +55,18 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def pack_state(state: QuantState) -> dict[str, Tensor]:
-    """The statistics of a weight by suffix, ready to be saved; reads one number from the device if nested."""
+    """Returns a weight's statistics to save, by suffix.
+
+    With double quantization this reads the offset from the device, which synchronizes.
+    """
     facts: dict[str, Any] = {
         "quant_type": state.quant_type,
         "blocksize": state.blocksize,
         "dtype": str(state.dtype).removeprefix("torch."),
         "shape": list(state.shape),
     }
-    # Adding zero turns FP4's -0 into bitsandbytes' +0, and copies: layers share their tables, and safetensors
-    # refuses tensors that share memory.
+    # Adding zero turns FP4's -0 into bitsandbytes' +0. It also copies the table: layers share tables, and
+    # safetensors rejects tensors that share memory.
     tensors = {"absmax": state.absmax, "quant_map": state.code + 0.0}
     if state.nested is not None:
         facts["nested_blocksize"] = state.nested.blocksize
@@ -69,10 +80,10 @@ def pack_state(state: QuantState) -> dict[str, Tensor]:
 
 
 def unpack_state(name: str, packed: Tensor, statistics: Mapping[str, Tensor]) -> QuantState:
-    """The state of the weight called `name` from its statistics by suffix, on the packed weight's device.
+    """Reads the state of the weight `name` from its statistics by suffix, on the packed weight's device.
 
-    Raises ValueError, naming the tensor, for anything that is missing, doubled, unknown, of the wrong type or
-    size, or not finite.
+    Raises ValueError, naming the tensor, if a tensor or key is missing, duplicated, unknown, of the wrong
+    type or size, or not finite.
     """
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown:
@@ -131,7 +142,8 @@ def _nested_state(
     _check_offset(where, offset, _DTYPES[facts["dtype"]], statistics["nested_absmax"], blocks)
     return NestedState(
         absmax=absmax,
-        # bitsandbytes reads this table from the file, so we do too; it must still be the code we know.
+        # bitsandbytes uses the table of the file, so this does too, after checking it against the built-in
+        # one.
         code=_table(name, "nested_quant_map", statistics, reference.DYNAMIC_CODE).to(device),
         offset=torch.tensor(float(offset), dtype=torch.float32, device=device),
         blocksize=blocksize,
@@ -139,35 +151,42 @@ def _nested_state(
 
 
 def _check_offset(where: str, offset: Any, dtype: torch.dtype, deviations: Tensor, blocks: int) -> None:
-    """Whether `offset` can be the mean of the scales, of which `deviations` are the groups' largest from it."""
+    """Checks that `offset` can be the mean of `blocks` scales.
+
+    deviations: (groups,) fp32, the nested absmax: the largest deviation from the mean in each group.
+    """
     limit = torch.finfo(dtype).max
     if type(offset) not in (int, float) or not 0 <= offset <= limit:
         raise ValueError(
-            f"{where}: nested_offset is {str(offset)[:80]}, expected a number from 0 to {limit:g}: the mean of the"
+            f"{where}: nested_offset is {str(offset)[:80]}, expected a number from 0 to {limit:g}, the mean of the"
             f" scales of a {dtype} weight"
         )
     deviations = deviations[deviations > 0]
     if not deviations.numel():
         return
     smallest, largest = (float(value) for value in torch.aminmax(deviations))
-    # Two numbers in fp32 differ by a unit in the last place at least. No scale is negative, so that all those below
-    # the mean are not further from it than their number times the mean, and those above have the same sum.
+    # A possible mean satisfies two bounds:
+    # - A scale that differs from `offset` in fp32 differs by at least a unit in the last place, which is at
+    #   least offset * 2^-24. No smaller deviation is possible, and 2^25 leaves a factor of two.
+    # - Scales are not negative, so each scale below the mean deviates by at most `offset`, and all of them
+    #   together by at most blocks * offset. The deviations above the mean have the same sum, so none of them
+    #   exceeds blocks * offset. The factor 2 leaves room for rounding.
     if offset > smallest * 2**25 or largest > 2 * blocks * offset:
         raise ValueError(
-            f"{where}: nested_offset is {offset}, which is no mean of scales whose largest differences from it are"
-            f" {smallest:g} to {largest:g}; the file is damaged"
+            f"{where}: nested_offset is {offset}, which cannot be the mean of scales whose largest deviations from it"
+            f" are {smallest:g} to {largest:g}; the file is damaged"
         )
 
 
 def _read_json(where: str, tensor: Tensor) -> dict[str, Any]:
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _MAX_JSON_BYTES:
         raise ValueError(
-            f"{where}: expected at most {_MAX_JSON_BYTES} bytes of JSON as uint8,"
-            f" got {tensor.dtype} {tuple(tensor.shape)}"
+            f"{where}: got {tensor.dtype} {tuple(tensor.shape)}, expected at most {_MAX_JSON_BYTES} bytes of JSON as"
+            " a uint8 vector"
         )
     try:
         facts = json.loads(bytes(tensor.tolist()).decode(), object_pairs_hook=_unique)
-    # RecursionError: brackets nested deep enough to exhaust the parser's stack.
+    # RecursionError: deeply nested brackets exhaust the parser's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not the JSON of a quantization state: {error}") from error
     if not isinstance(facts, dict):
@@ -178,7 +197,7 @@ def _read_json(where: str, tensor: Tensor) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     facts = dict(pairs)
     if len(facts) != len(pairs):
-        raise ValueError("a key occurs twice")
+        raise ValueError("duplicate key")
     return facts
 
 
@@ -186,7 +205,7 @@ def _check_keys(where: str, facts: dict[str, Any], expected: set[str]) -> None:
     missing, unknown = sorted(expected - set(facts)), sorted(set(facts) - expected)
     if missing or unknown:
         raise ValueError(
-            f"{where}: missing keys: {missing}, unknown keys: {unknown}; expected {sorted(expected)}"
+            f"{where}: missing keys {missing}, unknown keys {unknown}; expected {sorted(expected)}"
         )
 
 
@@ -217,13 +236,13 @@ def _statistic(
     shape: tuple[int, ...],
 ) -> Tensor:
     if suffix not in statistics:
-        raise ValueError(f"{name}.{suffix}: missing; the file holds {', '.join(sorted(statistics))}")
+        raise ValueError(f"{name}.{suffix}: missing; the file contains {', '.join(sorted(statistics))}")
     tensor = statistics[suffix]
     _check_tensor(f"{name}.{suffix}", tensor, dtype, shape)
     if dtype.is_floating_point and not tensor.isfinite().all():
-        raise ValueError(f"{name}.{suffix}: holds NaN or infinite values; the file is damaged")
+        raise ValueError(f"{name}.{suffix}: contains NaN or infinite values; the file is damaged")
     if dtype.is_floating_point and suffix.endswith("absmax") and (tensor < 0).any():
-        raise ValueError(f"{name}.{suffix}: holds negative scales; the file is damaged")
+        raise ValueError(f"{name}.{suffix}: contains negative scales; the file is damaged")
     return tensor.to(device)
 
 
@@ -231,6 +250,6 @@ def _table(name: str, suffix: str, statistics: Mapping[str, Tensor], expected: T
     table = _statistic(name, suffix, statistics, torch.device("cpu"), torch.float32, tuple(expected.shape))
     if not torch.allclose(table, expected, rtol=0, atol=_TABLE_TOLERANCE):
         raise ValueError(
-            f"{name}.{suffix}: not the table of this quantization type; the weights would be wrong"
+            f"{name}.{suffix}: not the table of this quantization type; the restored weights would be wrong"
         )
     return table

@@ -1,4 +1,4 @@
-"""What quantizing a weight costs and saves: its relative error and its bytes, scheme by scheme."""
+"""Measures the relative error and the size of a weight under each quantization scheme."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from halfbyte.quant.formats import int8, nf4
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to hold a weight."""
+    """A quantization scheme."""
 
     name: str
-    restore: Callable[[Tensor, str], Tensor]  # (weight (N, K), its name) -> what becomes of it, (N, K) fp32
+    restore: Callable[
+        [Tensor, str], Tensor
+    ]  # (weight (N, K), its name) -> quantized and restored, (N, K) fp32
     nbytes: Callable[[int, int], int]  # (N, K) -> bytes on the device
 
 
@@ -28,7 +30,7 @@ def _four_bit(name: str, spec: nf4.QuantSpec) -> Scheme:
 
     def nbytes(rows: int, columns: int) -> int:
         scales = _blocks(rows * columns, spec.blocksize)
-        # Codes, 8-bit scales, the scales of those with their offset, and the two tables.
+        # 4-bit codes, 8-bit scales, the scales of the scales with their offset, and the two tables.
         nested = 4 * (_blocks(scales, nf4.NESTED_BLOCKSIZE) + 1)
         return _blocks(rows * columns, 2) + scales + nested + 4 * (16 + 256)
 
@@ -49,14 +51,14 @@ SCHEMES = (
 
 @dataclass(frozen=True)
 class WeightError:
-    """Sums over the elements of weights; they add up over layers."""
+    """The squared error of each scheme, summed over elements; adding two gives the sum over both layers."""
 
-    squares: float  # of the weight
+    squares: float  # sum of the squared weights
     squared_errors: tuple[float | None, ...]
-    """In the order of SCHEMES; None where a scheme cannot hold a weight."""
+    """In the order of SCHEMES; None if a weight exceeds the range of the scheme."""
 
     def relative(self) -> tuple[float | None, ...]:
-        """Relative RMS error of each scheme: |restored - weight| / |weight|, 0 for a weight of zeros."""
+        """Returns each scheme's relative RMS error, |restored - weight| / |weight|; 0 for zeros."""
         squares = self.squares or 1.0
         return tuple(
             None if error is None else float((error / squares) ** 0.5) for error in self.squared_errors
@@ -70,7 +72,10 @@ class WeightError:
 
 
 def weight_error(weight: Tensor, name: str) -> WeightError:
-    """Measure a weight (N, K) in fp32, fp16 or bf16 on its device; ValueError, naming it, where it has no error."""
+    """Measures a weight (N, K) in fp32, fp16 or bf16 on its device.
+
+    Raises ValueError, naming it, if it cannot be quantized, for example because it is not finite.
+    """
     errors = tuple(_squared_error(weight, scheme, name) for scheme in SCHEMES)
     return WeightError(_sum_of_squares(weight), errors)
 
@@ -83,5 +88,5 @@ def _squared_error(weight: Tensor, scheme: Scheme, name: str) -> float | None:
 
 
 def _sum_of_squares(tensor: Tensor) -> float:
-    # fp32 sums of a hundred million squares lose the digits that tell schemes apart.
+    # A sum of a hundred million squares in fp32 loses the digits in which the schemes differ.
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)

@@ -1,8 +1,9 @@
-"""Single layers of a quantized model that multiply by their weight in full precision, beside the packed one.
+"""Gives single layers of a quantized model their weight in full precision, next to the packed one.
 
-Stock diffusers can leave out of the quantization only what its skip list can name, and some layers it cannot name
-alone: FLUX's last one, `proj_out`, is called as the largest layer of each of its 38 single blocks. Such a layer keeps
-its packed weight, which is what is saved and what stock diffusers loads, and gets the exact one for its products.
+Stock diffusers can leave a layer unquantized only if its skip list can select that layer. It cannot select
+FLUX's last layer, `proj_out`: the largest layer of each of the 38 single blocks has the same name. Such a
+layer keeps its packed weight, which is saved and which stock diffusers loads, and multiplies by the exact
+weight.
 """
 
 import difflib
@@ -17,27 +18,24 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
 EXACT_FILE = "exact.safetensors"
-"""Beside a packed model's own files, which do not name it: the exact weights, for those who read them."""
+"""File with the exact weights in a packed model's folder. The model's own files do not refer to it."""
 
 Read = Callable[[str], Tensor]
-"""A weight (out, in) by its name."""
+"""Reads a weight (out, in) by its name."""
 
 
 def hold_exact(model: nn.Module, paths: Sequence[str], read: Read) -> None:
-    """Gives the layers at `paths` their weights in full precision, in the dtype of their products.
+    """Gives the layers at `paths` their exact weights, cast to their compute dtype; skips unquantized layers.
 
-    Layers that are not quantized are exact as they are. Raises ValueError for paths that are no linear layer's, that
-    lie within a block, whose packed weights go into products of the whole block, or under an adapter; and for weights
-    of another shape.
+    Raises ValueError for a path that is not a linear layer, that has an adapter, or that lies in a block
+    (blocks stack their packed weights into joint products); and for a weight of another shape.
     """
     for path in paths:
         layer = _layer(model, path)
         if not isinstance(layer, QuantizedLayer):
             continue
         if _in_block(path):
-            raise ValueError(
-                f"got {path!r}, which lies within a block; expected layers outside of the blocks"
-            )
+            raise ValueError(f"got {path!r}, which is in a block; expected layers outside the blocks")
         weight = read(f"{path}.weight")
         if weight.shape != (layer.out_features, layer.in_features):
             raise ValueError(
@@ -48,9 +46,9 @@ def hold_exact(model: nn.Module, paths: Sequence[str], read: Read) -> None:
 
 
 def exact_weights(folder: Path) -> ShardedWeights:
-    """Where the exact weights of the model in `folder` are: beside the packed ones, or all of them.
+    """Opens the exact weights of the model in `folder`: `EXACT_FILE` if it exists, else the model's files.
 
-    Raises ValueError where there are none.
+    Raises ValueError if the folder has no weights.
     """
     if (folder / EXACT_FILE).is_file():
         return ShardedWeights(folder, EXACT_FILE)
@@ -58,18 +56,19 @@ def exact_weights(folder: Path) -> ShardedWeights:
 
 
 def write_exact(paths: Sequence[str], weights: ShardedWeights, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the exact weights of the layers at `paths` beside the packed model in `folder`."""
+    """Writes the exact weights of the layers at `paths` in `dtype` into the packed model's `folder`."""
     names = [f"{path}.weight" for path in paths]
     save_file({name: weights.read(name).to(dtype).contiguous() for name in names}, folder / EXACT_FILE)
 
 
 def _layer(model: nn.Module, path: str) -> nn.Linear:
-    """The linear layer at `path`. Raises ValueError."""
+    """Returns the linear layer at `path`. Raises ValueError if there is none, or if it has an adapter."""
     modules = dict(model.named_modules())
     found = modules.get(path)
     if hasattr(found, "base_layer"):
         raise ValueError(
-            f"got {path!r}, which has an adapter, that multiplies by the packed weight; leave it out of lora.targets"
+            f"got {path!r}, which has an adapter, and adapters multiply by the packed weight; leave the layer out of"
+            " lora.targets"
         )
     if not isinstance(found, nn.Linear):
         accepted = [
@@ -80,7 +79,7 @@ def _layer(model: nn.Module, path: str) -> nn.Linear:
         near = difflib.get_close_matches(path, accepted, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"got {path!r}, which is no linear layer of {type(model).__name__}; expected whole paths, of"
+            f"got {path!r}, which is no linear layer of {type(model).__name__}; accepted whole paths:"
             f" {', '.join(accepted) or 'none'}{hint}"
         )
     return found

@@ -1,4 +1,4 @@
-"""A frozen linear layer whose weight stays in 4 bits; gradients reach its input, and its bias if asked."""
+"""Linear4bit, a frozen linear layer with a 4-bit weight; gradients flow to its input and a trainable bias."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,9 +16,10 @@ from halfbyte.quant.layers.quantized_layer import QuantizedLayer, QuantizedParam
 
 
 class Params4bit(QuantizedParameter):
-    """Packed codes uint8 ((n + 1) // 2, 1) with `quant_state`.
+    """Packed codes, uint8 ((n + 1) // 2, 1), with their `quant_state`.
 
-    diffusers and PEFT know a 4-bit weight by this class name and take the layer's shape from `quant_state.shape`.
+    diffusers and PEFT recognize a 4-bit weight by this class name, and read the layer's shape from
+    `quant_state.shape`.
     """
 
     statistics_name = "quant_state"
@@ -34,7 +35,11 @@ class Params4bit(QuantizedParameter):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b, W dequantized for the product alone and again for dX: nothing of W's size is saved."""
+    """Computes y = x W^T + b and dX = dY W.
+
+    Both passes dequantize W for their own product only; the backward saves the packed codes and nothing of
+    W's size.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
@@ -56,7 +61,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
-    """A packed (N, K) weight with its state, as the kernels take it."""
+    """Returns a packed weight (N, K) and its state in the form that the kernels take."""
     outputs, width = state.shape
     nested = state.nested
     return PackedWeight(
@@ -73,7 +78,7 @@ def packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
 
 
 class Linear4bit(QuantizedLayer):
-    """The layer with a 4-bit weight: NF4 or FP4."""
+    """A linear layer with a 4-bit weight, NF4 or FP4."""
 
     weight: Params4bit
     parameter_class = Params4bit
@@ -90,7 +95,11 @@ class Linear4bit(QuantizedLayer):
         compute_dtype: torch.dtype,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype` is that of the bias (and of the weight to come); the products run in `compute_dtype`."""
+        """Creates the layer on meta without a weight.
+
+        dtype: dtype of the bias, and of the weight before it is quantized. compute_dtype: dtype of the
+        products.
+        """
         super().__init__(in_features, out_features, bias, compute_dtype=compute_dtype, dtype=dtype)
         self.spec = spec
 
@@ -98,7 +107,7 @@ class Linear4bit(QuantizedLayer):
     def from_linear(
         cls, linear: nn.Linear, *, spec: QuantSpec, compute_dtype: torch.dtype, name: str = "weight"
     ) -> "Linear4bit":
-        """The layer that replaces `linear`: quantized where it has values, waiting for them where it is on meta."""
+        """Returns the layer that replaces `linear`, with its quantized weight, or empty if it is on meta."""
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -107,16 +116,16 @@ class Linear4bit(QuantizedLayer):
             compute_dtype=compute_dtype,
             dtype=linear.weight.dtype,
         )
-        return layer._take_over(linear, name)
+        return layer._copy_from(linear, name)
 
     def quantize(self, weight: Tensor, name: str = "weight") -> None:
-        """Take over a weight (out, in) in fp32, fp16 or bf16 on its device; ValueError names it by `name`."""
+        """Quantizes a weight, see `QuantizedLayer.quantize`."""
         self._check_shape(name, weight.shape)
         packed, state = quantize(weight, self.spec, name)
         self.weight = Params4bit(packed, quant_state=state)
 
     def load_packed(self, packed: Tensor, statistics: Mapping[str, Tensor], name: str = "weight") -> None:
-        """Take over packed codes with the statistics that a bitsandbytes file has for them, by suffix.
+        """Loads packed codes and the statistics of a bitsandbytes file, by suffix; sets `spec` from them.
 
         Raises ValueError, naming the tensor, for statistics that do not fit, see `unpack_state`.
         """
@@ -128,11 +137,11 @@ class Linear4bit(QuantizedLayer):
         self.spec = QuantSpec(state.quant_type, state.nested is not None, state.blocksize)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out, in), in `dtype` or else in the dtype it had before it was quantized."""
+        """Returns the weight (out, in), in `dtype` or by default in the dtype it had before quantization."""
         return dequantize(self.weight.data, self._state(), dtype)
 
     def packed_weight(self) -> PackedWeight:
-        """The weight as the kernels take it."""
+        """Returns the weight in the form that the kernels take."""
         return packed_weight(self.weight, self._state())
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A frozen linear layer of LLM.int8(): int8 weights and activations, outlier columns in the compute dtype."""
+"""Linear8bit, a frozen LLM.int8() linear layer: int8 products, with outlier columns in the compute dtype."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -21,13 +21,13 @@ from halfbyte.quant.layers.quantized_layer import QuantizedLayer, QuantizedParam
 
 
 class Int8Params(QuantizedParameter):
-    """int8 (out, in) with the scales of its rows in `SCB`.
+    """An int8 weight (out, in), with the scales of its rows in `SCB`.
 
-    diffusers and PEFT know an int8 weight by this class name, and read `SCB` to dequantize it.
+    diffusers and PEFT recognize an int8 weight by this class name, and read `SCB` to dequantize it.
     """
 
     statistics_name = "SCB"
-    SCB: Tensor | None  # (out,) fp32, whatever the module around it is cast to
+    SCB: Tensor | None  # (out,) fp32, even if the module around it is cast
 
     def __new__(
         cls, data: Tensor | None = None, requires_grad: bool = False, SCB: Tensor | None = None
@@ -36,7 +36,10 @@ class Int8Params(QuantizedParameter):
 
 
 class _FrozenLinear8bit(torch.autograd.Function):
-    """y = x W^T + b by LLM.int8(), dX = dY W with W dequantized: the rounding of x passes gradients as they are."""
+    """Computes y = x W^T + b with LLM.int8(), and dX = dY W with W dequantized.
+
+    The backward treats the rounding of x as the identity (straight-through).
+    """
 
     @staticmethod
     def forward(
@@ -59,7 +62,7 @@ class _FrozenLinear8bit(torch.autograd.Function):
 
 
 class Linear8bit(QuantizedLayer):
-    """The layer with an int8 weight."""
+    """A linear layer with an int8 weight."""
 
     weight: Int8Params
     parameter_class = Int8Params
@@ -76,9 +79,11 @@ class Linear8bit(QuantizedLayer):
         compute_dtype: torch.dtype,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Input columns with a magnitude of `threshold` or more are multiplied in `compute_dtype`; 0: none are.
+        """Creates the layer on meta without a weight.
 
-        `dtype` is that of the bias (and of the weight to come).
+        threshold: input columns with this magnitude or more are multiplied in `compute_dtype`; 0 turns this
+        off.
+        dtype: dtype of the bias, and of the weight before it is quantized.
         """
         super().__init__(in_features, out_features, bias, compute_dtype=compute_dtype, dtype=dtype)
         self.threshold = threshold
@@ -92,7 +97,7 @@ class Linear8bit(QuantizedLayer):
         compute_dtype: torch.dtype,
         name: str = "weight",
     ) -> "Linear8bit":
-        """The layer that replaces `linear`: quantized where it has values, waiting for them where it is on meta."""
+        """Returns the layer that replaces `linear`, with its quantized weight, or empty if it is on meta."""
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -101,33 +106,36 @@ class Linear8bit(QuantizedLayer):
             compute_dtype=compute_dtype,
             dtype=linear.weight.dtype,
         )
-        return layer._take_over(linear, name)
+        return layer._copy_from(linear, name)
 
     @property
     def state(self) -> Int8Params:
-        """Where PEFT (DoRA) and diffusers (LoRAs that widen a layer) look for `SCB`."""
+        """The weight. PEFT (for DoRA) and diffusers (for LoRAs that widen a layer) read `state.SCB`."""
         return self.weight
 
     def quantize(self, weight: Tensor, name: str = "weight") -> None:
-        """Take over a weight (out, in) in fp32, fp16 or bf16 on its device; ValueError names it by `name`."""
+        """Quantizes a weight, see `QuantizedLayer.quantize`."""
         self._check_shape(name, weight.shape)
         quantized, scales = quantize(weight, name)
         self.weight = Int8Params(quantized, SCB=scales)
 
     def load_packed(self, packed: Tensor, statistics: Mapping[str, Tensor], name: str = "weight") -> None:
-        """Take over an int8 weight with the statistics that a bitsandbytes file has for it, by name.
+        """Loads an int8 weight and the statistics of a bitsandbytes file, by name.
 
-        Raises ValueError, naming the tensor, for what does not fit, see `unpack_scales`.
+        Raises ValueError, naming the tensor, if they do not fit, see `unpack_scales`.
         """
         scales = unpack_scales(name, packed, (self.out_features, self.in_features), statistics)
         self.weight = Int8Params(packed, SCB=scales)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out, in), in `dtype` or else in the compute dtype: the format forgets what it was."""
+        """Returns the weight (out, in), in `dtype` or by default in the compute dtype.
+
+        The format does not record the dtype that the weight had before quantization.
+        """
         return dequantize(self.weight.data, self._scales(), dtype or self.compute_dtype)
 
     def int8_weight(self) -> int8_ops.Int8Weight:
-        """The weight as the kernels take it."""
+        """Returns the weight in the form that the kernels take."""
         return int8_ops.Int8Weight(self.weight, self._scales(), self.threshold)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:

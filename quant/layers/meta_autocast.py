@@ -1,7 +1,7 @@
-"""What autocast does on CUDA, for tensors on meta, where torch has none and memory is planned.
+"""Emulates CUDA autocast for tensors on meta, where memory is planned and torch has no autocast.
 
-Only the casts that decide how much is kept: products in the compute dtype, normalizations in fp32 (torch's lists are
-in its documentation of autocast).
+Only the casts that decide how much memory the backward keeps: products in the compute dtype, normalizations
+in fp32. torch's own lists are in its documentation of autocast.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class _Casts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch's hook."""
+        """Implements torch's hook: casts the arguments of the listed functions."""
         kwargs = kwargs or {}
         if func in _PRODUCTS:
             args, kwargs = _cast(args, kwargs, self._dtype)
@@ -61,7 +61,7 @@ class _Casts(TorchFunctionMode):
 
 @contextmanager
 def autocast_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Within it our layers and torch's functions treat tensors on meta as those of a CUDA device under autocast."""
+    """Makes our layers and torch's functions treat tensors on meta like CUDA tensors under autocast."""
     global _current
     before, _current = _current, dtype
     try:
@@ -73,11 +73,12 @@ def autocast_on_meta(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def no_autocast_on_meta() -> Iterator[None]:
-    """Within it nothing is cast, whatever surrounds it."""
+    """Turns off all casts inside the block, even within `autocast_on_meta`."""
     global _current
     before, _current = _current, None
     try:
-        # Modes as well as subclasses: a mode costs every call, and here it has nothing to do.
+        # Disables modes as well as subclasses: an active mode slows down every call, and has nothing to cast
+        # here.
         with torch._C.DisableTorchFunction():
             yield
     finally:
@@ -85,7 +86,7 @@ def no_autocast_on_meta() -> Iterator[None]:
 
 
 def current_dtype() -> torch.dtype | None:
-    """What is computed in on meta; None without autocast."""
+    """Returns the compute dtype of `autocast_on_meta`; None outside of it."""
     return _current
 
 

@@ -1,4 +1,4 @@
-"""What the 4-bit and the int8 linear layer share: a frozen weight in codes, and how a module carries it."""
+"""Base classes of the 4-bit and int8 linear layers: the layer, and the parameter with its quantized codes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
@@ -10,43 +10,45 @@ from halfbyte.quant.layers.autocast import autocast_dtype
 
 
 class QuantizedParameter(nn.Parameter):
-    """Codes with, as an attribute, the statistics that it takes to read them; before that, on meta, (out, in).
+    """Quantized codes, with the statistics that dequantization needs in one attribute.
 
-    The attribute is the only one and is an argument of the constructor: accelerate moves a parameter by
-    `type(p)(data, requires_grad=..., **p.__dict__).to(device)`.
+    Before the layer has a weight, the parameter is (out, in) on meta and its statistics are None.
+
+    The parameter has no other attribute, and the constructor accepts this one as an argument, because
+    accelerate moves a parameter with `type(p)(data, requires_grad=..., **p.__dict__).to(device)`.
     """
 
     statistics_name: ClassVar[str]
-    """The attribute; its value has `to(device)` and `nbytes`, or is None."""
+    """The attribute's name. Its value is None, or has `to(device)` and `nbytes`."""
 
     @classmethod
     def make(cls, data: Tensor | None, requires_grad: bool, statistics: Any) -> Self:
-        """The parameter over `data`, an empty one where that is None."""
+        """Creates the parameter on `data`, or an empty one if `data` is None."""
         self = torch.Tensor._make_subclass(cls, torch.empty(0) if data is None else data, requires_grad)
         setattr(self, cls.statistics_name, statistics)
         return self
 
     @property
     def statistics(self) -> Any:
-        """What reads the codes; None before the weight is there."""
+        """The statistics that dequantization needs; None before the layer has a weight."""
         return getattr(self, self.statistics_name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         if id(self) not in memo:
-            # The statistics are never written to, so copies of a layer may share them.
+            # Nothing writes to the statistics, so copies of a layer can share them.
             memo[id(self)] = self.make(self.data.clone(), self.requires_grad, self.statistics)
         copy: Self = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # nn.Parameter's own would come back as a plain parameter.
+        # nn.Parameter's own __reduce_ex__ would unpickle as a plain parameter.
         return type(self), (self.data, self.requires_grad, self.statistics)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Tensor.to, with the statistics moved along; a plain tensor where the dtype changes.
+        """Moves or casts as Tensor.to does, with the statistics; returns a plain tensor if the dtype changes.
 
-        On meta the statistics stay where they are: accelerate's offloading drops a weight by moving it there, and
-        takes all but its values from what it finds there when it brings them back.
+        A move to meta leaves the statistics where they are. accelerate's offloading frees a weight by moving
+        it to meta, and when it brings the values back, it takes everything else from the parameter on meta.
         """
         data = super().to(*args, **kwargs)
         if data.dtype != self.dtype:
@@ -56,30 +58,31 @@ class QuantizedParameter(nn.Parameter):
         return self.make(data, self.requires_grad, statistics)
 
     def nelement(self) -> int:
-        """The bytes of codes and statistics.
+        """Returns the bytes of codes and statistics; the number of elements is `numel()`.
 
         `get_memory_footprint` of diffusers and transformers sums `nelement() * element_size()`, which would
-        otherwise miss the statistics; the number of elements proper is `numel()`.
+        otherwise leave out the statistics.
         """
         return super().nelement() + (0 if self.statistics is None else self.statistics.nbytes)
 
 
 class QuantizedLayer(nn.Linear):
-    """An nn.Linear with a quantized weight; adapters of PEFT and diffusers take it for the linear layer it is.
+    """An nn.Linear with a quantized weight. PEFT and diffusers add adapters to it as to any linear layer.
 
-    It starts on meta with no values. `quantize` fills it from a floating-point weight, `load_packed` from codes, and
-    `load_state_dict` from whichever of the two the state dict holds.
+    It starts on meta without values. `quantize` fills it from a floating-point weight, `load_packed` fills it
+    from codes, and `load_state_dict` accepts either.
     """
 
     weight: QuantizedParameter
     parameter_class: ClassVar[type[QuantizedParameter]]
     code_dtype: ClassVar[torch.dtype]
     statistic_keys: ClassVar[Mapping[str, str]]
-    """Where a state dict has the weight's statistics, below the layer, and what `load_packed` calls them."""
+    """Key of each statistic in a state dict, relative to the layer -> its name in `load_packed`."""
     on_host: bool = False
-    """Whether the weight stays where it is when the layer is moved, see `quant.on_host`."""
+    """True if the weight stays on the host when the layer is moved, see `quant.layers.on_host`."""
     exact: Tensor | None
-    """The weight (out, in) in full precision, where products are to be exact; in no file. See `quant.exact`."""
+    """The weight (out, in) in full precision, if the layer multiplies by that instead, see
+    `quant.layers.exact`. It is not saved."""
 
     def __init__(
         self,
@@ -97,22 +100,28 @@ class QuantizedLayer(nn.Linear):
         self.requires_grad_(False)
 
     def quantize(self, weight: Tensor, name: str = "weight") -> None:
-        """Take over a weight (out, in) in fp32, fp16 or bf16 on its device; ValueError names it by `name`."""
+        """Quantizes a weight (out, in) in fp32, fp16 or bf16 on its device, and makes it the layer's weight.
+
+        Raises ValueError, naming the weight by `name`, if it does not fit the layer or cannot be quantized.
+        """
         raise NotImplementedError
 
     def load_packed(self, packed: Tensor, statistics: Mapping[str, Tensor], name: str = "weight") -> None:
-        """Take over codes with the statistics that a bitsandbytes file has for them, see `statistic_keys`.
+        """Sets packed codes and the statistics of a bitsandbytes file as the weight, see `statistic_keys`.
 
-        Raises ValueError, naming the tensor, for what does not fit.
+        Raises ValueError, naming the tensor, if codes or statistics do not fit the layer.
         """
         raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (out, in)."""
+        """Returns the weight (out, in) in floating point."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (..., in) -> (..., out), in the input's dtype; under autocast in autocast's, as nn.Linear."""
+        """Computes (..., out) from input (..., in).
+
+        The result is in the input's dtype, or under autocast in autocast's dtype, as with nn.Linear.
+        """
         autocast = autocast_dtype(input.device.type)
         compute_dtype = self.compute_dtype if autocast is None else autocast
         bias = None if self.bias is None else self.bias.to(compute_dtype)
@@ -124,18 +133,18 @@ class QuantizedLayer(nn.Linear):
         return output.to(input.dtype if autocast is None else autocast)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) times the weight transposed, plus bias, all in one dtype."""
+        """Computes x W^T + bias for x (..., in); all in one dtype."""
         raise NotImplementedError
 
     def _packed_statistics(self) -> dict[str, Tensor]:
-        """The weight's statistics by the keys of `statistic_keys`; only where there are any."""
+        """Returns the weight's statistics by the keys of `statistic_keys`; the layer must have a weight."""
         raise NotImplementedError
 
     def _parameter(self, data: Tensor, statistics: Any) -> QuantizedParameter:
         return self.parameter_class.make(data, False, statistics)
 
-    def _take_over(self, linear: nn.Linear, name: str) -> Self:
-        """This layer in place of `linear`: quantized where that has values, waiting for them where it is on meta."""
+    def _copy_from(self, linear: nn.Linear, name: str) -> Self:
+        """Copies weight (quantized) and bias of `linear`, unless it is on meta; returns this layer."""
         if not linear.weight.is_meta:
             self.quantize(linear.weight, name)
             if linear.bias is not None:
@@ -157,15 +166,16 @@ class QuantizedLayer(nn.Linear):
         def keep_codes(tensor: Tensor) -> Tensor:
             if self.on_host and tensor is self.weight:
                 return tensor.detach()
-            # Detached it is a plain tensor, the only kind that nn.Module can wrap again.
+            # detach() gives a plain tensor: nn.Module cannot wrap a QuantizedParameter into a parameter
+            # again.
             moved = fn(tensor).detach()
-            # Module.type() would cast the codes as well.
+            # Module.type() would also cast the codes.
             return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
 
         statistics = self.weight.statistics
         super()._apply(keep_codes, recurse)
-        # nn.Module either swaps the data below the parameter, where the statistics stay behind, or makes a plain
-        # nn.Parameter.
+        # nn.Module either swaps the data inside the parameter, which leaves the statistics on the old device,
+        # or creates a plain nn.Parameter.
         if not isinstance(self.weight, self.parameter_class):
             self.weight = self._parameter(self.weight.data, None)
         moved = None if statistics is None else statistics.to(self.weight.device)
@@ -189,11 +199,12 @@ class QuantizedLayer(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "weight"
+        # A copy without the statistics, which nn.Module would report as unexpected keys.
         rest = dict(state_dict)
         statistics = {
-            name: rest.pop(prefix + place)
-            for place, name in self.statistic_keys.items()
-            if prefix + place in rest
+            name: rest.pop(prefix + suffix)
+            for suffix, name in self.statistic_keys.items()
+            if prefix + suffix in rest
         }
         if key in rest:
             weight = rest[key].detach()
@@ -206,7 +217,8 @@ class QuantizedLayer(nn.Linear):
                     self.quantize(weight, key)
             except ValueError as error:
                 error_msgs.append(str(error))
-            # In place already: nn.Module sees the layer's own parameter and goes on to the bias.
+            # The weight is loaded. nn.Module now finds the layer's own parameter under its key, and loads the
+            # bias.
             rest[key] = self.weight
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -1,4 +1,4 @@
-"""How far a quantized model is from the weights that it was made of, measured on its layers as they stand."""
+"""Measures how far a quantized model's weights are from the full-precision weights."""
 
 from dataclasses import dataclass
 
@@ -10,26 +10,28 @@ from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.fill import Finish
 
 SAMPLE = 500_000
-_PIECES = 4  # of a layer: few enough that a disk finds them fast
+_PIECES = 4  # row ranges per layer; few, because every range costs a disk seek
 
 
 @dataclass(frozen=True)
 class BaseError:
-    """Over all quantized layers together."""
+    """The error over all quantized layers together."""
 
-    relative: float  # RMS: |restored - weight| / |weight|
+    relative: float  # relative RMS error, |restored - weight| / |weight|
     layers: int
-    measured: int  # weights that were compared
-    weights: int  # of the quantized layers
+    measured: int  # number of weights compared
+    weights: int  # number of weights in the quantized layers
 
 
 def base_error(
     model: nn.Module, weights: ShardedWeights, *, finish: Finish | None = None, sample: int = SAMPLE
 ) -> BaseError:
-    """Compares with the weights that the model was quantized from, in full precision; adapters are left out.
+    """Compares the model's dequantized layers with the full-precision `weights`; ignores adapters.
 
-    finish: as for `fill`. sample: weights compared a layer, about, in four runs of whole rows spread evenly. Raises
-    ValueError where a layer's weight is not among the weights.
+    finish: see `fill`.
+    sample: about how many weights to compare in each layer, in four evenly spread ranges of whole rows.
+
+    Raises ValueError where a layer's weight is not among `weights`.
     """
     squares = errors = 0.0
     layers = measured = total = 0
@@ -40,7 +42,7 @@ def base_error(
         name = f"{path.removesuffix('.base_layer')}.weight"
         rows, columns = layer.out_features, layer.in_features
         if name not in known or weights.shape(name) != (rows, columns):
-            raise ValueError(f"{weights.folder}: has no {name} of shape {(rows, columns)}")
+            raise ValueError(f"{weights.folder}: no {name} of shape {(rows, columns)}")
         pieces = _pieces(rows, sample // columns)
         restored = _rows(layer.dequantize(torch.float32), pieces)
         read = weights.read(name) if finish is None else finish(name, weights.read(name))
@@ -54,12 +56,12 @@ def base_error(
 
 
 def _pieces(rows: int, wanted: int) -> list[slice]:
-    """Runs of rows, about as many rows as wanted, from the first to the last."""
+    """Returns evenly spread ranges from the first row to the last, with about `wanted` rows in total."""
     if rows <= max(wanted, _PIECES):
         return [slice(0, rows)]
-    length = max(1, wanted // _PIECES)
-    starts = (piece * (rows - length) // (_PIECES - 1) for piece in range(_PIECES))
-    return [slice(start, start + length) for start in starts]
+    count = max(1, wanted // _PIECES)
+    starts = (piece * (rows - count) // (_PIECES - 1) for piece in range(_PIECES))
+    return [slice(start, start + count) for start in starts]
 
 
 def _rows(weight: Tensor, pieces: list[slice]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Put a checkpoint's tensors into a model that waits for them on meta, quantizing those that are to be quantized."""
+"""Loads a checkpoint's tensors into a model on meta, and quantizes the weights of its quantized layers."""
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
@@ -13,19 +13,20 @@ from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.serialize import split_statistic
 
 OnProgress = Callable[[int, int], None]
-"""Called after each tensor with (bytes done, bytes in all)."""
+"""Called after each tensor with (bytes done, total bytes)."""
 
 Finish = Callable[[str, Tensor], Tensor]
-"""What a tensor as it was read becomes, by its name."""
+"""Converts a tensor after it was read, by its name."""
 
 OnLayerLoaded = Callable[[str, QuantizedLayer], None]
-"""Called with each quantized layer, by its path, when it has its weight; may put that elsewhere."""
+"""Called with the path of each quantized layer and the layer, once it has its weight; may move the weight."""
 
 Statistics = Mapping[str, Mapping[str, str]]
-"""The weight of a packed layer -> the statistics beside it, by suffix -> their names in the file."""
+"""Name of a packed weight -> suffix of each of its statistics -> the statistic's name in the file."""
 
 _SHOWN = 5  # names in an error message
-# Statistics are checked on the host, but for the long ones, which nobody need look at there.
+# Short statistics are read to the host, where their values are checked. These long ones are read to the
+# device.
 _LONG_STATISTICS = ("absmax", "SCB")
 
 
@@ -43,28 +44,30 @@ def fill(
     finish: Finish | None = None,
     place: OnLayerLoaded | None = None,
 ) -> None:
-    """Give every parameter and buffer of `model` its value on `device`, in `dtype` where it is not packed.
+    """Gives every parameter and buffer of `model` its value on `device`, in `dtype` unless it is packed.
 
-    packed: the weights of quantized layers are packed in the files; else they are quantized here.
-    place: what becomes of a quantized layer, one by one, so that not all of them need be on `device`.
-    finish: what is still to be done to a tensor that is not packed, by its name, once it has been read.
-    in_fp32: names of modules that stay in fp32. leave_out: what of the files or the model's own names is passed
-    over; all others must be in both.
+    packed: True if the files hold the weights of quantized layers packed; False to quantize them here.
+    place: called with each quantized layer when it has its weight, and may move it; then `device` need not
+        hold all layers at once.
+    finish: converts each tensor that is not packed after it was read.
+    in_fp32: names of modules that stay in fp32.
+    leave_out: names of tensors in the files or in the model to ignore. All other names must be in both.
 
-    Raises ValueError, naming the file or the tensor, which must be finite where the model is quantized. What can be
-    told from the files' headers is told before anything is read.
+    Raises ValueError, naming the file or the tensor, for missing, unexpected or damaged tensors, and for
+    tensors that are not finite if the model is quantized. Errors that are visible in the files' headers are
+    raised before any tensor is read.
     """
     quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
     own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
-    beside = {name for suffixes in statistics.values() for name in suffixes.values()}
-    names = [name for name in weights.names if name not in beside and name not in leave_out]
+    statistic_names = {name for suffixes in statistics.values() for name in suffixes.values()}
+    names = [name for name in weights.names if name not in statistic_names and name not in leave_out]
     _check_names(weights, own.keys() - set(leave_out), set(names))
     packed_layers = {name for name in names if packed and _is_quantized(model, name)}
     for name in names:
         if name not in packed_layers:
             _check_header(weights, name, own[name])
-    total = sum(_nbytes(weights, name) for name in (*names, *beside))
+    total = sum(_nbytes(weights, name) for name in (*names, *statistic_names))
     done = 0
     for name, parts in _complete(weights, names, statistics, device, on_file):
         path, _, leaf = name.rpartition(".")
@@ -95,7 +98,7 @@ def fill(
 
 
 def packed_statistics(model: nn.Module, names: Collection[str]) -> Statistics:
-    """What of a file's `names` are statistics of quantized layers of the model."""
+    """Finds the names that are statistics of the model's quantized layers."""
     statistics: dict[str, dict[str, str]] = {}
     for name in names:
         parts = split_statistic(name)
@@ -105,11 +108,11 @@ def packed_statistics(model: nn.Module, names: Collection[str]) -> Statistics:
 
 
 def _is_quantized(model: nn.Module, name: str) -> bool:
-    """Whether `name` is the weight of a quantized layer."""
+    """Tests whether `name` is the weight of a quantized layer."""
     path, _, leaf = name.rpartition(".")
     try:
         return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLayer)
-    except AttributeError:  # a name that the model does not know
+    except AttributeError:  # the model has no such module
         return False
 
 
@@ -120,16 +123,17 @@ def _complete(
     device: torch.device,
     on_file: FileRead | None,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each name with its tensor and those of its statistics, by name, as soon as all of them have been read."""
+    """Yields each name with its tensor and its statistics, by name, as soon as all of them have been read."""
     owner = {key: name for name, suffixes in statistics.items() for key in suffixes.values()}
-    lacking = {name: 1 + len(statistics.get(name, ())) for name in names}
+    expected = {name: 1 + len(statistics.get(name, ())) for name in names}
     found: dict[str, dict[str, Tensor]] = {}
     with closing(_tensors(weights, names, statistics, device, on_file)) as tensors:
         for key, tensor in tensors:
             name = owner.get(key, key)
             found.setdefault(name, {})[key] = tensor
+            # This reference would keep the tensor alive after the caller has finished with it.
             del tensor
-            if len(found[name]) == lacking[name]:
+            if len(found[name]) == expected[name]:
                 yield name, found.pop(name)
 
 
@@ -140,7 +144,7 @@ def _tensors(
     device: torch.device,
     on_file: FileRead | None,
 ) -> Generator[tuple[str, Tensor], None, None]:
-    """Names, with their statistics, in the order of the files."""
+    """Yields the names and their statistics with their tensors, in the order of the files."""
     short = {
         key
         for suffixes in statistics.values()
@@ -149,7 +153,7 @@ def _tensors(
     }
     keys = {*names, *(key for suffixes in statistics.values() for key in suffixes.values())}
     if statistics and device.type == "cpu":
-        # Packed weights are used where they lie: mapped, and shared with whoever else has mapped them.
+        # On the CPU, packed weights stay memory-mapped. Processes that map the same file share the memory.
         if on_file is not None:
             for path in weights.files:
                 on_file(path, file_digest(path))
@@ -163,23 +167,23 @@ def _tensors(
 def _check_names(weights: ShardedWeights, expected: set[str], found: set[str]) -> None:
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     problems = [
-        f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected))
+        f"{len(names)} {problem} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for problem, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     if problems:
-        raise ValueError(f"{weights.folder}: the weights do not fit config.json: {'; '.join(problems)}")
+        raise ValueError(f"{weights.folder}: the weights do not match config.json: {'; '.join(problems)}")
 
 
 def _check_header(weights: ShardedWeights, name: str, own: Tensor) -> None:
     stored = weights.stored(name)
     if stored.shape != tuple(own.shape):
         raise ValueError(
-            f"{weights.path(name)}: {name}: expected shape {tuple(own.shape)}, got {stored.shape}"
+            f"{weights.path(name)}: {name}: got shape {stored.shape}, expected {tuple(own.shape)}"
         )
     if own.is_floating_point() and not stored.dtype.is_floating_point:
         raise ValueError(
-            f"{weights.path(name)}: {name}: expected a floating-point tensor, got {stored.dtype}"
+            f"{weights.path(name)}: {name}: got {stored.dtype}, expected a floating-point tensor"
         )
 
 
@@ -189,12 +193,13 @@ def _nbytes(weights: ShardedWeights, name: str) -> int:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError, naming the tensor, where it holds NaN or infinity, which a cast to float16 may bring."""
+    """Raises ValueError, naming the tensor, if it is not finite, which a cast to float16 can cause."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise ValueError(f"{name}: holds NaN or infinite values as {tensor.dtype}")
+        raise ValueError(f"{name}: contains NaN or infinite values as {tensor.dtype}")
 
 
 def _place(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Replaces a parameter or buffer of the module, which is on meta, by one with this value."""
     parameter = module._parameters.get(leaf)
     if parameter is None:
         module._buffers[leaf] = tensor

@@ -1,4 +1,4 @@
-"""Weights without values: a model on meta whose quantized layers have packed weights of the right sizes."""
+"""Builds a model on meta whose weights have the dtypes and sizes of a loaded model, for planning memory."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,8 +23,10 @@ Model = TypeVar("Model", bound=ModelMixin)
 
 @contextmanager
 def built_on_meta() -> Iterator[None]:
-    """Modules that are made within are on meta, and are not filled by torch.nn.init: that it does in Python there, in
-    more time than all else takes."""
+    """Creates modules on meta and skips their initialization.
+
+    On meta, torch.nn.init runs in Python, and takes longer than all the rest of building a model.
+    """
     with torch.device("meta"), _NotFilled():
         yield
 
@@ -33,7 +35,7 @@ class _NotFilled(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch's hook."""
+        """Implements torch's hook: returns the tensor unchanged from any function of torch.nn.init."""
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
@@ -42,10 +44,10 @@ class _NotFilled(TorchFunctionMode):
 def model_on_meta(
     model_cls: type[Model], config: dict[str, Any], recipe: QuantRecipe | None, dtype: torch.dtype
 ) -> Model:
-    """The model that `config` describes as `load_quantized` would give it, but for the values.
+    """Returns the model that `load_quantized` would load for `config`, without values.
 
-    Raises ValueError where the configuration describes no such model, SkipListError where the skip list names no
-    layer, unless the configuration brings it along.
+    Raises ValueError where no model can be built from the config, and SkipListError where an entry of the
+    skip list matches no layer, unless the config itself contains the list.
     """
     try:
         with default_dtype(dtype), built_on_meta():
@@ -54,7 +56,7 @@ def model_on_meta(
         raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
     if recipe is not None:
         with built_on_meta():
-            # Of what a list matches besides, loading warns.
+            # Loading warns where an entry matches too much, so this only checks that every entry matches.
             if "quantization_config" not in config:
                 refuse_unmatched(model, recipe.skip)
             convert(model, recipe, check_skip=False)
@@ -63,11 +65,11 @@ def model_on_meta(
 
 
 def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Collection[str] = ()) -> None:
-    """Gives every parameter and stored buffer of a model on meta the dtype and size that loading would give it.
+    """Gives parameters and saved buffers of a model on meta the dtypes and sizes that loading gives them.
 
-    `dtype` is that of what is not quantized, but for modules with a name of `in_fp32`.
+    `dtype` applies to tensors that are not quantized, except in modules with a name in `in_fp32`.
     """
-    placed: dict[int, nn.Parameter] = {}  # what is shared stays one
+    placed: dict[int, nn.Parameter] = {}  # keeps shared parameters shared
     for path, module in model.named_modules():
         own_dtype = torch.float32 if set(in_fp32) & set(path.split(".")) else dtype
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -79,19 +81,19 @@ def place_weights_on_meta(model: nn.Module, dtype: torch.dtype, *, in_fp32: Coll
                     placed[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 module._parameters[name] = placed[id(parameter)]
         for name, buffer in list(module.named_buffers(recurse=False)):
-            # What no file holds stays as the model makes it.
+            # Buffers that are not saved keep the dtype that the model gave them.
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=own_dtype, device="meta")
 
 
 def weight_tensors(module: nn.Module) -> list[Tensor]:
-    """What a module itself holds, the statistics of a packed weight included."""
+    """Returns the module's own tensors and the statistics of a packed weight, without submodules."""
     tensors: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return tensors + (statistics_of(module) if isinstance(module, QuantizedLayer) else [])
 
 
 def statistics_of(module: QuantizedLayer) -> list[Tensor]:
-    """The tensors beside a layer's codes: those that its statistics hold, without the tables all layers share."""
+    """Returns the tensors of a layer's statistics, without the tables that all layers share."""
     statistics = module.weight.statistics
     if isinstance(statistics, Tensor):
         return [statistics]
@@ -100,6 +102,7 @@ def statistics_of(module: QuantizedLayer) -> list[Tensor]:
 
 
 def _packed(module: QuantizedLayer) -> Params4bit | Int8Params:
+    """Returns the packed weight of a layer, with its statistics, on meta."""
     outputs, width = module.out_features, module.in_features
     if isinstance(module, Linear4bit):
         codes = _empty(((outputs * width + 1) // 2, 1), torch.uint8)

@@ -1,4 +1,4 @@
-"""A quantized model as the folder that diffusers reads with bitsandbytes: config.json and safetensors."""
+"""Saves a quantized model as a folder that diffusers loads with bitsandbytes: config.json and safetensors."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,20 +22,20 @@ from halfbyte.quant.layers.linear8bit import Linear8bit
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 
 CONFIG_FILE = "config.json"
-DEFAULT_SHARD_BYTES = 10 * 10**9  # diffusers' own
+DEFAULT_SHARD_BYTES = 10 * 10**9  # as in diffusers
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 
 
 def quantization_config(recipe: QuantRecipe) -> dict[str, Any]:
-    """The `quantization_config` of config.json, with every key that diffusers' BitsAndBytesConfig writes."""
+    """Returns the `quantization_config` of config.json, with every key of diffusers' BitsAndBytesConfig."""
     eight = recipe.quant_type == "int8"
     return {
         "_load_in_4bit": not eight,
         "_load_in_8bit": eight,
         "bnb_4bit_compute_dtype": str(recipe.compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        # What BitsAndBytesConfig has there when nobody names a type.
+        # fp4 is BitsAndBytesConfig's default.
         "bnb_4bit_quant_type": "fp4" if eight else recipe.quant_type,
         "bnb_4bit_use_double_quant": recipe.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
@@ -51,10 +51,13 @@ def quantization_config(recipe: QuantRecipe) -> dict[str, Any]:
 def read_quantization_config(
     config: Mapping[str, Any], where: str, *, dtype: torch.dtype = torch.bfloat16
 ) -> QuantRecipe:
-    """The recipe that a `quantization_config` stands for; ValueError, beginning with `where`, for any other kind.
+    """Reads the recipe from a `quantization_config`.
 
-    The block size is not in it: each weight's own statistics say that. `dtype`, that of what is not quantized, is
-    what int8 products run in: bitsandbytes takes the input's, and writes a compute dtype that means nothing there.
+    The block size is not in the config but in each weight's statistics. int8 products run in `dtype`, the
+    dtype of the tensors that are not quantized: for int8, bitsandbytes uses the input's dtype and ignores the
+    compute dtype that it writes.
+
+    Raises ValueError, beginning with `where`, for a config that is not bitsandbytes' or is not supported.
     """
     method = config.get("quant_method")
     four, eight = (config.get(key, config.get(f"_{key}")) is True for key in ("load_in_4bit", "load_in_8bit"))
@@ -64,7 +67,10 @@ def read_quantization_config(
             " or with load_in_8bit"
         )
     if eight and config.get("llm_int8_has_fp16_weight", False) is not False:
-        raise ValueError(f"{where}: llm_int8_has_fp16_weight is set, and weights in fp16 are not quantized")
+        raise ValueError(
+            f"{where}: llm_int8_has_fp16_weight is set, so the weights are in fp16 and not quantized; accepted:"
+            " false"
+        )
     storage = config.get("bnb_4bit_quant_storage", "uint8")
     if storage != "uint8":
         raise ValueError(f"{where}: bnb_4bit_quant_storage is {storage!r}, accepted: uint8")
@@ -98,27 +104,28 @@ def save_quantized(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a converted diffusers model so that stock diffusers loads it; the folder appears whole or not at all.
+    """Writes a converted diffusers model as a folder that stock diffusers loads; the write is atomic.
 
-    Without `recipe` the settings are those that the model was loaded with. Adapters on the model are left out.
-    Raises ValueError where the model's quantized layers are not those that the recipe means, and FileExistsError
-    where the folder holds something.
+    Without `recipe`, the settings with which the model was loaded are saved. Adapters are not saved.
+
+    Raises ValueError where the model's quantized layers do not match the recipe, and FileExistsError where
+    the folder is not empty.
     """
     folder = Path(folder)
     model_name = type(model).__name__
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder}: holds files already; name an empty or a new folder")
+        raise FileExistsError(f"{folder}: already contains files; choose an empty or a new folder")
     if not isinstance(model, ConfigMixin):
-        raise ValueError(f"{model_name}: not a diffusers model, it has no config to save")
+        raise ValueError(f"{model_name}: not a diffusers model: it has no config to save")
     config = json.loads(model.to_json_string())
     if recipe is None:
         if "quantization_config" not in config:
-            raise ValueError(f"{model_name}: is not quantized; load it with load_quantized and a recipe")
+            raise ValueError(f"{model_name}: not quantized; load the model with load_quantized and a recipe")
         recipe = read_quantization_config(config["quantization_config"], model_name)
     _check_layers(model, recipe)
     tensors = base_tensors(model)
     config["quantization_config"] = quantization_config(recipe)
-    # Where the model came from, often a path on this machine, is nothing to publish.
+    # The model's origin is often a path on this machine, which must not be published.
     config.pop("_name_or_path", None)
     with work_folder(folder) as work:
         write_file(work / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -127,19 +134,19 @@ def save_quantized(
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters, under the names that it has without them."""
+    """Returns the state dict without adapters, under the names that the model has without adapters."""
     tuned = _tuned(model)
     named = ((_base_name(name, tuned), tensor) for name, tensor in model.state_dict().items())
     return {name: tensor for name, tensor in named if name is not None}
 
 
 def _tuned(model: nn.Module) -> list[str]:
-    """The paths that an adapter of PEFT has taken, with the layer of the model below it as `base_layer`."""
+    """Returns the paths of PEFT's adapter layers; each has the model's own layer as `base_layer`."""
     return [path for path, module in model.named_modules() if hasattr(module, "base_layer")]
 
 
 def _base_name(name: str, tuned: Sequence[str]) -> str | None:
-    """The name of a tensor or module without adapters; None where it belongs to an adapter."""
+    """Returns the name that a tensor or module has without adapters; None if it belongs to an adapter."""
     for path in tuned:
         base = f"{path}.base_layer"
         if name == base or name.startswith(f"{base}."):
@@ -150,12 +157,12 @@ def _base_name(name: str, tuned: Sequence[str]) -> str | None:
 
 
 def split_statistic(key: str) -> tuple[str, str] | None:
-    """The name of a quantized weight and that of its statistic; None where the key names no statistic."""
+    """Splits a key into the name of a quantized weight and its statistic; returns None for any other key."""
     return packing.split_key(key) or int8.split_key(key)
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Each weight with its statistics; diffusers cannot load one whose statistics are in another shard."""
+    """Yields each weight with its statistics, because diffusers cannot load them from different shards."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         statistic = split_statistic(name)
@@ -164,6 +171,7 @@ def _groups(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _check_layers(model: nn.Module, recipe: QuantRecipe) -> None:
+    """Raises ValueError, naming a linear layer, if it is not quantized or skipped as the recipe says."""
     skip, tuned = (*recipe.skip, *kept_in_fp32(model)), _tuned(model)
     for name, module in model.named_modules():
         path = _base_name(name, tuned)
@@ -171,27 +179,28 @@ def _check_layers(model: nn.Module, recipe: QuantRecipe) -> None:
             continue
         skipped = is_skipped(path, skip)
         if isinstance(module, QuantizedLayer):
-            if skipped or not _is_meant(module, recipe):
+            if skipped or not _matches(module, recipe):
                 raise ValueError(
-                    f"{path}: quantized with {_described(module)}, which is not what {recipe} says"
+                    f"{path}: quantized with {_describe(module)}, which does not match the recipe {recipe}"
                 )
         elif not skipped:
-            raise ValueError(f"{path}: not quantized, though {recipe} does not skip it")
+            raise ValueError(f"{path}: not quantized, but the recipe does not skip it: {recipe}")
 
 
-def _is_meant(layer: QuantizedLayer, recipe: QuantRecipe) -> bool:
+def _matches(layer: QuantizedLayer, recipe: QuantRecipe) -> bool:
+    """Tests whether the layer is quantized with the recipe's settings, as far as files record them."""
     if isinstance(layer, Linear8bit):
         return recipe.quant_type == "int8" and layer.threshold == recipe.llm_int8_threshold
     assert isinstance(layer, Linear4bit)
-    # The block size is in each weight's own statistics, so a config cannot contradict it; how a scale was found
-    # is in no file.
+    # The block size is in each weight's statistics, so the config cannot contradict it. Files do not record
+    # the scale search.
     spec = replace(layer.spec, scale_search=None)
     return recipe.quant_type != "int8" and spec == QuantSpec(
         recipe.quant_type, recipe.double_quant, spec.blocksize
     )
 
 
-def _described(layer: QuantizedLayer) -> str:
+def _describe(layer: QuantizedLayer) -> str:
     if isinstance(layer, Linear8bit):
         return f"int8, threshold {layer.threshold:g}"
     return str(layer.spec)

@@ -1,4 +1,4 @@
-"""Load a text encoder of transformers from a folder, streamed like the transformer and quantized if asked."""
+"""Loads a transformers text encoder from a folder tensor by tensor, and quantizes it if a recipe is given."""
 
 import logging
 import re
@@ -34,15 +34,15 @@ def load_text_encoder(
     progress: OnProgress | None = None,
     place: OnLayerLoaded | None = None,
 ) -> TextEncoder:
-    """The encoder of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
+    """Loads the encoder of `folder` to `device`, frozen and in eval mode.
 
-    In 4 bits the modules that transformers would keep in fp32 stay in `dtype` (T5's forward casts what goes into
-    its `wo` to the weight's dtype, and packed codes have none that could be meant); in int8 they are quantized
-    too. Where the folder is quantized already it is taken as it is. `place` gets each quantized layer when it has
-    its weight.
+    It is quantized with `recipe`, or in `dtype` without a recipe. An already quantized folder keeps its own
+    settings. In 4 bits, the modules that transformers would keep in fp32 are not quantized but in `dtype`:
+    T5's forward casts the input of its `wo` to the weight's dtype, and for packed codes that is uint8. In
+    int8 these modules are quantized too. `place` is called with each quantized layer when it has its weight.
 
-    Raises ValueError, naming the file or the tensor, where files or tensors are missing, damaged or of another
-    shape.
+    Raises ValueError, naming the file or the tensor, where files or tensors are missing, damaged or of the
+    wrong shape.
     """
     folder, device = Path(folder), torch.device(device)
     config = read_config(folder)
@@ -51,7 +51,7 @@ def load_text_encoder(
         own = read_quantization_config(stored, str(folder / CONFIG_FILE), dtype=dtype)
         if recipe is not None and recipe.quant_type != own.quant_type:
             log.warning(
-                "%s is quantized already and loaded as it is: %s, not %s",
+                "%s: already quantized with %s, which is kept; the recipe's %s does not apply",
                 folder,
                 own.quant_type,
                 recipe.quant_type,
@@ -84,12 +84,12 @@ def load_text_encoder(
         )
     for target, source in tied.items():
         _share(model, target, source)
-    # Buffers that are no part of the checkpoint were computed when the model was built.
+    # Moves the buffers that are not in the checkpoint: the model computed them when it was built, on the CPU.
     return model.to(device).eval().requires_grad_(False)
 
 
 def count_parameters(model_cls: type[PreTrainedModel], folder: Path) -> int:
-    """How many parameters the encoder of a folder has, shared ones once; from its config alone."""
+    """Counts the parameters of a folder's encoder from its config, shared parameters once."""
     model = _empty_encoder(model_cls, folder, torch.bfloat16)
     tied = _tied_names(model)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
@@ -98,10 +98,10 @@ def count_parameters(model_cls: type[PreTrainedModel], folder: Path) -> int:
 def text_encoder_on_meta(
     model_cls: type[TextEncoder], folder: Path, recipe: QuantRecipe | None, dtype: torch.dtype
 ) -> TextEncoder:
-    """The encoder of a folder as `load_text_encoder` would give it, but for the values; from its config alone.
+    """Returns the encoder that `load_text_encoder` would load, without values, from the folder's config.
 
-    Of one that is quantized already that does not say which layers are packed: all are taken to be but those that
-    transformers keeps in fp32.
+    The config of an already quantized encoder does not say which layers are packed. This assumes all linear
+    layers except those that transformers keeps in fp32.
     """
     model = _empty_encoder(model_cls, folder, dtype)
     stored = stored_quantization(folder)
@@ -131,7 +131,7 @@ def _empty_encoder(model_cls: type[TextEncoder], folder: Path, dtype: torch.dtyp
 
 
 def _convert(model: PreTrainedModel, recipe: QuantRecipe, layers: set[str] | None) -> None:
-    """Replaces the linear layers whose weights are named in `layers`; without it, all that may be packed."""
+    """Replaces the linear layers with weights in `layers`, or by default all that can be quantized."""
     kept = set(model._keep_in_fp32_modules or ()) if recipe.quant_type != "int8" else set()
     for path, linear in list(linear_layers(model)):
         name = f"{path}.weight"
@@ -141,14 +141,14 @@ def _convert(model: PreTrainedModel, recipe: QuantRecipe, layers: set[str] | Non
 
 
 def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that are one with another -> that other one, as the class says."""
+    """Returns the tied parameters that the class declares: name -> name of the parameter that it shares."""
     tied = getattr(model, "_tied_weights_keys", None) or {}
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {target: source for target, source in tied.items() if target in own and source in own}
 
 
 def _tied(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
-    """As `_tied_names`, the other way around where a file with `names` has only the first of the two."""
+    """Returns `_tied_names`, with a pair swapped if the file's `names` contain only its first name."""
     tied = {}
     for target, source in _tied_names(model).items():
         if target in names and source not in names:
@@ -158,5 +158,6 @@ def _tied(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
 
 
 def _share(model: PreTrainedModel, target: str, source: str) -> None:
+    """Makes the parameter `target` the same object as the parameter `source`."""
     path, _, leaf = target.rpartition(".")
     model.get_submodule(path).register_parameter(leaf, model.get_parameter(source))

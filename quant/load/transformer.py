@@ -1,7 +1,8 @@
-"""Load a diffusers model from a folder into quantized layers, tensor by tensor.
+"""Loads a diffusers model from a folder into quantized layers, tensor by tensor.
 
-Besides the packed model there are only the next few tensors in memory. A folder in full precision is quantized
-on the way; a folder that bitsandbytes or this package has quantized is taken as it is, to the bit.
+Apart from the packed model, only the next few tensors are in memory. A folder in full precision is quantized
+while it loads. The codes of a folder that bitsandbytes or this package has quantized are loaded bitwise
+identical.
 """
 
 import json
@@ -40,16 +41,16 @@ def load_quantized(
     on_file: FileRead | None = None,
     place: OnLayerLoaded | None = None,
 ) -> Model:
-    """The model of `folder` in eval mode on `device`, frozen and quantized by `recipe`, or in `dtype` without one.
+    """Loads the model of `folder` to `device` in eval mode, quantized with `recipe` or else in `dtype`.
 
-    Weights are cast to `dtype` before they are quantized, and so is everything that is not quantized, as
-    `from_pretrained(torch_dtype=dtype)` does. Where the folder is quantized already, its own settings hold,
-    all but `recipe.compute_dtype`. On the CPU such a folder is mapped, and must stay as it is while the model
-    lives. `on_file` is told the digest of each file of weights once it has been read, `place` gets each quantized
-    layer when it has its weight.
+    Weights are cast to `dtype` before they are quantized, and tensors that are not quantized are cast to
+    `dtype` as `from_pretrained(torch_dtype=dtype)` does. An already quantized folder keeps its own settings,
+    except `recipe.compute_dtype`. On the CPU such a folder is memory-mapped, and its files must not change
+    while the model exists. `on_file` is called with each weight file and its digest once the file has been
+    read. `place` is called with each quantized layer when it has its weight.
 
-    Raises ValueError, naming the file or the tensor, where files or tensors are missing, left over, damaged or
-    of another shape, or belong to another class of model.
+    Raises ValueError, naming the file or the tensor, where files or tensors are missing, unexpected, damaged
+    or of the wrong shape, or the folder holds another class of model.
     """
     folder, device = Path(folder), torch.device(device)
     config = read_config(folder, model_cls.__name__)
@@ -75,12 +76,15 @@ def load_quantized(
             on_file=on_file,
             place=place,
         )
-    # Buffers that are no part of the checkpoint were computed when the model was built.
+    # Moves the buffers that are not in the checkpoint: the model computed them when it was built, on the CPU.
     return model.to(device).eval()
 
 
 def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
-    """The config.json of a model's folder; ValueError where it is none, or of another class than `class_name`."""
+    """Reads the config.json of a model's folder.
+
+    Raises ValueError if it is missing, not a JSON object, or describes a class other than `class_name`.
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path}: missing; expected the folder of a diffusers model")
@@ -90,7 +94,7 @@ def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    # transformers' own have no _class_name.
+    # diffusers writes _class_name, transformers writes architectures.
     stored_class = config.get("_class_name", next(iter(config.get("architectures") or ()), class_name))
     if class_name is not None and stored_class != class_name:
         raise ValueError(f"{path}: describes a {stored_class}, expected a {class_name}")
@@ -98,7 +102,10 @@ def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
 
 
 def stored_quantization(folder: Path) -> QuantRecipe | None:
-    """How a model's folder is quantized, by its config.json; None where it is not. Raises ValueError."""
+    """Reads how a model's folder is quantized from its config.json; returns None if it is not quantized.
+
+    Raises ValueError for a config that is damaged or not supported.
+    """
     stored = read_config(folder).get("quantization_config")
     if stored is None:
         return None
@@ -110,7 +117,10 @@ def stored_quantization(folder: Path) -> QuantRecipe | None:
 def empty_model(
     model_cls: type[Model], config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.bfloat16
 ) -> Model:
-    """The model that `config` describes, its parameters on meta; ValueError, naming the folder, where none does."""
+    """Builds the model that `config` describes, with its parameters on meta.
+
+    Raises ValueError, naming the config file, if that fails.
+    """
     try:
         with default_dtype(dtype), init_empty_weights():
             model: Model = model_cls.from_config(config)
@@ -121,24 +131,25 @@ def empty_model(
     return model
 
 
-def merge_settings(own: QuantRecipe, asked: QuantRecipe | None, folder: Path) -> QuantRecipe:
-    """The settings of a quantized folder; only what the products run in is still open to choice."""
-    if asked is None:
+def merge_settings(own: QuantRecipe, requested: QuantRecipe | None, folder: Path) -> QuantRecipe:
+    """Returns a quantized folder's own settings with the requested compute dtype; warns if others differ."""
+    if requested is None:
         return own
-    settled = replace(own, compute_dtype=asked.compute_dtype)
-    if replace(asked, blocksize=own.blocksize) != settled:
+    merged = replace(own, compute_dtype=requested.compute_dtype)
+    # The folder's config does not record the block size, so it is not compared.
+    if replace(requested, blocksize=own.blocksize) != merged:
         log.warning(
-            "%s is quantized already and loaded as it is: %s; what was asked for, %s, does not apply",
+            "%s: already quantized with %s, which is kept; the requested %s does not apply",
             folder,
-            settled.describe(),
-            asked.describe(),
+            merged.describe(),
+            requested.describe(),
         )
-    return settled
+    return merged
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, new parameters are of this dtype."""
+    """Sets torch's default dtype inside the block, so that new parameters have it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,8 +1,8 @@
-"""PEFT's LoRA layers with our arithmetic: base and adapter in one product each way, see `low_rank`.
+"""LoRA layers for PEFT that compute base and adapter together, see `low_rank`.
 
-PEFT owns everything else: names, files, the list of adapters, which is active, their scales. An adapter of the
-plain kind or of DoRA's takes the fused path; for all else that PEFT can do (other variants, merged or several active
-adapters, adapters chosen by sample, LoRA biases, bases of other kinds) the layer is PEFT's own.
+PEFT owns everything else: names, files, the list of adapters, the active adapter and the scales. Plain LoRA
+and DoRA adapters take the fused path. In every other case the layer runs PEFT's own forward: other variants,
+merged adapters, several active adapters, adapters chosen per sample, LoRA biases, and other kinds of base.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,19 @@ from halfbyte.quant.lora.low_rank import AdaptedWeight, FrozenWeight, low_rank_l
 
 
 class LoraLinear(peft_layer.Linear):
-    """PEFT's LoRA over an nn.Linear, base and adapter fused. What runs in the compute dtype runs there for both:
-    autocast's, or else the base's; PEFT without autocast multiplies fp32 adapters in fp32."""
+    """PEFT's LoRA layer on an nn.Linear, with base and adapter fused.
+
+    Base and adapter both compute in autocast's dtype, or without autocast in the base's. Without autocast,
+    PEFT would multiply fp32 adapters in fp32.
+    """
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """PEFT's list of variants, with DoRA's weights unpacked by ourselves."""
+        """Returns PEFT's variants, with our `Dora`, which dequantizes the base without bitsandbytes."""
         return {**super().lora_variants, ("use_dora",): Dora}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in) -> (..., out), in the dtype that the base layer gives."""
+        """Computes the adapted output (..., out) of x (..., in), in the dtype of the base layer's output."""
         fused = None if args or kwargs else _fused(self, x)
         if fused is None:
             return super().forward(x, *args, **kwargs)
@@ -42,31 +45,32 @@ class LoraLinear(peft_layer.Linear):
 
 
 class LoraQuantizedLinear(LoraLinear):
-    """The same over a quantized base, which no adapter can be merged into."""
+    """The same layer on a quantized base. Adapters cannot be merged into it."""
 
     base_kind: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: the sum would be rounded to the base's few bits, and most of the adapter lost."""
+        """Raises ValueError: rounding the sum to the base's few bits would lose most of the adapter."""
         raise ValueError(
-            f"cannot merge an adapter into {self.base_kind} base, where rounding would undo it; keep the adapter"
-            " separate, or load the base unquantized and merge there"
+            f"cannot merge an adapter into {self.base_kind} base: rounding to the base's few bits would lose most of"
+            " the adapter; keep the adapter separate, or load the base unquantized and merge there"
         )
 
 
 class LoraLinear4bit(LoraQuantizedLinear):
-    """Over `Linear4bit`."""
+    """The LoRA layer on a `Linear4bit`."""
 
     base_kind = "a 4-bit"
 
 
 class LoraLinear8bit(LoraQuantizedLinear):
-    """Over `Linear8bit`."""
+    """The LoRA layer on a `Linear8bit`."""
 
     base_kind = "an int8"
 
 
-# By the class of the base; the first that fits is taken, so the special ones come first.
+# The LoRA layer for each class of base. PEFT takes the first match, so subclasses of nn.Linear come before
+# it.
 LORA_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     Linear4bit: LoraLinear4bit,
     Linear8bit: LoraLinear8bit,
@@ -75,16 +79,17 @@ LORA_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fused_config(config: LoraConfig) -> LoraConfig:
-    """The same configuration, which makes our layers; nothing of that is written to files."""
+    """Makes PEFT build our layers from this configuration, and returns it; files do not record the change."""
     config._register_custom_module(LORA_LAYERS)
     return config
 
 
 def lora_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """`tuple(layer(x) for layer in layers)`, with the A of all adapted layers in one product.
+    """Computes `tuple(layer(x) for layer in layers)`, with the A of all adapted layers in one product.
 
-    Layers that are not ours, or whose adapters take PEFT's path, are called one by one; so are all where their
-    compute dtypes differ, or an adapter's dropout is on, which draws a mask for each layer.
+    A layer is called separately if it is not ours, if its adapter takes PEFT's path, or if its adapter's
+    dropout is active, since each layer draws its own dropout mask. If the compute dtypes differ, all layers
+    are.
     """
     fused = [_fused(layer, x) if isinstance(layer, LoraLinear) else None for layer in layers]
     group = [layer for layer in fused if layer is not None and layer.dropout is None]
@@ -99,21 +104,21 @@ def lora_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Fused:
-    """One layer's part in a fused product."""
+    """The operands of one layer in a fused product."""
 
     adapted: AdaptedWeight
     dropout: nn.Module | None
     compute_dtype: torch.dtype
     output_dtype: torch.dtype
-    excess: Tensor | None = None  # (N,) fp32, DoRA's; the bias is then added after the rescaling
-    bias: Tensor | None = None  # (N,)
+    excess: Tensor | None = None  # (N,) fp32, with DoRA only
+    bias: Tensor | None = None  # (N,), with DoRA only, which adds it after rescaling; else in `adapted`
 
 
 def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
-    """What the fused path needs of a layer; None where its state asks for PEFT's own."""
+    """Returns the layer's operands for the fused path; None where it must take PEFT's own."""
     adapter = _sole_adapter(layer)
     base: Any = layer.base_layer
-    # A class that was derived from nn.Linear may compute anything.
+    # The exact class is compared: another subclass of nn.Linear may compute anything in its forward.
     if adapter is None or type(base) not in LORA_LAYERS or base.weight.requires_grad:
         return None
     down, up, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
@@ -130,20 +135,21 @@ def _fused(layer: LoraLinear, x: Tensor) -> _Fused | None:
     elif x.dtype == base.weight.dtype:
         compute_dtype = output_dtype = x.dtype
     else:
-        return None  # the base alone knows what it makes of this
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    seen = dropout if drops else None
+        return None  # x and the weight differ in dtype: only the base's own forward decides what happens then
+    is_dropping = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    active_dropout = dropout if is_dropping else None
     scale = layer.scaling[adapter]
     if adapter not in layer.lora_variant:
         adapted = AdaptedWeight(weight, base.bias, down.weight, up.weight, scale)
-        return _Fused(adapted, seen, compute_dtype, output_dtype)
+        return _Fused(adapted, active_dropout, compute_dtype, output_dtype)
+    # DoRA: y = (1 + excess) * ((W + s B A) x) + bias, so the fused product leaves the bias to `rescale`.
     adapted = AdaptedWeight(weight, None, down.weight, up.weight, scale)
     excess = layer.lora_magnitude_vector[adapter].excess(base, down.weight, up.weight, scale)
-    return _Fused(adapted, seen, compute_dtype, output_dtype, excess, base.bias)
+    return _Fused(adapted, active_dropout, compute_dtype, output_dtype, excess, base.bias)
 
 
 def _sole_adapter(layer: LoraLinear) -> str | None:
-    """The one adapter to apply; None where there is none, several, or one of another kind than LoRA and DoRA."""
+    """Returns the adapter to apply; None for no adapter, several, or any kind other than LoRA and DoRA."""
     if layer.disable_adapters or layer.merged:
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -155,11 +161,15 @@ def _sole_adapter(layer: LoraLinear) -> str | None:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether calling the module does no more than its class says: offloading and hooks need the call."""
+    """Tests that the module has no hooks and no replaced forward, so that bypassing its call changes nothing.
+
+    accelerate's offloading replaces `forward` on the instance.
+    """
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _apply(x: Tensor, layers: Sequence[_Fused]) -> tuple[Tensor, ...]:
+    """Computes the outputs (..., out) of x (..., in) for layers with equal compute dtype and dropout."""
     first = layers[0]
     rows = x.reshape(-1, x.shape[-1]).to(first.compute_dtype)
     dropped = None if first.dropout is None else first.dropout(rows)
@@ -173,7 +183,10 @@ def _apply(x: Tensor, layers: Sequence[_Fused]) -> tuple[Tensor, ...]:
 
 
 def group_layer(layer: nn.Module, x: Tensor) -> GroupLayer | None:
-    """The layer's part in a `LinearGroup` over x, computed in x's dtype; None where it must be called as it is."""
+    """Returns the layer's operands in a `LinearGroup` that computes in x's dtype.
+
+    Returns None if the layer cannot be computed that way and must be called instead.
+    """
     if not _is_bare(layer):
         return None
     base = layer

@@ -1,17 +1,24 @@
-"""Layers that share an input, with their adapters, as one product each way.
+"""Computes linear layers that share an input, and their adapters, with one matrix product in each direction.
 
-For layers i with weights W_i (N_i, K), biases b_i and adapters s_i B_i A_i,
+Layer i has the weight W_i (N_i, K), the bias b_i and the adapter s_i B_i A_i:
 
     y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T
 
-is the i-th part of [x, u] [W, B]^T + b, with u = x A^T of all A stacked, W stacked, and B the s_i B_i on a diagonal
-of blocks: the adapters lengthen the sum by their ranks, and nothing is read back to be added to. In the same way
+Stack W_i into W (N, K) and A_i into A (r, K), and put s_i B_i on the diagonal of a block-diagonal B (N, r).
+With u = x A^T (M, r), all layers together are one product:
 
-    dx = [g, p] [W; A]    with p = g B,    dA = p^T x,    dB_i = s_i g_i^T u_i.
+    y = [x, u] [W, B]^T + b
 
-These are plain functions over matrices; the blocks that are autograd functions as a whole (`trainer.families`) call
-them in both passes. x and u lie side by side in one matrix, and so do g and p: `widened` makes room for them. Of x
-and u the backward reads each by itself, so that u, which is small, can be kept where x is made anew.
+The adapters only add r columns to the inner dimension, and no output is read back to be added to. The
+backward has the same form. With the gradients g (M, N) of y and p = g B (M, r):
+
+    dx = [g, p] [W; A]      dA = p^T x      dB_i = s_i g_i^T u_i
+
+`widened` allocates x and u in one buffer, and g and p in another, so that [x, u] and [g, p] need no copy.
+
+The methods are plain functions over matrices without autograd. The transformer blocks that are autograd
+functions as a whole (`trainer.families`) call them in both passes. The backward takes x and u as separate
+matrices: a block keeps the small u from the forward and recomputes x.
 """
 
 from collections.abc import Sequence
@@ -24,19 +31,20 @@ from halfbyte.kernels.fp32_product import product_in_fp32
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 from halfbyte.kernels.stacked.ops import stack_downs, stack_ups, stack_weight, stackable
 
-# Rows of the stacked matrices start at multiples of this many values, as the matrix units of a GPU want them.
+# Rows of the stacked matrices start at multiples of this many values, which the matrix units of a GPU
+# require.
 _ALIGNMENT = 8
 
 
 @dataclass(frozen=True, eq=False)
 class GroupLayer:
-    """One frozen layer of a group; A (rank, K) and B (N, rank) are None where it has no adapter."""
+    """One frozen layer of a group, with or without an adapter."""
 
     weight: Tensor | PackedWeight  # (N, K)
     bias: Tensor | None  # (N,)
-    down: Tensor | None
-    up: Tensor | None
-    scale: float  # of the update
+    down: Tensor | None  # A (rank, K); None without an adapter
+    up: Tensor | None  # B (N, rank); None without an adapter
+    scale: float  # s, which multiplies B A
 
     @property
     def outputs(self) -> int:
@@ -47,46 +55,54 @@ class GroupLayer:
         return 0 if self.down is None else self.down.shape[0]
 
     def scaled(self, grad: Tensor) -> Tensor:
-        """dB (N, rank), contiguous, from the product that has not been scaled."""
+        """Multiplies g^T u (N, rank) by the adapter's scale, which gives dB; contiguous."""
         return grad.contiguous() if self.scale == 1 else grad * self.scale
 
 
 @dataclass(frozen=True, eq=False)
 class LinearGroup:
-    """Layers of one width, in the order of their outputs."""
+    """Layers with a common input width K, in the order of their outputs."""
 
     layers: Sequence[GroupLayer]
 
     @property
     def width(self) -> int:
-        """K."""
+        """The input width K."""
         return int(self.layers[0].weight.shape[1])
 
     @property
     def outputs(self) -> int:
-        """N, of all layers."""
+        """The outputs N of all layers together."""
         return sum(layer.outputs for layer in self.layers)
 
     @property
     def extra(self) -> int:
-        """Columns that the adapters add to x and to the gradients: their ranks, rounded up."""
+        """The columns that the adapters add to x and to g: the sum of their ranks, rounded up to 8."""
         ranks = sum(layer.rank for layer in self.layers)
         return -(-ranks // _ALIGNMENT) * _ALIGNMENT
 
     def widened(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """(rows, columns + extra), uninitialized: room for x (columns = width) or for the gradients (= outputs)."""
+        """Allocates (rows, columns + extra) without initializing it.
+
+        columns is `width` for a buffer of [x, u], and `outputs` for a buffer of [g, p].
+        """
         return like.new_empty((rows, columns + self.extra))
 
     def lift(self, x: Tensor) -> None:
-        """Fills the last columns of x (M, K + extra) with u."""
+        """Computes u = x A^T from the first K columns of x (M, K + extra) into the other columns."""
         if self.extra:
-            _make_finite(x[:, self.width :])
+            _clear_adjacent_columns(x[:, self.width :])
             _matmul(x[:, : self.width], self._down(x).t(), x[:, self.width :])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (M, K + extra), whose last columns are filled here with u -> (M, N) in x's dtype."""
+        """Computes y (M, N) in x's dtype; x (M, K + extra) holds the input in its first K columns.
+
+        Writes u into the other columns of x.
+        """
         self.lift(x)
         if self._stackable:
+            # [W, B], (N, K + extra). It holds every weight of the group dequantized, and lives for this
+            # product only.
             stacked = x.new_empty((self.outputs, self.width + self.extra))
             row = first = 0
             for layer in self.layers:
@@ -98,14 +114,17 @@ class LinearGroup:
         return self._one_by_one(x)
 
     def xa(self, x: Tensor) -> Tensor:
-        """u (M, extra) of an x (M, K + extra) that `forward` has seen, a view."""
+        """Returns u (M, extra) as a view of an x (M, K + extra) that `forward` or `lift` has filled."""
         return x[:, self.width :]
 
     def lower(self, grad: Tensor) -> Tensor:
-        """Fills the last columns of grad (M, N + extra) with p, which is returned as a view (M, extra)."""
+        """Computes p = g B from the first N columns of grad (M, N + extra) into the other columns.
+
+        Returns p as a view (M, extra).
+        """
         p = grad[:, self.outputs :]
         if self.extra:
-            _make_finite(p)
+            _clear_adjacent_columns(p)
             upstream = grad[:, : self.outputs]
             torch.mm(upstream, self._up(upstream), out=p)
         return p
@@ -113,19 +132,22 @@ class LinearGroup:
     def gradients(
         self, grad: Tensor, x: Tensor, u: Tensor, *, wants_input: bool, known: Sequence[Tensor | None] = ()
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """dx (M, K), and the fp32 gradients of each A and B.
+        """Computes dx (M, K), each layer's dA and each layer's dB, the last two in fp32.
 
-        grad (M, N + extra) has the gradients in its first columns, the rest is filled here; x (M, K) and u (M, extra).
-        known: dB of the last layers, where it was made elsewhere.
+        grad (M, N + extra) holds the outputs' gradients in its first N columns; p is written into the others.
+        x is (M, K) and u is (M, extra). `known` holds dB of the last layers where the caller already has it.
+        dx is None unless `wants_input`; a layer without an adapter has None for dA and dB.
         """
         p = self.lower(grad)
+        # dA of all layers in one product: p^T x (extra, K), not rounded to the compute dtype.
         downs = self.down_gradients(product_in_fp32(p.t(), x) if self.extra else p)
+        # The layers in `known` are the last ones, so their outputs are the last columns.
         outputs = sum(layer.outputs for layer in self.layers[: len(self.layers) - len(known)])
         ups = [*self.up_gradients(grad[:, :outputs], u), *known]
         return self.input_gradient(grad) if wants_input else None, downs, ups
 
     def down_gradients(self, whole: Tensor) -> list[Tensor | None]:
-        """Each layer's dA of p^T x (extra, K)."""
+        """Splits p^T x (extra, K) into each layer's dA (rank, K); None where a layer has no adapter."""
         downs: list[Tensor | None] = []
         first = 0
         for layer in self.layers:
@@ -134,7 +156,11 @@ class LinearGroup:
         return downs
 
     def up_gradients(self, upstream: Tensor, u: Tensor) -> list[Tensor | None]:
-        """dB, fp32, of as many layers as upstream (M, <= N) has outputs of, from u (M, extra)."""
+        """Computes dB_i = s_i g_i^T u_i in fp32 for the first layers, as many as `upstream` covers.
+
+        upstream (M, n) holds the gradients of the outputs of these layers, n <= N; u is (M, extra).
+        """
+        # One product g^T u (n, extra) for all layers, of which only the diagonal blocks g_i^T u_i are used.
         whole = product_in_fp32(upstream.t(), u) if self.extra else None
         ups: list[Tensor | None] = []
         row = first = 0
@@ -149,8 +175,9 @@ class LinearGroup:
         return ups
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """dx (M, K) of grad (M, N + extra), whose last columns `lower` has filled."""
+        """Computes dx (M, K) from grad (M, N + extra), whose last columns `lower` has filled with p."""
         if not self._stackable:
+            # dx = p A + sum over i of g_i W_i. Each dequantized W_i lives for its own product only.
             total = None
             if self.extra:
                 total = grad[:, self.outputs :] @ self._down(grad)
@@ -161,6 +188,7 @@ class LinearGroup:
                 row += layer.outputs
             assert total is not None
             return total
+        # [W; A], (N + extra, K): as in `forward`, it lives for this product only.
         stacked = grad.new_empty((self.outputs + self.extra, self.width))
         row = 0
         for layer in self.layers:
@@ -172,14 +200,18 @@ class LinearGroup:
         return grad @ stacked
 
     def _one_by_one(self, x: Tensor) -> Tensor:
-        """Without Triton, or over weights that are not packed: copying those would cost what stacking saves."""
+        """Computes y layer by layer, where Triton is missing or a weight is not packed.
+
+        Copying an unpacked weight into the stack would cost what stacking saves.
+        """
         y = x.new_empty((x.shape[0], self.outputs))
         row, first = 0, self.width
         for layer in self.layers:
             part = y[:, row : row + layer.outputs]
             inner, weight = x[:, : self.width], self._weight(layer, x.dtype).t()
             if layer.up is not None:
-                # The adapter's product first: the sum is formed in fp32 and rounded once, see `low_rank`.
+                # The adapter's product goes first. addmm_ adds the base's product to it in fp32 and rounds
+                # the sum once, so only the smaller term is rounded twice; see `low_rank`.
                 _affine(x[:, first : first + layer.rank], _scaled(layer, x.dtype).t(), layer.bias, part)
                 part.addmm_(inner, weight)
             else:
@@ -199,13 +231,13 @@ class LinearGroup:
         return weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight.to(dtype)
 
     def _down(self, like: Tensor) -> Tensor:
-        """All A in like's dtype, (extra, K); rows beyond the ranks are zero."""
+        """Stacks all A into (extra, K) in like's dtype; the rows after the ranks are zero."""
         stacked = like.new_empty((self.extra, self.width))
         stack_downs(stacked, self._downs)
         return stacked
 
     def _up(self, like: Tensor) -> Tensor:
-        """All s B as a diagonal of blocks, (N, extra)."""
+        """Lays out all s_i B_i as the block-diagonal B (N, extra) in like's dtype; all else is zero."""
         stacked = like.new_empty((self.outputs, self.extra))
         ups, starts, scales, row = [], [], [], 0
         for layer in self.layers:
@@ -228,17 +260,19 @@ class LinearGroup:
         return (biases[0] if len(biases) == 1 else torch.cat(biases)).to(x.dtype)
 
 
-def _make_finite(room: Tensor) -> None:
-    """Clears columns behind those that a product reads, where it reads them too.
+def _clear_adjacent_columns(columns: Tensor) -> None:
+    """Zeros uninitialized columns next to the operand of a product, on the CPU.
 
-    oneDNN's bf16 kernel for AMX rounds K up to 32 and multiplies what lies there by zero: NaN, where that is NaN
-    (torch 2.13; K = 100 of rows of 108).
+    oneDNN's bf16 kernel for AMX rounds K up to a multiple of 32 and multiplies the values after the operand's
+    last column by zero. An uninitialized NaN there makes the product NaN (torch 2.13; K = 100 in rows of
+    108).
     """
-    if room.device.type == "cpu":
-        room.zero_()
+    if columns.device.type == "cpu":
+        columns.zero_()
 
 
 def _affine(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Writes left @ right + bias into `out`."""
     if bias is None:
         _matmul(left, right, out)
     elif torch.compiler.is_compiling():
@@ -248,7 +282,7 @@ def _affine(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> No
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
-    # Dynamo takes no slice for `out`.
+    # Dynamo does not accept a slice as `out`.
     if torch.compiler.is_compiling():
         out.copy_(left @ right)
     else:
@@ -256,5 +290,6 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _scaled(layer: GroupLayer, dtype: torch.dtype) -> Tensor:
+    """Computes s B (N, rank); the scale is applied in fp32, before the rounding to `dtype`."""
     assert layer.up is not None
     return (layer.up if layer.scale == 1 else layer.up.float() * layer.scale).to(dtype)

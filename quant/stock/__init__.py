@@ -1,4 +1,4 @@
-"""Our layers behind the `from_pretrained` of diffusers and of transformers, in place of bitsandbytes."""
+"""Makes `from_pretrained` of diffusers and transformers build our quantized layers, not bitsandbytes'."""
 
 from halfbyte.quant.stock import diffusers_quantizer as stock_diffusers
 from halfbyte.quant.stock import transformers_quantizer as stock_transformers
@@ -8,6 +8,6 @@ __all__ = ["HalfbyteConfig", "register"]
 
 
 def register() -> None:
-    """From here on both libraries build our layers for bitsandbytes checkpoints and configs."""
+    """Makes both libraries build our layers for bitsandbytes checkpoints and configs, from now on."""
     stock_diffusers.register()
     stock_transformers.register()

@@ -1,4 +1,4 @@
-"""Our layers behind diffusers' own `from_pretrained`, in place of bitsandbytes."""
+"""The quantizer that makes diffusers' `from_pretrained` build our layers in place of bitsandbytes'."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def own_statistics(key: str, state_dict: dict[str, Tensor]) -> dict[str, str]:
-    """Suffix -> key of the statistics that a state dict has for the weight at `key`."""
+    """Finds the statistics of the weight at `key` in a state dict; returns suffix -> key."""
     found = {}
     for name in state_dict:
         split = split_statistic(name)
@@ -37,79 +37,86 @@ def _weight_of(key: str) -> str:
 
 
 def _warn_of_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    """Warns about every entry of a skip list that matches no layer, or too many."""
     for entry in skip:
         try:
             check_skip_list(model, [entry])
         except ValueError as error:
-            # One list for several models is common; bitsandbytes says nothing.
-            log.warning("%s; quantizing without it", error)
+            # Not an error here: users often share one list between models, and bitsandbytes ignores such
+            # entries.
+            log.warning("%s; the entry is ignored", error)
 
 
 class HalfbyteConfig(BitsAndBytesConfig):
-    """bitsandbytes' settings, without asking that bitsandbytes be installed."""
+    """diffusers' BitsAndBytesConfig, which works without bitsandbytes."""
 
     def post_init(self) -> None:
-        """Checks the settings themselves; the stock check asks for the version of bitsandbytes as well."""
+        """Checks the settings only; diffusers' own check also requires a version of bitsandbytes."""
         read_quantization_config(self.to_dict(), "quantization_config")
 
 
 class HalfbyteQuantizer(DiffusersQuantizer):
-    """Loads bitsandbytes checkpoints into our layers, and quantizes others on the way in; CPU or CUDA."""
+    """Loads bitsandbytes checkpoints into our layers, and quantizes others while loading; CPU or CUDA."""
 
     use_keep_in_fp32_modules = True
     requires_calibration = False
     torch_dtype: torch.dtype
-    """Of what is not quantized."""
+    """Dtype of the tensors that are not quantized."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._awaited: set[str] = set()  # what the files should hold and has not been read
+        self._awaited: set[str] = set()  # keys of the checkpoint that have not been read yet
         self._files_left = 0
-        self._held: dict[str, Tensor] = {}  # of weights that are not complete
+        # Tensors of weights that have not been read completely, kept until the rest has been read.
+        self._held: dict[str, Tensor] = {}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Raises ValueError for a device map with modules on the disk."""
         check_device_map(device_map)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """float16 where nothing is asked for, as with bitsandbytes."""
+        """Returns the requested dtype, or float16 by default, as with bitsandbytes."""
         self.torch_dtype = torch.float16 if torch_dtype is None else torch_dtype
         return self.torch_dtype
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The current GPU, or the CPU where there is none."""
+        """Returns the given device map, or by default the current GPU, or the CPU without one."""
         return {"": default_device()} if device_map is None else device_map
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        """What `device_map="auto"` counts a quantized weight as."""
+        """Returns the dtype with which `device_map="auto"` computes the size of a quantized weight."""
         return torch.int8 if self.quantization_config.load_in_8bit else CustomDtype.INT4
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, Any]:
-        """Leaves a tenth for the weight that is being quantized."""
+        """Reserves a tenth of the memory for the weight that is being quantized."""
         return {device: size * 0.9 if isinstance(size, int) else size for device, size in max_memory.items()}
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Raises ValueError, naming the tensor, where the checkpoint lacks one: it would stay on meta."""
+        """Raises ValueError, naming a tensor that the checkpoint lacks: it would stay on meta."""
         if missing_keys:
             raise ValueError(f"{min(missing_keys)}: missing from the checkpoint")
         return missing_keys
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
-        """Notes what is going to be read."""
+        """Records the keys and the number of files that are going to be read."""
         self._awaited, self._files_left = set(loaded_keys), len(checkpoint_files)
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What can be put in place after a file: a weight waits for statistics that are in another.
+        """Returns the tensors that can be loaded now, after one more file was read.
 
-        Raises ValueError, naming the tensor, where the last file is read and one of the index was in none.
+        A weight and its statistics can be in different files. This keeps the tensors of such a weight until
+        all of them have been read.
+
+        Raises ValueError, naming the tensor, if the last file has been read and a tensor of the index was in
+        none.
         """
         if not self.pre_quantized:
             return state_dict
         self._awaited -= state_dict.keys()
         self._files_left -= 1
         if self._awaited and not self._files_left:
-            raise ValueError(f"{min(self._awaited)}: in none of the files, though the index names it")
+            raise ValueError(f"{min(self._awaited)}: not in any of the files, but the index lists it")
         incomplete = {_weight_of(key) for key in self._awaited}
         read = self._held | state_dict
         self._held = {key: tensor for key, tensor in read.items() if _weight_of(key) in incomplete}
@@ -117,13 +124,13 @@ class HalfbyteQuantizer(DiffusersQuantizer):
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Not where weights wait for what is in the next file."""
+        """False for quantized checkpoints, in which a weight may wait for a tensor in the next file."""
         return not self.pre_quantized
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
-        """Whether the parameter is a quantized layer's weight, which `create_quantized_param` puts in place."""
+        """Tests whether the parameter is a quantized layer's weight, which `create_quantized_param` loads."""
         path, _dot, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLayer)
 
@@ -137,7 +144,7 @@ class HalfbyteQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **_: Any,
     ) -> None:
-        """Puts a weight in place, packed or yet to be quantized. Raises ValueError naming the tensor."""
+        """Loads a packed weight, or quantizes a full-precision one. Raises ValueError, naming the tensor."""
         layer = model.get_submodule(param_name.rpartition(".")[0])
         assert isinstance(layer, QuantizedLayer)
         value = param_value.to(target_device)
@@ -168,29 +175,29 @@ class HalfbyteQuantizer(DiffusersQuantizer):
         stock.is_loaded_in_4bit = not stock.is_loaded_in_8bit
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Raises ValueError, naming the tensor, where a weight is missing or a parameter not finite."""
+        """Raises ValueError, naming the tensor, if a weight is missing or a parameter is not finite."""
         check_loaded(model)
         count_weights(model)
         return model
 
-    def dequantize_model(self, model: nn.Module) -> nn.Module:
-        """What `model.dequantize()` does: plain layers in the dtype of the others, see `quant.dequantize`."""
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        """Implements `model.dequantize()`: plain layers in the dtype of the other tensors."""
         dequantize_model(model, self.torch_dtype)
         return model
 
     @property
     def is_serializable(self) -> bool:
-        """save_pretrained writes bitsandbytes' files: the layers' state dict has their keys."""
+        """True: save_pretrained writes bitsandbytes' files, whose keys the layers' state dict has."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters train through the frozen layers."""
+        """True: adapters can be trained on the frozen layers."""
         return True
 
 
 def register() -> None:
-    """From here on diffusers' `from_pretrained` builds our layers for bitsandbytes checkpoints and configs."""
+    """Makes diffusers' `from_pretrained` build our layers for bitsandbytes checkpoints and configs."""
     for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
         AUTO_QUANTIZER_MAPPING[kind] = HalfbyteQuantizer
         AUTO_QUANTIZATION_CONFIG_MAPPING[kind] = HalfbyteConfig

@@ -1,4 +1,4 @@
-"""What our quantizers behind diffusers and behind transformers share: placement, what must be there, the count."""
+"""The checks, default device and parameter count that our diffusers and transformers quantizers share."""
 
 from collections.abc import Mapping
 from types import MethodType
@@ -13,7 +13,7 @@ from halfbyte.quant.load.fill import check_finite
 
 
 def default_device() -> torch.device:
-    """Where a quantized model goes when no device_map says otherwise."""
+    """Returns the device of a quantized model without a device_map: the current GPU, or else the CPU."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -22,43 +22,44 @@ def default_device() -> torch.device:
 
 
 def check_device_map(device_map: Any) -> None:
-    """Raises ValueError, naming a module, where a map of modules leaves one on the disk, where no codes are read."""
+    """Raises ValueError, naming a module that the map puts on the disk: codes cannot be read from there."""
     if isinstance(device_map, Mapping) and "disk" in device_map.values():
         module = next(name for name, device in device_map.items() if device == "disk")
         raise ValueError(
-            f"device_map: {module or 'the whole model'} would be on the disk, accepted: GPUs and the CPU;"
-            " raise max_memory, or place it on the cpu"
+            f"device_map: {module or 'the whole model'} is placed on the disk, accepted: GPUs and the CPU; raise"
+            " max_memory, or place it on the cpu"
         )
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raises ValueError, naming the tensor, where a quantized layer has no weight or a parameter is not finite."""
+    """Raises ValueError, naming a quantized layer without a weight or a parameter that is not finite."""
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLayer) and not has_weight(module):
             raise ValueError(f"{path}.weight: missing from the checkpoint")
     for name, parameter in model.named_parameters():
-        # On meta is what accelerate keeps on the CPU until it is used.
+        # accelerate's CPU offloading keeps parameters on meta until they are used.
         if not parameter.is_meta:
             check_finite(name, parameter.detach())
 
 
 def has_weight(layer: QuantizedLayer) -> bool:
-    """Whether the layer has been given its weight; a loader may have put a plain parameter in its place."""
+    """Tests whether the layer has a quantized weight; a loader may have set a plain parameter instead."""
     weight: nn.Parameter = layer.weight
     return isinstance(weight, QuantizedParameter) and weight.statistics is not None
 
 
 def count_weights(model: Any) -> None:
-    """Has the `num_parameters` of a model of either library count a packed weight by its shape.
+    """Replaces the model's `num_parameters` by one that counts the elements of a packed weight by its shape.
 
-    Their own knows no 4-bit weights but those of bitsandbytes, and fails where that is not installed.
+    The libraries' own method supports only the 4-bit weights of bitsandbytes, and fails if that is not
+    installed.
     """
     model.num_parameters = MethodType(num_parameters, model)
 
 
 def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """How many parameters a model has, those of quantized layers by the shapes of their weights."""
-    left_out = {
+    """Counts a model's parameters, those of quantized layers by the shapes of their weights."""
+    excluded = {
         id(module.weight)
         for module in model.modules()
         if exclude_embeddings and isinstance(module, nn.Embedding)
@@ -66,7 +67,7 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
     return sum(
         _weights(parameter)
         for parameter in model.parameters()
-        if id(parameter) not in left_out and (parameter.requires_grad or not only_trainable)
+        if id(parameter) not in excluded and (parameter.requires_grad or not only_trainable)
     )
 
 

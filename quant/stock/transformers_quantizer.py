@@ -1,4 +1,4 @@
-"""Our layers behind transformers' own `from_pretrained`, in place of bitsandbytes: T5 and CLIP in 4 bits or in 8."""
+"""The quantizer that makes transformers' `from_pretrained` build our layers: T5 and CLIP in 4 or 8 bits."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -31,7 +31,7 @@ def _first(value: Any) -> Tensor:
 
 
 class _Quantize(ConversionOps):
-    """A full-precision weight into its layer."""
+    """The conversion of a full-precision weight: quantizes it into its layer."""
 
     def __init__(self, hf_quantizer: "HalfbyteHfQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
@@ -46,13 +46,16 @@ class _Quantize(ConversionOps):
 
 
 class _Unpack(ConversionOps):
-    """Packed codes and their statistics into their layer; a layer that is not quantized gets its weight as it is."""
+    """The conversion of packed codes and their statistics: loads them into their layer.
+
+    The weight of a layer that is not quantized is only cast.
+    """
 
     def __init__(self, hf_quantizer: "HalfbyteHfQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Every weight gets a copy of its converter; all of them report to one quantizer.
+        # transformers copies the converter for every weight. All copies must report to the same quantizer.
         return self
 
     def convert(
@@ -67,7 +70,7 @@ class _Unpack(ConversionOps):
     def _unpacked(self, layer: QuantizedLayer, tensors: dict[str, Tensor], name: str) -> nn.Parameter:
         def load() -> None:
             if "weight" not in tensors:
-                raise ValueError(f"{name}: missing; the file holds only {', '.join(sorted(tensors))} of it")
+                raise ValueError(f"{name}: missing; the file has only its {', '.join(sorted(tensors))}")
             statistics = {n.removeprefix("weight."): t for n, t in tensors.items() if n != "weight"}
             layer.load_packed(tensors["weight"], statistics, name)
 
@@ -78,33 +81,32 @@ class _Unpack(ConversionOps):
         weight = tensors.get("weight")
         if weight is None or len(tensors) > 1 or weight.is_floating_point() != own.is_floating_point():
             self.hf_quantizer.problems.append(
-                ValueError(
-                    f"{name}: packed in the file, though its layer is none that quantization_config means"
-                )
+                ValueError(f"{name}: packed in the file, but quantization_config does not quantize its layer")
             )
             return torch.zeros(own.shape, dtype=own.dtype)
-        # transformers leaves the dtype of what goes through a quantizer as it is in the file.
+        # transformers does not cast tensors that go through a quantizer.
         in_fp32 = own.dtype == torch.float16 and set(kept_in_fp32(model)) & set(name.split("."))
         return weight.to(torch.float32 if in_fp32 else own.dtype)
 
 
 class HalfbyteHfQuantizer(HfQuantizer):
-    """Loads bitsandbytes checkpoints into our layers, and quantizes others on the way in; CPU or CUDA."""
+    """Loads bitsandbytes checkpoints into our layers, and quantizes others while loading; CPU or CUDA."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.problems: list[ValueError] = []
-        """What was wrong with the checkpoint's weights, in the order of reading."""
+        """Errors in the checkpoint's weights, in the order of reading."""
 
-    def fill(self, layer: QuantizedLayer, put: Callable[[], None]) -> nn.Parameter:
-        """The layer's weight once `put` has given it one, or an empty one and a further problem.
+    def fill(self, layer: QuantizedLayer, load: Callable[[], None]) -> nn.Parameter:
+        """Calls `load`, which gives the layer its weight, and returns the weight.
 
-        What is raised during the conversion comes out of transformers as a RuntimeError without a name.
+        If `load` raises ValueError, records the error in `problems` and returns an empty weight: transformers
+        would turn an exception during the conversion into a RuntimeError that does not name the tensor.
         """
         try:
-            put()
+            load()
         except ValueError as error:
             self.problems.append(error)
             layer.weight = layer.parameter_class.make(torch.empty(0, dtype=layer.code_dtype), False, None)
@@ -112,11 +114,11 @@ class HalfbyteHfQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes that `device_map="auto"` counts a quantized weight's element as."""
-        return 1.0 if self._eight else 0.5
+        """Bytes per element with which `device_map="auto"` computes the size of a quantized weight."""
+        return 1.0 if self._is_int8 else 0.5
 
     @property
-    def _eight(self) -> bool:
+    def _is_int8(self) -> bool:
         config: Any = self.quantization_config
         return bool(config.load_in_8bit)
 
@@ -125,35 +127,37 @@ class HalfbyteHfQuantizer(HfQuantizer):
         check_device_map(device_map)
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The current GPU, or the CPU where there is none."""
+        """Returns the given device map, or by default the current GPU, or the CPU without one."""
         return {"": default_device()} if device_map is None else device_map
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, Any]:
-        """Leaves a tenth for the weight that is being quantized."""
+        """Reserves a tenth of the memory for the weight that is being quantized."""
         return {device: size * 0.9 if isinstance(size, int) else size for device, size in max_memory.items()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether the parameter is a quantized layer's weight."""
+        """Tests whether the parameter is a quantized layer's weight."""
         path, _dot, leaf = param_name.rpartition(".")
         return leaf == "weight" and isinstance(model.get_submodule(path), QuantizedLayer)
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What a full-precision weight goes through."""
+        """Returns the conversion of full-precision weights."""
         return _Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """What packed weights go through: each with its statistics."""
+        """Returns the conversion of packed weights, which takes each weight with its statistics."""
         if not self.pre_quantized:
             return []
-        # The plain weight last: as a pattern it matches the others too.
-        beside = int8.STATISTICS if self._eight else tuple(f"weight.{name}" for name in packing.STATISTICS)
-        names = [*beside, "weight"]
+        statistics = (
+            int8.STATISTICS if self._is_int8 else tuple(f"weight.{name}" for name in packing.STATISTICS)
+        )
+        # The plain weight goes last, because its pattern also matches the names of the statistics.
+        names = [*statistics, "weight"]
         return [WeightConverter(names, "weight", [_Unpack(self)])]
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **_: Any) -> None:
         config: Any = self.quantization_config
         recipe = read_quantization_config(config.to_dict(), "quantization_config", dtype=model.dtype)
-        # transformers' own rule for what is skipped; it is not the one of diffusers.
+        # transformers' own rule for skipped modules, which differs from diffusers'.
         skipped = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
         )
@@ -161,10 +165,10 @@ class HalfbyteHfQuantizer(HfQuantizer):
             if type(module) is nn.Linear and should_convert_module(path, skipped):
                 layer = recipe.quantized(module, f"{path}.weight")
                 if self.pre_quantized:
-                    # The loader casts what it reads to the dtype that it finds here.
+                    # The loader casts each tensor that it reads to the dtype of the parameter on meta.
                     meta = layer.weight.data
                     layer.weight = (
-                        Int8Params(meta.to(torch.int8)) if self._eight else Params4bit(meta.to(torch.uint8))
+                        Int8Params(meta.to(torch.int8)) if self._is_int8 else Params4bit(meta.to(torch.uint8))
                     )
                 model.set_submodule(path, layer)
         initialize = model.initialize_weights
@@ -173,11 +177,12 @@ class HalfbyteHfQuantizer(HfQuantizer):
             self._check_read(model)
             initialize()
 
-        # What transformers calls once all is read, to draw what the checkpoint lacks: of packed weights it cannot.
+        # After reading, transformers calls this to initialize parameters that the checkpoint lacks, which
+        # fails for packed weights. So the check for missing weights runs first.
         model.initialize_weights = initialize_weights
 
     def _check_read(self, model: nn.Module) -> None:
-        """Raises ValueError for the first problem, or naming what the checkpoint lacks of a quantized layer."""
+        """Raises the first recorded problem, or ValueError naming a tensor that a quantized layer lacks."""
         if self.problems:
             raise self.problems[0]
         for path, module in model.named_modules():
@@ -185,19 +190,23 @@ class HalfbyteHfQuantizer(HfQuantizer):
                 continue
             if not has_weight(module):
                 raise ValueError(f"{path}.weight: missing from the checkpoint")
-            # transformers marks what it has read.
+            # transformers sets this attribute on every parameter that it has read.
             if module.bias is not None and not hasattr(module.bias, "_is_hf_initialized"):
                 raise ValueError(f"{path}.bias: missing from the checkpoint")
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        """Raises ValueError, naming the tensor, for what is missing, damaged or not finite."""
+        """Marks the model as quantized.
+
+        Raises ValueError, naming a tensor that is missing, damaged or not finite.
+        """
         del model.initialize_weights
         self._check_read(model)
         check_loaded(model)
         count_weights(model)
-        model.is_loaded_in_8bit = self._eight
-        model.is_loaded_in_4bit = not self._eight
-        # save_pretrained would undo what loading converted; the layers' state dict is in the file's form already.
+        model.is_loaded_in_8bit = self._is_int8
+        model.is_loaded_in_4bit = not self._is_int8
+        # save_pretrained would apply the conversions in reverse, but the layers' state dict is already in the
+        # format of the file.
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or ()
@@ -205,22 +214,22 @@ class HalfbyteHfQuantizer(HfQuantizer):
         ]
         return model
 
-    def dequantize_model(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """What `model.dequantize()` does: plain layers, in the dtype of the others unless one is given."""
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Implements `model.dequantize()`: plain layers in `dtype`, by default that of the other tensors."""
         dequantize_model(model, model.dtype if dtype is None else dtype)
         return model
 
     def is_serializable(self) -> bool:
-        """save_pretrained writes bitsandbytes' files: the layers' state dict has their keys."""
+        """True: save_pretrained writes bitsandbytes' files, whose keys the layers' state dict has."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters train through the frozen layers."""
+        """True: adapters can be trained on the frozen layers."""
         return True
 
 
 def register() -> None:
-    """From here on transformers' `from_pretrained` builds our layers for bitsandbytes checkpoints and configs."""
+    """Makes transformers' `from_pretrained` build our layers for bitsandbytes checkpoints and configs."""
     for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
         AUTO_QUANTIZER_MAPPING[kind] = HalfbyteHfQuantizer

@@ -1,4 +1,4 @@
-"""Back to plain layers: the same weights, and folders that stock libraries load as any other."""
+"""Tests dequantizing models: the weights stay equal, and diffusers and transformers load the saved folders."""
 
 import json
 
@@ -36,7 +36,7 @@ def load(folder, recipe=None, model_cls=SD3Transformer2DModel, dtype=torch.bfloa
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.quant_type)
 @pytest.mark.parametrize("model_cls", CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dequantized_model_saves_and_loads_in_stock_diffusers(model_cls, recipe, dtype, request, tmp_path):
+def test_dequantized_model_saves_and_loads_in_diffusers(model_cls, recipe, dtype, request, tmp_path):
     name = "mini_flux" if model_cls is FluxTransformer2DModel else "mini_sd3"
     model = load(request.getfixturevalue(name) / "transformer", recipe, model_cls)
     weights = {
@@ -58,14 +58,14 @@ def test_a_dequantized_model_saves_and_loads_in_stock_diffusers(model_cls, recip
     stock, info = model_cls.from_pretrained(tmp_path, torch_dtype=dtype, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in stock.state_dict().items())
-    # Weights mapped from a file lie at other addresses, where a product may sum in another order.
+    # Weights mapped from a file have another memory alignment, with which a product may sum in another order.
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(
         prediction(stock, dtype), prediction(model, dtype), rtol=tolerance, atol=tolerance
     )
 
 
-def test_its_numbers_are_those_that_bitsandbytes_computes_with(mini_sd3, tmp_path):
+def test_dequantized_output_equals_bitsandbytes_output(mini_sd3, tmp_path):
     for recipe in RECIPES:
         folder = tmp_path / recipe.quant_type
         model = load(mini_sd3 / "transformer", recipe)
@@ -73,11 +73,11 @@ def test_its_numbers_are_those_that_bitsandbytes_computes_with(mini_sd3, tmp_pat
         with stock_bitsandbytes_on_cpu():
             stock = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
         dequantize_model(model, torch.bfloat16)
-        # In train mode, as the probe sets it, bitsandbytes on the CPU multiplies the dequantized weight.
+        # In train mode, which the probe sets, bitsandbytes on the CPU multiplies by the dequantized weight.
         assert torch.equal(prediction(model), prediction(stock)), recipe
 
 
-def test_what_the_class_keeps_in_fp32_stays():
+def test_modules_kept_in_fp32_stay_in_fp32():
     class Kept(nn.Module):
         _keep_in_fp32_modules = ("scale",)
 
@@ -96,7 +96,7 @@ def test_what_the_class_keeps_in_fp32_stays():
     assert dtypes["norm.weight"] == dtypes["body.bias"] == torch.float16
 
 
-def test_a_shared_layer_stays_shared():
+def test_shared_layer_stays_shared():
     layer = nn.Linear(64, 64)
     model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(64, 64, bias=False)})
     convert(model, QuantRecipe())
@@ -106,36 +106,36 @@ def test_a_shared_layer_stays_shared():
     assert model["c"].bias is None
 
 
-def test_a_dequantized_model_can_be_quantized_again(mini_sd3):
+def test_dequantized_model_can_be_quantized_again(mini_sd3):
     model = load(mini_sd3 / "transformer", QuantRecipe(double_quant=False))
     before = prediction(model)
     dequantize_model(model, torch.bfloat16)
     convert(model, QuantRecipe(double_quant=False))
-    # The levels of the table are quantized to themselves.
+    # The values of the table are quantized to themselves.
     assert torch.equal(prediction(model), before)
 
 
-def test_adapters_and_hooks_are_refused_before_anything_changes(mini_sd3):
+def test_adapters_and_hooks_are_rejected_before_anything_changes(mini_sd3):
     model = load(mini_sd3 / "transformer", QuantRecipe())
     expected = prediction(model)
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match="SD3Transformer2DModel: has adapters; take them off"):
+    with pytest.raises(ValueError, match=r"^SD3Transformer2DModel: .*adapters.*delete_adapters"):
         dequantize_model(model, torch.bfloat16)
     model.delete_adapters("default")
-    with pytest.raises(ValueError, match="has adapters"):
+    with pytest.raises(ValueError, match="adapters"):
         dequantize_model(model.transformer_blocks[0], torch.bfloat16)
     model = load(mini_sd3 / "transformer", QuantRecipe())
     handle = model.proj_out.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="proj_out: has hooks"):
+    with pytest.raises(ValueError, match=r"^proj_out: .*hooks"):
         dequantize_model(model, torch.bfloat16)
     assert torch.equal(prediction(model), expected)
     handle.remove()
     dequantize_model(model, torch.bfloat16)
-    with pytest.raises(ValueError, match="has no quantized layer"):
+    with pytest.raises(ValueError, match=r"^SD3Transformer2DModel: .*no quantized layer"):
         dequantize_model(model, torch.bfloat16)
 
 
-def test_hooks_that_only_align_devices_go_over_to_the_plain_layers(mini_sd3):
+def test_device_alignment_hooks_move_to_the_plain_layers(mini_sd3):
     model = load(mini_sd3 / "transformer", QuantRecipe())
     plain = load(mini_sd3 / "transformer", QuantRecipe())
     add_hook_to_module(model.proj_out, AlignDevicesHook("cpu"))
@@ -145,16 +145,16 @@ def test_hooks_that_only_align_devices_go_over_to_the_plain_layers(mini_sd3):
     assert torch.equal(prediction(model), prediction(plain))
     model = load(mini_sd3 / "transformer", QuantRecipe())
     cpu_offload(model, torch.device("cpu"))
-    with pytest.raises(ValueError, match="has hooks, of offloading"):
+    with pytest.raises(ValueError, match=r"hooks.*offloading"):
         dequantize_model(model, torch.bfloat16)
 
 
-def test_an_unfit_dtype_is_refused():
-    with pytest.raises(ValueError, match=r"dtype: got torch\.int8, accepted: float32"):
+def test_invalid_dtype_is_rejected():
+    with pytest.raises(ValueError, match=r"^dtype: got torch\.int8\b.*float32"):
         dequantize_model(nn.Linear(2, 2), torch.int8)
 
 
-def test_a_text_encoder_of_transformers_comes_back_as_well(tmp_path):
+def test_dequantized_text_encoder_loads_in_transformers(tmp_path):
     torch.manual_seed(0)
     model = T5EncoderModel(T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4))
     convert(model, QuantRecipe(compute_dtype=torch.float32))

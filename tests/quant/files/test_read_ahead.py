@@ -1,4 +1,4 @@
-"""Files read ahead in chunks: every byte in its place, a bounded number of them in memory, and digests on the way."""
+"""Tests reading weights ahead in chunks: complete tensors, bounded memory and digests; and writing weights."""
 
 import hashlib
 import os
@@ -26,13 +26,15 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def tensors():
-    draws = torch.Generator().manual_seed(0)
-    drawn = {f"layer.{n}.weight": torch.randn(n, 37, generator=draws).bfloat16() for n in range(1, 40)}
-    return drawn | {
+    generator = torch.Generator().manual_seed(0)
+    random_tensors = {
+        f"layer.{n}.weight": torch.randn(n, 37, generator=generator).bfloat16() for n in range(1, 40)
+    }
+    return random_tensors | {
         "empty": torch.empty(0, 4),
         "number": torch.tensor(3.0),
         "codes": torch.arange(1999, dtype=torch.int32).to(torch.uint8),
-        "mask": torch.rand(5, 7, generator=draws) > 0.5,
+        "mask": torch.rand(5, 7, generator=generator) > 0.5,
     }
 
 
@@ -45,7 +47,7 @@ def folder(request, tensors, tmp_path):
     return tmp_path
 
 
-def test_every_tensor_arrives_whole_in_the_order_of_the_files(folder, tensors, small_chunks):
+def test_all_tensors_arrive_complete_in_file_order(folder, tensors, small_chunks):
     with ShardedWeights(folder) as weights:
         read = list(ReadAhead(weights, weights.names, CPU))
         assert [name for name, _ in read] == weights.names
@@ -55,7 +57,7 @@ def test_every_tensor_arrives_whole_in_the_order_of_the_files(folder, tensors, s
         assert torch.equal(tensor, tensors[name]), name
 
 
-def test_what_is_not_asked_for_is_not_read(folder, tensors, small_chunks, monkeypatch):
+def test_only_requested_tensors_are_read(folder, tensors, small_chunks, monkeypatch):
     reads = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *arguments: reads.append(arguments) or preadv(*arguments))
@@ -65,83 +67,83 @@ def test_what_is_not_asked_for_is_not_read(folder, tensors, small_chunks, monkey
     assert len(reads) <= tensor.nbytes // CHUNK + 2
 
 
-def test_digests_are_those_of_the_files(folder, small_chunks):
-    told = {}
+def test_digests_equal_those_of_the_files(folder, small_chunks):
+    found_digests = {}
     with ShardedWeights(folder) as weights:
-        list(ReadAhead(weights, ["number"], CPU, on_file=told.__setitem__))
-        assert told == {path: file_digest(path) for path in weights.files}
-    for path, digest in told.items():
+        list(ReadAhead(weights, ["number"], CPU, on_file=found_digests.__setitem__))
+        assert found_digests == {path: file_digest(path) for path in weights.files}
+    for path, digest in found_digests.items():
         data = path.read_bytes()
         chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
         assert digest == combined([hashlib.sha256(chunk).digest() for chunk in chunks])
 
 
-def test_a_digest_changes_with_any_byte_and_with_the_length(tmp_path, small_chunks):
+def test_digest_depends_on_every_byte_and_the_length(tmp_path, small_chunks):
     file = tmp_path / "file"
     content = bytearray(os.urandom(3 * CHUNK + 5))
-    seen = set()
+    all_digests = set()
     for position in (None, 0, CHUNK - 1, CHUNK, 3 * CHUNK + 4):
         changed = bytearray(content)
         if position is not None:
             changed[position] ^= 1
         file.write_bytes(changed)
-        seen.add(file_digest(file))
+        all_digests.add(file_digest(file))
     file.write_bytes(content[: 3 * CHUNK])
-    seen.add(file_digest(file))
+    all_digests.add(file_digest(file))
     file.write_bytes(b"")
-    seen.add(file_digest(file))
-    assert len(seen) == 7
+    all_digests.add(file_digest(file))
+    assert len(all_digests) == 7
 
 
-def test_only_so_much_is_read_ahead(folder, small_chunks):
+def test_memory_read_ahead_is_bounded(folder, small_chunks):
     with ShardedWeights(folder) as weights:
         stream = ReadAhead(weights, weights.names, CPU)
-        ahead = [sum(t.nbytes for t in stream._tensors.values()) for _ in stream]
+        bytes_in_flight = [sum(t.nbytes for t in stream._tensors.values()) for _ in stream]
         largest = max(weights.stored(name).stop - weights.stored(name).start for name in weights.names)
-    assert max(ahead) <= 2 * 3 * CHUNK + largest
-    assert max(ahead) >= CHUNK, "nothing was read ahead"
+    assert max(bytes_in_flight) <= 2 * 3 * CHUNK + largest
+    assert max(bytes_in_flight) >= CHUNK, "nothing was read ahead"
 
 
-def test_a_file_cut_short_while_it_is_read_is_named(folder, small_chunks):
+def test_error_names_a_file_truncated_during_reading(folder, small_chunks):
     with ShardedWeights(folder) as weights:
         stream = iter(ReadAhead(weights, weights.names, CPU))
         next(stream)
         last = weights.files[-1]
         os.truncate(last, last.stat().st_size - 700)
-        with pytest.raises(ValueError, match=f"{last.name}: became shorter while it was read"):
+        with pytest.raises(ValueError, match=f"{last.name}: .*shorter"):
             list(stream)
 
 
-def test_a_file_that_cannot_be_read_is_named(folder, small_chunks, monkeypatch):
+def test_error_names_a_file_that_cannot_be_read(folder, small_chunks, monkeypatch):
     def broken(*arguments):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", broken)
     with (
         ShardedWeights(folder) as weights,
-        pytest.raises(ValueError, match=r"safetensors: cannot be read: Input/output error"),
+        pytest.raises(ValueError, match=r"safetensors: .*: Input/output error"),
     ):
         list(ReadAhead(weights, weights.names, CPU))
 
 
-def test_threads_and_files_are_gone_when_reading_stops_early(folder, small_chunks):
-    opened = len(os.listdir("/proc/self/fd"))
+def test_files_are_closed_when_reading_stops_early(folder, small_chunks):
+    open_before = len(os.listdir("/proc/self/fd"))
     with ShardedWeights(folder) as weights:
-        held = len(os.listdir("/proc/self/fd"))
+        open_with_weights = len(os.listdir("/proc/self/fd"))
         stream = iter(ReadAhead(weights, weights.names, CPU))
         next(stream)
         stream.close()
-        assert len(os.listdir("/proc/self/fd")) == held
-    assert len(os.listdir("/proc/self/fd")) == opened
+        assert len(os.listdir("/proc/self/fd")) == open_with_weights
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_a_dtype_we_do_not_know_is_named(tmp_path):
+def test_unknown_dtype_is_rejected_with_its_name(tmp_path):
     save_file({"odd": torch.zeros(4, dtype=torch.complex64)}, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}: odd: has dtype C64, accepted: I64"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: odd: .*\bC64\b.*\bI64\b"):
         ShardedWeights(tmp_path)
 
 
-def test_files_are_written_as_safetensors_writes_them(tensors, tmp_path):
+def test_written_files_equal_those_of_safetensors(tensors, tmp_path):
     plain = tensors | {
         "trés\"odd'": torch.ones(3),
         "half": torch.ones(3, 2).half(),
@@ -154,13 +156,13 @@ def test_files_are_written_as_safetensors_writes_them(tensors, tmp_path):
 
 
 @pytest.mark.gpu
-def test_the_gpu_gets_the_same_bytes_while_it_computes(folder, tensors, small_chunks):
+def test_gpu_receives_the_same_bytes_while_it_computes(folder, tensors, small_chunks):
     device = torch.device("cuda")
     with ShardedWeights(folder) as weights:
         sums = {}
         for name, tensor in ReadAhead(weights, weights.names, device, on_host=["number"]):
             assert tensor.device.type == ("cpu" if name == "number" else "cuda")
-            # Memory is given back at once, for the next tensors to land in while this is still queued.
+            # Frees the memory at once, so that the next tensors are copied into it while this work is still queued.
             sums[name] = tensor.to(torch.float64).cumsum(-1).sum() if tensor.numel() else torch.zeros(())
             del tensor
         for name, total in sums.items():

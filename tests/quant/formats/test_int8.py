@@ -1,4 +1,4 @@
-"""LLM.int8() weights and files: the numbers of bitsandbytes, both ways, and what must not be read."""
+"""Tests LLM.int8() weights and files: equality with bitsandbytes in both directions, and rejected files."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def noise(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_are_quantized_to_bitsandbytes_numbers(dtype):
+def test_quantized_weights_match_bitsandbytes(dtype):
     weight = noise(300, 200, dtype=dtype) * 0.05
     quantized, scales = quantize(weight)
     expected, expected_scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
@@ -45,13 +45,13 @@ def test_weights_are_quantized_to_bitsandbytes_numbers(dtype):
     assert (steps > 0).float().mean() < 1e-4
 
 
-def test_error_on_gaussian_weights():
+def test_relative_error_on_gaussian_weights():
     weight = noise(256, 3072, dtype=torch.float32)
     error = (dequantize(*quantize(weight), torch.float32) - weight).norm() / weight.norm()
     assert 0.0082 < error < 0.0088
 
 
-def test_rows_of_zeros_come_back_as_zeros():
+def test_rows_of_zeros_are_restored_as_zeros():
     weight = noise(4, 64)
     weight[1] = 0
     quantized, scales = quantize(weight)
@@ -60,41 +60,41 @@ def test_rows_of_zeros_come_back_as_zeros():
 
 
 @pytest.mark.parametrize(
-    ("weight", "words"),
+    ("weight", "pattern"),
     [
-        (torch.zeros(4, 4, dtype=torch.int8), "cannot quantize torch.int8; accepted: float32"),
-        (torch.zeros(4, 0), r"expected a matrix \(out, in\), got shape \(4, 0\)"),
-        (torch.zeros(4), "expected a matrix"),
-        (torch.full((4, 4), float("nan")), "holds NaN"),
-        (torch.full((4, 4), -float("inf")), "holds NaN or infinite"),
-        (torch.full((4, 4), -1e5), "holds 100000, and int8 passes weights through fp16"),
+        (torch.zeros(4, 4, dtype=torch.int8), r"torch\.int8\b.*float32"),
+        (torch.zeros(4, 0), r"\(4, 0\)"),
+        (torch.zeros(4), r"\(4,\)"),
+        (torch.full((4, 4), float("nan")), "NaN"),
+        (torch.full((4, 4), -float("inf")), "infinite"),
+        (torch.full((4, 4), -1e5), r"100000\b.*fp16.*65504"),
     ],
 )
-def test_what_cannot_be_quantized_is_named(weight, words):
-    with pytest.raises(ValueError, match=f"^blocks.0.weight: .*{words}"):
+def test_weights_that_cannot_be_quantized_are_rejected_by_name(weight, pattern):
+    with pytest.raises(ValueError, match=f"^blocks.0.weight: .*{pattern}"):
         quantize(weight, "blocks.0.weight")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "pattern"),
     [
-        ({"SCB": torch.ones(7)}, r"a\.SCB: expected torch.float32 \(8,\), got torch.float32 \(7,\)"),
-        ({"SCB": torch.ones(8).half()}, r"a\.SCB: expected torch.float32 \(8,\), got torch.float16"),
-        ({"SCB": torch.full((8,), float("nan"))}, r"a\.SCB: holds NaN"),
-        ({"SCB": -torch.ones(8)}, r"a\.SCB: holds NaN, infinite or negative"),
-        ({"weight_format": torch.tensor(2)}, r"a\.weight_format: got \[2\], accepted: 0"),
-        ({"weight_format": torch.zeros(2)}, r"a\.weight_format: got \[0\.0, 0\.0\]"),
-        ({"absmax": torch.ones(8)}, r"a\.weight: unknown statistic absmax; accepted: SCB, weight_format"),
+        ({"SCB": torch.ones(7)}, r"a\.SCB: .*torch.float32 \(8,\).*torch.float32 \(7,\)"),
+        ({"SCB": torch.ones(8).half()}, r"a\.SCB: .*torch.float32 \(8,\).*torch.float16"),
+        ({"SCB": torch.full((8,), float("nan"))}, r"a\.SCB: .*NaN"),
+        ({"SCB": -torch.ones(8)}, r"a\.SCB: .*negative"),
+        ({"weight_format": torch.tensor(2)}, r"a\.weight_format: .*\[2\].* 0\b"),
+        ({"weight_format": torch.zeros(2)}, r"a\.weight_format: .*\[0\.0, 0\.0\]"),
+        ({"absmax": torch.ones(8)}, r"a\.weight: .*absmax.*SCB, weight_format"),
     ],
 )
-def test_a_damaged_statistic_is_named(change, words):
+def test_damaged_statistics_are_rejected_by_name(change, pattern):
     quantized, scales = quantize(noise(8, 64))
     assert torch.equal(unpack_scales("a.weight", quantized, (8, 64), {"SCB": scales}), scales)
-    with pytest.raises(ValueError, match=f"^{words}"):
+    with pytest.raises(ValueError, match=f"^{pattern}"):
         unpack_scales("a.weight", quantized, (8, 64), {"SCB": scales} | change)
 
 
-def test_keys_are_told_apart():
+def test_split_key():
     assert split_key("a.b.SCB") == ("a.b.weight", "SCB")
     assert split_key("a.weight_format") == ("a.weight", "weight_format")
     assert split_key("a.weight") is None
@@ -120,11 +120,11 @@ def bnb_config(recipe):
 
 
 @pytest.mark.parametrize("recipe", [QuantRecipe("int8"), RECIPE, QuantRecipe("int8", llm_int8_threshold=0)])
-def test_the_config_is_the_one_that_diffusers_writes_and_reads_back(recipe):
+def test_config_equals_that_of_diffusers_and_reads_back(recipe):
     config = quantization_config(recipe)
     assert json.loads(json.dumps(config)) == json.loads(json.dumps(bnb_config(recipe).to_dict()))
     assert read_quantization_config(config, "config.json") == recipe
-    # What bitsandbytes writes there for int8 means nothing: products run in the dtype of the rest.
+    # bitsandbytes ignores this key for int8: products run in the dtype of the unquantized tensors.
     config["bnb_4bit_compute_dtype"] = "float32"
     assert read_quantization_config(config, "config.json") == recipe
     read = read_quantization_config(config, "config.json", dtype=torch.float16)
@@ -132,31 +132,31 @@ def test_the_config_is_the_one_that_diffusers_writes_and_reads_back(recipe):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "pattern"),
     [
-        ({"load_in_4bit": True}, "with load_in_4bit, or with load_in_8bit"),
-        ({"load_in_8bit": False}, "with load_in_4bit, or with load_in_8bit"),
-        ({"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight is set"),
-        ({"llm_int8_threshold": "6"}, "llm_int8_threshold is '6', expected a number"),
-        ({"llm_int8_threshold": -1}, "llm_int8_threshold: got -1, expected a number from 0"),
+        ({"load_in_4bit": True}, "load_in_4bit.*load_in_8bit"),
+        ({"load_in_8bit": False}, "load_in_4bit.*load_in_8bit"),
+        ({"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight"),
+        ({"llm_int8_threshold": "6"}, "llm_int8_threshold.*'6'"),
+        ({"llm_int8_threshold": -1}, "llm_int8_threshold: got -1"),
         ({"llm_int8_threshold": 10**400}, "llm_int8_threshold: got 1000"),
         ({"llm_int8_threshold": float("nan")}, "llm_int8_threshold: got nan"),
     ],
 )
-def test_a_config_of_another_kind_is_refused(change, words):
-    with pytest.raises(ValueError, match="^config.json: .*" + words):
+def test_unsupported_config_is_rejected(change, pattern):
+    with pytest.raises(ValueError, match="^config.json: .*" + pattern):
         read_quantization_config(quantization_config(RECIPE) | change, "config.json")
 
 
-def test_settings_without_meaning_do_not_make_recipes_differ():
+def test_recipes_that_differ_in_unused_settings_are_equal():
     assert QuantRecipe("int8", double_quant=False) == QuantRecipe("int8")
     assert QuantRecipe("nf4", llm_int8_threshold=1.0) == QuantRecipe("nf4")
-    with pytest.raises(ValueError, match="scale_search: got 'mse', expected None for int8"):
+    with pytest.raises(ValueError, match=r"^scale_search: got 'mse'.*int8"):
         QuantRecipe("int8", scale_search="mse")
 
 
 @pytest.mark.parametrize("model_cls", CLASSES)
-def test_our_folder_is_that_of_stock_diffusers_and_loads_there(model_cls, request, tmp_path):
+def test_saved_folder_equals_that_of_diffusers_and_loads_there(model_cls, request, tmp_path):
     folder = folder_of(model_cls, request)
     ours = load(folder, RECIPE, model_cls)
     assert isinstance(ours.transformer_blocks[0].attn.to_q, Linear8bit)
@@ -176,7 +176,7 @@ def test_our_folder_is_that_of_stock_diffusers_and_loads_there(model_cls, reques
     configs[1].pop("_name_or_path")
     assert configs[0] == configs[1]
     assert {module.state.threshold for module in stock.modules() if hasattr(module, "state")} == {4.0}
-    # In train mode bitsandbytes on the CPU multiplies the dequantized weight, in eval mode it is LLM.int8().
+    # On the CPU, bitsandbytes multiplies by the dequantized weight in train mode, and computes LLM.int8() in eval mode.
     stock.eval()
     with torch.no_grad():
         theirs = stock(**inputs(stock))[0]
@@ -185,7 +185,7 @@ def test_our_folder_is_that_of_stock_diffusers_and_loads_there(model_cls, reques
 
 
 @pytest.mark.parametrize("model_cls", CLASSES)
-def test_a_folder_of_stock_bitsandbytes_loads_to_the_bit(model_cls, request, tmp_path, caplog):
+def test_folder_of_bitsandbytes_loads_bitwise_identical(model_cls, request, tmp_path, caplog):
     with stock_bitsandbytes_on_cpu():
         stock = model_cls.from_pretrained(
             folder_of(model_cls, request), torch_dtype=torch.float16, quantization_config=bnb_config(RECIPE)
@@ -210,46 +210,47 @@ def test_a_folder_of_stock_bitsandbytes_loads_to_the_bit(model_cls, request, tmp
     assert all(torch.equal(again[key], tensor) for key, tensor in expected.items())
 
 
-def test_a_folder_of_another_kind_is_loaded_as_it_is_with_a_warning(mini_sd3, tmp_path, caplog):
+def test_folder_with_another_quantization_keeps_it_and_warns(mini_sd3, tmp_path, caplog):
     save_quantized(load(mini_sd3 / "transformer", RECIPE), tmp_path / "q")
     with caplog.at_level(logging.WARNING):
         ours = load(tmp_path / "q", QuantRecipe())
-    assert "is quantized already and loaded as it is: int8" in caplog.text
+    (record,) = caplog.records
+    assert record.args[0] == tmp_path / "q"
+    assert "int8" in record.getMessage()
+    assert "nf4" in record.getMessage()
     assert isinstance(ours.transformer_blocks[0].attn.to_q, Linear8bit)
 
 
-def test_a_damaged_file_is_named(mini_sd3, tmp_path):
+def test_error_names_a_damaged_file(mini_sd3, tmp_path):
     save_quantized(load(mini_sd3 / "transformer", RECIPE), tmp_path / "q")
     file = tmp_path / "q" / WEIGHTS_FILE
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith(".SCB"))
-    whole = tensors.pop(name)
+    original = tensors.pop(name)
     save_file(tensors, file)
     with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}: {name}: missing"):
         load(tmp_path / "q")
-    save_file(tensors | {name: whole[:-1].clone()}, file)
-    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}: {name}: expected torch.float32"):
+    save_file(tensors | {name: original[:-1].clone()}, file)
+    with pytest.raises(ValueError, match=f"{WEIGHTS_FILE}: {name}: .*torch.float32"):
         load(tmp_path / "q")
 
 
-def test_a_recipe_that_is_not_the_models_is_refused(mini_sd3, tmp_path):
+def test_saving_with_a_different_recipe_is_rejected(mini_sd3, tmp_path):
     ours = load(mini_sd3 / "transformer", RECIPE)
     for recipe in (
         QuantRecipe(skip=("proj_out",)),
         QuantRecipe("int8", skip=("proj_out",)),
         QuantRecipe("int8"),
     ):
-        with pytest.raises(
-            ValueError, match=r"quantized with int8, threshold 4, which|proj_out: not quantized"
-        ):
+        with pytest.raises(ValueError, match=r"quantized with int8, threshold 4\b|proj_out: not quantized"):
             save_quantized(ours, tmp_path / "q", recipe)
-    four = load(mini_sd3 / "transformer", QuantRecipe(skip=("proj_out",)))
+    nf4_model = load(mini_sd3 / "transformer", QuantRecipe(skip=("proj_out",)))
     with pytest.raises(ValueError, match=r"quantized with QuantSpec\(quant_type='nf4'"):
-        save_quantized(four, tmp_path / "q", RECIPE)
+        save_quantized(nf4_model, tmp_path / "q", RECIPE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_footprint_counts_the_scales(mini_sd3):
+def test_memory_footprint_includes_the_scales(mini_sd3):
     layer = Linear8bit.from_linear(nn.Linear(128, 128, bias=False), compute_dtype=torch.bfloat16)
     weight = layer.weight
     assert weight.nelement() == 128 * 128 + 4 * 128
@@ -259,7 +260,7 @@ def test_footprint_counts_the_scales(mini_sd3):
     assert ours.get_memory_footprint() == on_disk
 
 
-def test_conversion_stays_near_the_model(mini_sd3):
+def test_converted_model_is_close_to_the_original(mini_sd3):
     model = SD3Transformer2DModel.from_pretrained(mini_sd3 / "transformer", torch_dtype=torch.bfloat16)
     expected = prediction(model)
     convert(model, QuantRecipe("int8"))
@@ -269,7 +270,7 @@ def test_conversion_stays_near_the_model(mini_sd3):
         convert(model, QuantRecipe())
 
 
-def test_adapters_train_on_int8_and_are_left_out_of_the_base(mini_flux, tmp_path):
+def test_adapters_train_on_int8_and_are_not_saved_with_the_base(mini_flux, tmp_path):
     flux = load(mini_flux / "transformer", QuantRecipe("int8"), FluxTransformer2DModel)
     bare = prediction(flux)
     flux.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_mlp", "norm1.linear"]))
@@ -277,14 +278,14 @@ def test_adapters_train_on_int8_and_are_left_out_of_the_base(mini_flux, tmp_path
     assert torch.equal(prediction(flux), bare)
     flux.enable_gradient_checkpointing()
     flux(**inputs(flux))[0].float().square().mean().backward()
-    learns = {name: p.grad for name, p in flux.named_parameters() if p.requires_grad}
-    assert all("lora_" in name for name in learns)
-    assert all(grad.abs().sum() > 0 for name, grad in learns.items() if "lora_B" in name)
+    trained_grads = {name: p.grad for name, p in flux.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained_grads)
+    assert all(grad.abs().sum() > 0 for name, grad in trained_grads.items() if "lora_B" in name)
     save_quantized(flux, tmp_path / "q")
     assert torch.equal(prediction(load(tmp_path / "q", None, FluxTransformer2DModel)), bare)
 
 
-def test_get_peft_model_finds_every_layer_and_refuses_to_merge(mini_sd3):
+def test_get_peft_model_finds_all_layers_and_does_not_merge(mini_sd3):
     model = get_peft_model(
         load(mini_sd3 / "transformer", RECIPE), LoraConfig(r=2, target_modules="all-linear")
     )
@@ -296,11 +297,13 @@ def test_get_peft_model_finds_every_layer_and_refuses_to_merge(mini_sd3):
 
 
 @pytest.mark.parametrize("kind", ["flux_mini", "sd3_mini"])
-def test_a_recipe_asks_for_int8_and_its_threshold(kind):
+def test_recipe_file_selects_int8_and_its_threshold(kind):
     recipe = load_recipe(RECIPES / f"{kind}.yaml", ["quant.type=int8", "quant.llm_int8_threshold=3"])
-    made = quant_recipe(recipe)
-    assert (made.quant_type, made.llm_int8_threshold, made.double_quant) == ("int8", 3.0, False)
-    with pytest.raises(
-        ValueError, match=r"quant\.scale_search=mse: got mse, expected none where quant.type is int8"
-    ):
+    quant = quant_recipe(recipe)
+    assert (quant.quant_type, quant.llm_int8_threshold, quant.double_quant) == (
+        "int8",
+        3.0,
+        False,
+    )
+    with pytest.raises(ValueError, match=r"quant\.scale_search=mse: got mse\b.*int8"):
         load_recipe(RECIPES / f"{kind}.yaml", ["quant.type=int8", "quant.scale_search=mse"])

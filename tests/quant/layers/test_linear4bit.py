@@ -1,4 +1,4 @@
-"""The 4-bit layer: its arithmetic, what it keeps through moves and copies, and its life under adapters."""
+"""Tests the 4-bit layer: forward and backward, moves, casts and copies, state dicts, and compilation."""
 
 import copy
 import pickle
@@ -27,14 +27,14 @@ def layer_of(in_features=96, out_features=80, *, bias=True, compute_dtype=torch.
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (3, 5, 96), (0, 96)])
 @pytest.mark.parametrize("spec", [{}, {"double_quant": False}, {"quant_type": "fp4"}])
-def test_forward_is_the_product_with_the_dequantized_weight(shape, spec):
+def test_forward_multiplies_by_the_dequantized_weight(shape, spec):
     layer = layer_of(**spec)
     x = noise(*shape)
     expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
     assert torch.equal(layer(x), expected)
 
 
-def test_output_has_the_dtype_of_the_input():
+def test_output_has_the_inputs_dtype():
     layer = layer_of()
     x = noise(3, 96, dtype=torch.float32)
     output = layer(x)
@@ -43,7 +43,7 @@ def test_output_has_the_dtype_of_the_input():
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_gives_what_it_gives_a_plain_linear(x_dtype):
+def test_autocast_output_equals_that_of_a_plain_linear(x_dtype):
     layer = layer_of(compute_dtype=torch.float32)
     plain = nn.Linear(96, 80)
     plain.load_state_dict({"weight": layer.dequantize(torch.float32), "bias": layer.bias.float()})
@@ -56,7 +56,7 @@ def test_autocast_gives_what_it_gives_a_plain_linear(x_dtype):
 
 @pytest.mark.parametrize("rows", [(), (4, 7)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_equal_plain_autograd_in_float64(bias, rows):
+def test_gradients_match_autograd_in_float64(bias, rows):
     layer = layer_of(bias=bias, compute_dtype=torch.float32)
     if bias:
         layer.bias = nn.Parameter(layer.bias.float())
@@ -81,7 +81,7 @@ def test_bf16_gradient_is_within_bf16_of_float64():
     assert (x.grad.double() - exact).norm() / exact.norm() < 4e-3
 
 
-def test_backward_saves_the_packed_weight_alone():
+def test_backward_saves_only_the_packed_weight():
     layer = layer_of(512, 512, bias=False)
     saved = []
 
@@ -94,7 +94,7 @@ def test_backward_saves_the_packed_weight_alone():
     assert [(tensor.dtype, tensor.data_ptr()) for tensor in saved] == [(torch.uint8, layer.weight.data_ptr())]
 
 
-def test_backward_computes_in_the_dtype_of_the_forward_whatever_surrounds_it():
+def test_backward_uses_the_dtype_of_the_forward_under_autocast():
     layer = layer_of(compute_dtype=torch.float32)
     x = noise(4, 96, dtype=torch.float32, requires_grad=True)
     upstream = noise(4, 80, dtype=torch.float32, seed=1)
@@ -105,7 +105,7 @@ def test_backward_computes_in_the_dtype_of_the_forward_whatever_surrounds_it():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_changes_nothing(use_reentrant):
+def test_checkpointing_gives_the_same_gradient(use_reentrant):
     stack = nn.Sequential(layer_of(), nn.SiLU(), layer_of(80, 96, double_quant=False))
     x = noise(4, 96, requires_grad=True)
     stack(x).sum().backward()
@@ -128,7 +128,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_compiles_whole_and_once_for_blocks_of_a_kind(checkpointed):
+def test_equal_blocks_compile_once_without_graph_breaks(checkpointed):
     torch._dynamo.reset()
     blocks = nn.Sequential(*(Block(seed, checkpointed) for seed in range(3)))
     x = noise(4, 96, requires_grad=True)
@@ -146,7 +146,7 @@ def test_compiles_whole_and_once_for_blocks_of_a_kind(checkpointed):
     assert counter.frame_count == 1
 
 
-def test_compiles_whole_under_autocast():
+def test_compiles_under_autocast_without_graph_breaks():
     torch._dynamo.reset()
     layer = layer_of(compute_dtype=torch.float32)
     x = noise(4, 96, dtype=torch.float32, requires_grad=True)
@@ -160,7 +160,7 @@ def test_compiles_whole_under_autocast():
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, lambda m: m.type(torch.float16)])
-def test_a_cast_leaves_codes_and_statistics_alone(cast):
+def test_casts_do_not_change_codes_and_statistics(cast):
     layer = layer_of()
     before = layer.dequantize()
     cast(layer)
@@ -171,7 +171,7 @@ def test_a_cast_leaves_codes_and_statistics_alone(cast):
     assert torch.equal(layer.dequantize(), before)
 
 
-def test_a_move_takes_the_statistics_along():
+def test_moves_include_the_statistics():
     layer = layer_of().to("meta")
     assert isinstance(layer.weight, Params4bit)
     state = layer.weight.quant_state
@@ -186,7 +186,7 @@ def test_a_move_takes_the_statistics_along():
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_shapes_can_be_worked_out_on_meta():
+def test_forward_and_backward_run_on_meta():
     layer = layer_of().to("meta")
     x = torch.empty(3, 96, device="meta", requires_grad=True)
     output = layer(x)
@@ -195,23 +195,23 @@ def test_shapes_can_be_worked_out_on_meta():
     assert x.grad.shape == x.shape
 
 
-def test_accelerate_moves_the_parameter_with_its_state():
+def test_accelerate_moves_the_parameter_and_its_state():
     layer = layer_of()
     set_module_tensor_to_device(layer, "weight", "cpu", value=layer.weight.data.clone())
     assert torch.equal(layer(noise(2, 96)), layer_of()(noise(2, 96)))
 
 
-def test_a_parameter_keeps_its_state_through_to_and_loses_it_with_its_codes():
+def test_to_keeps_the_state_unless_the_dtype_changes():
     weight = layer_of().weight
-    # Offloading drops the codes and brings them back; the state is what it finds there.
+    # Offloading frees the codes by moving them to meta, and later takes the state from the parameter on meta.
     assert weight.to("meta").quant_state is weight.quant_state
     assert type(weight.to(torch.float32)) is torch.Tensor
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_are_whole(copied):
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_complete(make_copy):
     layer = layer_of()
-    twin = copied(layer)
+    twin = make_copy(layer)
     assert isinstance(twin.weight, Params4bit)
     assert twin.weight.data_ptr() != layer.weight.data_ptr()
     assert torch.equal(twin(noise(2, 96)), layer(noise(2, 96)))
@@ -228,7 +228,7 @@ def test_deepcopy_keeps_a_shared_weight_shared():
 @pytest.mark.parametrize("assign", [True, False])
 @pytest.mark.parametrize("start", ["meta", "filled"])
 @pytest.mark.parametrize("spec", [{}, {"double_quant": False, "blocksize": 128}, {"quant_type": "fp4"}])
-def test_a_state_dict_goes_round(assign, start, spec):
+def test_state_dict_round_trip(assign, start, spec):
     layer = layer_of(**spec)
     state = layer.state_dict()
     other = layer_of(seed=1)
@@ -245,7 +245,7 @@ def test_a_state_dict_goes_round(assign, start, spec):
     assert all(torch.equal(again[key], state[key]) for key in state)
 
 
-def test_a_floating_point_state_dict_is_quantized_on_the_way_in():
+def test_floating_point_state_dict_is_quantized_when_loaded():
     linear = nn.Linear(96, 80).bfloat16()
     layer = Linear4bit(96, 80, spec=QuantSpec(), compute_dtype=torch.bfloat16)
     layer.load_state_dict(linear.state_dict(), assign=True)
@@ -254,28 +254,26 @@ def test_a_floating_point_state_dict_is_quantized_on_the_way_in():
     assert torch.equal(layer.bias, linear.bias)
 
 
-def test_a_state_dict_of_another_layer_is_refused_by_name():
+def test_state_dict_of_another_layer_is_rejected_by_name():
     stack = nn.Sequential(layer_of())
-    with pytest.raises(
-        RuntimeError, match=r"0\.weight: expected a weight of shape \(80, 96\), got \(80, 64\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"0\.weight: .*\(80, 96\).*\(80, 64\)"):
         stack.load_state_dict(nn.Sequential(layer_of(64, 80)).state_dict())
-    lacking = stack.state_dict()
-    del lacking["0.weight.absmax"]
+    incomplete = stack.state_dict()
+    del incomplete["0.weight.absmax"]
     with pytest.raises(RuntimeError, match=r"0\.weight\.absmax: missing"):
-        stack.load_state_dict(lacking)
+        stack.load_state_dict(incomplete)
     without_weight = {key: value for key, value in stack.state_dict().items() if key == "0.bias"}
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
         stack.load_state_dict(without_weight)
 
 
-def test_a_layer_on_meta_has_the_shape_of_its_weight_and_says_that_it_is_empty():
+def test_layer_on_meta_has_the_weights_shape_and_reports_that_it_is_empty():
     layer = Linear4bit(96, 80, spec=QuantSpec(), compute_dtype=torch.bfloat16, dtype=torch.bfloat16)
     assert isinstance(layer.weight, Params4bit)
     assert (layer.weight.shape, layer.weight.dtype) == ((80, 96), torch.bfloat16)
     assert layer.weight.is_meta
     assert set(layer.state_dict()) == {"weight", "bias"}
-    with pytest.raises(RuntimeError, match=r"Linear4bit\(96, 80\) has no weight yet"):
+    with pytest.raises(RuntimeError, match=r"Linear4bit\(96, 80\)"):
         layer(noise(2, 96))
 
 
@@ -287,7 +285,7 @@ def test_footprint_counts_codes_and_statistics():
 
 
 @pytest.mark.gpu
-def test_the_gpu_holds_the_same_weight_and_gives_it_back():
+def test_weight_is_the_same_after_moves_to_and_from_the_gpu():
     layer = layer_of()
     expected = layer.dequantize()
     layer.cuda()

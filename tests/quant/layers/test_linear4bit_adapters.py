@@ -1,4 +1,4 @@
-"""4-bit layers among others: in a model, under PEFT's adapters, and as bitsandbytes and diffusers see them."""
+"""Tests 4-bit layers in a model with PEFT's adapters, and with bitsandbytes and diffusers."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ def fill_adapter(model, seed=0):
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2
 
 
-def test_footprint_of_a_model_is_the_sum_of_its_tensors(flux):
+def test_memory_footprint_is_the_sum_of_the_models_tensors(flux):
     on_disk = sum(tensor.nbytes for key, tensor in flux.state_dict().items() if "quant_state" not in key)
     offsets = 4 * sum(isinstance(module, Linear4bit) for module in flux.modules())
     assert flux.get_memory_footprint() == on_disk + offsets
@@ -66,7 +66,7 @@ def test_add_adapter_trains_lora_on_our_layers(flux):
     assert torch.equal(prediction(flux), bare)
 
 
-def test_gradients_of_an_adapter_equal_a_float64_reference():
+def test_adapter_gradients_match_float64():
     layer = layer_of(compute_dtype=torch.float32)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(layer), config)
@@ -91,7 +91,7 @@ def test_bitsandbytes_reads_our_state(double_quant):
     )
 
 
-def test_dora_finds_the_norms_of_our_weights():
+def test_dora_magnitudes_are_the_row_norms_of_our_weights():
     layer = layer_of(128, 64, compute_dtype=torch.float32)
     model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], use_dora=True))
     magnitude = model.base_model.model[0].lora_magnitude_vector["default"].weight
@@ -113,7 +113,7 @@ def test_get_peft_model_finds_all_linears(flux):
     assert {f"{name}.base_layer" for name in tuned} == linears
 
 
-def test_an_adapter_saved_from_our_layers_loads_on_ours_and_on_plain_ones(flux, mini_flux, tmp_path):
+def test_saved_adapter_loads_on_4bit_and_plain_layers(flux, mini_flux, tmp_path):
     flux.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
     fill_adapter(flux)
     FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(flux))

@@ -1,4 +1,4 @@
-"""The int8 layer: its arithmetic, what it keeps through moves and copies, and its life under adapters."""
+"""Tests the int8 layer: forward and backward against bitsandbytes, moves, casts and copies, and adapters."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def layer_of(in_features=96, out_features=80, *, bias=True, compute_dtype=torch.
 
 
 def stock_layer(layer, threshold):
-    """bitsandbytes' layer with the same weights, in eval mode, where it computes LLM.int8() on the CPU too."""
+    """Returns bitsandbytes' layer with the same weights, in eval mode: only then it computes LLM.int8() on the CPU."""
     stock = bnb.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
@@ -53,24 +53,24 @@ def stock_layer(layer, threshold):
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 6])
-def test_forward_is_that_of_bitsandbytes(threshold, bias, rows):
+def test_forward_matches_bitsandbytes(threshold, bias, rows):
     layer = layer_of(bias=bias, threshold=threshold, compute_dtype=torch.float16).half()
     x = with_outliers(rows, 96, dtype=torch.float16)
     torch.testing.assert_close(layer(x), stock_layer(layer, threshold)(x), rtol=2e-3, atol=4e-3)
 
 
-def test_outlier_columns_are_multiplied_in_the_compute_dtype():
+def test_outlier_columns_use_the_compute_dtype():
     layer = layer_of(bias=False, compute_dtype=torch.float32)
     x = torch.zeros(3, 96)
     x[0, 7], x[0, 40], x[1, 7], x[2, 40] = 9.013, 7.77, 0.0017, 6.0
     expected = x.double() @ layer.dequantize(torch.float64).T
-    # Nothing is left for the int8 part: a column with one outlier is taken out of every row.
+    # A column with one outlier is computed in the compute dtype for every row, so the int8 product has only zeros.
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-7)
     layer.threshold = 0.0
     assert (layer(x).double() - expected).abs().max() > 1e-3
 
 
-def test_the_threshold_decides_the_error():
+def test_outlier_threshold_reduces_the_error():
     x = with_outliers(8, 96, dtype=torch.float32)
     errors = {}
     for threshold in (0.0, 6.0):
@@ -82,14 +82,14 @@ def test_the_threshold_decides_the_error():
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (3, 5, 96), (0, 96)])
-def test_any_batch_shape_goes_through(shape):
+def test_forward_accepts_any_batch_shape(shape):
     layer, x = layer_of(), noise(*shape)
     output = layer(x)
     assert output.shape == (*shape[:-1], 80)
     assert torch.equal(output, layer(x.view(-1, 96)).view_as(output))
 
 
-def test_output_has_the_dtype_of_the_input_and_autocast_decides_the_rest():
+def test_output_has_the_inputs_dtype_or_autocasts():
     layer = layer_of(compute_dtype=torch.float32)
     x = noise(3, 96)
     assert layer(x).dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def test_output_has_the_dtype_of_the_input_and_autocast_decides_the_rest():
 
 @pytest.mark.parametrize("rows", [(), (4, 7)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_equal_plain_autograd_in_float64(bias, rows):
+def test_gradients_match_autograd_in_float64(bias, rows):
     layer = layer_of(bias=bias, compute_dtype=torch.float32).float().requires_grad_(False)
     if bias:
         layer.bias.requires_grad_(True)
@@ -111,7 +111,7 @@ def test_gradients_equal_plain_autograd_in_float64(bias, rows):
     upstream = noise(*rows, 80, dtype=torch.float32, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
         output = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # whatever surrounds backward() is none of its concern
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must have no effect on backward()
         output.backward(upstream)
     exact_x = x.detach().double().requires_grad_(True)
     exact_bias = layer.bias.detach().double().requires_grad_(True) if bias else None
@@ -122,7 +122,7 @@ def test_gradients_equal_plain_autograd_in_float64(bias, rows):
     assert layer.weight.grad is None
 
 
-def test_the_gradient_is_that_of_bitsandbytes():
+def test_gradient_equals_that_of_bitsandbytes():
     layer = layer_of(compute_dtype=torch.float16).half()
     x, upstream = with_outliers(6, 96, dtype=torch.float16), noise(6, 80, dtype=torch.float16, seed=1)
     grads = []
@@ -133,7 +133,7 @@ def test_the_gradient_is_that_of_bitsandbytes():
     assert torch.equal(*grads)
 
 
-def test_backward_saves_weight_and_scales_alone():
+def test_backward_saves_only_weight_and_scales():
     layer = layer_of(512, 512, bias=False)
     saved = []
 
@@ -148,7 +148,7 @@ def test_backward_saves_weight_and_scales_alone():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_changes_nothing(use_reentrant):
+def test_checkpointing_gives_the_same_gradient(use_reentrant):
     stack = nn.Sequential(layer_of(), nn.SiLU(), layer_of(80, 96, threshold=0.0))
     x = with_outliers(4, 96).requires_grad_(True)
     stack(x).sum().backward()
@@ -171,7 +171,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_compiles_whole_and_once_whatever_columns_are_outliers(checkpointed):
+def test_compiles_once_for_different_outlier_columns(checkpointed):
     torch._dynamo.reset()
     blocks = nn.Sequential(*(Block(seed, checkpointed) for seed in range(2)))
     counter = CompileCounterWithBackend("aot_eager")
@@ -192,7 +192,7 @@ def test_compiles_whole_and_once_whatever_columns_are_outliers(checkpointed):
     assert counter.frame_count == 1
 
 
-def test_compiles_whole_under_autocast():
+def test_compiles_under_autocast_without_graph_breaks():
     torch._dynamo.reset()
     layer, x = layer_of(compute_dtype=torch.float32), with_outliers(4, 96, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,7 +202,7 @@ def test_compiles_whole_under_autocast():
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, lambda m: m.type(torch.float16)])
-def test_a_cast_leaves_weight_and_scales_alone(cast):
+def test_casts_do_not_change_weight_and_scales(cast):
     layer = layer_of()
     before = layer.dequantize(torch.float32)
     cast(layer)
@@ -212,7 +212,7 @@ def test_a_cast_leaves_weight_and_scales_alone(cast):
     assert torch.equal(layer.dequantize(torch.float32), before)
 
 
-def test_a_move_takes_the_scales_along_and_shapes_can_be_worked_out_on_meta():
+def test_moves_include_the_scales_and_the_layer_runs_on_meta():
     layer = layer_of().to("meta")
     assert (type(layer.weight), layer.weight.SCB.device.type) == (Int8Params, "meta")
     x = torch.empty(3, 96, device="meta", requires_grad=True)
@@ -220,17 +220,17 @@ def test_a_move_takes_the_scales_along_and_shapes_can_be_worked_out_on_meta():
     output.sum().backward()
     assert (output.shape, x.grad.shape) == ((3, 80), (3, 96))
     weight = layer_of().weight
-    # Offloading drops the codes and brings them back; the scales are what it finds there.
+    # Offloading frees the codes by moving them to meta, and later takes the scales from the parameter on meta.
     assert weight.to("meta").SCB is weight.SCB
     assert type(weight.to(torch.float32)) is torch.Tensor
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_are_whole(copied):
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_complete(make_copy):
     layer = layer_of()
     pair = nn.ModuleList([layer, layer_of(seed=1)])
     pair[1].weight = layer.weight
-    twin = copied(pair)
+    twin = make_copy(pair)
     assert isinstance(twin[0].weight, Int8Params)
     assert twin[0].weight.data_ptr() != layer.weight.data_ptr()
     assert twin[0].weight is twin[1].weight
@@ -239,7 +239,7 @@ def test_copies_are_whole(copied):
 
 @pytest.mark.parametrize("assign", [True, False])
 @pytest.mark.parametrize("start", ["meta", "filled"])
-def test_a_state_dict_goes_round_under_bitsandbytes_names(assign, start):
+def test_state_dict_round_trip_with_bitsandbytes_names(assign, start):
     layer = layer_of()
     state = layer.state_dict()
     theirs = stock_layer(layer, 6.0).state_dict()
@@ -252,30 +252,28 @@ def test_a_state_dict_goes_round_under_bitsandbytes_names(assign, start):
     assert torch.equal(other(noise(2, 96)), layer(noise(2, 96)))
 
 
-def test_a_floating_point_state_dict_is_quantized_on_the_way_in():
+def test_floating_point_state_dict_is_quantized_when_loaded():
     linear = nn.Linear(96, 80).bfloat16()
     layer = Linear8bit(96, 80, compute_dtype=torch.bfloat16)
     assert layer.weight.is_meta
-    with pytest.raises(RuntimeError, match=r"Linear8bit\(96, 80\) has no weight yet"):
+    with pytest.raises(RuntimeError, match=r"Linear8bit\(96, 80\)"):
         layer(noise(2, 96))
     layer.load_state_dict(linear.state_dict(), assign=True)
     assert torch.equal(layer.weight, quantize(linear.weight)[0])
     assert torch.equal(layer.bias, linear.bias)
 
 
-def test_a_state_dict_of_another_layer_is_refused_by_name():
+def test_state_dict_of_another_layer_is_rejected_by_name():
     stack = nn.Sequential(layer_of())
-    lacking = stack.state_dict()
-    del lacking["0.SCB"]
-    with pytest.raises(RuntimeError, match=r"0\.SCB: missing; without the scales of its rows 0\.weight"):
-        stack.load_state_dict(lacking)
-    with pytest.raises(
-        RuntimeError, match=r"0\.weight: expected torch.int8 \(80, 96\), got torch.int8 \(80, 64"
-    ):
+    incomplete = stack.state_dict()
+    del incomplete["0.SCB"]
+    with pytest.raises(RuntimeError, match=r"0\.SCB: missing.*0\.weight"):
+        stack.load_state_dict(incomplete)
+    with pytest.raises(RuntimeError, match=r"0\.weight: .*torch.int8 \(80, 96\).*torch.int8 \(80, 64"):
         stack.load_state_dict(nn.Sequential(layer_of(64, 80)).state_dict())
 
 
-def test_gradients_of_an_adapter_equal_a_float64_reference():
+def test_adapter_gradients_match_float64():
     layer = layer_of(compute_dtype=torch.float32, threshold=0.5).float()
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(layer), config)
@@ -289,7 +287,7 @@ def test_gradients_of_an_adapter_equal_a_float64_reference():
     torch.testing.assert_close(up.grad.double(), exact_up.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_dora_finds_the_norms_of_int8_weights():
+def test_dora_magnitudes_are_the_row_norms_of_int8_weights():
     layer = layer_of(128, 64, compute_dtype=torch.float32).float()
     model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], use_dora=True))
     magnitude = model.base_model.model[0].lora_magnitude_vector["default"].weight
@@ -298,7 +296,7 @@ def test_dora_finds_the_norms_of_int8_weights():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_the_gpu_computes_what_the_cpu_computes(threshold):
+def test_gpu_output_and_gradient_match_the_cpu(threshold):
     layer = layer_of(256, 192, threshold=threshold)
     x = with_outliers(40, 256).requires_grad_(True)
     expected = layer(x)
@@ -312,7 +310,7 @@ def test_the_gpu_computes_what_the_cpu_computes(threshold):
     torch.testing.assert_close(x.grad, expected_grad, rtol=2e-2, atol=2e-2)
 
 
-def test_the_op_is_the_one_with_a_kernel():
+def test_forward_calls_the_int8_op():
     layer, x = layer_of(), with_outliers(4, 96)
     expected = int8_ops.linear_int8(x, layer.weight.data, layer.weight.SCB, layer.bias, 6.0)
     assert torch.equal(layer(x), expected)

@@ -1,4 +1,4 @@
-"""Loading a folder into 4-bit layers: the same bits as bitsandbytes, little memory, and errors that name the file."""
+"""Tests loading a folder into 4-bit layers: bits equal to bitsandbytes', memory, and errors that name the file."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def load(folder, recipe=None, model_cls=SD3Transformer2DModel, dtype=torch.bfloa
 
 @pytest.fixture
 def sd3(mini_sd3, tmp_path):
-    """A copy of the tiny SD3 transformer's folder, to be damaged."""
+    """Returns a copy of the tiny SD3 transformer's folder, which a test can damage."""
     return shutil.copytree(mini_sd3 / "transformer", tmp_path / "transformer")
 
 
@@ -47,7 +47,9 @@ def rewrite(folder, change):
 
 @pytest.mark.parametrize("model_cls", CLASSES)
 @pytest.mark.parametrize("stored_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_codes_and_scales_equal_those_of_from_pretrained(model_cls, stored_dtype, request, tmp_path):
+def test_codes_and_scales_equal_those_of_from_pretrained_with_bitsandbytes(
+    model_cls, stored_dtype, request, tmp_path
+):
     source = model_cls.from_pretrained(folder_of(model_cls, request), torch_dtype=stored_dtype)
     source.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(
@@ -71,7 +73,7 @@ def test_codes_and_scales_equal_those_of_from_pretrained(model_cls, stored_dtype
 @pytest.mark.parametrize("model_cls", CLASSES)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_folder_of_stock_bitsandbytes_loads_to_the_bit(
+def test_folder_of_bitsandbytes_loads_bitwise_identical(
     model_cls, quant_type, double_quant, request, tmp_path
 ):
     config = BitsAndBytesConfig(
@@ -98,7 +100,7 @@ def test_a_folder_of_stock_bitsandbytes_loads_to_the_bit(
 
 @pytest.mark.parametrize("model_cls", CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_a_recipe_it_is_from_pretrained(model_cls, dtype, request):
+def test_without_a_recipe_the_model_equals_from_pretrained(model_cls, dtype, request):
     folder = folder_of(model_cls, request)
     stock = model_cls.from_pretrained(folder, torch_dtype=dtype)
     ours = load(folder, model_cls=model_cls, dtype=dtype)
@@ -121,55 +123,55 @@ def test_shards_load_like_a_single_file(mini_sd3, tmp_path):
     assert torch.equal(prediction(ours), prediction(expected))
 
 
-def test_a_weight_may_lie_apart_from_its_statistics(mini_sd3, tmp_path):
+def test_weight_and_statistics_may_be_in_different_files(mini_sd3, tmp_path):
     save_quantized(load(mini_sd3 / "transformer", QuantRecipe()), tmp_path / "whole")
     tensors = load_file(tmp_path / "whole" / WEIGHTS_FILE)
-    parts = [{n: t for n, t in tensors.items() if ("absmax" in n) == apart} for apart in (False, True)]
-    apart = tmp_path / "apart"
-    apart.mkdir()
-    shutil.copy(tmp_path / "whole" / "config.json", apart)
+    parts = [{n: t for n, t in tensors.items() if ("absmax" in n) == is_scale} for is_scale in (False, True)]
+    separate = tmp_path / "separate"
+    separate.mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", separate)
     files = ["a.safetensors", "b.safetensors"]
     for part, file in zip(parts, files, strict=True):
-        save_file(part, apart / file)
+        save_file(part, separate / file)
     weight_map = {name: file for part, file in zip(parts, files, strict=True) for name in part}
-    (apart / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    assert torch.equal(prediction(load(apart)), prediction(load(tmp_path / "whole")))
+    (separate / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(prediction(load(separate)), prediction(load(tmp_path / "whole")))
 
 
-def test_a_tensor_in_two_shards_is_refused(mini_sd3, tmp_path):
+def test_tensor_in_two_shards_is_rejected(mini_sd3, tmp_path):
     SD3Transformer2DModel.from_pretrained(mini_sd3 / "transformer").save_pretrained(
         tmp_path, max_shard_size="200KB"
     )
     weight_map = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
     other = next(file for file in weight_map.values() if file != weight_map["proj_out.weight"])
     save_file(load_file(tmp_path / other) | {"proj_out.weight": torch.zeros(1)}, tmp_path / other)
-    with pytest.raises(ValueError, match=f"{other}: holds proj_out.weight, which .* places in"):
+    with pytest.raises(ValueError, match=rf"{other}: .*proj_out\.weight.*{weight_map['proj_out.weight']}"):
         load(tmp_path, QuantRecipe())
 
 
 @pytest.mark.parametrize("recipe", [QuantRecipe(skip=("proj_out",)), QuantRecipe("int8")])
-def test_no_second_full_weight_is_held_while_loading(mini_sd3, monkeypatch, recipe):
-    held, most = [], 0
+def test_few_full_precision_weights_are_in_memory_while_loading(mini_sd3, monkeypatch, recipe):
+    full_weights, most_alive = [], 0
     finished = ReadAhead._finished
 
     def counted(self, name):
-        nonlocal most
+        nonlocal most_alive
         tensor = finished(self, name)
         if tensor.dim() == 2:
-            held.append(weakref.ref(tensor))
-        most = max(most, sum(ref() is not None for ref in held))
+            full_weights.append(weakref.ref(tensor))
+        most_alive = max(most_alive, sum(ref() is not None for ref in full_weights))
         return tensor
 
     monkeypatch.setattr(ReadAhead, "_finished", counted)
     load(mini_sd3 / "transformer", recipe)
-    assert len(held) > 20
-    # The one that is placed next, the one before it, and the two that are not quantized and stay.
-    assert most <= 4
+    assert len(full_weights) > 20
+    # The weight to place next, the one before it, and the two unquantized weights, which stay in the model.
+    assert most_alive <= 4
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_the_gpu_quantizes_to_the_codes_of_the_cpu(mini_sd3, double_quant):
+def test_gpu_quantizes_to_the_same_codes_as_the_cpu(mini_sd3, double_quant):
     recipe = QuantRecipe(double_quant=double_quant)
     on_cpu = load(mini_sd3 / "transformer", recipe).state_dict()
     on_gpu = load_quantized(
@@ -182,7 +184,7 @@ def test_the_gpu_quantizes_to_the_codes_of_the_cpu(mini_sd3, double_quant):
 
 
 @pytest.mark.parametrize("quantized_before", [False, True])
-def test_progress_counts_the_bytes(mini_sd3, tmp_path, quantized_before):
+def test_progress_reports_bytes(mini_sd3, tmp_path, quantized_before):
     folder = mini_sd3 / "transformer"
     if quantized_before:
         save_quantized(load(folder, QuantRecipe()), tmp_path / "q")
@@ -196,11 +198,14 @@ def test_progress_counts_the_bytes(mini_sd3, tmp_path, quantized_before):
     assert len(calls) > 50
 
 
-def test_settings_of_a_quantized_folder_hold_and_the_difference_is_said(mini_sd3, tmp_path, caplog):
+def test_quantized_folder_keeps_its_settings_and_warns_about_differences(mini_sd3, tmp_path, caplog):
     save_quantized(load(mini_sd3 / "transformer", QuantRecipe("fp4", skip=("proj_out",))), tmp_path / "q")
     with caplog.at_level(logging.WARNING):
         model = load(tmp_path / "q", QuantRecipe("nf4", compute_dtype=torch.float32))
-    assert "is quantized already and loaded as it is" in caplog.text
+    (record,) = caplog.records
+    assert record.args[0] == tmp_path / "q"
+    assert "fp4" in record.getMessage()
+    assert "nf4" in record.getMessage()
     layer = model.transformer_blocks[0].attn.to_q
     assert (layer.spec.quant_type, layer.compute_dtype) == ("fp4", torch.float32)
     assert not isinstance(model.proj_out, Linear4bit)
@@ -209,7 +214,7 @@ def test_settings_of_a_quantized_folder_hold_and_the_difference_is_said(mini_sd3
     assert not caplog.records
 
 
-def test_a_missing_and_an_extra_tensor_are_both_named(sd3):
+def test_missing_and_unexpected_tensors_are_both_named(sd3):
     rewrite(sd3, lambda tensors: tensors.update(surplus=tensors.pop("proj_out.bias")))
     with pytest.raises(ValueError, match=r"1 missing \(proj_out\.bias\); 1 unexpected \(surplus\)"):
         load(sd3, QuantRecipe())
@@ -217,13 +222,13 @@ def test_a_missing_and_an_extra_tensor_are_both_named(sd3):
 
 @pytest.mark.parametrize("name", ["proj_out.weight", "proj_out.bias", "pos_embed.pos_embed"])
 @pytest.mark.parametrize("recipe", [QuantRecipe(), None])
-def test_a_wrong_shape_is_named_with_its_file(sd3, name, recipe):
+def test_wrong_shape_is_rejected_with_tensor_and_file(sd3, name, recipe):
     rewrite(sd3, lambda tensors: tensors.update({name: tensors[name][..., :-1].contiguous()}))
-    with pytest.raises(ValueError, match=WEIGHTS_FILE + f": {name}: expected shape"):
+    with pytest.raises(ValueError, match=WEIGHTS_FILE + f": {name}: .*shape"):
         load(sd3, recipe)
 
 
-def test_a_weight_that_is_not_finite_is_named_with_its_file(sd3):
+def test_weight_that_is_not_finite_is_rejected_with_tensor_and_file(sd3):
     rewrite(sd3, lambda tensors: tensors["proj_out.weight"].view(-1)[3].fill_(float("inf")))
     with pytest.raises(ValueError, match=WEIGHTS_FILE + r": proj_out\.weight: .*infinite"):
         load(sd3, QuantRecipe())
@@ -231,23 +236,21 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(sd3):
 
 @pytest.mark.parametrize("name", ["proj_out.weight", "proj_out.bias"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_stays_in_full_precision_must_be_finite_too(sd3, name, packed, tmp_path):
+def test_unquantized_tensors_must_be_finite_too(sd3, name, packed, tmp_path):
     recipe = QuantRecipe(skip=("proj_out",))
     if packed:
         save_quantized(load(sd3, recipe), tmp_path / "packed", recipe)
         sd3 = tmp_path / "packed"
     rewrite(sd3, lambda tensors: tensors.update({name: torch.full_like(tensors[name], 1e5).float()}))
     load(sd3, recipe)
-    with pytest.raises(
-        ValueError, match=WEIGHTS_FILE + f": {name}: holds NaN or infinite values as torch.float16"
-    ):
+    with pytest.raises(ValueError, match=WEIGHTS_FILE + f": {name}: .*infinite.*torch.float16"):
         load(sd3, recipe, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("name", ["proj_out.weight", "proj_out.bias"])
-def test_integers_in_place_of_weights_are_refused(sd3, name):
+def test_integer_weights_are_rejected(sd3, name):
     rewrite(sd3, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    with pytest.raises(ValueError, match=f"{name}: expected a floating-point tensor, got torch.int8"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE}: {name}: .*torch\.int8"):
         load(sd3, QuantRecipe())
 
 
@@ -285,45 +288,49 @@ def write_index(text):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "pattern"),
     [
-        (drop_weights, "no weights, expected diffusion_pytorch_model.safetensors"),
-        (only_a_pickle, r"holds diffusion_pytorch_model\.bin but no safetensors.*runs the code"),
-        (only_a_variant, r"no weights.*it has diffusion_pytorch_model\.fp16\.safetensors"),
-        (truncate, WEIGHTS_FILE + ": not a whole safetensors file"),
-        (git_lfs_pointer, WEIGHTS_FILE + ": not a whole safetensors file"),
+        (drop_weights, r"/transformer: no weights.*diffusion_pytorch_model\.safetensors"),
+        (only_a_pickle, r"/transformer: .*diffusion_pytorch_model\.bin.*runs the code"),
+        (only_a_variant, r"/transformer: no weights.*diffusion_pytorch_model\.fp16\.safetensors"),
+        (truncate, WEIGHTS_FILE + ": .*safetensors file"),
+        (git_lfs_pointer, WEIGHTS_FILE + ": .*safetensors file"),
         (drop_config, r"config\.json: missing"),
-        (write_config("{"), r"config\.json: not a JSON file"),
-        (write_config("[" * 100_000), r"config\.json: not a JSON file"),
-        (write_config("[]"), r"config\.json: expected a JSON object, got list"),
+        (write_config("{"), r"config\.json: .*JSON"),
+        (write_config("[" * 100_000), r"config\.json: .*JSON"),
+        (write_config("[]"), r"config\.json: .*JSON object.*list"),
         (
             write_config('{"_class_name": "UNet2DModel"}'),
-            "describes a UNet2DModel, expected a SD3Transformer2DModel",
+            r"config\.json: .*UNet2DModel.*SD3Transformer2DModel",
         ),
-        (write_config('{"quantization_config": []}'), "quantization_config is not an object"),
+        (write_config('{"quantization_config": []}'), r"config\.json: quantization_config"),
         (
             write_config('{"quantization_config": {"quant_method": "gguf"}}'),
-            "quant_method 'gguf'; accepted: bits",
+            r"config\.json: .*quant_method 'gguf'.*bitsandbytes",
         ),
-        (write_index("{}"), "has no weight_map"),
-        (write_index('{"weight_map": {"a": "../b.safetensors"}}'), "a is in '../b.safetensors', expected"),
-        (write_index('{"weight_map": {"a": "b.bin"}}'), r"a is in 'b\.bin', expected a safetensors file"),
-        (write_index('{"weight_map": {"a": 1}}'), "a is in 1, expected"),
-        (write_index('{"weight_map": {"a": "b.safetensors"}}'), r"b\.safetensors: missing, though"),
-        (write_index(json.dumps({"weight_map": {"a": WEIGHTS_FILE}})), WEIGHTS_FILE + ": lacks a, which"),
+        (write_index("{}"), INDEX_FILE + ": .*weight_map"),
+        (
+            write_index('{"weight_map": {"a": "../b.safetensors"}}'),
+            rf"{INDEX_FILE}: a .*'\.\./b\.safetensors'",
+        ),
+        (write_index('{"weight_map": {"a": "b.bin"}}'), rf"{INDEX_FILE}: a .*'b\.bin'"),
+        (write_index('{"weight_map": {"a": 1}}'), rf"{INDEX_FILE}: a .*\b1\b"),
+        (write_index('{"weight_map": {"a": "b.safetensors"}}'), rf"b\.safetensors: missing.*{INDEX_FILE}"),
+        (
+            write_index(json.dumps({"weight_map": {"a": WEIGHTS_FILE}})),
+            rf"{WEIGHTS_FILE}: .*\ba\b.*{INDEX_FILE}",
+        ),
     ],
 )
-def test_a_damaged_folder_is_refused_with_the_file_named(sd3, damage, words):
+def test_damaged_folder_is_rejected_with_the_file(sd3, damage, pattern):
     damage(sd3)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=pattern):
         load(sd3, QuantRecipe())
 
 
-def test_the_default_dtype_is_restored_even_after_a_failure(sd3):
+def test_default_dtype_is_restored_after_a_failure(sd3):
     before = torch.get_default_dtype()
     write_config('{"num_layers": "many"}')(sd3)
-    with pytest.raises(
-        ValueError, match=r"config\.json: no SD3Transformer2DModel can be built from it: .*'str'"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json: .*SD3Transformer2DModel.*'str'"):
         load(sd3, None)
     assert torch.get_default_dtype() == before

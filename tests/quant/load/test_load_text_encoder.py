@@ -1,4 +1,4 @@
-"""Text encoders streamed into plain or packed layers: the stock encoder's embeddings, and what packing costs them."""
+"""Tests loading text encoders: plain ones equal the stock encoder, and quantized ones are close to it."""
 
 import shutil
 
@@ -16,8 +16,8 @@ from halfbyte.quant.load.text_encoder import count_parameters, load_text_encoder
 from halfbyte.quant.stock import transformers_quantizer as stock_transformers
 
 IDS = torch.tensor([[20, 31, 100, 7, 250, 1, 0, 0], [5, 6, 400, 401, 33, 2, 9, 1]])
-# Relative error of the embeddings of a T5 with random weights, whose attention is not scaled and magnifies every
-# difference: measured .039 and .38, where bf16 itself differs from fp32 by .013.
+# Bounds on the relative error of the embeddings of a T5 with random weights. The measured errors are 0.039 and 0.38;
+# bf16 itself differs from fp32 by 0.013. T5's attention is not scaled, so it amplifies every difference.
 LARGEST_ERROR = {"int8": 0.05, "nf4": 0.5}
 
 
@@ -33,7 +33,7 @@ def stock(folder):
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """A copy, to be changed."""
+    """Returns a copy of the folder, which a test can change."""
     return shutil.copytree(folder, tmp_path / "text_encoder")
 
 
@@ -48,7 +48,7 @@ def embedding(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_unquantized_it_is_the_stock_encoder(folder, dtype):
+def test_unquantized_encoder_equals_the_stock_encoder(folder, dtype):
     ours, theirs = load(folder, dtype=dtype), T5EncoderModel.from_pretrained(folder, dtype=dtype)
     assert torch.equal(embedding(ours), embedding(theirs))
     assert {n: p.dtype for n, p in ours.named_parameters()} == {
@@ -59,7 +59,7 @@ def test_unquantized_it_is_the_stock_encoder(folder, dtype):
 
 
 @pytest.mark.parametrize("quant_type", ["int8", "nf4"])
-def test_embeddings_of_a_packed_encoder_are_near_those_in_bf16(folder, stock, quant_type, record_property):
+def test_embeddings_of_a_quantized_encoder_are_close_to_bf16(folder, stock, quant_type, record_property):
     expected, packed = embedding(stock).float(), embedding(load(folder, quant_type)).float()
     error = ((packed - expected).norm() / expected.norm()).item()
     record_property("relative_error", error)
@@ -68,7 +68,7 @@ def test_embeddings_of_a_packed_encoder_are_near_those_in_bf16(folder, stock, qu
 
 
 @pytest.mark.parametrize("quant_type", ["int8", "nf4"])
-def test_every_linear_layer_is_packed_but_for_what_4_bits_would_break(folder, quant_type):
+def test_all_linear_layers_are_quantized_except_wo_in_4_bits(folder, quant_type):
     kinds = {
         path: type(module)
         for path, module in load(folder, quant_type).named_modules()
@@ -83,13 +83,13 @@ def test_every_linear_layer_is_packed_but_for_what_4_bits_would_break(folder, qu
         assert set(kinds.values()) == {Linear8bit}
 
 
-@pytest.mark.parametrize("held", [("shared.weight",), ("encoder.embed_tokens.weight",), ("both",)])
-def test_the_embedding_is_shared_whichever_name_the_file_has(damaged, stock, held):
+@pytest.mark.parametrize("stored_names", [("shared.weight",), ("encoder.embed_tokens.weight",), ("both",)])
+def test_embedding_is_shared_under_either_name_in_the_file(damaged, stock, stored_names):
     tensors = load_file(damaged / TEXT_WEIGHTS_FILE)
     weight = tensors.pop("shared.weight")
     tensors.pop("encoder.embed_tokens.weight", None)
     for name in ("shared.weight", "encoder.embed_tokens.weight"):
-        if name in held or "both" in held:
+        if name in stored_names or "both" in stored_names:
             tensors[name] = weight.clone()
     save_file(tensors, damaged / TEXT_WEIGHTS_FILE, {"format": "pt"})
     model = load(damaged)
@@ -97,14 +97,14 @@ def test_the_embedding_is_shared_whichever_name_the_file_has(damaged, stock, hel
     assert torch.equal(embedding(model), embedding(stock))
 
 
-def test_a_decoder_in_the_file_is_passed_over(damaged, stock):
+def test_decoder_in_the_file_is_ignored(damaged, stock):
     tensors = load_file(damaged / TEXT_WEIGHTS_FILE) | {"decoder.final_layer_norm.weight": torch.ones(64)}
     save_file(tensors, damaged / TEXT_WEIGHTS_FILE, {"format": "pt"})
     assert torch.equal(embedding(load(damaged)), embedding(stock))
 
 
 @pytest.mark.parametrize("load_in", ["load_in_4bit", "load_in_8bit"])
-def test_an_encoder_that_is_packed_already_is_taken_as_it_is(folder, load_in, tmp_path, monkeypatch, caplog):
+def test_quantized_encoder_keeps_its_settings_and_warns(folder, load_in, tmp_path, monkeypatch, caplog):
     for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
         monkeypatch.setitem(
             stock_transformers.AUTO_QUANTIZER_MAPPING, kind, stock_transformers.HalfbyteHfQuantizer
@@ -117,7 +117,9 @@ def test_an_encoder_that_is_packed_already_is_taken_as_it_is(folder, load_in, tm
     )
     theirs.save_pretrained(tmp_path)
     ours = load(tmp_path, "int8" if "4" in load_in else "nf4")
-    assert "is quantized already and loaded as it is" in caplog.text
+    (record,) = [record for record in caplog.records if record.args and record.args[0] == tmp_path]
+    assert "nf4" in record.getMessage()
+    assert "int8" in record.getMessage()
     assert torch.equal(embedding(ours), embedding(theirs))
 
 
@@ -127,7 +129,7 @@ def test_parameters_are_counted_without_reading_weights(damaged, stock):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "pattern"),
     [
         (
             lambda t: t.pop("encoder.final_layer_norm.weight"),
@@ -136,26 +138,24 @@ def test_parameters_are_counted_without_reading_weights(damaged, stock):
         (lambda t: t.update(surplus=torch.ones(1)), r"1 unexpected \(surplus\)"),
         (
             lambda t: t.update({"shared.weight": torch.ones(3, 64)}),
-            r"model.safetensors: shared.weight: expected shape",
+            r"model.safetensors: shared.weight: .*shape",
         ),
         (
             lambda t: t.update({"shared.weight": t["shared.weight"].to(torch.int8)}),
-            "shared.weight: expected a floating-point tensor, got torch.int8",
+            r"model.safetensors: shared.weight: .*torch\.int8",
         ),
     ],
 )
-def test_what_does_not_fit_is_named(damaged, change, words):
+def test_tensors_that_do_not_match_are_rejected_by_name(damaged, change, pattern):
     tensors = load_file(damaged / TEXT_WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, damaged / TEXT_WEIGHTS_FILE, {"format": "pt"})
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=pattern):
         load(damaged, "int8")
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [("{", "not a JSON file"), ('{"num_layers": "many"}', "no T5EncoderModel")]
-)
-def test_a_config_that_describes_no_encoder_is_named(damaged, text, words):
+@pytest.mark.parametrize(("text", "pattern"), [("{", "JSON"), ('{"num_layers": "many"}', "T5EncoderModel")])
+def test_invalid_config_is_rejected_with_the_file(damaged, text, pattern):
     (damaged / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json: " + words):
+    with pytest.raises(ValueError, match=r"config\.json: .*" + pattern):
         load(damaged)

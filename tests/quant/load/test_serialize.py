@@ -1,4 +1,4 @@
-"""Our folders, read by stock diffusers and by ourselves; and files that must not be read."""
+"""Tests saving quantized models: diffusers and this package load the folders, and reject damaged files."""
 
 import json
 
@@ -52,7 +52,7 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_config_is_the_one_that_diffusers_writes_and_reads_back(recipe):
+def test_config_equals_that_of_diffusers_and_reads_back(recipe):
     config = quantization_config(recipe)
     assert json.loads(json.dumps(config)) == json.loads(json.dumps(bnb_config(recipe).to_dict()))
     assert read_quantization_config(config, "config.json") == recipe
@@ -61,7 +61,7 @@ def test_the_config_is_the_one_that_diffusers_writes_and_reads_back(recipe):
 @pytest.mark.parametrize("model_cls", CLASSES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("max_shard_bytes", [10**10, 100_000])
-def test_stock_diffusers_loads_what_we_save(model_cls, recipe, max_shard_bytes, request, tmp_path):
+def test_diffusers_loads_saved_models(model_cls, recipe, max_shard_bytes, request, tmp_path):
     name = "mini_flux" if model_cls is FluxTransformer2DModel else "mini_sd3"
     ours = load(request.getfixturevalue(name) / "transformer", recipe, model_cls)
     save_quantized(ours, tmp_path / "q", recipe, max_shard_bytes=max_shard_bytes)
@@ -80,7 +80,7 @@ def test_stock_diffusers_loads_what_we_save(model_cls, recipe, max_shard_bytes, 
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_our_file_is_bitsandbytes_file_to_the_byte(quant_type, mini_sd3, tmp_path):
+def test_saved_file_is_byte_identical_to_that_of_bitsandbytes(quant_type, mini_sd3, tmp_path):
     recipe = QuantRecipe(quant_type, double_quant=False, skip=("proj_out",))
     folder = mini_sd3 / "transformer"
     save_quantized(load(folder, recipe), tmp_path / "ours", recipe)
@@ -95,7 +95,7 @@ def test_our_file_is_bitsandbytes_file_to_the_byte(quant_type, mini_sd3, tmp_pat
     ours, theirs = (load_file(file) for file in files)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        # FP4 has two codes for zero, and bitsandbytes' CPU code takes another one than its CUDA kernel and we.
+        # FP4 has two codes for zero. bitsandbytes' CPU code uses a different one than its CUDA kernel and this package.
         if quant_type == "nf4" or split_key(name) is not None:
             assert torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8)), name
     configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("ours", "stock")]
@@ -103,12 +103,12 @@ def test_our_file_is_bitsandbytes_file_to_the_byte(quant_type, mini_sd3, tmp_pat
     assert configs[0] == configs[1]
 
 
-def test_save_pretrained_of_a_converted_model_loads_as_well(sd3, tmp_path):
+def test_folder_of_save_pretrained_loads(sd3, tmp_path):
     sd3.save_pretrained(tmp_path)
     assert torch.equal(prediction(load(tmp_path)), prediction(sd3))
 
 
-def test_a_weight_and_its_statistics_share_a_shard(sd3, tmp_path):
+def test_weight_and_statistics_are_in_the_same_shard(sd3, tmp_path):
     save_quantized(sd3, tmp_path / "q", max_shard_bytes=1)
     weight_map = json.loads((tmp_path / "q" / INDEX_FILE).read_text())["weight_map"]
     files = {path.name for path in (tmp_path / "q").glob("*.safetensors")}
@@ -118,7 +118,7 @@ def test_a_weight_and_its_statistics_share_a_shard(sd3, tmp_path):
             assert weight_map[split_key(name)[0]] == file
 
 
-def test_shards_keep_to_the_size_asked_for(sd3, tmp_path):
+def test_shards_do_not_exceed_the_requested_size(sd3, tmp_path):
     save_quantized(sd3, tmp_path / "q", max_shard_bytes=150_000)
     index = json.loads((tmp_path / "q" / INDEX_FILE).read_text())
     sizes = []
@@ -129,7 +129,7 @@ def test_shards_keep_to_the_size_asked_for(sd3, tmp_path):
     assert sum(sizes) == index["metadata"]["total_size"]
 
 
-def test_adapters_are_left_out(sd3, mini_sd3, tmp_path):
+def test_adapters_are_not_saved(sd3, mini_sd3, tmp_path):
     expected = {name: tensor.clone() for name, tensor in sd3.state_dict().items()}
     sd3.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"]))
     save_quantized(sd3, tmp_path / "q", QuantRecipe())
@@ -138,21 +138,21 @@ def test_adapters_are_left_out(sd3, mini_sd3, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
-def test_where_the_model_came_from_is_not_published(sd3, tmp_path):
+def test_saved_config_does_not_contain_the_models_path(sd3, tmp_path):
     sd3.register_to_config(_name_or_path="/home/somebody/model")
     save_quantized(sd3, tmp_path / "q")
     assert "somebody" not in (tmp_path / "q" / "config.json").read_text()
 
 
-def test_a_folder_with_files_is_left_alone(sd3, tmp_path):
+def test_folder_with_files_is_rejected_and_unchanged(sd3, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="q: holds files already"):
+    with pytest.raises(FileExistsError, match=r"/q: .*files"):
         save_quantized(sd3, tmp_path / "q")
     assert [path.name for path in tmp_path.rglob("*")] == ["q", "notes.txt"]
 
 
-def test_a_failed_save_leaves_nothing(sd3, tmp_path, monkeypatch):
+def test_failed_save_leaves_no_files(sd3, tmp_path, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError("No space left on device")
 
@@ -162,40 +162,40 @@ def test_a_failed_save_leaves_nothing(sd3, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_that_is_not_the_models_is_refused(sd3, tmp_path):
+def test_saving_with_a_different_recipe_is_rejected(sd3, tmp_path):
     with pytest.raises(ValueError, match=r"quantized with QuantSpec\(quant_type='nf4'"):
         save_quantized(sd3, tmp_path / "q", QuantRecipe("fp4"))
     with pytest.raises(ValueError, match="proj_out: quantized with"):
         save_quantized(sd3, tmp_path / "q", QuantRecipe(skip=("proj_out",)))
     sd3.proj_out = nn.Linear(64, 64)
-    with pytest.raises(ValueError, match="proj_out: not quantized, though"):
+    with pytest.raises(ValueError, match="proj_out: not quantized"):
         save_quantized(sd3, tmp_path / "q", QuantRecipe())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_quantized_diffusers_model_is_refused(mini_sd3, tmp_path):
-    with pytest.raises(ValueError, match="SD3Transformer2DModel: is not quantized"):
+def test_models_that_are_not_quantized_or_not_of_diffusers_are_rejected(mini_sd3, tmp_path):
+    with pytest.raises(ValueError, match=r"^SD3Transformer2DModel: .*not quantized"):
         save_quantized(load(mini_sd3 / "transformer"), tmp_path / "q")
-    with pytest.raises(ValueError, match="Sequential: not a diffusers model"):
+    with pytest.raises(ValueError, match=r"^Sequential: .*diffusers model"):
         save_quantized(nn.Sequential(), tmp_path / "q")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "pattern"),
     [
         ({"quant_method": "torchao"}, "quant_method 'torchao'"),
-        ({"load_in_4bit": False}, "with load_in_4bit"),
-        ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage is 'bfloat16', accepted: uint8"),
-        ({"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype is 'int8', accepted: float32"),
-        ({"bnb_4bit_compute_dtype": ["float32"]}, "bnb_4bit_compute_dtype is"),
+        ({"load_in_4bit": False}, "load_in_4bit"),
+        ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage.*'bfloat16'.*uint8"),
+        ({"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype.*'int8'.*float32"),
+        ({"bnb_4bit_compute_dtype": ["float32"]}, r"bnb_4bit_compute_dtype.*\['float32'\]"),
         ({"bnb_4bit_quant_type": "int4"}, "quant_type: got 'int4'"),
         ({"bnb_4bit_quant_type": ["nf4"]}, "quant_type: got"),
-        ({"llm_int8_skip_modules": "proj_out"}, "llm_int8_skip_modules is 'proj_out'"),
-        ({"llm_int8_skip_modules": [1]}, "llm_int8_skip_modules is"),
+        ({"llm_int8_skip_modules": "proj_out"}, "llm_int8_skip_modules.*'proj_out'"),
+        ({"llm_int8_skip_modules": [1]}, r"llm_int8_skip_modules.*\[1\]"),
     ],
 )
-def test_a_config_of_another_kind_is_refused(change, words):
-    with pytest.raises(ValueError, match="^config.json: .*" + words):
+def test_unsupported_config_is_rejected(change, pattern):
+    with pytest.raises(ValueError, match="^config.json: .*" + pattern):
         read_quantization_config(quantization_config(QuantRecipe()) | change, "config.json")
 
 
@@ -215,17 +215,21 @@ def decoded(statistics):
 
 
 @pytest.mark.parametrize("spec", [{}, {"double_quant": False}, {"quant_type": "fp4", "blocksize": 32}])
-def test_a_state_goes_round(spec):
+def test_state_round_trip(spec):
     packed, state, statistics = packed_weight(**spec)
-    again = unpack_state("w", packed, statistics)
-    assert torch.equal(dequantize(packed, again), dequantize(packed, state))
-    assert (again.shape, again.dtype, again.blocksize) == (state.shape, state.dtype, state.blocksize)
-    repeated = pack_state(again)
+    read_state = unpack_state("w", packed, statistics)
+    assert torch.equal(dequantize(packed, read_state), dequantize(packed, state))
+    assert (read_state.shape, read_state.dtype, read_state.blocksize) == (
+        state.shape,
+        state.dtype,
+        state.blocksize,
+    )
+    repeated = pack_state(read_state)
     assert list(repeated) == list(statistics)
     assert all(torch.equal(repeated[suffix], tensor) for suffix, tensor in statistics.items())
 
 
-def test_the_json_is_bitsandbytes_to_the_byte():
+def test_state_json_is_byte_identical_to_that_of_bitsandbytes():
     text = bytes(packed_weight(double_quant=False)[2][STATE].tolist()).decode()
     assert text == '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [10, 20]}'
     assert list(decoded(packed_weight()[2])) == [
@@ -233,7 +237,7 @@ def test_the_json_is_bitsandbytes_to_the_byte():
     ]  # fmt: skip
 
 
-def test_keys_are_told_apart():
+def test_split_key():
     assert split_key("a.b.weight.absmax") == ("a.b.weight", "absmax")
     assert split_key("a.weight." + STATE) == ("a.weight", STATE)
     assert split_key("a.weight") is None
@@ -241,7 +245,7 @@ def test_keys_are_told_apart():
 
 
 @pytest.mark.parametrize("suffix", ["absmax", "quant_map", "nested_absmax", "nested_quant_map"])
-def test_a_missing_statistic_is_named(suffix):
+def test_missing_statistic_is_rejected_by_name(suffix):
     packed, _, statistics = packed_weight()
     del statistics[suffix]
     with pytest.raises(ValueError, match=rf"blocks\.0\.weight\.{suffix}: missing"):
@@ -253,62 +257,62 @@ def test_a_missing_statistic_is_named(suffix):
     "change",
     [lambda tensor: torch.cat([tensor, tensor[:1]]), lambda tensor: tensor.double(), lambda t: t[None]],
 )
-def test_a_statistic_of_another_form_is_named(suffix, change):
+def test_statistic_of_the_wrong_shape_or_dtype_is_rejected_by_name(suffix, change):
     packed, _, statistics = packed_weight()
     statistics[suffix] = change(statistics[suffix])
-    with pytest.raises(ValueError, match=rf"^w\.{suffix}: expected torch\."):
+    with pytest.raises(ValueError, match=rf"^w\.{suffix}: .*torch\..*torch\."):
         unpack_state("w", packed, statistics)
 
 
 @pytest.mark.parametrize("suffix", ["quant_map", "nested_absmax", "nested_quant_map"])
-def test_a_statistic_that_is_not_finite_is_named(suffix):
+def test_statistic_that_is_not_finite_is_rejected_by_name(suffix):
     packed, _, statistics = packed_weight()
     statistics[suffix][0] = float("nan")
-    with pytest.raises(ValueError, match=rf"^w\.{suffix}: holds NaN"):
+    with pytest.raises(ValueError, match=rf"^w\.{suffix}: .*NaN"):
         unpack_state("w", packed, statistics)
 
 
 @pytest.mark.parametrize("suffix", ["absmax", "nested_absmax"])
-def test_negative_scales_are_refused(suffix):
+def test_negative_scales_are_rejected(suffix):
     packed, _, statistics = packed_weight(double_quant=suffix == "nested_absmax")
     statistics[suffix] = -statistics[suffix]
-    with pytest.raises(ValueError, match=rf"^w\.{suffix}: holds negative scales"):
+    with pytest.raises(ValueError, match=rf"^w\.{suffix}: .*negative"):
         unpack_state("w", packed, statistics)
 
 
-def test_a_foreign_table_is_refused():
+def test_foreign_table_is_rejected():
     packed, _, statistics = packed_weight()
     statistics["quant_map"] = statistics["quant_map"].roll(1)
-    with pytest.raises(ValueError, match=r"w\.quant_map: not the table"):
+    with pytest.raises(ValueError, match=r"^w\.quant_map: .*table"):
         unpack_state("w", packed, statistics)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "pattern"),
     [
         (lambda s: s.pop(STATE), "expected one .* found none"),
         (lambda s: s.update({"quant_state.bitsandbytes__fp4": s[STATE]}), "expected one .* found .*nf4.*fp4"),
         (
             lambda s: s.update({"quant_state.bitsandbytes__fp4": s.pop(STATE)}),
-            "is 'nf4', but the key says 'fp4'",
+            "quant_type.*'nf4'.*'fp4'",
         ),
         (lambda s: s.update({"quant_state.bitsandbytes__int4": s.pop(STATE)}), "int4: unknown statistic"),
         (lambda s: s.update(scales=s["absmax"]), "scales: unknown statistic"),
     ],
 )
-def test_one_state_of_a_known_kind_is_expected(change, words):
+def test_exactly_one_state_of_a_known_type_is_accepted(change, pattern):
     packed, _, statistics = packed_weight()
     change(statistics)
-    with pytest.raises(ValueError, match="^w.*" + words):
+    with pytest.raises(ValueError, match="^w.*" + pattern):
         unpack_state("w", packed, statistics)
 
 
 @pytest.mark.parametrize("length", [99, 101])
-def test_a_packed_weight_of_another_length_is_named(length):
+def test_packed_weight_of_the_wrong_size_is_rejected_by_name(length):
     packed, _, statistics = packed_weight()
-    with pytest.raises(ValueError, match=r"^w: expected torch.uint8 \(100, 1\), got torch.uint8 \(\d+, 1\)"):
+    with pytest.raises(ValueError, match=r"^w: .*torch.uint8 \(100, 1\).*torch.uint8 \(\d+, 1\)"):
         unpack_state("w", torch.zeros(length, 1, dtype=torch.uint8), statistics)
-    with pytest.raises(ValueError, match=r"^w: expected torch.uint8 \(100, 1\), got torch.uint8 \(1, 100\)"):
+    with pytest.raises(ValueError, match=r"^w: .*torch.uint8 \(100, 1\).*torch.uint8 \(1, 100\)"):
         unpack_state("w", packed.T.contiguous(), statistics)
 
 
@@ -328,7 +332,7 @@ def test_a_packed_weight_of_another_length_is_named(length):
         {"nested_offset": float("nan")}, {"nested_offset": float("inf")}, {"surplus": 1},
     ],
 )  # fmt: skip
-def test_hostile_facts_are_refused_by_name(facts):
+def test_hostile_facts_are_rejected_by_name(facts):
     packed, _, statistics = packed_weight()
     statistics[STATE] = encoded(decoded(statistics) | facts)
     with pytest.raises(ValueError, match=r"^blocks\.0\.weight"):
@@ -337,11 +341,11 @@ def test_hostile_facts_are_refused_by_name(facts):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("kind", ["normal", "one", "equal", "zeros", "spike", "tiny", "huge", "heavy"])
-def test_the_offset_of_any_weight_is_plausible(kind, quant_type):
+def test_offset_of_any_weight_is_accepted(kind, quant_type):
     weight = torch.randn(96, 512, generator=torch.Generator().manual_seed(3))
     if kind == "one":
         weight = weight[0, :1]
-    elif kind == "equal":  # scales that differ by roundings alone
+    elif kind == "equal":  # scales that differ only by rounding
         weight = weight.sign() * (1 + 1e-7 * torch.rand(96, 512))
     elif kind == "zeros":
         weight = torch.zeros_like(weight)
@@ -358,12 +362,12 @@ def test_the_offset_of_any_weight_is_plausible(kind, quant_type):
 @pytest.mark.parametrize(
     "key", ["quant_type", "blocksize", "dtype", "shape", "nested_dtype", "nested_offset"]
 )
-def test_missing_facts_are_refused_by_name(key):
+def test_missing_facts_are_rejected_by_name(key):
     packed, _, statistics = packed_weight()
     facts = decoded(statistics)
     del facts[key]
     statistics[STATE] = encoded(facts)
-    with pytest.raises(ValueError, match=f"^w.*missing keys: .'{key}'"):
+    with pytest.raises(ValueError, match=rf"^w\..*missing.*'{key}'"):
         unpack_state("w", packed, statistics)
 
 
@@ -383,15 +387,15 @@ def test_missing_facts_are_refused_by_name(key):
     ],
     ids=lambda text: repr(text[:12]),
 )
-def test_hostile_json_is_refused_by_name(text):
+def test_hostile_json_is_rejected_by_name(text):
     packed, _, statistics = packed_weight()
     statistics[STATE] = torch.tensor(list(text.encode(errors="surrogatepass")), dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"^w\.{STATE}: "):
         unpack_state("w", packed, statistics)
 
 
-def test_a_file_with_a_wrong_shape_for_the_layer_is_refused():
+def test_packed_weight_of_another_shape_than_the_layer_is_rejected():
     packed, _, statistics = packed_weight()
     layer = Linear4bit(10, 20, spec=QuantSpec(), compute_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"w: expected a weight of shape \(20, 10\), got \(10, 20\)"):
+    with pytest.raises(ValueError, match=r"^w: .*\(20, 10\).*\(10, 20\)"):
         layer.load_packed(packed, statistics, "w")

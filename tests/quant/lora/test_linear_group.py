@@ -1,4 +1,4 @@
-"""Layers that share an input as one product: outputs and gradients against float64."""
+"""Tests LinearGroup and the stacking ops: outputs, gradients and layouts against float64."""
 
 import pytest
 import torch
@@ -15,30 +15,32 @@ BOUND = {torch.float32: 2e-5, torch.bfloat16: 6e-3}
 
 
 def group(device, dtype, *, packed=True, outputs=(96, 40, 200), width=128, ranks=(4, 0, 7), scale=1.5):
-    draws = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     layers = []
     for count, rank in zip(outputs, ranks, strict=True):
-        weight = torch.randn(count, width, generator=draws) / width**0.5
+        weight = torch.randn(count, width, generator=generator) / width**0.5
         if packed:
             layer = Linear4bit(width, count, bias=False, spec=QuantSpec(), compute_dtype=dtype)
             layer.quantize(weight.to(device, torch.bfloat16), "test")
-            held = layer.packed_weight()
+            weight_operand = layer.packed_weight()
         else:
-            held = weight.to(device, dtype)
-        down = torch.randn(rank, width, generator=draws).to(device) / width**0.5 if rank else None
-        up = torch.randn(count, rank, generator=draws).to(device) if rank else None
-        bias = torch.randn(count, generator=draws).to(device) if count != 40 else None
-        layers.append(GroupLayer(held, bias, down, up, scale))
+            weight_operand = weight.to(device, dtype)
+        down = torch.randn(rank, width, generator=generator).to(device) / width**0.5 if rank else None
+        up = torch.randn(count, rank, generator=generator).to(device) if rank else None
+        bias = torch.randn(count, generator=generator).to(device) if count != 40 else None
+        layers.append(GroupLayer(weight_operand, bias, down, up, scale))
     return LinearGroup(tuple(layers))
 
 
-def exact(group, x, grad):
-    """y, dx, dA and dB in float64 over the same dequantized weights, by autograd."""
+def float64_reference(group, x, grad):
+    """Computes y, dx, dA and dB in float64 with the same dequantized weights, with autograd."""
     x = x.double().requires_grad_()
     outputs, leaves = [], []
     for layer in group.layers:
         weight = (
-            layer.weight if isinstance(layer.weight, torch.Tensor) else layer.weight.dequantize(x_dtype(grad))
+            layer.weight
+            if isinstance(layer.weight, torch.Tensor)
+            else layer.weight.dequantize(dtype_of(grad))
         )
         y = x @ weight.double().t()
         if layer.bias is not None:
@@ -52,7 +54,7 @@ def exact(group, x, grad):
     return y.detach(), torch.autograd.grad(y, [x, *leaves], grad.double())
 
 
-def x_dtype(grad):
+def dtype_of(grad):
     return grad.dtype
 
 
@@ -63,7 +65,7 @@ def error(value, expected):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", DEVICES)
-def test_outputs_and_gradients_are_those_of_float64(device, dtype, packed):
+def test_outputs_and_gradients_match_float64(device, dtype, packed):
     layers = group(device, dtype, packed=packed)
     rows = 37
     x = torch.randn(rows, layers.width, device=device).to(dtype)
@@ -75,7 +77,7 @@ def test_outputs_and_gradients_are_those_of_float64(device, dtype, packed):
     grad[:, : layers.outputs] = upstream
     dx, downs, ups = layers.gradients(grad, wide[:, : layers.width], layers.xa(wide), wants_input=True)
     learned = [part for pair in zip(downs, ups, strict=True) for part in pair if part is not None]
-    expected_y, expected = exact(layers, x, upstream)
+    expected_y, expected = float64_reference(layers, x, upstream)
     assert y.dtype == dx.dtype == dtype
     assert len(learned) == 4
     assert downs[1] is None
@@ -87,20 +89,20 @@ def test_outputs_and_gradients_are_those_of_float64(device, dtype, packed):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_without_adapters_nothing_is_added(device):
+def test_group_without_adapters_has_no_extra_columns(device):
     layers = group(device, torch.bfloat16, ranks=(0, 0, 0))
     assert layers.extra == 0
     x = torch.randn(5, layers.width, device=device).bfloat16()
     grad = torch.randn(5, layers.outputs, device=device).bfloat16()
     y = layers.forward(x)
     dx, downs, ups = layers.gradients(grad, x, layers.xa(x), wants_input=True)
-    expected_y, (expected,) = exact(layers, x, grad)
+    expected_y, (expected,) = float64_reference(layers, x, grad)
     assert error(y, expected_y) < BOUND[torch.bfloat16]
     assert error(dx, expected) < BOUND[torch.bfloat16]
     assert downs == ups == [None] * 3
 
 
-def test_what_is_not_asked_for_is_not_computed():
+def test_input_gradient_is_computed_only_if_wanted():
     layers = group("cpu", torch.float32)
     x = layers.widened(5, layers.width, torch.empty(0)).normal_()
     layers.lift(x)
@@ -112,7 +114,7 @@ def test_what_is_not_asked_for_is_not_computed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ranks", [(4,), (4, 0, 7), (128, 16, 128, 16), (3, 1, 2, 2, 5)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_adapters_are_laid_out_as_the_products_want_them(device, ranks, dtype):
+def test_stacked_adapters_have_the_expected_layout(device, ranks, dtype):
     outputs, width = [96, 40, 200, 64, 8][: len(ranks)], 1100
     extra, scales = sum(ranks) + 3, [1.0, 0.3, 2.0, 1.0, 0.7][: len(ranks)]
     downs = [torch.randn(rank, width, device=device) for rank in ranks if rank]
@@ -132,7 +134,7 @@ def test_adapters_are_laid_out_as_the_products_want_them(device, ranks, dtype):
     assert not up[:, -3:].any()
 
 
-def test_the_layouts_pass_opcheck():
+def test_stacking_ops_pass_opcheck():
     downs = [torch.randn(3, 16), torch.randn(2, 16)]
     ups = [torch.randn(8, 3), torch.randn(4, 2)]
     torch.library.opcheck(torch.ops.halfbyte.stack_downs_.default, (torch.empty(8, 16), downs))
@@ -143,7 +145,7 @@ def test_the_layouts_pass_opcheck():
 
 @GPU
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_stacked_weights_are_the_dequantized_ones_to_the_bit(quant_type):
+def test_stacked_weights_are_bitwise_the_dequantized_weights(quant_type):
     from halfbyte.kernels.stacked.cuda_weight import stack_weight
 
     for outputs, width, rank, columns, double in (
@@ -171,10 +173,11 @@ def test_stacked_weights_are_the_dequantized_ones_to_the_bit(quant_type):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_short_numbers_on_a_gpu_are_summed_in_fp32(dtype):
+def test_16_bit_gpu_products_are_summed_in_fp32(dtype):
     x = torch.randn(4608, 512, device="cuda").to(dtype)
-    exact = x.double().t() @ x.double()
+    expected = x.double().t() @ x.double()
     product = product_in_fp32(x.t(), x)
     assert product.dtype == torch.float32
-    # 1.1e-5 has been seen: they are added up in a little less than fp32. Rounded to 16 bits it would be 2e-4 or more.
-    assert ((product - exact).norm() / exact.norm()).item() < 4e-5
+    # The measured error is 1.1e-5: the GPU sums in slightly less than fp32. A result rounded to 16 bits would have an
+    # error of 2e-4 or more.
+    assert ((product - expected).norm() / expected.norm()).item() < 4e-5

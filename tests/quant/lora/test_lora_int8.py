@@ -1,4 +1,4 @@
-"""The layer with its adapter over an int8 base: gradients against float64, PEFT as judge, files, compilation."""
+"""Tests LoRA layers on int8 bases against float64 and PEFT, their compilation and their saved files."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from tensors import noise, relative_error
 RANK, ALPHA = 4, 6
 
 
-def base_of(inputs=96, outputs=80, *, bias=True, dtype=torch.float32, threshold=2.5, seed=0):
+def make_base(inputs=96, outputs=80, *, bias=True, dtype=torch.float32, threshold=2.5, seed=0):
     torch.manual_seed(seed)
     linear = nn.Linear(inputs, outputs, bias).to(dtype).requires_grad_(False)
     return Linear8bit.from_linear(linear, compute_dtype=dtype, threshold=threshold)
@@ -33,10 +33,10 @@ def base_of(inputs=96, outputs=80, *, bias=True, dtype=torch.float32, threshold=
 def adapt(base, layer_class=LoraLinear8bit, *, seed=0):
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights=False)
     layer = layer_class(base, "default", config=config, r=RANK, lora_alpha=ALPHA)
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=draws)
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return layer
 
 
@@ -44,14 +44,17 @@ def factors(layer):
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-def computed(layer, x, upstream):
+def run_layer(layer, x, upstream):
     x = x.detach().requires_grad_(True)
     y = layer(x)
     return [y, *torch.autograd.grad(y, (x, *factors(layer)), upstream)]
 
 
-def exact(layer, x, upstream):
-    """Gradients in float64 over the dequantized weights; the output with the base's own product of integers."""
+def float64_reference(layer, x, upstream):
+    """Computes the expected results, and the output without the rounding of activations.
+
+    Gradients are computed in float64 with the dequantized weight. The expected output uses the int8 product.
+    """
     base = layer.base_layer
     x = x.detach().double().requires_grad_(True)
     down, up = (factor.detach().double().requires_grad_(True) for factor in factors(layer))
@@ -70,36 +73,36 @@ def exact(layer, x, upstream):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("threshold", [0.0, 2.5])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
-def test_output_and_gradients_are_those_of_float64(rows, bias, threshold, dtype, bound):
-    layer = adapt(base_of(bias=bias, dtype=dtype, threshold=threshold))
+def test_output_and_gradients_match_float64(rows, bias, threshold, dtype, bound):
+    layer = adapt(make_base(bias=bias, dtype=dtype, threshold=threshold))
     x, upstream = noise(*rows, 96, dtype=dtype), noise(*rows, 80, dtype=dtype, seed=1)
-    expected, plain = exact(layer, x, upstream)
-    results = computed(layer, x, upstream)
+    expected, plain = float64_reference(layer, x, upstream)
+    results = run_layer(layer, x, upstream)
     for ours, right in zip(results, expected, strict=True):
         assert relative_error(ours, right) < bound
-    # What the rounding of the activations to 8 bits costs.
+    # The error of rounding the activations to 8 bits.
     assert relative_error(results[0], plain) < 0.02
 
 
-def test_it_is_what_peft_computes():
-    layer = adapt(base_of())
-    judge = adapt(layer.base_layer, peft_layer.Linear)
+def test_output_and_gradients_match_peft():
+    layer = adapt(make_base())
+    reference = adapt(layer.base_layer, peft_layer.Linear)
     x, upstream = noise(9, 96), noise(9, 80, seed=1)
-    for ours, theirs in zip(computed(layer, x, upstream), computed(judge, x, upstream), strict=True):
+    for ours, theirs in zip(run_layer(layer, x, upstream), run_layer(reference, x, upstream), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_backward_keeps_the_input_and_the_small_factors():
-    layer = adapt(base_of(dtype=torch.bfloat16))
+def test_backward_saves_the_input_and_the_small_factors():
+    layer = adapt(make_base(dtype=torch.bfloat16))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         layer(noise(40, 96, dtype=torch.bfloat16).requires_grad_(True))
     assert [tuple(tensor.shape) for tensor in saved] == [(40, 96), (40, RANK), (RANK, 96), (80, RANK)]
 
 
-def test_int8_and_plain_layers_share_a_product():
+def test_int8_and_plain_layers_are_computed_together():
     plain = nn.Linear(96, 64).requires_grad_(False)
-    layers = [adapt(base_of(seed=1), seed=1), adapt(plain, LORA_LAYERS[nn.Linear], seed=2)]
+    layers = [adapt(make_base(seed=1), seed=1), adapt(plain, LORA_LAYERS[nn.Linear], seed=2)]
     x = noise(5, 96).requires_grad_(True)
     together = lora_linears(x, layers)
     assert len({y.grad_fn.next_functions[0][0] for y in together}) == 1
@@ -107,9 +110,9 @@ def test_int8_and_plain_layers_share_a_product():
         torch.testing.assert_close(ours, layer(x), rtol=1e-5, atol=1e-5)
 
 
-def test_compiles_whole_with_checkpointing():
+def test_compiles_with_checkpointing_without_graph_breaks():
     torch._dynamo.reset()
-    layer = adapt(base_of(dtype=torch.bfloat16))
+    layer = adapt(make_base(dtype=torch.bfloat16))
     x = noise(6, 96, dtype=torch.bfloat16).requires_grad_(True)
 
     def step(call):
@@ -126,12 +129,12 @@ def test_compiles_whole_with_checkpointing():
     assert counter.frame_count == 1
 
 
-def test_nothing_merges_into_int8():
-    with pytest.raises(ValueError, match="cannot merge an adapter into an int8 base"):
-        adapt(base_of()).merge()
+def test_merging_into_an_int8_base_is_rejected():
+    with pytest.raises(ValueError, match=r"merge.*int8"):
+        adapt(make_base()).merge()
 
 
-def test_the_file_has_stock_names_and_loads_over_the_dequantized_base(mini_flux, tmp_path):
+def test_saved_adapter_loads_in_diffusers_on_int8_and_dequantized_bases(mini_flux, tmp_path):
     family = Flux.open(str(mini_flux), None, 24)
     recipe = QuantRecipe(quant_type="int8", compute_dtype=torch.float32, llm_int8_threshold=0.5)
 

@@ -1,4 +1,4 @@
-"""What stock `from_pretrained` with our layers behind it refuses: by the tensor's name, and never a wrong weight."""
+"""Tests that `from_pretrained` with our layers rejects damaged checkpoints and names the tensor."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def checkpoints(ours, kind, mini_flux, tmp_path_factory):
-    """Class of model -> a folder with one of it, quantized."""
+    """Saves a quantized model of each class; returns class -> folder."""
     folders = {}
     for model_cls, name in FOLDERS.items():
         folders[model_cls] = tmp_path_factory.mktemp("good") / name
@@ -64,46 +64,54 @@ def without_statistics(tensors, layer):
         del tensors[key]
 
 
-def in_full_precision(tensors, layer):
+def with_full_precision_weight(tensors, layer):
     without_statistics(tensors, layer)
     tensors[f"{layer}.weight"] = torch.zeros(64, 64)
 
 
-def too_short(tensors, layer):
+def with_short_weight(tensors, layer):
     tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"][:-1].clone()
 
 
-def not_finite(tensors, layer):
+def with_nan_statistic(tensors, layer):
     key = next(key for key in statistics_of(tensors, layer) if tensors[key].dtype == torch.float32)
     tensors[key] = torch.full_like(tensors[key], torch.nan)
 
 
-def all_but_the_weight(tensors, layer):
+def without_weight(tensors, layer):
     del tensors[f"{layer}.weight"]
 
 
-def nothing(tensors, layer):
+def without_layer(tensors, layer):
     for key in [key for key in tensors if key.startswith(f"{layer}.")]:
         del tensors[key]
 
 
-def one_missing(tensors, layer):
+def without_scales(tensors, layer):
     del tensors[f"{layer}.SCB" if f"{layer}.SCB" in tensors else f"{layer}.weight.absmax"]
 
 
-def two_types(tensors, layer):
+def with_two_types(tensors, layer):
     state = next(key for key in tensors if key.startswith(f"{layer}.weight.quant_state"))
     for name in ("nf4", "fp4"):
         tensors[f"{layer}.weight.quant_state.bitsandbytes__{name}"] = tensors[state].clone()
 
 
-def hostile_json(tensors, layer):
+def with_hostile_json(tensors, layer):
     state = next(key for key in tensors if key.startswith(f"{layer}.weight.quant_state"))
     tensors[state] = torch.tensor(list(b"[" * 3000), dtype=torch.uint8)
 
 
-BAD = [without_statistics, in_full_precision, too_short, not_finite, all_but_the_weight, nothing, one_missing]
-BAD_IN_4_BITS = [two_types, hostile_json]
+BAD = [
+    without_statistics,
+    with_full_precision_weight,
+    with_short_weight,
+    with_nan_statistic,
+    without_weight,
+    without_layer,
+    without_scales,
+]
+BAD_IN_4_BITS = [with_two_types, with_hostile_json]
 
 
 def weights_file(folder):
@@ -119,7 +127,7 @@ def damaged(folder, to, change):
 
 
 @pytest.mark.parametrize("model_cls", [FluxTransformer2DModel, T5EncoderModel])
-def test_bad_weights_are_refused_by_name(kind, model_cls, checkpoints, tmp_path):
+def test_damaged_quantized_weights_are_rejected_by_name(kind, model_cls, checkpoints, tmp_path):
     layer = LAYERS[model_cls]
     for change in BAD + ([] if kind == "int8" else BAD_IN_4_BITS):
         bad = damaged(checkpoints[model_cls], tmp_path, partial(change, layer=layer))
@@ -127,7 +135,7 @@ def test_bad_weights_are_refused_by_name(kind, model_cls, checkpoints, tmp_path)
             model_cls.from_pretrained(bad, dtype=torch.bfloat16)
 
 
-def test_what_is_not_quantized_is_refused_by_name_as_well(checkpoints, tmp_path):
+def test_damaged_unquantized_tensors_are_rejected_by_name(checkpoints, tmp_path):
     def nan(key):
         def change(tensors):
             tensors[key] = torch.full_like(tensors[key], torch.nan)
@@ -144,40 +152,40 @@ def test_what_is_not_quantized_is_refused_by_name_as_well(checkpoints, tmp_path)
                 FluxTransformer2DModel.from_pretrained(bad, dtype=torch.bfloat16)
     key = "shared.weight"
     bad = damaged(checkpoints[T5EncoderModel], tmp_path / "t5", nan(key))
-    with pytest.raises(ValueError, match=f"^{re.escape(key)}: holds NaN"):
+    with pytest.raises(ValueError, match=f"^{re.escape(key)}: .*NaN"):
         T5EncoderModel.from_pretrained(bad, dtype=torch.bfloat16)
     folder = checkpoints[CLIPTextModel]
     key = next(key for key in load_file(weights_file(folder)) if key.endswith("k_proj.bias"))
     bad = damaged(folder, tmp_path / "clip", missing(key))
-    with pytest.raises(ValueError, match=r"k_proj\.bias: missing from the checkpoint"):
+    with pytest.raises(ValueError, match=r"k_proj\.bias: missing"):
         CLIPTextModel.from_pretrained(bad, dtype=torch.bfloat16)
 
 
-def test_a_packed_weight_for_a_layer_that_is_skipped_is_refused(checkpoints, tmp_path):
+def test_packed_weight_of_a_skipped_layer_is_rejected(checkpoints, tmp_path):
     shutil.copytree(checkpoints[T5EncoderModel], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["llm_int8_skip_modules"] = ["q"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"SelfAttention\.q\.weight: packed in the file, though"):
+    with pytest.raises(ValueError, match=r"SelfAttention\.q\.weight: .*quantization_config"):
         T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("model_cls", [FluxTransformer2DModel, T5EncoderModel])
-def test_bad_weights_are_not_quantized(kind, model_cls, mini_flux, tmp_path):
+def test_damaged_weights_are_not_quantized(kind, model_cls, mini_flux, tmp_path):
     key, config = f"{LAYERS[model_cls]}.weight", CONFIGS[model_cls](**SETTINGS[kind])
 
     def nan(tensors):
         tensors[key][0, 0] = torch.nan
 
-    for change, words in ((nan, ""), (lambda tensors: tensors.pop(key), "missing from the checkpoint")):
+    for change, pattern in ((nan, ".*NaN"), (lambda tensors: tensors.pop(key), "missing")):
         bad = damaged(mini_flux / FOLDERS[model_cls], tmp_path, change)
-        with pytest.raises(ValueError, match=f"^{re.escape(key)}: {words}"):
+        with pytest.raises(ValueError, match=f"^{re.escape(key)}: {pattern}"):
             model_cls.from_pretrained(bad, quantization_config=config, dtype=torch.float32)
 
 
-def test_no_module_goes_to_the_disk(checkpoints, tmp_path):
+def test_modules_on_the_disk_are_rejected(checkpoints, tmp_path):
     for model_cls, module in ((FluxTransformer2DModel, "proj_out"), (T5EncoderModel, "encoder.block.0")):
-        with pytest.raises(ValueError, match=f"device_map: {re.escape(module)} would be on the disk"):
+        with pytest.raises(ValueError, match=f"^device_map: {re.escape(module)} .*disk"):
             model_cls.from_pretrained(
                 checkpoints[model_cls], device_map={"": "cpu", module: "disk"}, offload_folder=tmp_path
             )
