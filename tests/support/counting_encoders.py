@@ -1,4 +1,4 @@
-"""Encoders that need no model and note what they were asked, with pictures to ask them about."""
+"""Fake encoders that need no model and record their calls, and a folder of images to encode."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmb
 
 
 class CountingEncoders(Encoders):
-    """Latents that are the picture's mean colour, embeddings that are the caption's bytes; notes its calls."""
+    """Encodes an image as the average colors of 8 x 8 patches, a caption as its bytes; records its calls."""
 
     def __init__(self, latent_fingerprint: str = "vae1", text_fingerprint: str = "text1") -> None:
         self.latent_fingerprint = latent_fingerprint
@@ -32,6 +32,7 @@ class CountingEncoders(Encoders):
 
 
 def embedding_of(captions: Sequence[str]) -> TextEmbedding:
+    """Returns each caption's first 8 bytes as (B, 8, 4), and their sum as the pooled embedding (B, 4)."""
     codes = torch.zeros(len(captions), 8, 4)
     for row, caption in enumerate(captions):
         for place, code in enumerate(caption.encode()[:8]):
@@ -40,7 +41,7 @@ def embedding_of(captions: Sequence[str]) -> TextEmbedding:
 
 
 def write_pictures(folder: Path) -> Path:
-    """Four pictures of two shapes, each of one colour, with captions beside them."""
+    """Writes four images of three shapes, each of a single color, with caption files."""
     folder.mkdir()
     shapes = {"a": (64, 48), "b": (64, 48), "c": (48, 64), "d": (64, 64)}
     for number, (name, shape) in enumerate(shapes.items()):

@@ -1,4 +1,4 @@
-"""Recorders for tests without a GPU."""
+"""Fake recorders that replay work on the CPU, for tests of CUDA graphs without a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Rerun:
-    """A recorder that runs the work again, over the memory of the first time."""
+    """Replays by calling the work again and copying its result into the memory of the first call."""
 
     def __init__(self, device: torch.device) -> None:
         assert device == torch.device("cpu")
@@ -24,17 +24,17 @@ class Rerun:
         def again() -> None:
             self.replayed += 1
             with torch.enable_grad():
-                anew = work()
-            if anew is not made:
-                made.copy_(anew)
+                result = work()
+            if result is not made:
+                made.copy_(result)
 
         return made, again
 
 
 class Tape(Rerun):
-    """As a CUDA graph does: replays operations on the tensors that they had, whatever Python would do by now.
+    """Replays like a CUDA graph: the same operations on the same tensors, without the Python code.
 
-    What a first run leaves is spoilt, for a CUDA graph that is recorded has computed nothing.
+    Fills the first call's result with NaN, because recording a CUDA graph computes nothing.
     """
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
@@ -51,7 +51,7 @@ class Tape(Rerun):
 
 
 class Broken(Rerun):
-    """Fails at the `nth` recording, and once more when that is ended, as torch does."""
+    """Fails in the `nth` recording, and again with another message when it ends, as torch does."""
 
     nth = 1
 
@@ -65,7 +65,7 @@ class Broken(Rerun):
 
 
 class Recorders:
-    """Makes them, and counts over all that it made."""
+    """Creates recorders of one kind and counts the recordings and replays of all of them."""
 
     def __init__(self, kind: type[Rerun] = Rerun) -> None:
         self.kind = kind
@@ -81,7 +81,7 @@ class Recorders:
 
 
 class _Operations(TorchDispatchMode):
-    """Notes every operation within it."""
+    """Notes every operation in the context, with its tensors, so that `run` can repeat them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,14 +97,14 @@ class _Operations(TorchDispatchMode):
     @torch.no_grad()
     def run(self) -> None:
         for func, args, kwargs, made in self._calls:
-            for held, anew in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
-                # Views and what is changed in place are there already.
-                if isinstance(held, Tensor) and held.data_ptr() != anew.data_ptr():
-                    held.copy_(anew)
+            for held, result in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
+                # Views and results of in-place operations already have the new values.
+                if isinstance(held, Tensor) and held.data_ptr() != result.data_ptr():
+                    held.copy_(result)
 
 
 class Wrong(Rerun):
-    """Gives a little more than it should."""
+    """Replays with a result that is 5 % too large."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         made, again = super().record(work)

@@ -1,4 +1,4 @@
-"""Training steps of a miniature with and without recordings."""
+"""Runs training steps of a miniature, with recordings and without."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ FAMILIES = pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_fl
 
 
 class Setup:
-    """A miniature with adapters, in a training step with recordings or without."""
+    """A miniature with adapters and its training module; `recorders` None: without recordings."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class Setup:
 
     @property
     def graphed(self) -> GraphedDenoiser:
-        called = self.module.forward_fn
-        assert isinstance(called, GraphedDenoiser)
-        return called
+        graphed = self.module.forward_fn
+        assert isinstance(graphed, GraphedDenoiser)
+        return graphed
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -59,6 +59,7 @@ class Setup:
 
 
 def batches(family: Family, count: int, sides: tuple[int, ...] = (8,)) -> list[Batch]:
+    """Returns different batches of images of 8 x side latent pixels, with the sides in turn."""
     made = []
     for number in range(count):
         side = sides[number % len(sides)]
@@ -71,6 +72,7 @@ def batches(family: Family, count: int, sides: tuple[int, ...] = (8,)) -> list[B
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Returns True if both lists are bitwise identical."""
     return len(ours) == len(theirs) and all(
         torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)
     )

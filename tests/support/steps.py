@@ -1,4 +1,4 @@
-"""A training step of a miniature: its module, its adapted transformer and a batch."""
+"""Builds training steps of a miniature: module, transformer with adapters, and batches."""
 
 import torch
 
@@ -17,6 +17,7 @@ from halfbyte.trainer.training.module import DiffusionModule, Objective
 
 
 def family_at(folder, family_class):
+    """Opens a miniature with captions of 24 tokens."""
     return family_class.open(str(folder), None, 24)
 
 
@@ -40,6 +41,7 @@ def module_of(family, denoiser, dtype, seed=3):
 
 
 def adapted(family, *, dtype, fused=True, settings=None):
+    """Returns the NF4 transformer on the CPU with adapters whose A and B are both random."""
     recipe = QuantRecipe(quant_type="nf4", double_quant=True, compute_dtype=dtype)
     denoiser = load_base(family, recipe, device=torch.device("cpu"), dtype=dtype)
     targets = family.lora_targets("all-linear")
@@ -48,12 +50,13 @@ def adapted(family, *, dtype, fused=True, settings=None):
         family.fuse_blocks(denoiser, settings or BlockSettings())
     draws = torch.Generator().manual_seed(7)
     for name, parameter in trained_parameters(denoiser).items():
-        if ".lora_B." in name:  # at zero, A would have no gradient
+        if ".lora_B." in name:  # with B = 0, A would have no gradient
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=draws))
     return denoiser
 
 
 def batch_for(family, positions=(0, 5)):
+    """Returns a random batch of images of 8 x 8 latent pixels; the positions do not change its values."""
     draws = torch.Generator().manual_seed(11)
     config = family.denoiser_config
     text = torch.randn(len(positions), 24, config["joint_attention_dim"], generator=draws)
@@ -69,6 +72,7 @@ def batch_for(family, positions=(0, 5)):
 
 
 def text_of(family: Family, seed: int) -> TextEmbedding:
+    """Returns random embeddings of one caption."""
     draws, config = torch.Generator().manual_seed(seed), family.denoiser_config
     return TextEmbedding(
         torch.randn(1, 24, config["joint_attention_dim"], generator=draws),

@@ -1,10 +1,15 @@
-"""A denoiser's forward without gradients as CUDA graphs, recorded once for each shape of its inputs.
+"""Runs a denoiser's forward in sampling as CUDA graphs, recorded once for each shape of its inputs.
 
-The first call of a shape runs as ever, which compiles what it needs; the second runs as ever, is recorded, and has to
-give the same when it is replayed; from then on it is replayed alone. The graphs share one piece of memory, and what
-leaves it is copied: the next forward writes over it.
+Each call with a new input key (see `input_key`) goes through these states:
 
-Pipelines call the denoiser itself, so its `forward` is what is replaced, on the object; all else of it stays.
+    1st call    runs eagerly, which compiles the kernels it needs
+    2nd call    runs eagerly, is recorded and replayed; both outputs must agree
+    later       is replayed only
+
+The graphs share one memory pool, and the next replay overwrites it, so each output is copied out.
+
+Pipelines call the denoiser object itself. Therefore `recorded_forwards` replaces `forward` on that object and
+leaves everything else of it unchanged.
 """
 
 import functools
@@ -22,27 +27,28 @@ from halfbyte.trainer.cuda_graphs.recorder import (
     GraphRecorder,
     HeldInputs,
     Key,
+    addresses_of,
     input_key,
-    places_of,
+    record_or_warn,
     relative_difference,
-    unless_it_fails,
 )
 from halfbyte.trainer.runtime.device_memory import free_unused
 
 MOST_FORWARDS = 4
-# They are the very same kernels; what is read or written in a wrong place is off by its own size.
+# A replay runs the same kernels as the eager call, so it agrees to rounding. A kernel that reads or writes a
+# wrong address causes an error as large as the output itself.
 _LARGEST_DIFFERENCE = 0.01
 
 NewRecorder = Callable[[torch.device], GraphRecorder]
 
 
 class RecordedForward:
-    """One forward for inputs of one key."""
+    """One forward, recorded for inputs of one key."""
 
     def __init__(
         self, forward: Callable[..., tuple[Tensor]], inputs: Mapping[str, Any], recorder: GraphRecorder
     ) -> None:
-        """`forward` is called with `inputs` by name, and gives a tuple of one tensor."""
+        """Records `forward`, which takes `inputs` as keyword arguments and returns a tuple of one tensor."""
         self._inputs = HeldInputs(inputs)
 
         @torch.no_grad()
@@ -53,23 +59,23 @@ class RecordedForward:
         self._output, self._again = recorder.record(work)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The output, a tensor of its own."""
+        """Replays the forward for new inputs and returns a copy of the output."""
         self._inputs.take(inputs)
         self._again()
         return self._output.clone()
 
 
 class RecordedForwards:
-    """Is called in place of a denoiser's `forward`; records and replays where the call is one of sampling."""
+    """Stands in for a denoiser's `forward`: records and replays the calls of sampling, passes on others."""
 
     def __init__(self, denoiser: nn.Module, recorder: NewRecorder) -> None:
-        """`denoiser` has its adapters on it, and lies where it computes."""
+        """`denoiser` must already have its adapters and be on the device it computes on."""
         self._plain: Callable[..., Any] = denoiser.forward
         self._new_recorder = recorder
         self._tensors = [*denoiser.parameters(), *denoiser.buffers()]
         self._adapters = [module for module in denoiser.modules() if isinstance(module, PeftLayer)]
         self._device = self._tensors[0].device
-        # What accelerate moves is elsewhere at every call.
+        # accelerate's offloading moves weights, so they have another address at every call.
         self._works = not any(hasattr(module, "_hf_hook") for module in denoiser.modules()) and all(
             tensor.device == self._device for tensor in self._tensors
         )
@@ -77,22 +83,23 @@ class RecordedForwards:
 
     @property
     def shapes(self) -> int:
-        """How many are recorded."""
+        """Number of recorded shapes."""
         return len(self._recorded)
 
     def release(self) -> None:
-        """Gives up what is recorded, with its memory."""
-        self._recorded: dict[Key, RecordedForward] = {}  # the one used last is the last
+        """Drops all recordings and their memory."""
+        self._recorded: dict[Key, RecordedForward] = {}  # in order of use, the last used at the end
         self._recorder: GraphRecorder | None = None
-        self._warm: set[Key] = set()  # run once
+        self._warm: set[Key] = set()  # keys that have run eagerly once
         self._state: list[object] = []
 
     def __call__(self, *arguments: Any, **inputs: Any) -> Any:
-        """What the forward gives."""
+        """Returns what the plain forward returns."""
         if arguments or not self._can_record(inputs):
             return self._plain(*arguments, **inputs)
         self._check_state()
         key = input_key(inputs)
+        # Taken out here and put back below, which moves it to the end of the order of use.
         forward = self._recorded.pop(key, None)
         if forward is None and key in self._warm:
             forward = self._record(inputs)
@@ -114,13 +121,16 @@ class RecordedForwards:
     def _can_hold(self, given: Any) -> bool:
         if isinstance(given, Tensor):
             return given.device == self._device
-        # Pipelines give a dictionary of attention's settings, which is empty unless somebody asks for some.
+        # Pipelines pass a dictionary of attention settings, which is empty unless the caller sets some.
         return given is None or given == {} or isinstance(given, bool | int | float | str)
 
     def _check_state(self) -> None:
-        """Where weights lie and which adapters are on is part of the kernels that are recorded."""
+        """Drops the recordings if a weight has moved or the active adapters or their scales have changed.
+
+        The recorded kernels contain all of these as constants.
+        """
         state: list[object] = [
-            *places_of(self._tensors),
+            *addresses_of(self._tensors),
             *(
                 (layer.disable_adapters, layer.merged, *layer.active_adapters, *layer.scaling.values())
                 for layer in self._adapters
@@ -131,8 +141,8 @@ class RecordedForwards:
             self._state = state
 
     def _record(self, inputs: Mapping[str, Any]) -> RecordedForward | None:
-        """None where it cannot be done, which is told, and not tried again."""
-        if len(self._recorded) == MOST_FORWARDS:
+        """Records a forward. If that fails, logs a warning, gives up recording for good and returns None."""
+        if len(self._recorded) == MOST_FORWARDS:  # drop the one not used for the longest time
             del self._recorded[next(iter(self._recorded))]
 
         expected = self._plain(**inputs)[0]
@@ -143,10 +153,13 @@ class RecordedForwards:
             forward = RecordedForward(self._plain, inputs, self._recorder)
             off = relative_difference(forward(inputs), expected)
             if not off <= _LARGEST_DIFFERENCE:
-                raise RuntimeError(f"what was recorded gives something else, by {off:.1%}")
+                raise RuntimeError(
+                    f"the replayed output differs from the eager one by {off:.1%}, expected at most"
+                    f" {_LARGEST_DIFFERENCE:.0%}"
+                )
             return forward
 
-        forward = unless_it_fails(record, self._device, "--compile: forwards")
+        forward = record_or_warn(record, self._device, "--compile: forwards")
         if forward is None:
             self._works = False
             self.release()
@@ -158,13 +171,14 @@ class RecordedForwards:
 def recorded_forwards(
     denoiser: nn.Module, recorder: NewRecorder = CudaRecorder
 ) -> Iterator[RecordedForwards]:
-    """Within it the denoiser's forwards are recorded; behind it all is as before, and the memory is free again."""
+    """Records the denoiser's forwards within the context, then restores `forward` and frees the memory."""
     forwards = RecordedForwards(denoiser, recorder)
 
     @functools.wraps(denoiser.forward)
     def forward(*arguments: Any, **inputs: Any) -> Any:
         return forwards(*arguments, **inputs)
 
+    # The object may already have its own `forward` (accelerate installs one); otherwise the class's applies.
     own = vars(denoiser)
     before = own.get("forward")
     own["forward"] = forward

@@ -1,4 +1,14 @@
-"""Work that is given to the device again as a whole: what records it, and what a recording is good for."""
+"""Records work on a CUDA device once and replays it as a whole.
+
+Recording ("capturing" in CUDA's terms) notes each kernel with its arguments but runs none of them. A replay
+launches the same kernels with the same pointers. It therefore reads the inputs from, and writes the results
+to, the addresses of the recording, whatever Python objects exist by then. Three consequences run through this
+package:
+
+    inputs     are copied into tensors that stay (`HeldInputs`) before each replay
+    weights    must stay where they are; `addresses_of` finds out when they have moved
+    results    are overwritten by the next replay, so whatever leaves a recording is cloned
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,28 +29,38 @@ T = TypeVar("T")
 
 
 class GraphRecorder(Protocol):
-    """Notes what is given to the device."""
+    """Records work so that it can be repeated."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Again]:
-        """Runs `work` once for its notes, whose results need not be there yet.
+        """Calls `work` once to record it. Its result need not be computed yet: a CUDA graph only records.
 
-        Gives the tensor that `work` made, and what computes it again: from what its inputs then hold, into the same
-        memory.
+        Returns the tensor that `work` made, and a function that computes it: from the current values of the
+        inputs, into the same memory.
         """
 
 
 class CudaRecorder:
-    """Records CUDA graphs. All of one recorder share memory: each may overwrite what another one has left."""
+    """Records CUDA graphs.
+
+    All graphs of one recorder allocate from one memory pool. The pool is about as large as the largest graph
+    needs, not the sum of all. A replay may overwrite what the replay of another graph left there.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Again]:
-        """See `GraphRecorder`. Raises RuntimeError where something of it cannot be recorded."""
+        """Records a CUDA graph, see `GraphRecorder`.
+
+        Raises RuntimeError if something in `work` cannot be recorded.
+        """
         graph = torch.cuda.CUDAGraph()
-        # Where a recording breaks, torch leaves its stream the current one; the context around it takes that back.
-        # thread_local: NCCL's watchdog asks after events all the time, which is forbidden where all threads count.
+        # If a recording fails, torch leaves its side stream as the current one. The outer `torch.cuda.stream`
+        # restores the stream from before.
+        #
+        # thread_local: NCCL's watchdog thread queries events all the time. In the default mode, "global", a
+        # query in any thread breaks the recording.
         try:
             with (
                 torch.cuda.device(self._device),
@@ -49,21 +69,24 @@ class CudaRecorder:
             ):
                 made = work()
         except RuntimeError:
-            self._take_back()
+            self._end_allocation()
             raise
         return made, graph.replay
 
-    def _take_back(self) -> None:
-        """Ends what torch does not where the end of a recording raises: its allocator would wait for it for ever, and
-        keep the memory."""
+    def _end_allocation(self) -> None:
+        """Takes torch's allocator out of recording mode after a failed recording.
+
+        torch does not do this if ending the recording raises: the allocator would wait for the end forever
+        and keep the pool's memory.
+        """
         bindings: Any = torch._C
-        with suppress(RuntimeError):  # it had ended
+        with suppress(RuntimeError):  # the recording may have ended properly
             bindings._cuda_endAllocateToPool(self._device.index, self._pool)
             bindings._cuda_releasePool(self._device.index, self._pool)
 
 
 class HeldInputs:
-    """Inputs of one shape by name, the tensors in memory that a recording reads."""
+    """The input tensors that a recording reads, by name. They stay at their addresses for its lifetime."""
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         self.held = {
@@ -71,14 +94,14 @@ class HeldInputs:
         }
 
     def take(self, inputs: Mapping[str, Any]) -> None:
-        """Takes over what other inputs of the same key hold."""
+        """Copies the values of new inputs, which must have the same `input_key`, into the held tensors."""
         for name, held in self.held.items():
             if isinstance(held, Tensor):
                 held.copy_(inputs[name])
 
 
 def input_key(inputs: Mapping[str, Any]) -> Key:
-    """What a recording is good for: shapes and types of the tensors, all else to the value."""
+    """Returns a recording's key: shape, dtype and device of each tensor, the value of everything else."""
     device = next(given.device for given in inputs.values() if isinstance(given, Tensor))
     return (autocast_dtype(device.type), *((name, *_fact(given)) for name, given in sorted(inputs.items())))
 
@@ -89,34 +112,40 @@ def _fact(given: Any) -> tuple[object, ...]:
     return (tuple(given.items()) if isinstance(given, dict) else given,)
 
 
-def places_of(tensors: Sequence[Tensor]) -> list[tuple[int, bool]]:
-    """Where a model's weights are, and which of them learn: elsewhere, a recording reads what is no longer theirs."""
+def addresses_of(tensors: Sequence[Tensor]) -> list[tuple[int, bool]]:
+    """Returns each weight's address and whether it is trained.
+
+    If an address changes, recordings would read memory that no longer belongs to the weight.
+    """
     return [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> Tensor:
-    """() of what a recording gave from what it should have given; NaN where something is not finite."""
+    """Returns |ours - theirs| / |theirs| over all elements, () fp32; NaN if a value is NaN or infinite."""
     ours, theirs = ours.float(), theirs.float()
     return (ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def unless_it_fails(record: Callable[[], T], device: torch.device, what: str) -> T | None:
-    """What `record` gives; None where something of it cannot be recorded, which is told.
+def record_or_warn(record: Callable[[], T], device: torch.device, what: str) -> T | None:
+    """Returns the result of `record`; logs a warning and returns None if something in it cannot be recorded.
 
-    what: the setting that asks for it, and what runs kernel by kernel without it.
+    what: starts the warning: the setting that asks for recording, and what now runs kernel by kernel.
     """
     free_unused(device)
     try:
         return record()
     except RuntimeError as error:
         reason = _reason(error)
-    # Behind the exception, whose frames hold what was taken.
-    log.warning("%s run kernel by kernel, for recording failed: %s", what, reason)
+    # After the `except` block: its exception's frames keep the failed recording's memory alive.
+    log.warning("%s run kernel by kernel because recording failed: %s", what, reason)
     return None
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first: the end of a recording that broke raises once more, and tells nothing."""
+    """Returns the first line of the first error.
+
+    Ending a failed recording raises a second error without information.
+    """
     while error.__context__ is not None:
         error = error.__context__
     return str(error).strip().split("\n", 1)[0]

@@ -1,7 +1,14 @@
-"""Ahead of training, each size of picture is run once as ever, recorded, and replayed beside what it gave before.
+"""Records a training step of each image size before training and compares it with the eager step.
 
-The adapters hold other values while a step is recorded than when it is compared: what was recorded has to follow them
-where they lie. A recording that gives something else is not trained with.
+For each size, three runs on the same inputs:
+
+    1. eagerly, with shifted adapters             the expected result
+    2. recorded, with the adapters' own values
+    3. replayed, with shifted adapters again      must agree with the first
+
+Because the adapters change between recording and replay, the check also finds a recording that captured a
+copy of the adapters instead of reading them where they are. If a replay disagrees, training runs without
+recordings.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,17 +24,17 @@ from halfbyte.trainer.data.buckets import Size
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 
-# Attention's backward sums in no fixed order, which in bf16 is some 1e-3; what is read or written in a wrong place is
-# off by its own size.
+# Attention's backward sums in no fixed order, which in bf16 makes a difference of about 1e-3. A kernel that
+# reads or writes a wrong address causes an error as large as the result itself.
 _LARGEST_DIFFERENCE = 0.02
-_SHIFT = 0.01  # of the adapters; B is zero at the beginning
+_SHIFT = 0.01  # added to the adapters; without it B is zero at the start of training and A has no gradient
 
 
 class _Step(NamedTuple):
-    """What a forward and backward gave."""
+    """The result of one forward and backward."""
 
     velocity: Tensor  # (B, C, H/8, W/8) fp32
-    norms: Tensor  # of each parameter's gradient; 0 where there is none
+    norms: Tensor  # (parameters,) fp32: the norm of each parameter's gradient; 0 without a gradient
 
 
 def warm_up(
@@ -39,10 +46,11 @@ def warm_up(
     guidance_scale: float,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Records a step of each size of picture, `MOST_SHAPES` at the most; runs the others once. Changes nothing else.
+    """Records a step for at most `MOST_SHAPES` image sizes and runs the others once.
 
-    text: of a whole batch, on the denoiser's device in the compute dtype. Where a recording does not give what the
-    step itself gave, all are dropped, with a warning, and steps run as ever.
+    Weights, gradients and random state stay unchanged. If a replay differs from the eager step, drops all
+    recordings with a warning; steps then run eagerly.
+    text: the embeddings of a whole batch, on the denoiser's device in the compute dtype.
     """
 
     def run(size: Size) -> _Step:
@@ -58,24 +66,31 @@ def warm_up(
         graphed.drop_gradients()
         return _Step(velocity.detach().float(), torch.stack(norms).float())
 
+    # The first call of a size runs eagerly. All sizes come first, so that no eager step has to find memory
+    # next to the recordings' pool.
     with _shifted(graphed):
         expected = {size: run(size) for size in sizes}
+    # The second call is recorded.
     recorded = list(expected)[:MOST_SHAPES]
     for size in recorded:
         run(size)
+    # The third is a replay.
     with _shifted(graphed):
         for size in recorded:
             if not graphed.works:
                 return
             off = _difference(run(size), expected[size])
-            if not off <= _LARGEST_DIFFERENCE:
+            if not off <= _LARGEST_DIFFERENCE:  # also True for NaN
                 width, height = size
-                graphed.give_up(f"a recorded step of {width}x{height} gave something else, by {off:.1%}")
+                graphed.give_up(
+                    f"the recorded step of {width}x{height} px differs from the eager one by {off:.1%},"
+                    f" expected at most {_LARGEST_DIFFERENCE:.0%}"
+                )
 
 
 @contextmanager
 def _shifted(graphed: GraphedDenoiser) -> Iterator[None]:
-    """Within it the parameters that learn hold other values, in the same places."""
+    """Adds `_SHIFT` to the trained parameters in place within the context, then restores their values."""
     parameters: list[Tensor] = [*graphed.parameters]
     with torch.no_grad():
         before = [parameter.clone() for parameter in parameters]
@@ -88,6 +103,7 @@ def _shifted(graphed: GraphedDenoiser) -> Iterator[None]:
 
 
 def _noisy(family: Family, batch: int, size: Size) -> Tensor:
+    """Returns random latents (batch, C, H/8, W/8) fp32 on the CPU, the same ones at every call."""
     width, height = size
     scale = family.vae_scale
     shape = (batch, family.vae_config["latent_channels"], height // scale, width // scale)
@@ -95,6 +111,6 @@ def _noisy(family: Family, batch: int, size: Size) -> Tensor:
 
 
 def _difference(ours: _Step, theirs: _Step) -> float:
-    """The larger of the relative differences; NaN where something is not finite."""
+    """Returns the larger relative difference of velocity and norms; NaN if a value is NaN or infinite."""
     found = [relative_difference(one, other) for one, other in zip(ours, theirs, strict=True)]
     return torch.stack(found).max().item()

@@ -1,4 +1,7 @@
-"""Which attention a run computes with: the fastest of those that gave the right gradients in a process of their own."""
+"""Chooses a run's attention backend: the fastest one whose output and gradients passed a check.
+
+The check runs in a separate process (`attention_probe`), because a faulty backend can crash it.
+"""
 
 import json
 import logging
@@ -19,12 +22,12 @@ from halfbyte.trainer.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
-_PROBE_SECONDS = 180  # a process that hangs on the device is given up on
+_PROBE_SECONDS = 180  # after this, a process that hangs on the device is killed
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What decides which backend is fastest, and whether it is right."""
+    """The facts that decide which backend is fastest, and whether it computes correctly."""
 
     tokens: int
     heads: int
@@ -34,7 +37,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The backend of `halfbyte.kernels.attention.ops` that a run takes, and what is said of it."""
+    """A run's backend, one of `halfbyte.kernels.attention.ops`, and the reason for it in words."""
 
     backend: str
     reason: str
@@ -43,25 +46,30 @@ class AttentionChoice:
 def choose_attention(
     setting: str, shape: AttentionShape, device: torch.device, cache: Path
 ) -> AttentionChoice:
-    """The backend for `train.attention`; probed once for each device, software and shape, and remembered in `cache`.
+    """Returns the backend for `train.attention`.
 
-    Raises RecipeError where the recipe names a backend that is not right here.
+    Probes the backends once for each device, software and shape; stores the results in the folder `cache`.
+
+    Raises:
+        RecipeError: the recipe names a backend that does not pass the check here.
     """
     if device.type != "cuda":
         if setting not in ("auto", "deterministic", "cpu"):
             raise RecipeError(
-                f"train.attention: {setting} needs a CUDA device, and this run is on the {device.type}; use auto"
+                f"train.attention: got {setting}, which needs a CUDA device, but this run is on the"
+                f" {device.type}; expected auto, deterministic or cpu"
             )
-        return AttentionChoice(default_backend(device, shape.dtype), "torch's own for this device")
+        return AttentionChoice(default_backend(device, shape.dtype), "torch's kernel for this device")
     if setting == "deterministic":
         kernel = default_backend(device, shape.dtype)
         return AttentionChoice(setting, f"{kernel}, its backward summed in a fixed order")
     if setting == "flash4" and flash4_version() is None:
         raise RecipeError(
-            f"train.attention: flash4 needs the package {FLASH4_PACKAGE} ({FLASH4_INSTALL}); or write auto"
+            f"train.attention: got flash4, but the package {FLASH4_PACKAGE} is not installed; run"
+            f" {FLASH4_INSTALL}, or set auto"
         )
-    results = _remembered(shape, device, cache)
-    right = {
+    results = _probe_results(shape, device, cache)
+    right = {  # backend -> seconds, of those that passed the check
         result["backend"]: result["seconds"]
         for result in results
         if result.get("error", math.inf) < TOLERANCE
@@ -69,17 +77,21 @@ def choose_attention(
     if setting != "auto":
         if setting not in right:
             raise RecipeError(
-                f"train.attention: {setting} is not right at this run's shapes on this device"
-                f" ({_told(results, setting)}); accepted here: {', '.join(right) or 'none'}; or auto"
+                f"train.attention: got {setting}, which failed the check at this run's shapes on this device"
+                f" ({_failure(results, setting)}); expected auto or one that passed:"
+                f" {', '.join(right) or 'none'}"
             )
-        return AttentionChoice(setting, f"{1e3 * right[setting]:.2f} ms, as the recipe says")
+        return AttentionChoice(setting, f"{1e3 * right[setting]:.2f} ms, set by the recipe")
     if not right:
         backend = default_backend(device, shape.dtype)
-        log.warning("the attention probe found no backend right; taking %s, which needs no probe", backend)
-        return AttentionChoice(backend, "the probe told nothing")
+        log.warning(
+            "no attention backend passed the accuracy check; using %s, which needs no check",
+            backend,
+        )
+        return AttentionChoice(backend, "no backend passed the check")
     fastest = min(right, key=lambda name: right[name])
     others = [
-        f"{name} {1e3 * right[name]:.2f}" if name in right else f"{name} {_told(results, name)}"
+        f"{name} {1e3 * right[name]:.2f}" if name in right else f"{name} {_failure(results, name)}"
         for name in backends_here()
         if name != fastest
     ]
@@ -88,16 +100,18 @@ def choose_attention(
     )
 
 
-def _told(results: Sequence[dict[str, Any]], backend: str) -> str:
+def _failure(results: Sequence[dict[str, Any]], backend: str) -> str:
+    """Describes why a backend failed the check."""
     for result in results:
         if result["backend"] == backend:
             if "refused" in result:
                 return f"refused: {result['refused']}"
-            return f"its gradients are off by {result['error']:.2g} of their size"
-    return "its process died"
+            return f"has a relative error of {result['error']:.2g} in its output or gradients"
+    return "crashed the probe"
 
 
-def _remembered(shape: AttentionShape, device: torch.device, cache: Path) -> list[dict[str, Any]]:
+def _probe_results(shape: AttentionShape, device: torch.device, cache: Path) -> list[dict[str, Any]]:
+    """Returns the probe's results from the cache, or runs the probe and stores them."""
     key = ", ".join(
         (
             torch.cuda.get_device_name(device),
@@ -111,16 +125,16 @@ def _remembered(shape: AttentionShape, device: torch.device, cache: Path) -> lis
     file = cache / "attention.json"
     known = _read(file)
     if key not in known:
-        log.info("trying attention backends at %d tokens, once for this device", shape.tokens)
+        log.info("checking attention backends at %d tokens, once for this device", shape.tokens)
         known[key] = run_probe(shape, device)
-        # Where nothing is right the device was taken or broken, which need not be so at the next start.
+        # If no backend could run, another process had the device or it failed. Try again at the next start.
         if any("error" in result for result in known[key]):
             _write(file, key, known[key])
     return known[key]
 
 
 def run_probe(shape: AttentionShape, device: torch.device) -> list[dict[str, Any]]:
-    """What a process of its own printed before it ended, however it ended."""
+    """Probes the backends in a separate process; returns what it printed, even if it then crashed."""
     command = [
         *(sys.executable, "-m", "halfbyte.trainer.denoiser.attention_probe"),
         *("--device", str(device), "--dtype", str(shape.dtype).removeprefix("torch.")),
@@ -136,7 +150,7 @@ def run_probe(shape: AttentionShape, device: torch.device) -> list[dict[str, Any
         try:
             results.append(json.loads(line))
         except json.JSONDecodeError:
-            continue  # a library's notice, or the half of a line
+            continue  # a library's message, or a line cut off by the crash
     return results
 
 
@@ -149,9 +163,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, key: str, results: list[dict[str, Any]]) -> None:
-    """Adds an entry; several runs may do so at once, so the file is replaced whole."""
+    """Adds an entry. The file is replaced atomically, because several runs may write it at once."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, json.dumps(_read(file) | {key: results}, indent=1))
     except OSError as error:
-        log.warning("cannot remember the attention probe in %s: %s", file, error.strerror)
+        log.warning("cannot save the results of the attention check in %s: %s", file, error.strerror)

@@ -1,8 +1,9 @@
-"""Tries attention's backends where a crash does no harm: `python -m halfbyte.trainer.denoiser.attention_probe`.
+"""Checks attention backends in a separate process, where a crash does no harm.
 
-Forward and backward at a run's own shapes and memory layouts, one backend after the other, from the one that is
-known to be right to the one that is known to fault; each prints a line of JSON when it is through. What the process
-does not live to print has failed. Gradients are compared as well: a backward can be wrong in silence.
+Run as `python -m halfbyte.trainer.denoiser.attention_probe`. It runs forward and backward at a run's own
+shapes and memory layouts, one backend after the other, the most reliable first and the one known to crash
+last. Each backend prints one line of JSON when it is done; a backend whose line is missing crashed the
+process. The gradients are checked too, because a backward can be wrong without any error.
 """
 
 import argparse
@@ -15,19 +16,19 @@ from torch import Tensor
 from halfbyte.kernels.attention.ops import attention, attention_backward, flash4_version
 
 _ORDER = ("efficient", "flash", "flash4", "cudnn")
-# Of 16-bit outputs and gradients, as a share of the norm; a wrong backward is off by its whole size.
+# Largest relative error, in norm, of 16-bit outputs and gradients. A wrong backward has an error of about 1.
 TOLERANCE = 0.02
-_CHECKED_HEADS = 2  # the first and the last: all of them in fp32 would not fit beside a model
+_CHECKED_HEADS = 2  # the first and the last; all heads in fp32 would not fit into memory next to a model
 _TIMED = 5
 
 
 def backends_here() -> tuple[str, ...]:
-    """Those whose packages are installed, in the order in which they are tried."""
+    """Returns the backends whose packages are installed, in the order in which they are checked."""
     return tuple(name for name in _ORDER if name != "flash4" or flash4_version() is not None)
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list[Tensor]:
-    """Output and gradients of one head, each (B, S, D), in fp32 by the definition."""
+    """Returns output and gradients of one head, each (B, S, D), by softmax(q k^T / sqrt(D)) v in fp32."""
     parts = [part.float().requires_grad_() for part in (query, key, value)]
     weights = (parts[0] @ parts[1].transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
     out = weights @ parts[2]
@@ -35,7 +36,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list[Tenso
 
 
 def error(backend: str, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> float:
-    """The largest relative error of output and gradients (B, S, H, D) over the checked heads; inf for a NaN."""
+    """Returns the largest relative error of output and gradients over the checked heads; inf for a NaN."""
     out, statistic = attention(query, key, value, backend)
     found = [out, *attention_backward(grad, query, key, value, out, statistic, backend)]
     if not all(bool(part.isfinite().all()) for part in found):
@@ -50,7 +51,7 @@ def error(backend: str, query: Tensor, key: Tensor, value: Tensor, grad: Tensor)
 
 
 def seconds(backend: str, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> float:
-    """Median of a forward and a backward on the device."""
+    """Returns the median time of one forward and backward on the device, in seconds."""
     times = []
     for _ in range(_TIMED + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -64,19 +65,19 @@ def seconds(backend: str, query: Tensor, key: Tensor, value: Tensor, grad: Tenso
 
 
 def probe(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, head_dim: int) -> None:
-    """Prints `{"backend", "error", "seconds"}` for each backend that is there and takes the shapes and type."""
+    """Prints one line of JSON per installed backend: its error and seconds, or why it refused."""
     draws = torch.Generator(device).manual_seed(0)
     query, key, value = (
         torch.randn(1, tokens, heads, head_dim, device=device, generator=draws).to(dtype) for _ in range(3)
     )
-    # As a block's backward has it: the first columns of the gradient of a wider matrix.
+    # Laid out as in a block's backward, where it is the first columns of a wider matrix's gradient.
     wide = torch.randn(1, tokens, 2 * heads * head_dim, device=device, generator=draws).to(dtype)
     grad = wide[..., : heads * head_dim].unflatten(-1, (heads, head_dim))
     for backend in backends_here():
         try:
             found = error(backend, query, key, value, grad)
             took = seconds(backend, query, key, value, grad)
-        # Whatever a package that is not ours raises for a device or shapes that it does not take.
+        # Other packages raise anything for a device or shapes that they do not support.
         except Exception as refused:
             reason = (str(refused) or type(refused).__name__).splitlines()[0]
             result: dict[str, str | float] = {"backend": backend, "refused": reason}
@@ -86,9 +87,9 @@ def probe(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, hea
 
 
 def main() -> None:
-    """The arguments are a run's own shapes."""
+    """Parses a run's shapes from the command line and probes the backends."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda", help="as torch names it")
+    parser.add_argument("--device", default="cuda", help="torch's name of the device")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--heads", type=int, required=True)

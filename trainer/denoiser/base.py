@@ -1,4 +1,4 @@
-"""Loads a family's frozen transformer, quantized while it streams from disk or as the cache kept it."""
+"""Loads a family's frozen transformer: quantizes it while reading it, or takes it packed from the cache."""
 
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ def load_base(
     cache_folder: Path | None = None,
     stream: bool = False,
 ) -> nn.Module:
-    """Returns the frozen transformer without adapters; `recipe` None leaves it in `dtype`.
+    """Loads the frozen transformer without adapters. With `recipe` None it is not quantized but in `dtype`.
 
-    console: shows the progress. cache_folder: packed bases and digests of files are kept there. stream: the packed
-    weights of the blocks stay in host memory, see `BlockStream`.
+    console: shows the progress. cache_folder: stores packed bases and digests of files. stream: leaves the
+    blocks' packed weights in host memory, see `BlockStream`.
 
     Raises:
-        RecipeError: for damaged files, and for a skip list that does not fit the model.
+        RecipeError: the files are damaged, or the skip list does not fit the model.
     """
     progress = None if console is None else LazyProgress(console, "loading the transformer", BYTES)
     try:
@@ -62,7 +62,7 @@ def load_base(
 
 
 def base_cache(cache_folder: Path) -> BaseCache:
-    """The packed bases kept in a cache folder."""
+    """Returns the cache of packed bases in a cache folder."""
     return BaseCache(cache_folder / "bases", FileDigests(cache_folder / "digests"))
 
 

@@ -1,4 +1,4 @@
-"""The transformer of a run: streamed and quantized, with its adapters, ready to train."""
+"""Loads the transformer of a run: the quantized base, its adapters and its blocks, ready to train."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,16 +35,18 @@ from halfbyte.trainer.runtime.world import World
 
 @dataclass(frozen=True)
 class Loaded:
+    """A run's transformer, and the facts about it that the run reports."""
+
     denoiser: nn.Module
-    quant: QuantRecipe | None  # how the base is held; None: in the compute dtype
+    quant: QuantRecipe | None  # the base's quantization; None: it is in the compute dtype
     trained: TrainedLayers
     quantized_layers: int
-    footprint: int
-    stream: BlockStream | None  # where the blocks visit the device
+    footprint: int  # bytes of the base, without adapters
+    stream: BlockStream | None  # set if the blocks' weights are streamed from host memory
 
 
 def load_run_base(recipe: Recipe, family: Family, device: torch.device, console: Console) -> nn.Module:
-    """The run's frozen base without adapters, with progress on `console`; see `load_base`."""
+    """Loads the run's frozen base without adapters, with progress on `console`; see `load_base`."""
     return load_base(
         family,
         quant_recipe(recipe),
@@ -57,7 +59,7 @@ def load_run_base(recipe: Recipe, family: Family, device: torch.device, console:
 
 
 def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> TrainedLayers:
-    """Puts the recipe's adapters on the layers; see `add_lora`."""
+    """Adds the recipe's adapters to the layers; see `add_lora`."""
     targets = recipe.lora.targets
     return add_lora(
         denoiser,
@@ -78,13 +80,19 @@ def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> Trained
 
 
 def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> None:
-    """Has the layers at `paths` multiply by their weights in full precision; see `hold_exact`. Raises RecipeError."""
+    """Gives the layers at `paths` their full-precision weights back; see `hold_exact`.
+
+    Does nothing if the base is not quantized.
+
+    Raises:
+        RecipeError: the base is a single file, or a weight is not stored in full precision.
+    """
     if not paths or not any(isinstance(module, QuantizedLayer) for module in denoiser.modules()):
         return
     folder = family.denoiser_folder
     if folder is None:
         raise RecipeError(
-            f"quant.exact: got {list(paths)}, but {family.transformer.path} is one file; expected []"
+            f"quant.exact: got {list(paths)}, but {family.transformer.path} is a single file; expected []"
         )
     try:
         with exact_weights(folder) as weights:
@@ -92,8 +100,8 @@ def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> Non
             def read(name: str) -> Tensor:
                 if name not in weights.names or not weights.stored(name).dtype.is_floating_point:
                     raise ValueError(
-                        f"{folder} does not hold {name} in full precision; quantize the model anew with halfbyte"
-                        " quantize and this setting, or give []"
+                        f"{folder} does not hold {name} in full precision; quantize the model again, with"
+                        " `halfbyte quantize` and this setting, or set []"
                     )
                 return weights.read(name)
 
@@ -107,18 +115,23 @@ def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
 
 
 def streamed_blocks(family: Family, denoiser: nn.Module) -> list[nn.Module]:
-    """The blocks that hold packed weights. Raises RecipeError where there are none."""
+    """Returns the blocks that hold packed weights. Raises RecipeError if there are none."""
     blocks = packed_blocks(denoiser, block_names(family))
     if not blocks:
         raise RecipeError(
-            "train.stream_blocks: got true, but quant.skip leaves nothing packed in the blocks; expected false"
+            "train.stream_blocks: got true, but quant.skip excludes all layers of the blocks from"
+            " quantization, and only quantized layers are streamed; expected false, or a shorter quant.skip"
         )
     return blocks
 
 
 def start_layers(init_from: Path | None, family: Family) -> dict[str, LoraLayer] | None:
-    """The adapter that lora.init_from names; None where it names none. Raises RecipeError as `read_layers` does,
-    HubError."""
+    """Reads the adapter that lora.init_from names; returns None if the setting is None.
+
+    Raises:
+        RecipeError: the file is not an adapter of this model, see `read_layers`.
+        HubError: its repository cannot be read.
+    """
     if init_from is None:
         return None
     try:
@@ -137,9 +150,10 @@ def load_denoiser(
     attention: str | None = None,
     start: Mapping[str, LoraLayer] | None = None,
 ) -> Loaded:
-    """The transformer with its adapters.
+    """Loads the transformer with its adapters.
 
-    attention: names the backend; None takes what needs no probe. start: what `start_layers` gave; None: it is asked.
+    attention: the backend; None: the one that needs no probe. start: the result of `start_layers`; None: it
+    is read here.
     """
     start = start or start_layers(recipe.lora.init_from, family)
     denoiser = load_run_base(recipe, family, world.device, console)
@@ -147,15 +161,15 @@ def load_denoiser(
     footprint = int(model.get_memory_footprint())
     trained = add_adapters(recipe, family, denoiser)
     keep_exact(family, denoiser, recipe.quant.exact)
-    # PEFT puts adapters where it finds the weights, and streamed ones lie on the host.
+    # PEFT creates adapters on the device of the weights, which is the host for streamed ones.
     denoiser.to(world.device)
-    has_lengths = False
+    has_magnitude = False
     if start is not None and recipe.lora.init_from is not None:
         try:
-            has_lengths = start_from(denoiser, start, ADAPTER, recipe.lora.init_from)
+            has_magnitude = start_from(denoiser, start, ADAPTER, recipe.lora.init_from)
         except RecipeError as error:
             raise RecipeError(f"lora.init_from: {error}") from error
-    if recipe.lora.dora and not has_lengths:
+    if recipe.lora.dora and not has_magnitude:
         keep_lengths(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     stream = _stream(family, denoiser, world) if recipe.train.stream_blocks else None

@@ -1,4 +1,4 @@
-"""What the recipe's settings mean for the transformer."""
+"""Translates the recipe's settings into those of the quantization and block layers."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.recipe.recipe import Recipe
 
-# By train.gradient_checkpointing, what blocks keep; offload keeps it on the host.
+# train.gradient_checkpointing -> the activations that blocks keep; offload keeps them in host memory.
 KEPT: Mapping[str, Keep] = {
     "none": "everything",
     "selective": "attention",
@@ -25,7 +25,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
-    """The recipe's quant section as the quant layer takes it; None leaves the base as it is."""
+    """Converts the recipe's quant section; None if the base is not to be quantized."""
     if recipe.quant.type == "none":
         return None
     return QuantRecipe(
@@ -39,9 +39,10 @@ def quant_recipe(recipe: Recipe) -> QuantRecipe | None:
 
 
 def base_recipe(recipe: Recipe, family: Family) -> QuantRecipe | None:
-    """How the family's base is held: as the recipe says, or as it is stored where it is quantized already.
+    """Returns the base's quantization: the stored one if it is already quantized, else the recipe's.
 
-    Raises RecipeError where it is stored in a form that is not read.
+    Raises:
+        RecipeError: the base is stored in a form that cannot be read.
     """
     asked = quant_recipe(recipe)
     stored = family.denoiser_config.get("quantization_config")
@@ -55,7 +56,7 @@ def base_recipe(recipe: Recipe, family: Family) -> QuantRecipe | None:
 
 
 def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
-    """How the blocks run, with `attention` as the backend."""
+    """Returns the blocks' settings, with `attention` as the backend."""
     checkpointing = recipe.train.gradient_checkpointing
     return BlockSettings(
         KEPT[checkpointing],
@@ -66,5 +67,5 @@ def block_settings(recipe: Recipe, attention: str | None) -> BlockSettings:
 
 
 def block_names(family: Family) -> list[str]:
-    """Of all the transformer's blocks."""
+    """Returns the names of all the transformer's blocks."""
     return [name for kind in family.block_kinds() for name in kind]

@@ -1,4 +1,4 @@
-"""The model families by name."""
+"""Registers the model families by name."""
 
 import importlib
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from pydantic_core import CoreSchema, core_schema
 from halfbyte.trainer.errors import RecipeError
 
 if TYPE_CHECKING:
-    # Families import diffusers, which takes seconds: only those a run uses are imported, when it uses them.
+    # Families import diffusers, which takes seconds: a family is imported only when a run uses it.
     from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.wording import unknown_name
 
 
 class FamilyRegistry:
-    """Name -> model family, each given as `module:Class` and imported when it is asked for."""
+    """Maps names to model families, given as `module:Class` and imported on first use."""
 
     def __init__(self, locations: Mapping[str, str]) -> None:
         self._locations = dict(locations)
@@ -26,7 +26,10 @@ class FamilyRegistry:
         return tuple(self._locations)
 
     def __getitem__(self, name: str) -> "type[Family]":
-        """Raises RecipeError, with the known names and the nearest, for a family that is not registered."""
+        """Returns the family.
+
+        Raises RecipeError, with the known names and the nearest, if it is not registered.
+        """
         if name not in self._locations:
             raise RecipeError(unknown_name("family", name, self._locations))
         module, _, attribute = self._locations[name].partition(":")

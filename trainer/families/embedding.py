@@ -1,19 +1,15 @@
-"""Outputs of the VAE and the text encoders."""
+"""Outputs of the VAE and the text encoders, and the interface of what computes them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """The VAE's posterior, before its shift and scale: kept as moments so that each use samples anew."""
+    """The VAE's posterior before shift and scale. Stored as moments, so that each use draws a new sample."""
 
     mean: Tensor  # (B, C, H/8, W/8) fp32
     std: Tensor  # (B, C, H/8, W/8) fp32
@@ -21,24 +17,27 @@ class LatentMoments:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """What the denoiser sees of a caption."""
+    """A batch of captions as the denoiser sees them."""
 
     prompt_embeds: Tensor  # (B, T, joint_attention_dim) bf16
     pooled_prompt_embeds: Tensor  # (B, pooled_projection_dim) bf16
 
 
 class Encoders(ABC):
-    """The frozen VAE and text encoders of one pipeline, alive only while the cache is filled."""
+    """The frozen VAE and text encoders of one pipeline. They are in memory only while the cache is filled."""
 
-    # Hex digests over the weights' revision and every setting that changes the output (dtype, token length):
-    # the part of a cache key that the picture or the caption itself does not give.
+    # Identify the weights and every setting that changes the output (dtype, token length). A cache key
+    # consists of one of these and a digest of the image or the caption.
     latent_fingerprint: str
     text_fingerprint: str
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> LatentMoments:
-        """pixels: (B, 3, H, W) fp32 in [-1, 1], H and W multiples of the family's `size_multiple`."""
+        """Returns the images' posterior moments.
+
+        pixels: (B, 3, H, W) fp32 in [-1, 1], H and W multiples of the family's `size_multiple`.
+        """
 
     @abstractmethod
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
-        """One row a caption; the empty caption is what caption dropout trains on."""
+        """Returns one row per caption. Caption dropout trains on the row of the empty caption."""

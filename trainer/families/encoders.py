@@ -1,4 +1,4 @@
-"""The VAE and text encoders of a pipeline, and what they make of pictures and captions."""
+"""Loads a family's VAE and text encoders, which encode images and captions for the cache."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.t5 import T5Setting, load_t5, resolve_quant, tell_stored
+from halfbyte.trainer.families.t5 import T5Setting, load_t5, resolve_quant, warn_if_stored_differently
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.placement import Placement
 
 
 class PipelineEncoders(Encoders):
-    """Encoders that call the stock pipeline's own `encode_prompt`, so training sees what inference will.
+    """Encoders that call the stock pipeline's `encode_prompt`, so training sees the embeddings of inference.
 
-    Weights are read when first needed: a run whose cache is full reads none.
+    Weights are read when they are first needed: a run with a complete cache reads none.
     """
 
     def __init__(
@@ -38,25 +38,25 @@ class PipelineEncoders(Encoders):
         self._device = placement.device
         self._dtype = dtype
         self._t5_quant = resolve_quant(t5_quant, family.t5.path, named_by=family.t5.setting)
-        tell_stored(t5_quant, family.t5.path)
+        warn_if_stored_differently(t5_quant, family.t5.path)
         self._stream_t5 = stream_t5
         self._vae: Any = None
         self._pipeline: Any = None
-        # The VAE runs in fp32: its encoder is small, and overflows to NaN in fp16 on some pictures.
+        # The VAE runs in fp32: its encoder is small, and in fp16 it overflows to NaN on some images.
         self.latent_fingerprint = source.fingerprint(["vae"], digests) + ":float32"
         settings = f"{family.max_sequence_length}:{dtype}:{self._t5_quant}"
         self.text_fingerprint = family.text_fingerprint(digests) + ":" + settings
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> LatentMoments:
-        """The posterior's moments, by the stock VAE."""
+        """Returns the posterior's mean and std, computed by the stock VAE."""
         if self._vae is None:
-            # On a small card there is no room for both.
+            # A small card has no room for the VAE and the text encoders at once.
             self._pipeline = None
             free_unused(self._device)
             folder = self._family.source.folder / "vae"
             vae: Any = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
-            # As cuDNN wants it; else it copies what goes into a convolution and what comes out, 1 GB at 1024 px.
+            # cuDNN's layout. With another one it copies each convolution's input and output, 1 GB at 1024 px.
             layout = torch.channels_last if self._device.type == "cuda" else torch.preserve_format
             self._vae = vae.to(self._device, memory_format=layout)
         posterior = self._vae.encode(pixels.to(self._device, torch.float32)).latent_dist
@@ -64,7 +64,7 @@ class PipelineEncoders(Encoders):
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
-        """The caption as the stock pipeline embeds it, padded as the recipe says."""
+        """Returns the captions' embeddings from the stock pipeline, padded to the recipe's length."""
         if self._pipeline is None:
             self._vae = None
             free_unused(self._device)
@@ -101,10 +101,11 @@ def load_encoders(
     placement: Placement | None = None,
     stream_t5: bool = False,
 ) -> Encoders:
-    """The VAE and text encoders as the stock pipeline holds them, but for T5, which `t5_quant` may pack.
+    """Returns the VAE and text encoders of the stock pipeline; T5 is quantized as `t5_quant` says.
 
-    memo: a folder that remembers digests of the encoders' files. placement: where the text encoders are; None:
-    on the device. stream_t5: T5's blocks visit the device one by one, see `BlockStream`.
+    memo: a folder that caches digests of the encoders' files. placement: where the text encoders are kept;
+    None: on the device. stream_t5: keeps T5's blocks in host memory and streams them to the device, see
+    `BlockStream`.
     """
     where = placement or Placement(device)
     return PipelineEncoders(

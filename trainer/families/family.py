@@ -1,4 +1,12 @@
-"""What a model family is: everything that differs between models, behind one interface."""
+"""Defines `Family`: everything that differs between models, behind one interface.
+
+A `Family` reads configurations and describes the model. It loads no weights. The functions that load are
+`load_base` in `trainer/denoiser/base.py` (the frozen transformer) and `load_encoders` in
+`trainer/families/encoders.py` (VAE and text encoders); both take a `Family`.
+
+To add a family, write a folder next to `flux` and `sd3` with the same files (`family.py`, `blocks.py`,
+`attention.py`, `names.py`), implement the abstract methods below, and register it in `catalog.py`.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +31,21 @@ from halfbyte.trainer.pretrained.pipeline import ModelSource, resolve, resolve_c
 
 
 class Family(ABC):
-    """One kind of model, opened at a pipeline folder; configurations are read at once, weights when asked for."""
+    """One kind of model, such as FLUX or SD3, opened at a pipeline folder.
+
+    Describes the model from its configurations; loads no weights (see the top of this module for what does).
+    """
 
     pipeline_class: ClassVar[type[Any]]
     denoiser_class: ClassVar[type[Any]]
     text_components: ClassVar[tuple[str, ...]]
     t5_component: ClassVar[str]
-    # Patterns (full match on a module's name) behind the recipe's target presets.
+    # The recipe's target presets: regular expressions that must match a module's full name.
     target_presets: ClassVar[dict[str, str]]
 
     @classmethod
     def components(cls, *, own_t5: bool = False) -> tuple[str, ...]:
-        """Every part of the pipeline folder that training reads; own_t5: T5 is elsewhere."""
+        """Returns the pipeline components that training reads; own_t5: T5 comes from elsewhere."""
         parts = ("transformer", "vae", *cls.text_components, "scheduler")
         return tuple(part for part in parts if not own_t5 or part != cls.t5_component)
 
@@ -47,10 +58,13 @@ class Family(ABC):
         transformer: Path | None = None,
         text_encoder: Path | None = None,
     ) -> Self:
-        """The family at a folder or Hub repository, its transformer's weights and its T5 from elsewhere if given.
+        """Opens the family at a folder or Hub repository and checks that all its files are there.
 
-        Raises RecipeError or HubError, see `source.resolve` and `component.find`; a large file that is missing or cut
-        short is told here, and not when an hour of encoding is over.
+        transformer, text_encoder: where these weights come from instead, see `take_transformer`.
+
+        Raises:
+            RecipeError, HubError: see `pipeline.resolve` and `find_component`. A large file that is missing
+                or truncated is an error here, not after an hour of encoding.
         """
         family = cls.describe(path, revision, max_sequence_length, transformer, text_encoder)
         family.source = resolve(
@@ -73,7 +87,7 @@ class Family(ABC):
         transformer: Path | None = None,
         text_encoder: Path | None = None,
     ) -> Self:
-        """As `open`, from configurations alone: of Hub repositories a few small files are fetched."""
+        """Opens the family without its weights. From the Hub, it fetches only a few small files."""
         needed, denoiser = cls.components(own_t5=text_encoder is not None), cls.denoiser_class.__name__
         source = resolve_configurations(path, revision, needed, denoiser)
         if source.revision is None:
@@ -95,11 +109,16 @@ class Family(ABC):
         self.max_sequence_length = max_sequence_length or self.default_sequence_length()
 
     def take_transformer(self, named: Path) -> None:
-        """Has the transformer's weights come from elsewhere than the pipeline.
+        """Takes the transformer's weights from `named` instead of the pipeline.
 
-        named: a folder in diffusers' layout, quantized or not; a Hub repository, see `HubReference`, of which the
-        configuration alone is fetched; or one file that names layers as the model's authors do. Raises HubError, and
-        RecipeError where it is another model's, damaged, or a file of a family that has no such files.
+        named: a folder in diffusers' layout, quantized or not; a Hub repository (see `HubReference`), of
+        which only the configuration is fetched here; or a single file with the layer names of the model's
+        authors.
+
+        Raises:
+            HubError: the repository cannot be read.
+            RecipeError: the weights are damaged or belong to another model, or `named` is a single file and
+                this family reads none.
         """
         found = find_component("model.transformer", named, "transformer", WEIGHTS_FILE)
         with blame(found):
@@ -110,32 +129,37 @@ class Family(ABC):
         self.transformer = found
 
     def take_text_encoder(self, named: Path) -> None:
-        """Has T5 come from elsewhere than the pipeline: a folder or a Hub repository, see `take_transformer`."""
+        """Takes T5 from a folder or Hub repository instead of the pipeline; see `take_transformer`."""
         found = find_component("model.text_encoder", named, self.t5_component, TEXT_WEIGHTS_FILE)
         with blame(found):
             self._check_t5(found.path)
         self.t5 = found
 
     def check_file(self, file: Path) -> None:
-        """Raises ValueError where a transformer cannot be read from this one file."""
+        """Raises ValueError if the transformer cannot be read from this single file."""
         raise ValueError(
-            f"{file}: single files are read for flux alone; expected null, or a folder in diffusers' layout"
+            f"{file}: got a single file, which only the family flux can read; expected null, a folder in"
+            " diffusers' layout, or a Hub repository"
         )
 
     def _config_of(self, folder: Path) -> dict[str, Any]:
-        """The configuration of a transformer that stands in for the source's. Raises ValueError."""
+        """Returns the configuration of a transformer that replaces the pipeline's.
+
+        Raises:
+            ValueError: the two configurations differ in more than their quantization.
+        """
         config = read_config(folder, self.denoiser_class.__name__)
         own = self.denoiser_config
         for key in own.keys() & config.keys():
             if not key.startswith("_") and key != "quantization_config" and config[key] != own[key]:
                 raise ValueError(
-                    f"{folder / CONFIG_FILE}: {key} is {config[key]}, and {own[key]} in that of model.path; expected a"
-                    " transformer of the same model"
+                    f"{folder / CONFIG_FILE}: {key} is {config[key]}, but {own[key]} in the configuration of"
+                    " model.path; expected a transformer of the same model"
                 )
         return config
 
     def _check_t5(self, folder: Path) -> None:
-        """Raises ValueError where a folder holds no T5 whose embeddings the transformer takes."""
+        """Raises ValueError unless the folder holds a T5 whose embeddings fit the transformer."""
         config = read_config(folder)
         kind = config.get("model_type")
         if kind != "t5":
@@ -144,22 +168,22 @@ class Family(ABC):
         width, taken = config.get("d_model"), self.denoiser_config.get("joint_attention_dim")
         if taken is not None and width != taken:
             raise ValueError(
-                f"{folder / CONFIG_FILE}: its embeddings are {width} wide, and the transformer takes {taken}; expected"
-                " the T5 of the same model"
+                f"{folder / CONFIG_FILE}: this T5's embeddings are {width} wide, but the transformer takes"
+                f" {taken}; expected the T5 of the same model"
             )
 
     @abstractmethod
     def default_sequence_length(self) -> int:
-        """T5 tokens a caption is padded to when the recipe does not say."""
+        """Returns how many T5 tokens a caption is padded to if the recipe does not set it."""
 
     @property
     def denoiser_folder(self) -> Path | None:
-        """The folder of the transformer's weights, in diffusers' layout; None where one file holds them."""
+        """The folder of the transformer's weights in diffusers' layout; None if they are in a single file."""
         return None if self.transformer.file is not None else self.transformer.path
 
     @property
     def commits(self) -> dict[str, str]:
-        """The commits of the Hub repositories that it was opened at, by the settings that name them."""
+        """The commit of each Hub repository the family was opened at, by the setting that names it."""
         revisions = {
             PIPELINE: self.source.revision,
             **{part.setting: part.revision for part in (self.transformer, self.t5) if part.is_own},
@@ -167,25 +191,25 @@ class Family(ABC):
         return {setting: commit for setting, commit in revisions.items() if commit is not None}
 
     def denoiser_fingerprint(self, digests: FileDigests) -> str:
-        """What tells the transformer's weights from all others."""
+        """Returns a string that identifies the transformer's weights."""
         if self.transformer.is_own:
             return self.transformer.fingerprint(digests)
         return self.source.fingerprint(["transformer"], digests)
 
     def t5_fingerprint(self, digests: FileDigests) -> str:
-        """What tells a T5 that was given apart from all others."""
+        """Returns a string that identifies the weights of a T5 from elsewhere (`take_text_encoder`)."""
         config = self.t5.path / CONFIG_FILE
         return f"{file_digest(config)}:{self.t5.fingerprint(digests)}"
 
     def text_fingerprint(self, digests: FileDigests) -> str:
-        """What tells the text encoders and tokenizers from all others."""
+        """Returns a string that identifies the weights of the text encoders and the tokenizers."""
         if not self.t5.is_own:
             return self.source.fingerprint(self.text_components, digests)
         others = [part for part in self.text_components if part != self.t5_component]
         return f"{self.source.fingerprint(others, digests)}:{self.t5_fingerprint(digests)}"
 
     def describe_source(self) -> str:
-        """Where everything is from, for the start of the run."""
+        """Describes where the weights come from, for the log at the start of a run."""
         at = f" @ {self.source.revision[:12]}" if self.source.revision else ""
         parts = (("transformer", self.transformer), ("T5", self.t5))
         own = [f"; {name} of {part}" for name, part in parts if part.is_own]
@@ -193,46 +217,50 @@ class Family(ABC):
 
     @property
     def vae_scale(self) -> int:
-        """Pixels a latent pixel stands for, along one side."""
+        """Pixels per latent pixel along one side."""
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     @property
     def size_multiple(self) -> int:
-        """Picture sides are multiples of this: the VAE's scale times the denoiser's patch of two."""
+        """Image sides must be multiples of this: the VAE's scale times the denoiser's patch size, 2."""
         return self.vae_scale * 2
 
     @property
     def largest_side(self) -> int | None:
-        """Pixels: the longest side of a picture that the denoiser takes; None: any."""
+        """The longest image side in pixels that the denoiser accepts; None: no limit."""
         return None
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of a caption that the denoiser sees."""
+        """Number of text tokens per caption that the denoiser sees."""
         return self.max_sequence_length
 
     @property
     def attention_heads(self) -> tuple[int, int]:
-        """Heads of the joint attention, and the dimension of each."""
+        """Number of attention heads, and the dimension of each."""
         return self.denoiser_config["num_attention_heads"], self.denoiser_config["attention_head_dim"]
 
     def image_tokens(self, height: int, width: int) -> int:
-        """Tokens the denoiser sees of a latent of this size (latent pixels)."""
+        """Returns how many tokens the denoiser makes of a latent of this size, given in latent pixels."""
         return (height // 2) * (width // 2)
 
     @abstractmethod
     def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
-        """Have the blocks of a denoiser with adapters run as `settings` says, gradient checkpointing included.
+        """Makes the blocks of a denoiser with adapters run as `settings` says, with checkpointing or without.
 
-        Nothing else changes: outputs (up to rounding), parameters and their names stay.
+        Changes nothing else: outputs are the same up to rounding, parameters keep their values and names.
         """
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """The VAE's latents as the denoiser sees them, by the VAE's own config; fp32."""
+        """Shifts and scales the VAE's latents for the denoiser, by the VAE's config; fp32."""
         return (latents - self.vae_config["shift_factor"]) * self.vae_config["scaling_factor"]
 
     def representable(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sigma that the denoiser is told in `dtype`, so that noise and timestep are one number; fp32."""
+        """Returns the sigma that reaches the denoiser when it computes in `dtype`, as fp32.
+
+        Training mixes noise and latents with this value, so the noise level matches the timestep input
+        exactly.
+        """
         return sigma.float()
 
     @abstractmethod
@@ -244,49 +272,49 @@ class Family(ABC):
         text: TextEmbedding,
         guidance_scale: float,
     ) -> Tensor:
-        """The predicted velocity, noise - x0.
+        """Returns the predicted velocity, noise - x0, in noisy's shape.
 
-        denoiser: the transformer, or what is called in its place: with inputs by name, for a tuple.
-        noisy: (B, C, H/8, W/8) in the compute dtype; sigma: (B,) fp32 in (0, 1]. Returns noisy's shape.
+        denoiser: the transformer or a stand-in for it; takes keyword arguments and returns a tuple.
+        noisy: (B, C, H/8, W/8) in the compute dtype. sigma: (B,) fp32 in (0, 1].
         """
 
     @abstractmethod
     def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
-        """Calls the stock pipeline's text encoding, without classifier-free guidance's negative half."""
+        """Encodes captions with the stock pipeline, without the negative half of classifier-free guidance."""
 
     @abstractmethod
     def original_names(self) -> tuple[OriginalName, ...]:
-        """The layers as the model's authors name them, which ComfyUI and kohya keep to."""
+        """Returns the layers' names in the authors' checkpoints, which ComfyUI and kohya use too."""
 
     @abstractmethod
     def block_kinds(self) -> tuple[tuple[str, ...], ...]:
-        """The names of the transformer's blocks, those that are alike together, each kind in the model's order."""
+        """Returns the names of the transformer's blocks, one group per kind, each in the model's order."""
 
     @abstractmethod
     def config_of_blocks(self, blocks: Sequence[str]) -> dict[str, Any]:
-        """The configuration of a transformer that has these blocks alone; one of each kind at least."""
+        """Returns the configuration of a transformer with only these blocks, at least one of each kind."""
 
     def lora_targets(self, targets: str) -> str:
-        """A regular expression over module names: the one a preset stands for, or the one that was given."""
+        """Returns a preset's regular expression over module names; returns any other text unchanged."""
         return self.target_presets.get(targets, targets)
 
     def sampling_inputs(self, text: TextEmbedding, empty: TextEmbedding) -> dict[str, Tensor]:
-        """What the stock pipeline is called with for one caption; `empty` is the empty caption's embedding."""
+        """Returns the stock pipeline's text arguments for one caption; `empty` embeds the empty caption."""
         return {"prompt_embeds": text.prompt_embeds, "pooled_prompt_embeds": text.pooled_prompt_embeds}
 
     def decodable(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """What the VAE decodes, (B, C, H/8, W/8), of what the stock pipeline gives as its latents; sizes in pixels."""
+        """Converts the pipeline's output latents to the VAE's input (B, C, H/8, W/8); sizes in pixels."""
         scaled: Tensor = latents / self.vae_config["scaling_factor"]
         return scaled + self.vae_config["shift_factor"]
 
     def describe_guidance(self, guidance_scale: float) -> str:
-        """What is made of the recipe's guidance_scale, for the start of the run."""
+        """Describes how the recipe's guidance_scale is used, for the log at the start of a run."""
         return "not used: the model has no guidance embedding"
 
 
 @contextmanager
 def blame(component: Component) -> Iterator[None]:
-    """Within it a ValueError becomes a RecipeError of the setting that names the component."""
+    """Turns a ValueError in the context into a RecipeError that names the component's setting."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The large text encoder, T5: how it is held while captions are encoded."""
+"""Loads T5, the large text encoder, quantized or streamed as the recipe says."""
 
 import logging
 from pathlib import Path
@@ -22,18 +22,20 @@ log = logging.getLogger(__name__)
 T5Quant = Literal["none", "int8", "nf4"]
 T5Setting = Literal["auto", "none", "int8", "nf4"]
 
-# T5-XXL has 4.8 billion, 9.5 GB in bf16.
+# Parameters from which `auto` quantizes. T5-XXL has 4.8 billion, 9.5 GB in bf16.
 _LARGE = 10**9
 
 
 def resolve_quant(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE) -> T5Quant:
-    """How the T5 in `folder` is held: `auto` is int8 for more than a billion parameters, none for fewer.
+    """Returns how to quantize the T5 in `folder`: `auto` means int8 above a billion parameters, else none.
 
-    A T5 that is stored packed is loaded as it is, which is none as well, whatever the setting.
+    A T5 that is already quantized is loaded unchanged, so the result is none, whatever the setting.
 
-    int8 because it fits T5-XXL and the other encoders into 8 GB, at a seventh of NF4's error. The model decides and
-    not the card at hand, so that a recipe trains on the same embeddings everywhere. Raises RecipeError,
-    with the setting that names the folder.
+    `auto` takes int8 because it fits T5-XXL and the other encoders into 8 GB, at a seventh of NF4's error. It
+    depends on the model and not on the card, so a recipe trains on the same embeddings everywhere.
+
+    Raises:
+        RecipeError: the configuration is damaged; the message starts with the setting `named_by`.
     """
     try:
         if stored_quantization(folder) is not None:
@@ -45,20 +47,20 @@ def resolve_quant(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE)
         raise RecipeError(f"{named_by}: {error}") from error
 
 
-def tell_stored(setting: T5Setting, folder: Path) -> None:
-    """Warns where the T5 in `folder` is stored packed otherwise than the setting has it."""
+def warn_if_stored_differently(setting: T5Setting, folder: Path) -> None:
+    """Logs a warning if the T5 in `folder` is stored in another quantization than the setting asks for."""
     stored = stored_quantization(folder)
     if stored is not None and setting not in ("auto", stored.quant_type):
         log.warning(
-            "%s is quantized already and loaded as it is: %s; model.text_encoder_quant, %s, does not apply",
+            "model.text_encoder_quant: got %s, but %s is already quantized; it is loaded as stored, in %s",
+            setting,
             folder,
             stored.describe(),
-            setting,
         )
 
 
 def t5_block_names(encoder: nn.Module) -> list[str]:
-    """Of the encoder's blocks."""
+    """Returns the module names of the encoder's blocks."""
     found = (name for name, module in encoder.named_modules() if isinstance(module, T5Block))
     return list(found)
 
@@ -72,12 +74,16 @@ def load_t5(
     stream: bool = False,
     named_by: str = PIPELINE,
 ) -> nn.Module:
-    """The T5 in `folder`, streamed from disk to the device, or, block by block as it computes, from the host's memory.
+    """Loads the T5 in `folder` to the device, one tensor at a time.
 
-    Raises RecipeError for damaged files, with the setting that names them, and where there is nothing packed to stream.
+    stream: keeps the blocks in host memory instead and copies each to the device when it computes.
+
+    Raises:
+        RecipeError: the files are damaged (the message starts with the setting `named_by`), or `stream` is
+            set and no block is quantized.
     """
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=dtype)
-    log.info("loading T5 from %s, held %s", folder, "as it is stored" if recipe is None else f"in {quant}")
+    log.info("loading T5 from %s %s", folder, "as stored" if recipe is None else f"in {quant}")
     try:
         names = t5_block_names(text_encoder_on_meta(T5EncoderModel, folder, None, dtype)) if stream else ()
         place = keep_on_host(names) if stream else None
@@ -88,8 +94,8 @@ def load_t5(
         blocks = packed_blocks(encoder, names)
         if not blocks:
             raise RecipeError(
-                "model.stream_text_encoder: got true, but T5 is held unpacked, and only packed blocks are streamed;"
-                " expected false, or model.text_encoder_quant int8 or nf4"
+                "model.stream_text_encoder: got true, but T5 is not quantized, and only quantized blocks can"
+                " be streamed; expected false, or set model.text_encoder_quant to int8 or nf4"
             )
         BlockStream(blocks, copies_to(device))
     return encoder

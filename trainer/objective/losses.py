@@ -1,4 +1,4 @@
-"""How far a prediction is from its target, one number a sample."""
+"""Loss functions: the distance between prediction and target, one number per sample."""
 
 from abc import abstractmethod
 from typing import Literal
@@ -11,16 +11,17 @@ from halfbyte.trainer.registry import Registry, StatelessChoice
 
 
 class Loss(StatelessChoice):
-    """A distance, elementwise and averaged over a sample."""
+    """An elementwise distance, averaged over each sample."""
 
     @abstractmethod
     def elementwise(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Both fp32 and of one shape -> the same shape."""
+        """Returns the distance of each element. All tensors are fp32 and of one shape."""
 
     def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """prediction, target: (B, ...) of one shape, any dtype -> (B,) fp32.
+        """Returns the mean distance of each sample, (B,) fp32.
 
-        In fp32, because bf16's eight bits cannot hold the mean of a million squares.
+        prediction, target: (B, ...) of one shape, any dtype. Computed in fp32, because bf16's 8 bits of
+        precision are too few for the mean of a million squares.
         """
         assert prediction.shape == target.shape, f"{tuple(prediction.shape)} against {tuple(target.shape)}"
         return self.elementwise(prediction.float(), target.float()).flatten(1).mean(1)
@@ -31,7 +32,7 @@ LOSSES: Registry[Loss] = Registry("loss")
 
 @LOSSES.register
 class MSE(Loss):
-    """The squared error; what FLUX and SD3 were trained with."""
+    """The squared error, with which FLUX and SD3 were trained."""
 
     name: Literal["mse"]
 
@@ -41,7 +42,7 @@ class MSE(Loss):
 
 @LOSSES.register
 class Huber(Loss):
-    """Half the squared error up to `delta` and linear beyond: outliers pull less."""
+    """Half the squared error up to `delta`, linear beyond it: outliers count less."""
 
     name: Literal["huber"]
     delta: float = Field(default=0.1, gt=0)

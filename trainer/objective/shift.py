@@ -1,6 +1,7 @@
-"""Timestep shift: larger pictures need more noise before their content is gone, so their sigmas move up.
+"""Timestep shifts: a larger image needs more noise to hide its content, so its sigmas move up.
 
-All of them compute s * sigma / (1 + (s - 1) * sigma), Esser et al. 2024 (arXiv 2403.03206), equation 23.
+Every shift computes s * sigma / (1 + (s - 1) * sigma), Esser et al. 2024 (arXiv 2403.03206), equation 23.
+They differ in s.
 """
 
 import math
@@ -15,17 +16,20 @@ from halfbyte.trainer.registry import Registry, StatelessChoice, conflict
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """sigma: (B,) -> (B,) fp32 in (0, 1); computed in float64, as 1 - sigma loses its digits near noise."""
+    """Returns s * sigma / (1 + (s - 1) * sigma) with s = `shift`, (B,) fp32 in (0, 1).
+
+    Computed in float64, because in fp32 the distance of sigma from 1 loses its digits near pure noise.
+    """
     sigma = sigma.double()
     return inside(shift * sigma / (1 + (shift - 1) * sigma))
 
 
 class Shift(StatelessChoice):
-    """A map of the drawn noise levels, by the picture's size or not."""
+    """A map of the sampled noise levels, which may depend on the image size."""
 
     @abstractmethod
     def apply(self, sigma: Tensor, image_tokens: int) -> Tensor:
-        """sigma: (B,) fp32 in (0, 1); image_tokens: the denoiser's tokens of one picture -> (B,) fp32."""
+        """Returns the shifted sigma (B,) fp32; sigma: (B,) fp32 in (0, 1); image_tokens: tokens per image."""
 
 
 SHIFTS: Registry[Shift] = Registry("shift")
@@ -33,7 +37,7 @@ SHIFTS: Registry[Shift] = Registry("shift")
 
 @SHIFTS.register
 class NoShift(Shift):
-    """The noise levels as drawn; FLUX.1-schnell's own."""
+    """Leaves the noise levels unchanged, as FLUX.1-schnell was trained."""
 
     name: Literal["none"]
 
@@ -43,11 +47,11 @@ class NoShift(Shift):
 
 @SHIFTS.register
 class StaticShift(Shift):
-    """The same shift for every size; SD3's own is 3.0."""
+    """The same shift for every image size; SD3 uses 3.0."""
 
     name: Literal["static"]
     shift: float = Field(default=3.0, gt=0)
-    """1 changes nothing, above 1 moves towards noise."""
+    """1 changes nothing; above 1 moves the levels towards noise."""
 
     def apply(self, sigma: Tensor, image_tokens: int) -> Tensor:
         return shifted(sigma, self.shift)
@@ -55,18 +59,19 @@ class StaticShift(Shift):
 
 @SHIFTS.register
 class ResolutionShift(Shift):
-    """A shift of exp(mu), mu linear in the picture's tokens; FLUX.1-dev's own, computed here, because asking
-    a scheduler with dynamic shifting for its training sigmas gives unshifted ones."""
+    """A shift of exp(mu), where mu is linear in the number of image tokens; FLUX.1-dev uses this one."""
 
+    # Computed here and not by diffusers' scheduler: with dynamic shifting, its training sigmas are not
+    # shifted.
     name: Literal["resolution"]
     base_shift: float = 0.5
     """mu at `base_tokens`."""
     max_shift: float = 1.15
-    """mu at `max_tokens`; further out the line goes on."""
+    """mu at `max_tokens`; the line continues beyond both points."""
     base_tokens: int = Field(default=256, ge=1)
-    """Tokens of the smaller size: 256 is 256 x 256 pixels."""
+    """Number of tokens of the smaller size: 256 is 256 x 256 pixels."""
     max_tokens: int = Field(default=4096, ge=1)
-    """Tokens of the larger size: 4096 is 1024 x 1024 pixels."""
+    """Number of tokens of the larger size: 4096 is 1024 x 1024 pixels."""
 
     @model_validator(mode="after")
     def _two_points_make_a_line(self) -> Self:
@@ -76,6 +81,7 @@ class ResolutionShift(Shift):
         return self
 
     def mu(self, image_tokens: int) -> float:
+        """Returns mu on the line through (base_tokens, base_shift) and (max_tokens, max_shift)."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + slope * (image_tokens - self.base_tokens)
 
@@ -83,7 +89,7 @@ class ResolutionShift(Shift):
         return shifted(sigma, math.exp(self.mu(image_tokens)))
 
     def describe(self) -> str:
-        """Names the shifts themselves too: they compare with the static one."""
+        """Describes the line, also as shifts, which can be compared with those of `static`."""
         return (
             f"resolution (mu {self.base_shift} at {self.base_tokens} tokens to {self.max_shift} at "
             f"{self.max_tokens}: shift {math.exp(self.base_shift):.2f} to {math.exp(self.max_shift):.2f})"

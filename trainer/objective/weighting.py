@@ -1,6 +1,6 @@
-"""How much each noise level counts in the loss, beside how often it is drawn.
+"""Loss weights by noise level, applied in addition to the density with which levels are sampled.
 
-Formulas of Esser et al. 2024 (arXiv 2403.03206) in the form diffusers trains with.
+The formulas are from Esser et al. 2024 (arXiv 2403.03206), in the form that diffusers trains with.
 """
 
 import math
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from halfbyte.trainer.registry import Registry, StatelessChoice
 
-# The lowest level of the 1000-step grids that others draw from. Our levels are continuous, and the mean of
-# sigma^-2 over them would be infinite: a single draw near 0 would outweigh the rest of the run.
+# The lowest level of the 1000-step grids that other trainers sample from. Our levels are continuous, and the
+# mean of sigma^-2 over them would be infinite: one sample near 0 would outweigh the rest of the run.
 LOWEST_SIGMA = 1e-3
 
 
 class Weighting(StatelessChoice):
-    """A weight for each noise level."""
+    """A loss weight for each noise level."""
 
     @abstractmethod
     def weights(self, sigma: Tensor) -> Tensor:
-        """sigma: (B,) fp32 in (0, 1), after the shift -> (B,) fp32, factors of each sample's loss."""
+        """Returns each sample's loss factor (B,) fp32; sigma: (B,) fp32 in (0, 1), after the shift."""
 
 
 WEIGHTINGS: Registry[Weighting] = Registry("weighting")
@@ -30,7 +30,7 @@ WEIGHTINGS: Registry[Weighting] = Registry("weighting")
 
 @WEIGHTINGS.register
 class NoWeighting(Weighting):
-    """Every level counts the same."""
+    """The same weight for every noise level."""
 
     name: Literal["none"]
 
@@ -40,7 +40,10 @@ class NoWeighting(Weighting):
 
 @WEIGHTINGS.register
 class SigmaSqrt(Weighting):
-    """sigma^-2: the finest details count by far the most. Levels below 0.001 count as 0.001."""
+    """sigma^-2: low noise levels, which show fine detail, weigh by far the most.
+
+    Levels below 0.001 count as 0.001.
+    """
 
     name: Literal["sigma_sqrt"]
 
@@ -50,8 +53,8 @@ class SigmaSqrt(Weighting):
 
 @WEIGHTINGS.register
 class CosMapWeighting(Weighting):
-    """2 / (pi (1 - 2 sigma + 2 sigma^2)), the density of the cosine schedule: the middle counts up to twice
-    as much as the ends."""
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)), the density of the cosine schedule: the middle weighs twice as much
+    as the ends."""
 
     name: Literal["cosmap"]
 

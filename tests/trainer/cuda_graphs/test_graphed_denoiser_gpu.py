@@ -1,6 +1,6 @@
-"""Training steps as CUDA graphs: those that are launched kernel by kernel, to the bit, and memory that is given back.
+"""Training steps as CUDA graphs: bitwise identical to plain steps; memory is freed afterwards.
 
-Where an equality does not hold, what differs and by how much is in the message.
+If a comparison fails, the message says what differs and by how much.
 """
 
 import gc
@@ -57,7 +57,7 @@ def loaded(family: Family, keep: Keep, dtype: torch.dtype, *, packed: bool = Tru
 
 
 def batch(family: Family, number: int, side: int) -> Batch:
-    """Two pictures of 8 x side latent pixels."""
+    """Returns a batch of two images of 8 x side latent pixels."""
     text = batch_for(family, (2 * number, 2 * number + 1))
     mean = torch.randn(2, 16, 8, side, generator=torch.Generator().manual_seed(number))
     return Batch(text.positions, mean, mean.abs() * 0.1, text.prompt_embeds, text.pooled_prompt_embeds).to(
@@ -66,7 +66,7 @@ def batch(family: Family, number: int, side: int) -> Batch:
 
 
 class Steps:
-    """Optimizer steps of some micro-batches, with all that they leave."""
+    """Takes optimizer steps of several micro-batches and collects all their results."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Steps:
             return self.module.loss(batch(self.family, number, side))
 
     def take(self, sides: Sequence[int], *, micro: int = 1, first: int = 0, validate: bool = False) -> Named:
-        """Of as many micro-batches as there are sides; names say where each number comes from."""
+        """Runs one micro-batch per side and returns all results, each with a name that says its origin."""
         found: Named = []
         for number, side in enumerate(sides, first):
             loss = self.loss(number, side)
@@ -119,7 +119,7 @@ class Steps:
 
 
 def difference(ours: Named, theirs: Named) -> str:
-    """Empty where all is equal to the bit; else how many differ, the first that does, and the largest."""
+    """Returns "" if all results are bitwise identical; else how many differ, the first, and the largest."""
     assert [name for name, _ in ours] == [name for name, _ in theirs]
     wrong = []
     for (name, one), (_, other) in zip(ours, theirs, strict=True):
@@ -135,26 +135,26 @@ def difference(ours: Named, theirs: Named) -> str:
     )
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was said of graphs that could not be."""
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Returns the log lines about graphs that could not be recorded."""
     return [record.getMessage() for record in caplog.records if "cuda_graphs" in record.getMessage()]
 
 
 def compared(make: Callable[[bool], Named], caplog: pytest.LogCaptureFixture) -> None:
-    """`make` with graphs against without, once the latter repeats itself."""
+    """Compares `make` with graphs and without; skips if two runs without graphs already differ."""
     expected = make(False)
     again = difference(make(False), expected)
     if again:
         pytest.skip(f"without graphs a repeat is not the same here: {again}")
     ours = make(True)
-    assert told(caplog) == []
+    assert warnings(caplog) == []
     assert difference(ours, expected) == ""
 
 
 @FAMILIES
 @pytest.mark.parametrize("keep", ["everything", "attention", "inputs"])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_graphs_give_what_single_launches_give(
+def test_graphs_equal_single_launches(
     request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture,
     family_class: type[Family],
@@ -162,7 +162,7 @@ def test_graphs_give_what_single_launches_give(
     keep: Keep,
     micro: int,
 ) -> None:
-    """Two sizes in turn; validation without gradients in between."""
+    """Two sizes in turn, with validation without gradients in between."""
     family = family_class.open(str(request.getfixturevalue(fixture)), None, 24)
 
     def make(graphs: bool) -> Named:
@@ -208,7 +208,7 @@ def test_other_types_and_bases(
 def test_other_attention_is_recorded_too(
     mini_flux: Path, caplog: pytest.LogCaptureFixture, backend: str
 ) -> None:
-    """Their backward sums in no fixed order, so it is near and not equal."""
+    """These backends sum their backward in no fixed order, so results are close but not identical."""
     family = Flux.open(str(mini_flux), None, 24)
     found = []
     for graphs in (False, True):
@@ -222,14 +222,16 @@ def test_other_attention_is_recorded_too(
                 raise
             pytest.skip(f"{backend} does not run here at this size: {error}")
         assert steps.graphed.shapes == graphs
-    assert told(caplog) == []
+    assert warnings(caplog) == []
     for (name, plain), (_, graphed) in zip(*found, strict=True):
         error, scale = (plain - graphed).abs().max().item(), plain.abs().max().item()
         assert error <= 0.05 * scale + 1e-6, f"{name}: {error:.3g} of {scale:.3g}"
 
 
-def test_a_resumed_run_is_the_unbroken_one(mini_flux: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its first step is no graph, or one recorded at another place."""
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    mini_flux: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first step runs eagerly, or as a graph recorded at other addresses."""
     family = Flux.open(str(mini_flux), None, 24)
 
     def make(broken: bool) -> Named:
@@ -243,10 +245,10 @@ def test_a_resumed_run_is_the_unbroken_one(mini_flux: Path, caplog: pytest.LogCa
     expected = make(False)
     assert difference(make(False), expected) == ""
     assert difference(make(True), expected) == ""
-    assert told(caplog) == []
+    assert warnings(caplog) == []
 
 
-def test_a_warm_up_records_and_leaves_nothing_else(mini_sd3: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_records_and_changes_nothing_else(mini_sd3: Path, caplog: pytest.LogCaptureFixture) -> None:
     family = SD3.open(str(mini_sd3), None, 24)
 
     def make(graphs: bool) -> Named:
@@ -272,13 +274,13 @@ def test_a_warm_up_records_and_leaves_nothing_else(mini_sd3: Path, caplog: pytes
     compared(make, caplog)
 
 
-def test_memory_is_taken_once_for_all_sizes_and_given_back(mini_flux: Path) -> None:
+def test_all_sizes_share_memory_that_is_freed_afterwards(mini_flux: Path) -> None:
     family = Flux.open(str(mini_flux), None, 24)
     steps = Steps(family, loaded(family, "everything", torch.bfloat16), graphs=True)
 
     steps.take([2048, 2048])
     steps.graphed.release()
-    before = reserved()  # with the workspaces that libraries keep
+    before = reserved()  # includes the libraries' workspaces, which stay
     steps.take([2048, 2048])
     one = reserved()
     steps.take([1536, 1536, 1024, 1024, 512, 512])
@@ -292,10 +294,10 @@ def test_memory_is_taken_once_for_all_sizes_and_given_back(mini_flux: Path) -> N
     assert after <= before + 2**21, sizes
 
 
-def test_what_cannot_be_recorded_is_told_once_and_trained_all_the_same(
+def test_steps_that_cannot_be_recorded_train_eagerly_with_one_warning(
     mini_flux: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A number is waited for in the middle of the forward. What torch keeps of a broken recording is given back."""
+    """The forward calls `.item()`, which breaks a recording; torch's leftovers are cleaned up."""
     family = Flux.open(str(mini_flux), None, 24)
     expected = Steps(family, loaded(family, "inputs", torch.bfloat16), graphs=False).take([8] * 4)
     denoiser = loaded(family, "inputs", torch.bfloat16)
@@ -311,28 +313,28 @@ def test_what_cannot_be_recorded_is_told_once_and_trained_all_the_same(
     stream = torch.cuda.current_stream()
     monkeypatch.setattr(type(denoiser.proj_out), "forward", waits)
     found = steps.take([8] * 4)
-    (line,) = told(caplog)
-    assert "train.cuda_graphs: steps run kernel by kernel, for recording failed: " in line
+    (line,) = warnings(caplog)
+    assert line.startswith("train.cuda_graphs: ")
     assert torch.cuda.current_stream() == stream
     assert difference(found, expected) == "", line
-    # The allocator still hands blocks back, and another model can be recorded.
+    # The allocator still frees memory, and another model can be recorded.
     assert hands_blocks_back()
     monkeypatch.undo()
     caplog.clear()
     other = Steps(family, loaded(family, "inputs", torch.bfloat16), graphs=True)
     assert difference(other.take([8] * 4), expected) == ""
-    assert other.graphed.shapes == 1, told(caplog)
+    assert other.graphed.shapes == 1, warnings(caplog)
 
 
 @FAMILIES
-def test_a_whole_run_with_graphs_is_the_one_without(
+def test_a_whole_run_with_graphs_equals_the_one_without(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     family_class: type[Family],
     fixture: str,
 ) -> None:
-    """Pictures drawn, validation measured and the run interrupted by its end and resumed, all beside the graphs."""
+    """With sample images, validation, and a run that ends and is resumed, all while graphs are in memory."""
     model = request.getfixturevalue(fixture)
     family = {Flux: "flux", SD3: "sd3"}[family_class]
     shared = [
@@ -361,7 +363,7 @@ def test_a_whole_run_with_graphs_is_the_one_without(
             assert ("as CUDA graphs" in console.export_text()) == ("graphs=true" in part[-1])
         adapter = load_file(recipe.output.dir / "adapter" / ADAPTER_FILE)
         left[name] = sorted(adapter.items())
-    assert told(caplog) == []
+    assert warnings(caplog) == []
     repeat = difference(left["again"], left["plain"])
     if repeat:
         pytest.skip(f"without graphs a repeat is not the same here: {repeat}")

@@ -1,4 +1,4 @@
-"""What a family sends to its denoiser is what the stock pipeline sends at inference."""
+"""Model families: in training, the denoiser gets the same inputs as in the stock pipeline at inference."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from halfbyte.trainer.families.sd3.family import SD3
 
 
 class Calls:
-    """The stock pipeline's calls of its denoiser: keyword arguments and answers."""
+    """Records the stock pipeline's calls of its denoiser: keyword arguments and outputs."""
 
     def __init__(self, denoiser):
         self.denoiser = denoiser
@@ -50,7 +50,7 @@ def stock_calls(family, **settings):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
-def test_flux_predicts_as_the_stock_pipeline_does(mini_flux, size):
+def test_flux_predicts_like_the_stock_pipeline(mini_flux, size):
     height, width = size
     family = opened(Flux, mini_flux)
     pipeline, calls = stock_calls(family, height=height, width=width, guidance_scale=3.5)
@@ -62,7 +62,7 @@ def test_flux_predicts_as_the_stock_pipeline_does(mini_flux, size):
     assert torch.equal(velocity, expected)
 
 
-def test_flux_packing_and_ids_are_diffusers_own():
+def test_flux_packing_and_ids_equal_those_of_diffusers():
     latents = torch.randn(2, 16, 12, 8)
     assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 16, 12, 8))
     assert torch.equal(unpack(pack(latents), 12, 8), latents)
@@ -70,18 +70,18 @@ def test_flux_packing_and_ids_are_diffusers_own():
     assert torch.equal(image_ids(12, 8, torch.device("cpu")), stock)
 
 
-def test_sd3_predicts_as_the_stock_pipeline_does(mini_sd3):
+def test_sd3_predicts_like_the_stock_pipeline(mini_sd3):
     family = opened(SD3, mini_sd3)
     _, calls = stock_calls(family, height=64, width=64, guidance_scale=1.0)
     call, answer = calls.inputs[1], calls.answers[1]
     text = encoded(family, ["a photo of a cat"])
     sigma = call["timestep"].float() / 1000
     velocity = family.predict(calls.denoiser, call["hidden_states"], sigma, text, 1.0)
-    # timestep -> sigma -> timestep may cost the last bit of fp32.
+    # timestep -> sigma -> timestep may change the last bit of fp32.
     assert torch.allclose(velocity, answer, atol=2e-2)
 
 
-def test_sd3_text_is_the_stock_pipelines(mini_sd3):
+def test_sd3_text_equals_that_of_the_stock_pipeline(mini_sd3):
     family = opened(SD3, mini_sd3)
     _, calls = stock_calls(family, height=64, width=64, guidance_scale=1.0)
     text = encoded(family, ["a photo of a cat"])
@@ -136,12 +136,12 @@ def test_targets_are_presets_or_regular_expressions(mini_flux):
     assert matched["all-linear"] == every
     assert matched["attention"] == [name for name in every if "attn" in name]
     assert not re.fullmatch(family.lora_targets("all-linear"), "proj_out"), (
-        "the model's last layer is no block"
+        "the model's last layer is not in a block"
     )
     assert family.lora_targets(r".*\.to_q") == r".*\.to_q"
 
 
-def test_sd3s_presets_take_every_linear_of_its_blocks_but_the_modulation(mini_sd3):
+def test_sd3_presets_match_every_linear_layer_of_the_blocks_except_modulation(mini_sd3):
     family = opened(SD3, mini_sd3)
     attention = [
         f"transformer_blocks.11.{name}" for name in ("attn.to_q", "attn2.to_out.0", "attn.add_k_proj")
@@ -157,7 +157,7 @@ def test_sd3s_presets_take_every_linear_of_its_blocks_but_the_modulation(mini_sd
     ("dual", "kinds"),
     [([0, 1], [(0, 1), (2, 3), (4,)]), ([], [(0, 1, 2, 3), (4,)]), (None, [(0, 1, 2, 3), (4,)])],
 )
-def test_sd3s_blocks_are_of_three_kinds(mini_sd3, dual, kinds):
+def test_sd3_has_three_kinds_of_blocks(mini_sd3, dual, kinds):
     family = opened(SD3, mini_sd3)
     family.denoiser_config |= {"num_layers": 5, "dual_attention_layers": dual}
     names = [tuple(f"transformer_blocks.{number}" for number in kind) for kind in kinds]
@@ -172,7 +172,9 @@ def test_sd3s_blocks_are_of_three_kinds(mini_sd3, dual, kinds):
     [("transformer", "diffusion_pytorch_model.safetensors"), ("text_encoder_2", "model.safetensors")],
 )
 @pytest.mark.parametrize("damage", ["missing", "cut short", "a pickle"])
-def test_a_large_file_that_is_not_whole_is_told_at_once(mini_flux, tmp_path, component, file, damage):
+def test_a_missing_truncated_or_pickled_weight_file_is_an_error_when_opening(
+    mini_flux, tmp_path, component, file, damage
+):
     folder = shutil.copytree(mini_flux, tmp_path / "model")
     weights = folder / component / file
     if damage == "missing":
@@ -182,5 +184,5 @@ def test_a_large_file_that_is_not_whole_is_told_at_once(mini_flux, tmp_path, com
         os.truncate(weights, weights.stat().st_size - 1)
     else:
         weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(RecipeError, match=rf"model\.path: .*{component}.*(missing|not a whole|pickled)"):
+    with pytest.raises(RecipeError, match=rf"model\.path: .*{component}.*(missing|not a complete|pickled)"):
         Flux.open(str(folder), None, None)

@@ -1,4 +1,4 @@
-"""What is on the device while captions and pictures are encoded: T5 as the recipe says, then the VAE, then none."""
+"""Memory while captions and images are encoded: first T5 as the recipe says, then the VAE, then neither."""
 
 import gc
 import weakref
@@ -47,7 +47,7 @@ def quantized_in(encoders):
 
 
 @pytest.mark.parametrize(("family", "name"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
-def test_t5_alone_is_held_as_the_recipe_says(family, name, request, tmp_path):
+def test_only_t5_is_quantized_as_the_recipe_says(family, name, request, tmp_path):
     folder = request.getfixturevalue(name)
     plain = encoders_of(family, folder, tmp_path).encode_texts(CAPTIONS)
     encoders = encoders_of(family, folder, tmp_path, "int8")
@@ -62,7 +62,7 @@ def test_t5_alone_is_held_as_the_recipe_says(family, name, request, tmp_path):
     assert 0 < difference < 0.06
 
 
-def test_embeddings_are_kept_apart_by_how_t5_was_held(mini_flux, tmp_path):
+def test_each_quantization_of_t5_has_its_own_embeddings_in_the_cache(mini_flux, tmp_path):
     prints = {
         setting: encoders_of(Flux, mini_flux, tmp_path, setting).text_fingerprint
         for setting in ("auto", "none", "int8", "nf4")
@@ -73,7 +73,7 @@ def test_embeddings_are_kept_apart_by_how_t5_was_held(mini_flux, tmp_path):
     assert len(latents) == 1
 
 
-def test_auto_packs_a_large_t5(mini_flux, monkeypatch):
+def test_auto_quantizes_a_large_t5(mini_flux, monkeypatch):
     folder = mini_flux / "text_encoder_2"
     assert t5.resolve_quant("auto", folder) == "none"
     monkeypatch.setattr(t5, "_LARGE", 10**5)
@@ -81,13 +81,13 @@ def test_auto_packs_a_large_t5(mini_flux, monkeypatch):
     assert t5.resolve_quant("none", folder) == "none"
 
 
-def test_a_config_that_is_no_t5s_is_a_recipe_error(tmp_path):
+def test_a_damaged_config_is_a_recipe_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RecipeError, match=r"model\.path: .*config\.json: not a JSON file"):
+    with pytest.raises(RecipeError, match=r"^model\.path: .*config\.json"):
         t5.resolve_quant("auto", tmp_path)
 
 
-def test_the_vae_and_the_text_encoders_are_never_held_together(mini_flux, tmp_path):
+def test_the_vae_and_the_text_encoders_are_never_in_memory_together(mini_flux, tmp_path):
     encoders = encoders_of(Flux, mini_flux, tmp_path)
     first = encoders.encode_texts(CAPTIONS)
     text_encoder = weakref.ref(encoders._pipeline.text_encoder_2)
@@ -115,7 +115,7 @@ def test_a_streamed_t5_gives_the_same_embeddings(tmp_path):
     with torch.no_grad():
         expected = plain(tokens).last_hidden_state
         assert all(torch.equal(streamed(tokens).last_hidden_state, expected) for _ in range(2))
-        for layer in packed:  # what is read there has been copied from here
+        for layer in packed:  # proves that the device's bytes are copied from here
             layer.weight.data.zero_()
         assert not torch.equal(streamed(tokens).last_hidden_state, expected)
 
@@ -129,16 +129,16 @@ def test_encoders_with_a_streamed_t5_encode_the_same(family, name, request, tmp_
     expected, found = plain.encode_texts(CAPTIONS), streamed.encode_texts(CAPTIONS)
     assert torch.equal(found.prompt_embeds, expected.prompt_embeds)
     assert torch.equal(found.pooled_prompt_embeds, expected.pooled_prompt_embeds)
-    # The same entries of the cache are theirs.
+    # Both use the same entries of the cache.
     assert streamed.text_fingerprint == plain.text_fingerprint
 
 
-def test_a_t5_that_is_not_packed_is_not_streamed(mini_flux, tmp_path):
+def test_streaming_a_t5_that_is_not_quantized_is_an_error(mini_flux, tmp_path):
     opened = Flux.open(str(mini_flux), None, 24)
     encoders = load_encoders(opened, device=CPU, dtype=torch.bfloat16, memo=tmp_path, stream_t5=True)
-    with pytest.raises(RecipeError, match=r"model\.stream_text_encoder: got true, but T5 is held unpacked"):
+    with pytest.raises(RecipeError, match=r"^model\.stream_text_encoder: got true"):
         encoders.encode_texts(CAPTIONS)
-    with pytest.raises(RecipeError, match=r"expected false where model\.text_encoder_quant is none"):
+    with pytest.raises(RecipeError, match=r"expected false.* model\.text_encoder_quant is none"):
         load_recipe(
             write_recipe(tmp_path, mini_flux),
             ["model.stream_text_encoder=true", "model.text_encoder_quant=none"],
@@ -150,11 +150,11 @@ _PAGE = 2 << 20  # bytes
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", ["none", "int8", "nf4"])
-def test_nothing_of_the_encoders_is_left_on_the_gpu(mini_flux, tmp_path, setting):
+def test_the_encoders_leave_nothing_on_the_gpu(mini_flux, tmp_path, setting):
     file = write_recipe(tmp_path, mini_flux)
     family = Flux.open(str(mini_flux), None, 24)
     world = read_world({})
-    # Workspaces of the libraries and tables of the formats stay for good; a first round makes them.
+    # The libraries' workspaces and the formats' tables stay allocated; the first round creates them.
     for folder in ("first", "second"):
         overrides = [f"model.text_encoder_quant={setting}", f"data.cache_dir={tmp_path / folder}"]
         free_unused(world.device)
@@ -163,12 +163,12 @@ def test_nothing_of_the_encoders_is_left_on_the_gpu(mini_flux, tmp_path, setting
         prepare(load_recipe(file, overrides), family, world, Console(quiet=True))
         assert torch.cuda.max_memory_allocated() > before[0] + 10**5, "nothing was encoded"
     assert torch.cuda.memory_allocated() == before[0]
-    # What stays for good may lie on other pages than before, which segments that grow give back one by one.
+    # What stays may be on other pages than before, which expandable segments give back one by one.
     assert torch.cuda.memory_reserved() <= before[1] + 10 * _PAGE
 
 
 @pytest.mark.gpu
-def test_loading_leaves_the_packed_model_alone_on_the_gpu(mini_flux, tmp_path):
+def test_after_loading_only_the_packed_model_is_on_the_gpu(mini_flux, tmp_path):
     device = torch.device("cuda")
     opened = Flux.open(str(mini_flux), None, 24)
     recipe = QuantRecipe()
@@ -183,7 +183,7 @@ def test_loading_leaves_the_packed_model_alone_on_the_gpu(mini_flux, tmp_path):
         opened.denoiser_class, tmp_path / "packed", None, dtype=torch.bfloat16, device=device
     )
     gc.collect()
-    # Each small tensor takes a block of 512 bytes.
+    # The allocator gives each small tensor a block of 512 bytes.
     tensors = sum(1 for _ in warm.state_dict())
     assert torch.cuda.memory_allocated() - before < footprint + 512 * 2 * tensors
     for name, tensor in warm.state_dict().items():

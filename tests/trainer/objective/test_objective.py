@@ -1,4 +1,4 @@
-"""The objective's choices against diffusers' own arithmetic and the papers' statistics."""
+"""Timestep schemes, shifts, weightings, losses and schedules against diffusers' formulas and the papers'."""
 
 import math
 from collections.abc import Callable
@@ -42,7 +42,7 @@ ALL_SHIFTS = [
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sigmas_stay_strictly_inside_at_the_ends_of_the_draw(
+def test_sigmas_stay_strictly_inside_0_and_1_even_for_extreme_draws(
     scheme: TimestepScheme, dtype: torch.dtype
 ) -> None:
     u = torch.tensor([0.0, torch.finfo(dtype).tiny, 0.25, 0.5, 1 - torch.finfo(dtype).eps, 1.0], dtype=dtype)
@@ -59,9 +59,9 @@ def test_sigmas_stay_strictly_inside_at_the_ends_of_the_draw(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
-def test_schemes_are_monotonic_so_that_they_invert_a_distribution(scheme: TimestepScheme) -> None:
+def test_schemes_are_monotonic_as_inverses_of_a_distribution_must_be(scheme: TimestepScheme) -> None:
     steps = scheme.sigmas(EVENLY).double().diff()
-    # Rounding to fp32 may make neighbours equal; it may not turn them around.
+    # Rounding to fp32 may make neighbors equal, but it must not reverse their order.
     assert bool((steps >= 0).all() or (steps <= 0).all())
 
 
@@ -72,12 +72,12 @@ def test_logit_normal_has_the_density_that_diffusers_draws_from(mean: float, std
     )
     ours = LogitNormal(name="logit_normal", mean=mean, std=std).sigmas(EVENLY)
     assert _distance(ours, theirs) < 0.005
-    # A flipped sign of the mean, or a std taken for a variance, is far outside the bound above.
+    # A flipped sign of the mean, or a std used as a variance, is far outside the bound above.
     assert _distance(1 - ours, theirs) > 0.05 or mean == 0
 
 
 @pytest.mark.parametrize("scale", [1.29, 0.0, -0.5])
-def test_mode_is_diffusers_formula_draw_by_draw(scale: float) -> None:
+def test_mode_equals_diffusers_for_every_draw(scale: float) -> None:
     drawn = torch.rand(1000, generator=torch.Generator().manual_seed(3))
     theirs = compute_density_for_timestep_sampling(
         "mode", 1000, mode_scale=scale, generator=torch.Generator().manual_seed(3)
@@ -85,7 +85,7 @@ def test_mode_is_diffusers_formula_draw_by_draw(scale: float) -> None:
     torch.testing.assert_close(Mode(name="mode", scale=scale).sigmas(drawn), theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_uniform_is_diffusers_default_draw_by_draw() -> None:
+def test_uniform_equals_diffusers_default_for_every_draw() -> None:
     drawn = torch.rand(1000, generator=torch.Generator().manual_seed(3))
     theirs = compute_density_for_timestep_sampling("none", 1000, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(Uniform(name="uniform").sigmas(drawn), theirs, rtol=0, atol=1e-7)
@@ -100,20 +100,20 @@ def test_cosmap_draws_with_the_density_that_diffusers_weights_by() -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "sigma_sqrt", "cosmap"])
-def test_weights_are_diffusers(name: str) -> None:
+def test_weights_equal_those_of_diffusers(name: str) -> None:
     sigma = torch.linspace(1e-3, 1, 1000)
     ours = WEIGHTINGS[name](name=name).build().weights(sigma)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, compute_loss_weighting_for_sd3(name, sigma), rtol=1e-6, atol=0)
 
 
-def test_sigma_sqrt_is_bounded_where_others_grids_end() -> None:
+def test_sigma_sqrt_is_bounded_at_the_end_of_common_grids() -> None:
     weights = SigmaSqrt(name="sigma_sqrt").weights(torch.tensor([1e-7, 1e-3]))
     torch.testing.assert_close(weights, torch.tensor([1e6, 1e6]))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
-def test_static_shift_is_the_schedulers(shift: float) -> None:
+def test_static_shift_equals_that_of_the_scheduler(shift: float) -> None:
     plain = FlowMatchEulerDiscreteScheduler(shift=1.0).sigmas[1:]
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas[1:]
     ours = StaticShift(name="static", shift=shift).build().apply(plain, 4096)
@@ -139,7 +139,7 @@ def test_resolution_shift_follows_its_settings() -> None:
     assert "shift 1.28 to 7.39" in ours.describe()
 
 
-def test_more_tokens_mean_more_noise_and_no_shift_changes_nothing() -> None:
+def test_more_tokens_mean_more_noise_and_the_shift_none_changes_nothing() -> None:
     sigma = torch.tensor([0.1, 0.5, 0.9])
     small, large = (ResolutionShift(name="resolution").apply(sigma, tokens) for tokens in (256, 4096))
     assert bool((sigma < small).all() and (small < large).all())
@@ -155,7 +155,7 @@ def test_more_tokens_mean_more_noise_and_no_shift_changes_nothing() -> None:
     ],
     ids=["mse", "l1", "huber"],
 )
-def test_losses_are_torchs_in_float64_averaged_over_each_sample(
+def test_losses_equal_torchs_in_float64_averaged_over_each_sample(
     loss: Loss, reference: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     source = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def test_losses_refuse_to_broadcast() -> None:
         MSE(name="mse").per_sample(torch.zeros(2, 3), torch.zeros(2, 1))
 
 
-def test_schedules_warm_up_and_end_where_they_say() -> None:
+def test_schedules_warm_up_and_end_at_their_documented_values() -> None:
     warm = Constant(name="constant", warmup_steps=4)
     assert [warm.factor(step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     line = Linear(name="linear")
@@ -185,12 +185,12 @@ def test_schedules_warm_up_and_end_where_they_say() -> None:
 
 @pytest.mark.parametrize("name", list(SCHEDULES.classes))
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 7), (3, 7), (1, 1)])
-def test_no_step_of_a_run_stands_still_or_overshoots(name: str, warmup: int, total: int) -> None:
+def test_the_lr_factor_of_every_step_is_above_0_and_at_most_1(name: str, warmup: int, total: int) -> None:
     schedule = SCHEDULES[name](name=name, warmup_steps=warmup).build()
     assert all(0 < schedule.factor(step, total) <= 1 for step in range(total))
 
 
-def test_adamw_takes_torchs_step_with_the_recipes_settings_and_only_trains_what_learns() -> None:
+def test_adamw_equals_torchs_and_updates_only_trainable_parameters() -> None:
     learns, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
     reference = torch.nn.Parameter(torch.ones(3))
     choice = AdamW(name="adamw", lr=0.1, weight_decay=0.2, betas=(0.5, 0.75), eps=1e-3)
@@ -208,7 +208,7 @@ def test_adamw_takes_torchs_step_with_the_recipes_settings_and_only_trains_what_
 
 
 @pytest.mark.parametrize("registry", [TIMESTEPS, SHIFTS, WEIGHTINGS, LOSSES, OPTIMIZERS, SCHEDULES])
-def test_every_choice_says_what_it_is(registry: Registry[Any]) -> None:
+def test_every_choice_and_setting_has_a_description(registry: Registry[Any]) -> None:
     for name, choice in registry.classes.items():
         built = choice(name=name)
         assert built.describe().startswith(name)
@@ -218,7 +218,7 @@ def test_every_choice_says_what_it_is(registry: Registry[Any]) -> None:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The Kolmogorov-Smirnov distance of two samples of equal size; about 0.003 apart by chance here."""
+    """Returns the Kolmogorov-Smirnov distance of two samples of equal size; about 0.003 by chance here."""
     points = torch.linspace(0.001, 0.999, 999)
     below = [
         torch.searchsorted(values.float().sort().values, points) / len(values) for values in (one, other)

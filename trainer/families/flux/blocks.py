@@ -1,8 +1,8 @@
-"""FLUX's blocks in place of diffusers': whole as one autograd function each where they can be, layer by layer else.
+"""FLUX's transformer blocks, which replace diffusers' and run as one autograd function each where possible.
 
-A block runs whole where every layer of it is a frozen linear of a kind that `LinearGroup` knows, with one plain
-adapter or none. Where it cannot (dropout on adapters, DoRA, int8 bases, hooks, another attention processor) it runs
-layer by layer, with torch's checkpointing.
+A block runs as one function if each of its layers is a frozen linear layer of a kind that `LinearGroup`
+knows, with one plain adapter or none. Otherwise (dropout on adapters, DoRA, int8 bases, hooks, another
+attention processor) it runs layer by layer, with torch's checkpointing.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,11 @@ from halfbyte.trainer.families.flux.single_block import SingleBlock, SingleBlock
 
 
 class _FluxBlock(WholeBlock):
-    """What both kinds of block share."""
+    """Methods that dual and single blocks share."""
 
     def _attention(self, module: Any, rotary: Rotary | None, x: Tensor, *, joint: bool) -> JointAttention:
+        # One pair of RMSNorm weights per stream. `joint`: the text stream comes first and has weights of its
+        # own.
         own = (module.norm_q.weight, module.norm_k.weight)
         added = (module.norm_added_q.weight, module.norm_added_k.weight) if joint else own
         return JointAttention(
@@ -38,9 +40,9 @@ class _FluxBlock(WholeBlock):
         )
 
 
-# Named as diffusers names it: compile_repeated_blocks and device maps look for blocks by the name of their class.
+# The class names are diffusers': compile_repeated_blocks and device maps find blocks by their class's name.
 class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
-    """The dual block."""
+    """The dual block: text and image have their own weights. `blocks.dual_block` has its equations."""
 
     def forward(
         self,
@@ -50,13 +52,14 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
+        """Takes the image's tokens (B, S, D) and the text's (B, T, D); returns (text, image)."""
         if self.runs_whole(self.attn.processor, FluxSharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
             with without_autocast(text.device.type):
                 block = self._whole(image, image_rotary_emb)
             if block is not None:
+                # Computed outside the function, so that autograd trains adapters on these layers too.
                 modulations = [
                     norm.linear(norm.silu(temb)).to(dtype) for norm in (self.norm1_context, self.norm1)
                 ]
@@ -71,6 +74,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
         )
 
     def _whole(self, x: Tensor, rotary: Rotary | None) -> DualBlock | None:
+        """Returns the block for its autograd function, or None if it must run layer by layer."""
         attention, text_mlp, mlp = self.attn, self.ff_context.net, self.ff.net
         heads = (attention.to_q, attention.to_k, attention.to_v)
         text_heads = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
@@ -92,6 +96,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
             return None
         return DualBlock(
             self._attention(attention, rotary, x, joint=True),
+            # Text first. diffusers clamps the text stream's fp16 output, not the image's.
             (StreamPart.of(groups[:4], clip=True), StreamPart.of(groups[4:], clip=False)),
             norm_eps=self.norm1.norm.eps,
             keep=self.kept,
@@ -100,7 +105,7 @@ class FluxTransformerBlock(_FluxBlock, transformer_flux.FluxTransformerBlock):
 
 
 class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransformerBlock):
-    """The single block, whose MLP reads the same tokens as its attention."""
+    """The single block, whose MLP reads the same input as its attention; see `flux.single_block`."""
 
     def forward(
         self,
@@ -110,7 +115,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, S, dim) and the text's (B, T, dim) -> the text's and the image's, of the same shapes."""
+        """Takes the image's tokens (B, S, D) and the text's (B, T, D); returns (text, image)."""
         if self.runs_whole(self.attn.processor, FluxSharedInputAttention, joint_attention_kwargs):
             dtype = self.computed_in(hidden_states)
             text, image = encoder_hidden_states.to(dtype), hidden_states.to(dtype)
@@ -121,7 +126,8 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
                 return SingleBlockFunction.apply(text, image, modulation, block, *adapters(block.groups))
         ours = isinstance(self.attn.processor, FluxSharedInputAttention)
         if joint_attention_kwargs or not ours or not plain(self.attn):
-            # Another processor, an IP adapter's for one, makes queries and keys by itself; hooks need the call.
+            # Another processor, such as an IP adapter's, computes its own queries and keys; hooks need the
+            # module call.
             forward: Callable[..., Any] = super().forward
         else:
             forward = self._shared
@@ -130,6 +136,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
         )
 
     def _whole(self, x: Tensor, rotary: Rotary | None) -> SingleBlock | None:
+        """Returns the block for its autograd function, or None if it must run layer by layer."""
         attention = self.attn
         into = linear_group((attention.to_q, attention.to_k, attention.to_v, self.proj_mlp), x)
         out = linear_group((self.proj_out,), x)
@@ -144,6 +151,8 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
             store=self.store,
         )
 
+    # The same computation as diffusers' forward, but queries, keys, values and MLP come from one pass over
+    # `normed`.
     def _shared(
         self,
         hidden_states: Tensor,
@@ -169,7 +178,7 @@ class FluxSingleTransformerBlock(_FluxBlock, transformer_flux.FluxSingleTransfor
 
 
 def fuse_flux_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
-    """Puts these blocks in place of diffusers' in a FluxTransformer2DModel; its parameters stay as they are."""
+    """Replaces a FluxTransformer2DModel's blocks with those of this module; parameters stay unchanged."""
     model: Any = denoiser
     model.set_attn_processor(FluxSharedInputAttention(settings.backend))
     for blocks, ours in (
@@ -177,6 +186,7 @@ def fuse_flux_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
         (model.single_transformer_blocks, FluxSingleTransformerBlock),
     ):
         for block in blocks:
-            # Ours add no parameters, so the block keeps its own, with hooks and adapters.
+            # Our classes add no parameters, so changing the class keeps the block's parameters, hooks and
+            # adapters.
             block.__class__ = ours
             block.settings = settings

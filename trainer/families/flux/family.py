@@ -1,4 +1,4 @@
-"""FLUX.1: dev, schnell and what shares their transformer."""
+"""Describes FLUX.1: dev, schnell and all models with their transformer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,10 @@ _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
 
 
 class Flux(Family):
-    """Packed latents with rope ids, T5 and a pooled CLIP, the guidance scale as an input of the dev model."""
+    """Latents packed in 2x2 patches with rope ids; T5 and a pooled CLIP; sigma in [0, 1] as the timestep.
+
+    The dev model takes the guidance scale as an input.
+    """
 
     pipeline_class = FluxPipeline
     denoiser_class = FluxTransformer2DModel
@@ -31,8 +34,8 @@ class Flux(Family):
     t5_component = "text_encoder_2"
     target_presets = {  # noqa: RUF012 - a class constant
         "attention": _BLOCKS + r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
-        # Every linear of the blocks that sees all tokens. diffusers' script leaves out proj_mlp and proj_out of
-        # the single blocks, half of the model.
+        # Every linear layer in the blocks that sees all tokens. diffusers' training script leaves out
+        # proj_mlp and proj_out of the single blocks, which are half of the model.
         "all-linear": _BLOCKS
         + r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)",
     }
@@ -42,27 +45,28 @@ class Flux(Family):
         expected = 4 * self.vae_config["latent_channels"]
         if self.denoiser_config["in_channels"] != expected:
             raise RecipeError(
-                f"model.path: {source.name} takes {self.denoiser_config['in_channels']} channels, a picture's latent"
-                f" has {expected}: a FLUX.1 Fill or control model, whose other inputs are not trained here"
+                f"model.path: the transformer of {source.name} takes {self.denoiser_config['in_channels']}"
+                f" channels, expected {expected}, as a latent has. FLUX.1 Fill and control models, which take"
+                " more inputs, cannot be trained; name FLUX.1-dev, FLUX.1-schnell or a model based on them"
             )
 
     def default_sequence_length(self) -> int:
-        """512 for dev; schnell, which has no guidance embedding, was trained with 256."""
+        """Returns 512 for dev and 256 for schnell, which is recognized by its missing guidance embedding."""
         return 512 if self.denoiser_config["guidance_embeds"] else 256
 
     def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
-        """T5's last hidden state and CLIP's pooled output."""
+        """Returns T5's last hidden state and CLIP's pooled output."""
         prompt_embeds, pooled, _ = pipeline.encode_prompt(
             captions, captions, device=device, max_sequence_length=self.max_sequence_length
         )
         return TextEmbedding(prompt_embeds, pooled)
 
-    def fuse_flux_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
-        """Each block as one function where it can be; else queries, keys, values and MLP from one product."""
+    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+        """Replaces the blocks with those of `flux.blocks`; see `Family.fuse_blocks`."""
         fuse_flux_blocks(denoiser, settings)
 
     def representable(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rounded to `dtype`: the transformer casts the timestep to its hidden states' dtype."""
+        """Returns sigma rounded to `dtype`, because the transformer casts it to its hidden states' dtype."""
         return sigma.to(dtype).float()
 
     def predict(
@@ -73,7 +77,7 @@ class Flux(Family):
         text: TextEmbedding,
         guidance_scale: float,
     ) -> Tensor:
-        """The predicted velocity; see `Family.predict`."""
+        """Returns the predicted velocity; see `Family.predict`."""
         batch, _, height, width = noisy.shape
         guidance = None
         if self.denoiser_config["guidance_embeds"]:
@@ -91,56 +95,56 @@ class Flux(Family):
         return unpack(velocity, height, width)
 
     def original_names(self) -> tuple[OriginalName, ...]:
-        """See `flux_names`."""
+        """Returns the names from `flux.names`."""
         return tuple(flux_names(self.denoiser_config))
 
     def check_file(self, file: Path) -> None:
-        """See `Family.check_file`; a damaged file is told here."""
+        """Raises ValueError if the file is damaged. FLUX can be read from a single file."""
         with SingleFile(file):
             pass
 
     def block_kinds(self) -> tuple[tuple[str, ...], ...]:
-        """Dual and single blocks."""
+        """Returns the dual blocks and the single blocks."""
         return tuple(
             tuple(f"{stem}.{number}" for number in range(self.denoiser_config[count]))
             for stem, count in _COUNTS.items()
         )
 
     def config_of_blocks(self, blocks: Sequence[str]) -> dict[str, Any]:
-        """See `Family.config_of_blocks`."""
+        """Returns the configuration of a model with these blocks; see `Family.config_of_blocks`."""
         counts = {
             count: sum(block.startswith(f"{stem}.") for block in blocks) for stem, count in _COUNTS.items()
         }
         return {k: v for k, v in self.denoiser_config.items() if k != "quantization_config"} | counts
 
     def decodable(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """See `Family.decodable`; the pipeline's latents are packed."""
+        """Unpacks the pipeline's latents and undoes the VAE's scaling; see `Family.decodable`."""
         unpacked = unpack(latents, height // self.vae_scale, width // self.vae_scale)
         return super().decodable(unpacked, height=height, width=width)
 
     def describe_guidance(self, guidance_scale: float) -> str:
-        """See `Family.describe_guidance`."""
+        """Describes how the guidance scale is used; see `Family.describe_guidance`."""
         if self.denoiser_config["guidance_embeds"]:
-            return f"the model is told {guidance_scale:g}"
+            return f"{guidance_scale:g}, as an input of the model"
         return super().describe_guidance(guidance_scale)
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H/2 * W/2, 4C): each 2x2 patch becomes a token, channel-major."""
+    """Packs latents (B, C, H, W) into tokens (B, H/2 * W/2, 4C), one per 2x2 patch, channel-major."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height // 2 * (width // 2), channels * 4)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, H/2 * W/2, 4C) -> (B, C, H, W), the inverse of `pack`; height and width in latent pixels."""
+    """Unpacks tokens (B, H/2 * W/2, 4C) to (B, C, H, W), as the inverse of `pack`; sizes in latent pixels."""
     batch, _, features = tokens.shape
     patches = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, features // 4, height, width)
 
 
 def image_ids(height: int, width: int, device: torch.device) -> Tensor:
-    """Rope positions [0, row, column] of the image tokens: (H/2 * W/2, 3) fp32; sizes in latent pixels."""
+    """Returns the tokens' rope positions [0, row, column], (H/2 * W/2, 3) fp32; sizes in latent pixels."""
     rows, columns = torch.meshgrid(
         torch.arange(height // 2, device=device), torch.arange(width // 2, device=device), indexing="ij"
     )

@@ -1,6 +1,6 @@
-"""FLUX's layers by the names that its authors gave them.
+"""Maps FLUX's layer names in its authors' checkpoints to diffusers' names.
 
-Source of the facts: diffusers' conversion of their checkpoints (`convert_flux_transformer_checkpoint_to_diffusers`).
+Source: diffusers' conversion of these checkpoints, `convert_flux_transformer_checkpoint_to_diffusers`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.trainer.pretrained.layer_names import OriginalName, qkv
 
-_MLP_RATIO = 4  # of the single blocks, which is in no config
+_MLP_RATIO = 4  # MLP width of the single blocks over the model's width; no config contains it
 
 _OUTSIDE = {
     "img_in": "x_embedder",
@@ -23,7 +23,8 @@ _GUIDANCE = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }
-# The picture's stream and the text's: how the original begins, and the parts of diffusers' block.
+# Per stream: the prefix of the original names, and the layers of diffusers' block (modulation; queries, keys,
+# values; attention's output; MLP; RMSNorms).
 _STREAMS = {
     "img": ("norm1.linear", ("to_q", "to_k", "to_v"), "attn.to_out.0", "ff", ("norm_q", "norm_k")),
     "txt": (
@@ -37,7 +38,7 @@ _STREAMS = {
 
 
 def flux_names(config: Mapping[str, Any]) -> Iterator[OriginalName]:
-    """Every layer of the transformer that `config` describes, norms included."""
+    """Yields every layer of the transformer that `config` describes, norms included."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     for original, ours in (_OUTSIDE | (_GUIDANCE if config["guidance_embeds"] else {})).items():
         yield OriginalName(original, (ours,))

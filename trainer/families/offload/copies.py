@@ -1,8 +1,11 @@
-"""How the packed bytes of a block get to the device: beside the computation on CUDA, at once elsewhere.
+"""Copies packed weights from host memory to the device: on a side stream on CUDA, synchronously elsewhere.
 
-Marks are places in the order of work. `now` is one behind all that the computation has been given, `copy` gives one
-behind the copy; a copy starts behind a mark of the computation, and the computation is told to wait for one of a copy.
-Between them they are all that keeps a block from being read before it is there, and overwritten while it is read.
+A `Mark` is a point in a stream of work, a CUDA event. All synchronization consists of two rules:
+
+    copy(source, target, after)   starts once the computation has passed `after`:
+                                  no copy overwrites weights that a kernel still reads
+    wait(arrived)                 makes later kernels wait for a copy's mark:
+                                  no kernel reads weights that have not arrived
 """
 
 import mmap
@@ -16,62 +19,63 @@ from halfbyte.trainer.errors import OutOfMemory
 
 
 class PageLocked:
-    """`bytes` (n,) uint8 in pages of its own, locked for as long as this lives where a CUDA device is to read them.
+    """Host memory `bytes` (n,) uint8, page-locked for a CUDA device until this object is garbage collected.
 
-    torch's allocator of pinned memory rounds sizes up to powers of two, which would make 10 GB of FLUX's 5.7; pages
-    that are registered afterwards are exactly those that are needed.
+    torch's allocator of pinned memory rounds sizes up to powers of two, which would turn FLUX's 5.7 GB into
+    10 GB. Here pages are allocated first and registered with CUDA afterwards: exactly the needed pages.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        """Raises OutOfMemory where the system does not lock so much."""
+        """Raises OutOfMemory if the system cannot lock that much memory."""
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.bytes: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
         if device.type != "cuda":
             return
-        # A forked process would get a copy of locked pages at once.
+        # A fork (a data loader's worker, say) would copy locked pages immediately instead of on write.
         pages.madvise(mmap.MADV_DONTFORK)
         place = self.bytes.data_ptr()
         with torch.cuda.device(device):
             error = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, _PORTABLE))
         if error:
             raise OutOfMemory(
-                f"train.stream_blocks: the system did not lock {nbytes / 2**20:.0f} MiB of host memory (CUDA error"
-                f" {error}); all blocks together must fit into it, see halfbyte plan"
+                f"train.stream_blocks: got true, but the system could not lock {nbytes / 2**20:.0f} MiB of"
+                f" host memory (CUDA error {error}); expected enough lockable memory for all blocks together."
+                " Run `halfbyte plan` to see how much that is"
             )
-        # At the end of the process the system does it, while copies may still be under way.
+        # Not at exit: copies may still be running, and the system unlocks the pages of a dead process anyway.
         weakref.finalize(self, _unlock, place, device).atexit = False
 
 
 Mark = torch.cuda.Event | None
-"""None: what it stands for has happened."""
+"""A point in a stream of work; None: the device has already passed it."""
 
 
 class BlockCopies(Protocol):
-    """One direction, from the host's memory to a device's."""
+    """Copies in one direction, from host memory to a device."""
 
     def locked(self, nbytes: int) -> PageLocked:
-        """Host memory to copy from."""
+        """Allocates host memory to copy from."""
         ...
 
     def room(self, nbytes: int) -> Tensor:
-        """Memory of the device to copy to, (nbytes,) uint8."""
+        """Allocates device memory to copy to, (nbytes,) uint8."""
         ...
 
     def now(self) -> Mark:
-        """Behind everything that the computation has been given."""
+        """Returns the mark after all kernels launched so far."""
         ...
 
     def copy(self, source: Tensor, target: Tensor, after: Mark) -> Mark:
-        """Copies (n,) uint8 when `after` has been reached; the mark behind it."""
+        """Copies (n,) uint8 once the computation has passed `after`; returns the mark at its end."""
         ...
 
     def wait(self, arrived: Mark) -> None:
-        """What the computation is given from now on runs behind `arrived`."""
+        """Makes every kernel launched from now on wait for `arrived`."""
         ...
 
 
 class CudaCopies:
-    """A stream of its own, beside the one that computes."""
+    """Copies on a side stream, in parallel with the stream that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -82,7 +86,8 @@ class CudaCopies:
 
     def room(self, nbytes: int) -> Tensor:
         room = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        # For the end of its life alone: a copy that nobody waited for may then still be under way.
+        # Matters only when the memory is freed: a prefetched copy that nobody waited for may still be running
+        # then.
         room.record_stream(self._stream)
         return room
 
@@ -102,7 +107,7 @@ class CudaCopies:
 
 
 class DirectCopies:
-    """Where the device is the host: a copy is done when it returns."""
+    """Synchronous copies, for devices other than CUDA. Every mark is None."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -125,7 +130,7 @@ class DirectCopies:
 
 
 def copies_to(device: torch.device) -> BlockCopies:
-    """What copies to a device of this kind."""
+    """Returns the copies for a device of this type."""
     return CudaCopies(device) if device.type == "cuda" else DirectCopies(device)
 
 

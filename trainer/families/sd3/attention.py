@@ -1,6 +1,8 @@
-"""SD3's joint attention with the adapters of layers that share an input in one product.
+"""SD3's attention processor for blocks that run layer by layer.
 
-Without adapters the outputs are diffusers' own to the bit.
+Queries, keys and values of a stream share their input. `lora_linears` computes their adapters' x A^T in one
+product. Without adapters the outputs are bitwise identical to diffusers' own. Autograd computes the backward;
+blocks that run as one function use `blocks.attention` instead.
 """
 
 from typing import Any
@@ -14,11 +16,14 @@ from halfbyte.quant.lora.layers import lora_linears
 
 
 class SD3SharedInputAttention(JointAttnProcessor2_0):
-    """Queries, keys and values of a stream from one pass over its tokens."""
+    """Computes queries, keys and values of a stream in one pass over its tokens."""
 
     def __init__(self, backend: str | None = None) -> None:
-        """`backend`: one of `halfbyte.kernels.attention.ops`'s; None leaves the choice to torch, save where that would
-        train with cuDNN."""
+        """Stores the backend, one of `halfbyte.kernels.attention.ops`.
+
+        None leaves the choice to torch, except in training on a GPU: torch might then take cuDNN, whose
+        backward is wrong for some gradient layouts (see `trainable_backend`).
+        """
         super().__init__()
         self.backend = backend
 
@@ -31,7 +36,10 @@ class SD3SharedInputAttention(JointAttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, S, dim), with the text's (B, T, dim) in joint attention: what goes in comes out."""
+        """Attends over the image's tokens (B, S, D), in joint attention together with the text's (B, T, D).
+
+        Returns tensors of the same shapes: the image's, in joint attention a pair (image, text).
+        """
         module: Any = attn
         query, key, value = self._heads(
             module,
@@ -47,10 +55,12 @@ class SD3SharedInputAttention(JointAttnProcessor2_0):
                 module.norm_added_q,
                 module.norm_added_k,
             )
+            # SD3's joint sequence has the image first; it has no rope.
             query, key, value = (
                 torch.cat(pair, dim=2) for pair in zip((query, key, value), text, strict=True)
             )
         backend = self.backend or trainable_backend(query)
+        # torch's function takes (B, heads, S, head_dim), ours (B, S, heads, head_dim).
         if backend is None:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         else:
@@ -69,7 +79,7 @@ class SD3SharedInputAttention(JointAttnProcessor2_0):
     def _heads(
         attn: Any, projected: tuple[Tensor, ...], norm_query: nn.Module | None, norm_key: nn.Module | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Three of (B, S, heads * head_dim) -> (B, heads, S, head_dim), queries and keys normalized."""
+        """Splits (B, S, heads * head_dim) into heads (B, heads, S, head_dim); normalizes queries and keys."""
         query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in projected)
         if norm_query is not None:
             query = norm_query(query)

@@ -1,7 +1,7 @@
-"""SD3's blocks in place of diffusers': whole as one autograd function where they can be, layer by layer else.
+"""SD3's transformer blocks, which replace diffusers' and run as one autograd function each where possible.
 
-The last block, whose text goes nowhere, and the blocks of SD3.5 medium with a second attention over the image alone
-run layer by layer; so does any block that `LinearGroup` cannot take, see `flux_blocks`.
+Three kinds of blocks run layer by layer: the last one, whose text output nobody reads; SD3.5 medium's blocks
+with a second attention over the image only; and any block that `LinearGroup` cannot take (see `flux.blocks`).
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from halfbyte.trainer.families.blocks.parts import adapters, linear_group, plain
 from halfbyte.trainer.families.sd3.attention import SD3SharedInputAttention
 
 
-# Named as diffusers names it: device maps look for blocks by the name of their class.
+# The class name is diffusers': device maps find blocks by their class's name.
 class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBlock):
-    """The joint block; its attention has the image first."""
+    """The joint block, with the image first in attention; see `blocks.dual_block` for its equations."""
 
     def forward(
         self,
@@ -28,7 +28,10 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
         temb: Tensor,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """(B, S, dim) and the text's (B, T, dim) -> the text's (None behind the last block) and the image's."""
+        """Takes the image's tokens (B, S, D) and the text's (B, T, D); returns (text, image).
+
+        The last block returns None for the text.
+        """
         two_streams = not (self.context_pre_only or self.use_dual_attention or self._chunk_size)
         if two_streams and self.runs_whole(
             self.attn.processor, SD3SharedInputAttention, joint_attention_kwargs
@@ -38,6 +41,7 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
             with without_autocast(image.device.type):
                 block = self._whole(image)
             if block is not None:
+                # Computed outside the function, so that autograd trains adapters on these layers too.
                 modulations = [
                     norm.linear(norm.silu(temb)).to(dtype) for norm in (self.norm1, self.norm1_context)
                 ]
@@ -50,6 +54,7 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
         )
 
     def _whole(self, x: Tensor) -> DualBlock | None:
+        """Returns the block for its autograd function, or None if it must run layer by layer."""
         attention, mlp, text_mlp = self.attn, self.ff.net, self.ff_context.net
         named = [
             linear_group(layers, x)
@@ -91,10 +96,11 @@ class JointTransformerBlock(WholeBlock, diffusers_attention.JointTransformerBloc
 
 
 def fuse_sd3_blocks(denoiser: nn.Module, settings: BlockSettings) -> None:
-    """Puts these blocks in place of diffusers' in an SD3Transformer2DModel; its parameters stay as they are."""
+    """Replaces an SD3Transformer2DModel's blocks with those of this module; parameters stay unchanged."""
     model: Any = denoiser
     model.set_attn_processor(SD3SharedInputAttention(settings.backend))
     for block in model.transformer_blocks:
-        # Ours adds no parameters, so the block keeps its own, with hooks and adapters.
+        # Our class adds no parameters, so changing the class keeps the block's parameters, hooks and
+        # adapters.
         block.__class__ = JointTransformerBlock
         block.settings = settings

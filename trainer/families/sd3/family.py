@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5."""
+"""Describes Stable Diffusion 3 and 3.5."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from halfbyte.trainer.families.sd3.names import sd3_names
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 
 _BLOCKS = r"transformer_blocks\.\d+\."
-# attn2 is the second, image-only attention of SD3.5 medium's first blocks.
+# attn2: the second attention of SD3.5 medium's first blocks, over the image only.
 _ATTENTION = r"attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 
 
 class SD3(Family):
-    """Unpacked latents, two CLIPs and T5 on one sequence, timesteps from 0 to 1000."""
+    """Unpacked latents; two CLIPs and T5 joined in one text sequence; timesteps from 0 to 1000."""
 
     pipeline_class = StableDiffusion3Pipeline
     denoiser_class = SD3Transformer2DModel
@@ -39,23 +39,23 @@ class SD3(Family):
     }
 
     def default_sequence_length(self) -> int:
-        """256, as the stock pipeline pads T5; CLIP's 77 tokens come before them."""
+        """Returns 256, the stock pipeline's padding of T5. CLIP's 77 tokens come before these."""
         return 256
 
     @property
     def largest_side(self) -> int | None:
-        """That of its table of positions, of which a smaller picture has the middle."""
-        # A configuration may leave out what is diffusers' default.
+        """The side of its table of positions, in pixels. A smaller image uses the table's middle."""
+        # A configuration may leave out the setting if it has diffusers' default.
         patches: int | None = self.denoiser_config.get("pos_embed_max_size", 96)
         return None if patches is None else patches * self.size_multiple
 
     @property
     def text_tokens(self) -> int:
-        """T5's, behind the 77 of the CLIPs."""
+        """The CLIPs' 77 tokens and T5's after them."""
         return 77 + self.max_sequence_length
 
     def embed(self, pipeline: Any, captions: list[str], device: torch.device) -> TextEmbedding:
-        """CLIP-L and CLIP-G beside T5 on the sequence, their pooled outputs side by side."""
+        """Returns the CLIPs' and T5's outputs joined along the sequence, and the CLIPs' pooled outputs."""
         prompt_embeds, _, pooled, _ = pipeline.encode_prompt(
             captions,
             captions,
@@ -66,8 +66,8 @@ class SD3(Family):
         )
         return TextEmbedding(prompt_embeds, pooled)
 
-    def fuse_sd3_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
-        """Each block as one function where it can be; else queries, keys and values from one product."""
+    def fuse_blocks(self, denoiser: nn.Module, settings: BlockSettings) -> None:
+        """Replaces the blocks with those of `sd3.blocks`; see `Family.fuse_blocks`."""
         fuse_sd3_blocks(denoiser, settings)
 
     def predict(
@@ -78,7 +78,7 @@ class SD3(Family):
         text: TextEmbedding,
         guidance_scale: float,
     ) -> Tensor:
-        """The predicted velocity; see `Family.predict`. SD3 has no guidance input."""
+        """Returns the predicted velocity; see `Family.predict`. SD3 has no guidance input."""
         velocity: Tensor = denoiser(
             hidden_states=noisy,
             encoder_hidden_states=text.prompt_embeds,
@@ -89,11 +89,11 @@ class SD3(Family):
         return velocity
 
     def original_names(self) -> tuple[OriginalName, ...]:
-        """See `sd3_names`."""
+        """Returns the names from `sd3.names`."""
         return tuple(sd3_names(self.denoiser_config))
 
     def block_kinds(self) -> tuple[tuple[str, ...], ...]:
-        """Blocks with a second attention, plain ones, and the last, which leaves the text as it is."""
+        """Returns blocks with a second attention, plain blocks, and the last, which ignores the text."""
         dual, count = self._dual_attention(), self.denoiser_config["num_layers"]
         first = [number for number in range(count - 1) if number in dual]
         plain = [number for number in range(count - 1) if number not in dual]
@@ -101,7 +101,7 @@ class SD3(Family):
         return tuple(tuple(f"transformer_blocks.{number}" for number in kind) for kind in kinds if kind)
 
     def config_of_blocks(self, blocks: Sequence[str]) -> dict[str, Any]:
-        """See `Family.config_of_blocks`; the last block must come last."""
+        """Returns a model's configuration, see `Family.config_of_blocks`; the last block must come last."""
         numbers = [int(block.rpartition(".")[2]) for block in blocks]
         dual = [place for place, number in enumerate(numbers) if number in self._dual_attention()]
         config = {k: v for k, v in self.denoiser_config.items() if k != "quantization_config"}
@@ -111,7 +111,7 @@ class SD3(Family):
         return tuple(self.denoiser_config.get("dual_attention_layers") or ())
 
     def sampling_inputs(self, text: TextEmbedding, empty: TextEmbedding) -> dict[str, Tensor]:
-        """Classifier-free guidance is against the empty caption."""
+        """Adds the empty caption as the negative prompt of classifier-free guidance."""
         return super().sampling_inputs(text, empty) | {
             "negative_prompt_embeds": empty.prompt_embeds,
             "negative_pooled_prompt_embeds": empty.pooled_prompt_embeds,

@@ -1,6 +1,6 @@
-"""SD3's layers by the names that its authors gave them.
+"""Maps SD3's layer names in its authors' checkpoints to diffusers' names.
 
-Source of the facts: diffusers' conversion of their checkpoints (`convert_sd3_transformer_checkpoint_to_diffusers`).
+Source: diffusers' conversion of these checkpoints, `convert_sd3_transformer_checkpoint_to_diffusers`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ _OUTSIDE = {
 
 
 def sd3_names(config: Mapping[str, Any]) -> Iterator[OriginalName]:
-    """Every linear layer of the transformer that `config` describes."""
+    """Yields every linear layer of the transformer that `config` describes."""
     for original, ours in _OUTSIDE.items():
         yield OriginalName(original, (ours,))
     yield OriginalName("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True)
@@ -42,7 +42,8 @@ def _block(number: int, config: Mapping[str, Any], *, dual: bool, last: bool) ->
         yield OriginalName(f"{image}.attn2.proj", (f"{block}.attn2.to_out.0",))
     yield OriginalName(f"{image}.mlp.fc1", (f"{block}.ff.net.0.proj",))
     yield OriginalName(f"{image}.mlp.fc2", (f"{block}.ff.net.2",))
-    # The last block leaves the text as it is; its modulation has a shift and a scale alone.
+    # The last block does not change the text stream; the text's modulation has only a shift and a scale
+    # there.
     yield OriginalName(f"{text}.adaLN_modulation.1", (f"{block}.norm1_context.linear",), swapped=last)
     yield qkv(f"{text}.attn.qkv", f"{block}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"), width)
     if not last:

@@ -1,4 +1,4 @@
-"""FLUX's blocks as one function each: what they compute, what they keep, and when they step aside."""
+"""FLUX's blocks as one autograd function each: results, kept memory, and when they run layer by layer."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def step(model, **settings):
 
 
 def functions(model):
-    """The names of the graph's nodes behind an output."""
+    """Returns the names of all autograd nodes that led to the model's output."""
     seen, waiting, names = set(), [model(**inputs())[0].grad_fn], []
     while waiting:
         node = waiting.pop()
@@ -89,7 +89,7 @@ def functions(model):
 
 @pytest.mark.parametrize("keep", ["inputs", "attention", "everything"])
 @pytest.mark.parametrize("quant", ["nf4", None])
-def test_whole_blocks_are_the_layers_one_by_one(quant, keep):
+def test_fused_blocks_equal_the_layers_one_by_one(quant, keep):
     expected, expected_grads = step(denoiser(quant=quant, settings=BlockSettings(whole=False)))
     model = denoiser(quant=quant, settings=BlockSettings(keep))
     names = functions(model)
@@ -101,7 +101,7 @@ def test_whole_blocks_are_the_layers_one_by_one(quant, keep):
 
 
 @pytest.mark.parametrize("keep", ["inputs", "attention", "everything"])
-def test_modulation_that_learns_gets_its_gradients(keep):
+def test_a_trained_modulation_gets_its_gradients(keep):
     targets = r"(single_)?transformer_blocks\.\d+\.(norm(1|1_context)?\.linear|attn\.to_q)"
     expected, expected_grads = step(denoiser(targets=targets, settings=BlockSettings(whole=False)))
     model = denoiser(targets=targets, settings=BlockSettings(keep))
@@ -113,7 +113,7 @@ def test_modulation_that_learns_gets_its_gradients(keep):
         assert (grads[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
 
 
-def test_what_is_kept_between_the_passes():
+def test_memory_kept_between_the_passes():
     kept = {}
     for keep in ("inputs", "attention", "everything"):
         model = denoiser(settings=BlockSettings(keep))
@@ -123,16 +123,17 @@ def test_what_is_kept_between_the_passes():
         width = 64
         streams = [tensor for tensor in saved if tensor.dim() > 1 and tensor.numel() >= 2 * TEXTS * width]
         kept[keep] = sum(tensor.numel() for tensor in streams) / (2 * (TEXTS + TOKENS) * width)
-    # In streams (B, T + S, D): two dual blocks and two single ones, and the last norm and product.
+    # In units of one stream (B, T + S, D): two dual blocks, two single blocks, and a rest for the last norm
+    # and layer.
     tail = kept["inputs"] - 4
     assert 0 <= tail < 3
     assert kept["attention"] - tail == pytest.approx(4 + 4 + 2, abs=0.2)
-    # Queries, keys, values and the MLP's four widths besides.
+    # In addition: queries, keys and values (3 D) and the MLP's hidden units (4 D).
     assert kept["everything"] - kept["attention"] == pytest.approx(4 * 7, abs=0.2)
 
 
 @pytest.mark.parametrize("keep", ["inputs", "attention", "everything"])
-def test_layers_without_adapters_keep_no_memory_of_their_inputs(keep):
+def test_layers_without_adapters_do_not_keep_their_inputs(keep):
     held = {}
     for targets in ("all-linear", "attention"):
         model = denoiser(targets=Flux.target_presets[targets], settings=BlockSettings(keep))
@@ -148,7 +149,7 @@ def test_layers_without_adapters_keep_no_memory_of_their_inputs(keep):
     ("keep", "products", "attentions"),
     [("inputs", 2 * 6 + 2, 4), ("attention", 2 * 4 + 2, 0), ("everything", 0, 0)],
 )
-def test_what_is_kept_is_not_computed_again(monkeypatch, keep, products, attentions):
+def test_kept_activations_are_not_recomputed(monkeypatch, keep, products, attentions):
     calls = []
     for owner, name in ((LinearGroup, "forward"), (JointAttention, "attend")):
         own = getattr(owner, name)
@@ -156,12 +157,13 @@ def test_what_is_kept_is_not_computed_again(monkeypatch, keep, products, attenti
     output = denoiser(settings=BlockSettings(keep))(**inputs())[0]
     calls.clear()
     output.sum().backward()
-    # Of a dual block's two streams those into attention and into the MLP, with attention also those out of it.
+    # A dual block recomputes the products into attention and into the MLP in both streams, with attention
+    # also those out of attention.
     assert (calls.count("forward"), calls.count("attend")) == (products, attentions)
 
 
 @pytest.mark.parametrize("aside", ["dropout", "int8", "hook", "pre_hook", "forward", "kwargs"])
-def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
+def test_a_block_that_cannot_be_fused_runs_layer_by_layer(aside):
     model = denoiser(
         dropout=0.5 if aside == "dropout" else 0.0,
         quant="int8" if aside == "int8" else "nf4",
@@ -177,7 +179,7 @@ def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
             if aside == "pre_hook":
                 block.attn.register_forward_pre_hook(lambda *_: calls.append(1))
             else:
-                # As accelerate's hooks have it.
+                # The way accelerate installs its hooks.
                 own = block.attn.forward
                 block.attn.forward = lambda *given, own=own, **named: calls.append(1) or own(*given, **named)
     arguments = inputs()
@@ -194,7 +196,7 @@ def test_a_block_that_cannot_run_whole_runs_by_layer(aside):
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in trained_parameters(model).values())
     if aside in ("hook", "pre_hook", "forward"):
-        assert len(calls) == 8  # once forward, once when the checkpoint runs again
+        assert len(calls) == 8  # four blocks, once in the forward and once when the checkpoint recomputes it
 
 
 def test_a_second_backward_gives_the_same_gradients():
@@ -206,7 +208,7 @@ def test_a_second_backward_gives_the_same_gradients():
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def test_autocast_decides_the_dtype():
+def test_autocast_sets_the_dtype():
     model = denoiser(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert "DualBlockFunctionBackward" in functions(model)
@@ -216,7 +218,7 @@ def test_autocast_decides_the_dtype():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_streams_that_lie_side_by_side_are_joined_without_a_copy(batch):
+def test_streams_next_to_each_other_in_memory_are_joined_without_a_copy(batch):
     whole = torch.randn(batch, 10, 4)
     first, second = whole[:, :3], whole[:, 3:]
     assert joined(first, second).data_ptr() == whole.data_ptr()
@@ -227,7 +229,7 @@ def test_streams_that_lie_side_by_side_are_joined_without_a_copy(batch):
         assert together.data_ptr() not in (one.data_ptr(), other.data_ptr())
 
 
-def test_no_gradient_is_kept_where_none_is_wanted():
+def test_without_gradients_the_output_has_no_graph():
     model = denoiser()
     with torch.no_grad():
         expected = model(**inputs())[0]
@@ -235,7 +237,7 @@ def test_no_gradient_is_kept_where_none_is_wanted():
     assert expected.grad_fn is None
 
 
-def test_without_gradients_nothing_is_held_for_a_backward():
+def test_without_gradients_nothing_is_kept_for_a_backward():
     peaks = {}
     for keep in ("inputs", "everything"):
         model, arguments = denoiser(settings=BlockSettings(keep)), inputs()
@@ -247,7 +249,7 @@ def test_without_gradients_nothing_is_held_for_a_backward():
     assert peaks["everything"] == peaks["inputs"]
 
 
-def test_inputs_go_to_the_host_only_where_a_backward_will_want_them():
+def test_inputs_are_offloaded_only_if_a_backward_follows():
     store = HostStore()
     model = denoiser(settings=BlockSettings("inputs", store=store))
     sent = []
@@ -257,4 +259,4 @@ def test_inputs_go_to_the_host_only_where_a_backward_will_want_them():
     assert sent == []
     expected, _ = step(denoiser(settings=BlockSettings("inputs")))
     assert torch.equal(step(model)[0], expected)
-    assert len(sent) == 2 * 2 + 2  # both streams of the dual blocks, one of the single ones
+    assert len(sent) == 2 * 2 + 2  # two streams of each dual block, one of each single block

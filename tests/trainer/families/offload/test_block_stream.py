@@ -1,4 +1,4 @@
-"""Blocks that visit the device: every product reads the visiting copy, none a stale one, and nothing else changes."""
+"""Block streaming: products read the weights on the device, never stale ones; results do not change."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,14 +43,14 @@ OTHERS: dict[str, tuple[Keep, dict[str, Any]]] = {
     "int8": ("everything", {"quant": "int8"}),
     "PEFT's layers": ("everything", {"fused": False}),
     "dropout": ("inputs", {"dropout": 0.3}),
-    # The modulation's input has a gradient then, which comes through packed weights as well.
+    # Here the modulation's input needs a gradient, which flows through packed weights too.
     "learning time": ("everything", {"targets": r"time_text_embed\..*linear_1|.*norm1\.linear|.*attn\.to_q"}),
     "some blocks": ("inputs", {"targets": r"transformer_blocks\.1\.attn\.to_[qkv]"}),
 }
 
 
 class ReadableOnTheDeviceAlone(DirectCopies):
-    """What lies on the host is inverted: a product that read it there, and not in a visit, would be far off."""
+    """Inverts the weights' bits on the host, so a product that reads them there gives a wrong result."""
 
     def __init__(self) -> None:
         super().__init__(CPU)
@@ -60,12 +60,12 @@ class ReadableOnTheDeviceAlone(DirectCopies):
 
 
 class Poisoning(BlockStream):
-    """Spoils a room when its block is left."""
+    """Overwrites a room when its block's visit ends."""
 
     def _leave(self) -> None:
         super()._leave()
         for room in self._rooms:
-            # One that waits for its visit is not to be spoiled; the one just left is last, and may be visited again.
+            # Only the room just left, which is the last. The other one holds the block of the next visit.
             if room is self._rooms[-1]:
                 room.memory.fill_(0xA5)
                 room.holds = None
@@ -110,7 +110,7 @@ def streamed(
     copies: DirectCopies | None = None,
     stream_class: type[BlockStream] = Poisoning,
 ) -> BlockStream:
-    """The denoiser's blocks made to visit, from host memory that cannot be read as it is."""
+    """Streams the denoiser's blocks, by default from inverted host memory."""
     blocks = packed_blocks(denoiser, block_names(family))
     for block in blocks:
         for layer in block.modules():
@@ -125,7 +125,7 @@ def streamed(
 
 
 def steps(family: Family, denoiser: nn.Module) -> Iterator[Tensor]:
-    """Losses and gradients of a step of two micro-batches and of one, and what is predicted behind each."""
+    """Yields losses and gradients of a step of two micro-batches and of one, and a prediction after each."""
     module = module_of(family, denoiser, torch.float32)
     parameters = list(trained_parameters(denoiser).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -154,21 +154,21 @@ def assert_equal(ours: Iterator[Tensor], theirs: Iterator[Tensor]) -> None:
 
 @each_family
 @pytest.mark.parametrize("name", SETTINGS)
-def test_streamed_steps_are_the_others_to_the_bit(
+def test_streamed_steps_are_bitwise_identical(
     request: pytest.FixtureRequest, family_class: type[Family], fixture: str, name: str
 ) -> None:
     family = opened(request, family_class, fixture)
     plain, visiting = (loaded(family, SETTINGS[name]) for _ in range(2))
     stream = streamed(family, visiting)
     assert_equal(steps(family, visiting), steps(family, plain))
-    # More than there is room for, so that rooms were used again.
+    # More blocks than rooms, so the rooms were reused.
     assert len(packed_blocks(visiting, block_names(family))) > ROOMS
     assert stream.copied > 3 * stream.host_bytes
 
 
 @each_family
 @pytest.mark.parametrize("how", OTHERS)
-def test_other_layers_stream_as_well(
+def test_other_layers_can_be_streamed_too(
     request: pytest.FixtureRequest, family_class: type[Family], fixture: str, how: str
 ) -> None:
     family = opened(request, family_class, fixture)
@@ -179,18 +179,18 @@ def test_other_layers_stream_as_well(
 
 
 class LateCopies(ReadableOnTheDeviceAlone):
-    """A device that copies as late as it may, and counts the operations that read each room."""
+    """Simulates a device that copies as late as allowed, and notes the last operation that read each room."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pending: list[tuple[int, Tensor, Tensor]] = []
-        self.given = 0  # operations, by now
-        self.issued = 0  # copies
-        self.last_read: dict[int, int] = {}  # storage -> operation
-        self.own = False
+        self.launched = 0  # operations so far
+        self.issued = 0  # copies so far
+        self.last_read: dict[int, int] = {}  # address of a storage -> number of the operation
+        self.copying = False  # the running operations are this class's own copies
 
     def now(self) -> Any:
-        return self.given
+        return self.launched
 
     def copy(self, source: Tensor, target: Tensor, after: Any) -> Any:
         place = target.untyped_storage().data_ptr()
@@ -200,15 +200,15 @@ class LateCopies(ReadableOnTheDeviceAlone):
         return self.issued
 
     def wait(self, arrived: Any) -> None:
-        self.own = True
+        self.copying = True
         while self.pending and self.pending[0][0] <= arrived:
             _, source, target = self.pending.pop(0)
             torch.bitwise_not(source, out=target)
-        self.own = False
+        self.copying = False
 
 
 class Reads(TorchDispatchMode):
-    """Tells a device of every operation, and that none reads what has not arrived."""
+    """Reports every operation to the device, and asserts that none reads weights that have not arrived."""
 
     def __init__(self, device: LateCopies) -> None:
         super().__init__()
@@ -219,14 +219,14 @@ class Reads(TorchDispatchMode):
         device = self.device
         returns = func._schema.returns
         a_view = any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
-        if not device.own and not a_view:
-            device.given += 1
+        if not device.copying and not a_view:
+            device.launched += 1
             on_their_way = {target.untyped_storage().data_ptr() for _, _, target in device.pending}
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
                     place = leaf.untyped_storage().data_ptr()
                     assert place not in on_their_way, "read before it has arrived"
-                    device.last_read[place] = device.given
+                    device.last_read[place] = device.launched
                     self.reading += place in self.rooms
         return func(*args, **(kwargs or {}))
 
@@ -252,7 +252,7 @@ def test_no_room_is_read_before_its_copy_or_overwritten_while_it_is_read(
     assert device.issued > 3 * len(stream._blocks)
 
 
-def test_copies_of_a_step_are_what_is_not_there_already(mini_flux: Any) -> None:
+def test_a_step_copies_only_blocks_that_are_not_on_the_device(mini_flux: Any) -> None:
     family = family_at(mini_flux)
     denoiser = loaded(family, SETTINGS["full"])
     stream = streamed(family, denoiser, stream_class=BlockStream)
@@ -261,14 +261,14 @@ def test_copies_of_a_step_are_what_is_not_there_already(mini_flux: Any) -> None:
     for _ in range(3):
         before = stream.copied
         module.loss(batch_for(family)).backward()
-    # Forward and backward each begin with two that are there.
+    # Forward and backward each begin with two blocks that are already there.
     assert stream.copied - before == sum(blocks[2:]) + sum(blocks[:-2])
     assert stream.copied - before == Visitors(denoiser, block_names(family)).copied
     with torch.no_grad():
         module.loss(batch_for(family))
         before = stream.copied
         module.loss(batch_for(family))
-    # One forward after the other: the first block comes while the last computes.
+    # Forward after forward: the first block is copied while the last computes.
     assert stream.copied - before == sum(blocks)
 
 
@@ -285,7 +285,7 @@ def test_a_room_is_as_large_as_the_largest_block(mini_flux: Any) -> None:
         assert all(view.data_ptr() % 64 == 0 for view in block.views(stream._rooms[0].memory))
 
 
-def test_a_step_that_breaks_off_leaves_the_next_one_right(mini_flux: Any) -> None:
+def test_the_step_after_a_failed_one_is_correct(mini_flux: Any) -> None:
     family = family_at(mini_flux)
     plain, visiting = (loaded(family, SETTINGS["full"]) for _ in range(2))
     streamed(family, visiting)
@@ -310,13 +310,13 @@ def test_a_step_that_breaks_off_leaves_the_next_one_right(mini_flux: Any) -> Non
     assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in pairs)  # type: ignore[arg-type]
 
 
-def test_what_is_moved_leaves_the_packed_weights_of_blocks_where_they_are(mini_flux: Any) -> None:
+def test_moving_the_model_leaves_the_packed_weights_of_blocks_on_the_host(mini_flux: Any) -> None:
     family = family_at(mini_flux)
     denoiser = loaded(family, SETTINGS["full"])
     footprint = denoiser.get_memory_footprint()  # type: ignore[operator]
     expected = {name: tensor.clone() for name, tensor in base_tensors(denoiser).items()}
     blocks = packed_blocks(denoiser, block_names(family))
-    streamed(family, denoiser, DirectCopies(CPU), BlockStream)  # the host's bytes as they are
+    streamed(family, denoiser, DirectCopies(CPU), BlockStream)  # with plain copies, not inverted
     module_of(family, denoiser, torch.float32).loss(batch_for(family)).backward()
     assert denoiser.get_memory_footprint() == footprint  # type: ignore[operator]
     found = base_tensors(denoiser)

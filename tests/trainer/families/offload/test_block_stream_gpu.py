@@ -1,4 +1,4 @@
-"""Blocks that visit a GPU: the step is the one with all of them there, however slow copies or products are."""
+"""Block streaming on a GPU: results do not change, however slow the copies or the kernels are."""
 
 import gc
 import shutil
@@ -30,7 +30,7 @@ from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
-from halfbyte.trainer.training import loop as fitting
+from halfbyte.trainer.training import loop
 from halfbyte.trainer.training.module import training_module
 
 from runs import write_recipe
@@ -39,12 +39,12 @@ from steps import batch_for, module_of
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 _CYCLES = 1_000_000  # half a millisecond, longer than any of these blocks computes
-_LONG = 40_000_000  # longer than a busy machine takes to get from one block's launches to the next one's
+_LONG = 40_000_000  # longer than a busy machine needs between the launches of two blocks
 MIB = 2**20
 
 
 class SlowCopies(CudaCopies):
-    """Every copy starts late: who does not wait for it reads what was there before."""
+    """Every copy starts late: a kernel that does not wait for it reads the previous weights."""
 
     cycles = _CYCLES
 
@@ -55,7 +55,7 @@ class SlowCopies(CudaCopies):
 
 
 class SlowWork(CudaCopies):
-    """Every visit computes late: a copy that does not wait for it takes its weights away."""
+    """Every visit computes late: a copy that does not wait for it overwrites weights in use."""
 
     cycles = _CYCLES
 
@@ -65,7 +65,7 @@ class SlowWork(CudaCopies):
 
 
 class Unawaited(SlowCopies):
-    """Broken: nobody waits for a copy."""
+    """Broken: kernels do not wait for a copy."""
 
     cycles = _LONG
 
@@ -74,7 +74,7 @@ class Unawaited(SlowCopies):
 
 
 class Unmarked(SlowWork):
-    """Broken: a copy waits for nobody."""
+    """Broken: copies do not wait for kernels."""
 
     cycles = _LONG
 
@@ -85,7 +85,7 @@ class Unmarked(SlowWork):
 def loaded(
     family: Family, settings: BlockSettings, copies: Callable[[torch.device], CudaCopies] | None
 ) -> nn.Module:
-    """On the GPU, with its blocks there, or visiting by way of `copies`."""
+    """Loads a denoiser to the GPU, all at once or with its blocks streamed through `copies`."""
     recipe = QuantRecipe(compute_dtype=torch.bfloat16)
     denoiser = load_base(family, recipe, device=CUDA, dtype=torch.bfloat16, stream=copies is not None)
     targets = family.lora_targets("all-linear")
@@ -102,7 +102,7 @@ def loaded(
 
 
 def steps(family: Family, denoiser: nn.Module) -> list[Tensor]:
-    """Losses and gradients of two steps of two micro-batches, and predictions between and behind them."""
+    """Returns losses and gradients of two steps of two micro-batches, and a prediction after each step."""
     module = module_of(family, denoiser, torch.bfloat16)
     parameters = list(trained_parameters(denoiser).values())
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
@@ -138,25 +138,27 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
-def test_streamed_steps_are_the_others_to_the_bit(
+def test_streamed_steps_are_bitwise_identical(
     request: pytest.FixtureRequest, family_class: type[Family], fixture: str, name: str
 ) -> None:
     family = family_class.open(str(request.getfixturevalue(fixture)), None, 24)
     expected = steps(family, loaded(family, SETTINGS[name](), None))
     if not equal(steps(family, loaded(family, SETTINGS[name](), None)), expected):
-        pytest.skip("the kernels of this device sum in no fixed order at this size")
+        pytest.skip("without streaming, a repeated step is not bitwise identical on this device")
     for copies in (CudaCopies, SlowCopies, SlowWork):
         assert equal(steps(family, loaded(family, SETTINGS[name](), copies)), expected), copies.__name__
 
 
 @pytest.mark.parametrize("broken", [Unawaited, Unmarked])
-def test_the_slow_ones_show_what_is_not_waited_for(mini_flux: Path, broken: type[CudaCopies]) -> None:
+def test_missing_waits_give_wrong_results_with_slow_copies_or_kernels(
+    mini_flux: Path, broken: type[CudaCopies]
+) -> None:
     family = Flux.open(str(mini_flux), None, 24)
     expected = steps(family, loaded(family, SETTINGS["full"](), None))
     assert not equal(steps(family, loaded(family, SETTINGS["full"](), broken)), expected)
 
 
-def test_page_locked_memory_is_what_it_says_and_comes_and_goes() -> None:
+def test_page_locked_memory_is_locked_until_it_is_dropped() -> None:
     for nbytes in (1, 4096, 3 * MIB + 5):
         memory = PageLocked(nbytes, CUDA)
         assert memory.bytes.is_pinned()
@@ -173,7 +175,7 @@ def test_page_locked_memory_is_what_it_says_and_comes_and_goes() -> None:
 
 @pytest.fixture(scope="module")
 def large_flux(mini_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature's pipeline with a transformer of 34 MiB, packed: sizes beside which rounding is little."""
+    """The miniature's pipeline with a transformer of 34 MiB (packed), so that rounding is negligible."""
     folder = tmp_path_factory.mktemp("large") / "flux"
     shutil.copytree(mini_flux, folder, ignore=shutil.ignore_patterns("transformer"))
     config = FluxTransformer2DModel.load_config(mini_flux / "transformer")
@@ -185,7 +187,7 @@ def large_flux(mini_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def held_and_peak(recipe: Recipe, family: Family) -> tuple[int, int]:
-    """Bytes that the model takes, and that a second step takes at its peak."""
+    """Returns the bytes of the loaded model, and the peak of a second step."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -204,10 +206,10 @@ def held_and_peak(recipe: Recipe, family: Family) -> tuple[int, int]:
     return held, torch.cuda.max_memory_allocated() - before
 
 
-def test_the_device_holds_what_the_plan_says(large_flux: Path, tmp_path: Path) -> None:
+def test_streaming_saves_the_memory_that_the_plan_predicts(large_flux: Path, tmp_path: Path) -> None:
     file = write_recipe(tmp_path, large_flux)
-    measured, foretold = [], []
-    # Workspaces of the libraries stay for good; a first round makes them.
+    measured, predicted = [], []
+    # The libraries' workspaces stay allocated; the first round creates them.
     for streamed in ("false", "false", "true"):
         settings = [
             f"train.stream_blocks={streamed}",
@@ -221,10 +223,10 @@ def test_the_device_holds_what_the_plan_says(large_flux: Path, tmp_path: Path) -
         family = Flux.open(str(large_flux), None, 24)
         measured.append(held_and_peak(recipe, family))
         rehearsal = Rehearsal(recipe, family)
-        foretold.append((sum(rehearsal.held.values()), rehearsal.step(recipe, 64, 64).peak.nbytes))
+        predicted.append((sum(rehearsal.held.values()), rehearsal.step(recipe, 64, 64).peak.nbytes))
     assert rehearsal.visitors.host_bytes > 30 * MIB
     for place in (0, 1):
-        saved = foretold[1][place] - foretold[2][place]
+        saved = predicted[1][place] - predicted[2][place]
         assert saved > 0.5 * rehearsal.visitors.host_bytes
         assert measured[1][place] - measured[2][place] == pytest.approx(saved, rel=0.1)
 
@@ -232,12 +234,12 @@ def test_the_device_holds_what_the_plan_says(large_flux: Path, tmp_path: Path) -
 def test_a_run_on_the_gpu_streams_from_loading_to_export(
     mini_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples, validation, an export that proves itself; T5 streams as well."""
+    """With sample images, validation, an export with its self-check, and a streamed T5."""
     devices: dict[str, list[str]] = {}
-    fit = fitting.train
+    train = loop.train
 
-    def noted(training: fitting.Training) -> fitting.Finished:
-        finished = fit(training)
+    def noted(training: loop.Training) -> loop.Finished:
+        finished = train(training)
         denoiser = training.denoiser
         blocks = packed_blocks(denoiser, block_names(training.family))
         layers = [[part for part in block.modules() if isinstance(part, QuantizedLayer)] for block in blocks]
@@ -247,7 +249,7 @@ def test_a_run_on_the_gpu_streams_from_loading_to_export(
         devices["adapters"] = sorted({p.device.type for p in trained_parameters(denoiser).values()})
         return finished
 
-    monkeypatch.setattr("halfbyte.trainer.run.fit", noted)
+    monkeypatch.setattr("halfbyte.trainer.run.train", noted)
     recipe = load_recipe(
         write_recipe(tmp_path, mini_flux),
         [
@@ -260,6 +262,6 @@ def test_a_run_on_the_gpu_streams_from_loading_to_export(
         ],
     )
     assert run(recipe, read_world({}), console=Console(quiet=True), resume=False)
-    # The block that was visited last is still there.
+    # The block of the last visit is still on the device.
     assert devices == {"packed": ["cpu"] * 5 + ["cuda"], "adapters": ["cuda"]}
     assert len(list((recipe.output.dir / "samples").glob("step-*.png"))) == 2

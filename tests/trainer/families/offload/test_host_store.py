@@ -1,4 +1,4 @@
-"""Streams in host memory: they come back as they went, in whatever order, and their memory is used again."""
+"""Activations in host memory: they come back unchanged in any order, and their buffers are reused."""
 
 import gc
 
@@ -12,20 +12,20 @@ DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_went_out_comes_back(device):
+def test_tensors_come_back_unchanged(device):
     store = HostStore()
     tensors = [torch.randn(2, 30, 8, device=device).bfloat16() for _ in range(5)]
     expected = [tensor.cpu().clone() for tensor in tensors]
     held = [store.put(tensor) for tensor in tensors]
     del tensors
-    for place in (4, 3, 0, 2, 1, 4):  # the order of a backward, and others
+    for place in (4, 3, 0, 2, 1, 4):  # a backward's order, then others
         back = held[place].get()
         assert back.device.type == device
         assert torch.equal(back.cpu(), expected[place])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_buffers_serve_the_next_step(device):
+def test_buffers_are_reused_in_the_next_step(device):
     store = HostStore()
     buffers = set()
     for step in range(3):
@@ -39,7 +39,7 @@ def test_buffers_serve_the_next_step(device):
 
 
 @GPU
-def test_the_device_does_not_hold_what_waits_on_the_host():
+def test_offloaded_tensors_take_no_device_memory():
     store = HostStore()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -47,5 +47,5 @@ def test_the_device_does_not_hold_what_waits_on_the_host():
     for _ in range(8):
         held.append(store.put(torch.zeros(1 << 20, device="cuda")))
         torch.cuda.synchronize()
-    torch.zeros(1, device="cuda")  # the allocator looks at its events
+    torch.zeros(1, device="cuda")  # makes the allocator check its events and free the copied tensors
     assert torch.cuda.memory_allocated() - before <= 2 * (4 << 20)

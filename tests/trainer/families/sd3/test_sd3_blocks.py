@@ -1,4 +1,4 @@
-"""SD3's blocks as one function each, beside the ones that run layer by layer."""
+"""SD3's blocks as one autograd function each, compared with the same blocks run layer by layer."""
 
 import pytest
 import torch
@@ -53,6 +53,7 @@ def step(model):
         timestep=torch.full((2,), 500.0),
         return_dict=False,
     )[0]
+    # Walk autograd's graph to count the blocks that ran as one function.
     nodes, seen = [output.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -69,7 +70,7 @@ def step(model):
 @pytest.mark.parametrize(
     ("qk_norm", "dual_layers", "whole_blocks"), [("rms_norm", (), 3), (None, (), 3), ("rms_norm", (0, 1), 1)]
 )
-def test_whole_blocks_are_the_layers_one_by_one(keep, qk_norm, dual_layers, whole_blocks):
+def test_fused_blocks_equal_the_layers_one_by_one(keep, qk_norm, dual_layers, whole_blocks):
     options = {"qk_norm": qk_norm, "dual_layers": dual_layers}
     expected, expected_grads, none = step(denoiser(BlockSettings(whole=False), **options))
     output, grads, whole = step(denoiser(BlockSettings(keep), **options))
@@ -79,7 +80,7 @@ def test_whole_blocks_are_the_layers_one_by_one(keep, qk_norm, dual_layers, whol
         assert (grads[name] - wanted).norm() <= 1e-4 * wanted.norm(), name
 
 
-def test_modulation_that_learns_gets_its_gradients():
+def test_a_trained_modulation_gets_its_gradients():
     targets = r"transformer_blocks\.\d+\.(norm1(_context)?\.linear|attn\.to_q)"
     expected, expected_grads, _ = step(denoiser(BlockSettings(whole=False), targets=targets))
     output, grads, whole = step(denoiser(BlockSettings("inputs"), targets=targets))
