@@ -1,43 +1,43 @@
-"""What a run ends with when it cannot go on: one message for the user, one exit code for scripts."""
+"""Errors that end a command: each is one message for the user and one exit code for scripts."""
 
 
 class HalfbyteError(Exception):
-    """A failure the user can act on; shown as its message alone, without a traceback."""
+    """A failure that the user can act on. Only its message is shown, without a traceback."""
 
     exit_code = 1
 
 
 class RecipeError(HalfbyteError, ValueError):
-    """The recipe, the model it names or the output folder cannot be used as asked."""
+    """The recipe or an option, the model it names or the output folder cannot be used as requested."""
 
     exit_code = 2
 
 
 class DataError(HalfbyteError, ValueError):
-    """The training pictures or their captions cannot be used."""
+    """The training images or their captions cannot be used."""
 
     exit_code = 3
 
 
 class HubError(HalfbyteError, RuntimeError):
-    """The Hub is out of reach, or refuses what was asked of it."""
+    """The Hub cannot be reached, or refuses a request."""
 
     exit_code = 4
 
 
 class LaunchError(HalfbyteError, RuntimeError):
-    """The launcher's environment asks for something that would not train as the user expects."""
+    """The launcher started the processes in a way that would not train as the user expects."""
 
     exit_code = 5
 
 
 class OutOfMemory(HalfbyteError):
-    """The device is full; the last checkpoint is untouched."""
+    """Device memory is full. The last checkpoint is intact."""
 
     exit_code = 6
 
 
 class ExportError(HalfbyteError):
-    """What was exported is not what was trained, or stock diffusers does not take it; earlier exports are kept."""
+    """The export differs from the trained model, or stock diffusers cannot load it. Earlier exports are kept."""
 
     exit_code = 7

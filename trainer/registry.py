@@ -1,22 +1,17 @@
-"""The choices a recipe makes by name: one frozen class a choice, found, validated and listed here."""
+"""Registries for the choices that a recipe makes by name, such as losses and optimizers: one class per name."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, get_args
+from typing import Any, Generic, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from halfbyte.trainer.errors import RecipeError
-
-if TYPE_CHECKING:
-    # Families import diffusers, which takes seconds: only those a run uses are imported, when it uses them.
-    pass
-
 from halfbyte.trainer.wording import unknown_name
 
-# Strict, so that "10" is no number and 1 is not true; a whole number still passes where a float is asked for.
+# Strict: the string "10" is not accepted as a number, nor 1 as true. An int is still accepted as a float.
 SETTINGS = ConfigDict(
     frozen=True,
     extra="forbid",
@@ -27,12 +22,12 @@ SETTINGS = ConfigDict(
 
 
 def conflict(field: str, message: str) -> PydanticCustomError:
-    """What a validator that compares fields raises, so that the error points at one of them (dotted)."""
+    """Makes the error that a validator comparing several fields raises; `field`, dotted, is the one it points at."""
     return PydanticCustomError("conflict", "{message}", {"field": field, "message": message})
 
 
 class Choice(BaseModel):
-    """One named way of doing something. Its fields are its settings, its docstring its description."""
+    """Base class of registered choices. The fields are the choice's settings, the docstring its description."""
 
     model_config = SETTINGS
 
@@ -40,18 +35,19 @@ class Choice(BaseModel):
 
     @abstractmethod
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """What the training run works with; each kind of choice says what it takes and gives."""
+        """Makes the object that the training run uses. Each kind of choice defines arguments and result."""
 
     def describe(self) -> str:
-        """One line for the start of a run, as `logit_normal (mean 0.0, std 1.0)`."""
+        """Describes the choice in one line at the start of a run, such as `logit_normal (mean 0.0, std 1.0)`."""
         settings = [f"{key} {value}" for key, value in self if key != "name"]
         return f"{self.name} ({', '.join(settings)})" if settings else self.name
 
 
 class StatelessChoice(Choice):
-    """A choice that holds nothing but its settings: what it builds is itself."""
+    """A choice that needs no state besides its settings, so the run uses the choice itself."""
 
     def build(self) -> Self:
+        """Returns the choice itself."""
         return self
 
 
@@ -59,11 +55,11 @@ C = TypeVar("C", bound=Choice)
 
 
 class Registry(Generic[C]):
-    """Name -> class for one kind of choice.
+    """Maps the names of one kind of choice to their classes.
 
-    An instance annotates the recipe's field, `loss: Annotated[Loss, LOSSES]`: pydantic then validates the
-    field as the union of the registered classes, told apart by `name`, and the JSON Schema says the same.
-    A class must be registered before the recipe's own classes are made, in a module the recipe imports.
+    An instance annotates the recipe's field, as in `loss: Annotated[Loss, LOSSES]`. pydantic then validates the field
+    as the union of the registered classes, discriminated by `name`, and the JSON Schema describes the same union.
+    Classes must be registered before the recipe's own classes are defined, in a module that the recipe imports.
     """
 
     def __init__(self, kind: str) -> None:
@@ -71,7 +67,7 @@ class Registry(Generic[C]):
         self._classes: dict[str, type[C]] = {}
 
     def register(self, choice: type[C]) -> type[C]:
-        """Class decorator: enters the class under the one value its `name: Literal["..."]` allows."""
+        """Registers a class, as its decorator, under the single value of its `name: Literal["..."]`."""
         values = get_args(choice.model_fields["name"].annotation)
         assert len(values) == 1, f'{choice}: give it name: Literal["..."]'
         assert values[0] not in self._classes, f"{choice}: there is already a {self.kind} '{values[0]}'"
@@ -80,10 +76,11 @@ class Registry(Generic[C]):
 
     @property
     def classes(self) -> Mapping[str, type[C]]:
+        """The registered classes by name, read-only."""
         return MappingProxyType(self._classes)
 
     def __getitem__(self, name: str) -> type[C]:
-        """Raises RecipeError, with the known names and the nearest, for a name nobody registered."""
+        """Returns the class of a name. Raises RecipeError, with the known names, if the name is not registered."""
         if name not in self._classes:
             raise RecipeError(unknown_name(self.kind, name, self._classes))
         return self._classes[name]

@@ -1,30 +1,25 @@
-"""Phrases that error messages share."""
+"""Formats lists, values and unknown names for error messages."""
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    # Families import diffusers, which takes seconds: only those a run uses are imported, when it uses them.
-    pass
-
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
 def in_prose(names: Iterable[str]) -> str:
-    """Alternatives as a reader expects them: `mse, huber or l1`."""
+    """Joins alternatives for a sentence: `mse, huber or l1`. `names` must not be empty."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` is probably a slip of the hand for."""
+    """Returns the one of `names` that `name` is probably a typo of; None if none is similar."""
     matches = difflib.get_close_matches(name.lower().replace("-", "_"), list(names), n=1)
     return matches[0] if matches else None
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str]) -> str:
+    """Returns the message for a `name` that is none of `names`, with the most similar one as a suggestion."""
     names = list(names)
     near = nearest(name, names)
     hint = f"; did you mean '{near}'?" if near else ""
@@ -32,6 +27,6 @@ def unknown_name(kind: str, name: str, names: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a recipe would write it, cut where it is long."""
+    """Formats a value roughly as in a recipe, cut to at most 60 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

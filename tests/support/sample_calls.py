@@ -1,4 +1,4 @@
-"""`halfbyte sample` as the tests call it."""
+"""Helpers that run `halfbyte sample` in tests."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from halfbyte.trainer.cli.app import app
 
 
 def invoke(*arguments: object) -> Result:
-    """The command's end."""
+    """Runs `halfbyte sample` with these arguments."""
     return CliRunner().invoke(app, ["sample", *map(str, arguments)])
 
 
 def drawn_pixels(output: Path, *arguments: object) -> dict[str, numpy.ndarray]:
-    """The pictures by name, (H, W, 3) uint8."""
+    """Runs `halfbyte sample` and returns the images by file name, (H, W, 3) uint8. Fails if the command fails."""
     result = invoke(*arguments, "--output", output)
     assert result.exit_code == 0, result.output
     return {

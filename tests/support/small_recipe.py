@@ -1,4 +1,4 @@
-"""A recipe of three lines, and what is wrong with others."""
+"""A minimal recipe for tests, and a helper that returns the problems of a recipe."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +14,11 @@ data: {path: ./pictures}
 output: {dir: out}
 """
 
-Write = Callable[[str], Path]  # the fixture `write`: recipe.yaml with this text
+Write = Callable[[str], Path]  # type of the fixture `write`, which writes recipe.yaml with the given text
 
 
 def problems(path: Path, *overrides: str) -> list[str]:
-    """The lines of the error, without the folder of the recipe."""
+    """Loads a recipe that must fail. Returns the lines of the error, without the recipe's folder."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
     return str(caught.value).replace(f"{path.parent}/", "").splitlines()

@@ -1,4 +1,4 @@
-"""From the plan and the cache to the batches that a training step sees."""
+"""Makes training batches from the order of samples and the cached encodings."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from halfbyte.trainer.randomness import uniform
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One sample as the cache holds it."""
+    """The cached latents and text embedding of one sample, without a batch dimension."""
 
-    position: int
+    position: int  # in the whole run over all processes, the key of the sample's random numbers
     latent_mean: Tensor  # (C, h, w) fp32
     latent_std: Tensor  # (C, h, w) fp32
     prompt_embeds: Tensor  # (T, D)
@@ -26,7 +26,7 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """A process's share of one micro-batch."""
+    """One process's share of a micro-batch: B samples of one size."""
 
     positions: tuple[int, ...]
     latent_mean: Tensor  # (B, C, h, w) fp32
@@ -35,11 +35,11 @@ class Batch:
     pooled_prompt_embeds: Tensor  # (B, P)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, without waiting for it where the memory is pinned. Called by Lightning."""
+        """Copies the batch to a device, asynchronously if its memory is pinned. Lightning calls this."""
         return Batch(self.positions, *(t.to(device, non_blocking=t.is_pinned()) for t in self._tensors()))
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory. Called by DataLoader(pin_memory=True)."""
+        """Copies the batch to page-locked memory. DataLoader(pin_memory=True) calls this."""
         return Batch(self.positions, *(t.pin_memory() for t in self._tensors()))
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,7 +47,10 @@ class Batch:
 
 
 class TrainingSet(Dataset[TrainingSample]):
-    """Samples by entry of the plan; picture and caption come from the entry's one Sample, never by number."""
+    """Training samples, indexed by the entries of a SampleOrder.
+
+    Latents and text are both looked up from the entry's Sample, so an image cannot get another image's caption.
+    """
 
     def __init__(
         self, latents: LatentCache, texts: TextCache, *, caption_dropout: float = 0.0, seed: int = 0
@@ -58,11 +61,11 @@ class TrainingSet(Dataset[TrainingSample]):
         self._seed = seed
 
     def dropping(self, caption_dropout: float) -> "TrainingSet":
-        """The same samples, so large a share of them with an empty caption."""
+        """Returns the same samples with another share of empty captions, from 0 to 1."""
         return TrainingSet(self._latents, self._texts, caption_dropout=caption_dropout, seed=self._seed)
 
     def __getitem__(self, entry: Entry) -> TrainingSample:
-        """Raises DataError where the cache lacks the entry or cannot be read."""
+        """Reads one sample from the cache. Raises DataError if its entry is missing or unreadable."""
         moments = self._latents.read(entry.view)
         dropped = uniform(self._seed, "caption_dropout", entry.position) < self._caption_dropout
         text = self._texts.read("" if dropped else entry.view.sample.caption)
@@ -76,7 +79,7 @@ class TrainingSet(Dataset[TrainingSample]):
 
 
 class PlannedBatches(Sampler[list[Entry]]):
-    """One process's share of the plan's micro-batches `start` to `stop`: a DataLoader's batch_sampler."""
+    """Yields one process's share of micro-batches `start` to `stop` (exclusive). Used as DataLoader's batch_sampler."""
 
     def __init__(self, plan: SampleOrder, *, batch_size: int, rank: int, start: int, stop: int) -> None:
         self._plan = plan
@@ -93,7 +96,7 @@ class PlannedBatches(Sampler[list[Entry]]):
 
 
 def collate(samples: Sequence[TrainingSample]) -> Batch:
-    """A DataLoader's collate_fn."""
+    """Stacks samples of one size into a batch. Used as DataLoader's collate_fn."""
     return Batch(
         tuple(sample.position for sample in samples),
         torch.stack([sample.latent_mean for sample in samples]),

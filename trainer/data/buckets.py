@@ -1,4 +1,4 @@
-"""Which part of a picture is trained on, at which size: aspect buckets, crops and mirror images."""
+"""Chooses the part and size at which each image is trained: aspect buckets, crops and mirroring."""
 
 import logging
 from collections.abc import Sequence
@@ -11,16 +11,17 @@ from halfbyte.trainer.randomness import uniform
 
 log = logging.getLogger(__name__)
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels of the upright picture
-Size = tuple[int, int]  # width, height: pixels
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright image
+Size = tuple[int, int]  # width, height, in pixels
 
-# A bucket much smaller than asked for would train on less detail than the user thinks.
+# Buckets with less than this share of resolution**2 are left out: they would train on less detail than the user
+# expects from data.resolution.
 _LEAST_AREA = 0.8
 
 
 @dataclass(frozen=True)
 class View:
-    """One crop of one picture at one size: what a cached latent is made from."""
+    """One crop of one image at one size, possibly mirrored. Each view has one cached latent."""
 
     sample: Sample
     box: Box
@@ -31,10 +32,10 @@ class View:
 
 @dataclass(frozen=True)
 class Cropping:
-    """How pictures become views: the recipe's data section, and what sizes the model takes."""
+    """The settings that turn images into views: from the recipe's data section and the model."""
 
-    resolution: int  # pixels: the side of the square whose area no bucket exceeds
-    size_multiple: int  # pixels: the VAE's factor times the denoiser's patch
+    resolution: int  # pixels: side of the square whose area no bucket exceeds
+    size_multiple: int  # pixels: the VAE's downsampling factor times the denoiser's patch size
     aspect_buckets: bool = True
     crop: Literal["center", "random"] = "center"
     random_crops: int = 1
@@ -49,17 +50,17 @@ class Cropping:
             )
 
     def sizes(self) -> list[Size]:
-        """The sizes pictures are brought to; one square without aspect buckets."""
+        """Returns the sizes to which images are resized; a single square without aspect buckets."""
         if not self.aspect_buckets:
             return [(self.resolution, self.resolution)]
         return bucket_sizes(self.resolution, self.size_multiple)
 
 
 def bucket_sizes(resolution: int, size_multiple: int) -> list[Size]:
-    """Sizes from 1:4 to 4:1 whose area is at most resolution**2, so that the square bounds the memory.
+    """Returns the bucket sizes for a resolution, with aspect ratios from 1:4 to 4:1.
 
-    Sides step by a sixteenth of the resolution or so (64 at 1024): finer steps would crop hardly less and
-    leave few pictures in a bucket.
+    No area exceeds resolution**2, so that the square needs the most memory. Sides are multiples of about a sixteenth
+    of the resolution (64 at 1024): finer steps would reduce cropping very little and leave few images per bucket.
     """
     step = size_multiple * max(1, resolution // (16 * size_multiple))
     area = resolution * resolution
@@ -72,7 +73,7 @@ def bucket_sizes(resolution: int, size_multiple: int) -> list[Size]:
 
 
 def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The size that keeps most of a picture; of equal ones the largest."""
+    """Returns the size that crops the least off an image; among equals, the largest."""
 
     def kept(size: Size) -> float:
         ratio = (size[0] * height) / (size[1] * width)
@@ -82,10 +83,10 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 
 def views_of(samples: Sequence[Sample], cropping: Cropping, seed: int) -> list[tuple[View, ...]]:
-    """The views of each sample, all of one size; several where crops are random or mirror images wanted.
+    """Returns the views of each sample, all of one size; several with random crops or mirroring.
 
-    A random crop depends on the picture's bytes and the seed, not on its name or place: adding a picture
-    changes no other's crops.
+    Random crops depend on the image's bytes and the seed, not on its name or position in the data: adding an image
+    does not change the crops of others.
     """
     sizes = cropping.sizes()
     groups = [
@@ -105,12 +106,12 @@ def _views(sample: Sample, size: Size, cropping: Cropping, seed: int) -> tuple[V
             for number in range(cropping.random_crops)
         ]
     flips = (False, True) if cropping.flip else (False,)
-    # A picture of the bucket's own proportions has one crop only, however many are asked for.
+    # An image with exactly the bucket's aspect ratio has only one possible crop. dict.fromkeys removes the copies.
     return tuple(View(sample, box, *size, flip) for box in dict.fromkeys(boxes) for flip in flips)
 
 
 def _box(sample: Sample, size: Size, right: float, down: float) -> Box:
-    """The largest box of the size's proportions, moved by the given shares of the room there is."""
+    """Returns the largest box with the size's aspect ratio, at shares `right` and `down` of the free space."""
     scale = max(size[0] / sample.width, size[1] / sample.height)
     width = min(sample.width, max(1, round(size[0] / scale)))
     height = min(sample.height, max(1, round(size[1] / scale)))
@@ -127,8 +128,8 @@ def _warn_of_enlargement(groups: Sequence[Sequence[View]]) -> None:
     if enlarged:
         worst = max(enlarged, key=lambda path: enlarged[path])
         log.warning(
-            "%d of %d pictures are smaller than they are trained at and will be enlarged, %s by %.1f; a lower"
-            " data.resolution would keep them sharp",
+            "%d of %d images are smaller than their training size and will be enlarged, the most %s, by %.1f; lower"
+            " data.resolution to keep them sharp",
             len(enlarged),
             len(groups),
             worst,

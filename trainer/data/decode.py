@@ -1,4 +1,4 @@
-"""From a picture file's bytes to upright RGB, and from there to the pixels that the VAE reads."""
+"""Decodes image files to upright RGB, and crops and scales them to the pixels that the VAE encodes."""
 
 import io
 import logging
@@ -12,10 +12,11 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Twice Pillow's own warning threshold (178 million pixels): beyond it a small file may fill the memory.
+# Twice the threshold (89 million pixels) at which Pillow warns of decompression bombs: a small file with more pixels
+# could fill the memory.
 MAX_PIXELS = 178_956_970
 
-# What Pillow's decoders raise for damaged files, in its own words or its codecs'.
+# The exceptions that Pillow and its codecs raise for damaged files.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -35,22 +36,22 @@ _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
-    """(width, height) as seen after EXIF rotation, from the header alone. Raises one of DECODE_ERRORS."""
+    """Returns (width, height) after EXIF rotation, without decoding the pixels. Raises one of DECODE_ERRORS."""
     with Image.open(io.BytesIO(data)) as image:
         width, height = _bounded(image.size)
         if image.format == "TIFF":
-            return width, height  # upright from the start; Pillow leaves every other kind to exif_transpose
-        # A PNG's own getexif decodes all pixels to reach what may come after them.
-        to_the_end = image.format == "PNG" and _has_late_metadata(data)
-        exif = image.getexif() if to_the_end else Image.Image.getexif(image)
+            return (
+                width,
+                height,
+            )  # Pillow rotates TIFF when opening it, and leaves other formats to exif_transpose
+        # PNG's getexif decodes all pixels to reach metadata after them; skip that if there is none.
+        read_to_end = image.format == "PNG" and _has_late_metadata(data)
+        exif = image.getexif() if read_to_end else Image.Image.getexif(image)
     return (height, width) if exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS else (width, height)
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame, upright, as 8-bit sRGB, transparency over white.
-
-    Raises one of DECODE_ERRORS.
-    """
+    """Decodes the first frame, upright, to 8-bit sRGB, with transparency over white. Raises one of DECODE_ERRORS."""
     with Image.open(io.BytesIO(data)) as image:
         _bounded(image.size)
         image.load()
@@ -61,9 +62,10 @@ def decode(data: bytes) -> Image.Image:
 def pixels(
     image: Image.Image, *, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool
 ) -> Tensor:
-    """The box (left, top, right, bottom) of an RGB picture at size (W, H): (3, H, W) fp32 in [-1, 1].
+    """Returns the box (left, top, right, bottom) of an RGB image, scaled to (W, H), as (3, H, W) fp32 in [-1, 1].
 
-    Lanczos with the kernel widened when shrinking. Cropped first: resize(box=...) would look past its edges.
+    Scales with Lanczos, whose kernel Pillow widens when shrinking. Crops first, because resize(box=...) also reads
+    pixels beyond the box's edges.
     """
     crop = image.crop(box).resize(size, Image.Resampling.LANCZOS)
     if flip:
@@ -75,19 +77,21 @@ def pixels(
 def _bounded(size: tuple[int, int]) -> tuple[int, int]:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller")
+        raise ValueError(
+            f"has {width}x{height} pixels, expected at most {MAX_PIXELS:,} in all; make it smaller"
+        )
     return size
 
 
 def _has_late_metadata(png: bytes) -> bool:
-    """Whether a chunk that may hold an orientation follows the pixels."""
-    place, after_pixels = 8, False
-    while place + 8 <= len(png):
-        length, kind = struct.unpack_from(">I4s", png, place)
+    """Returns True if a chunk that may hold an EXIF orientation follows the pixels (IDAT)."""
+    offset, after_pixels = 8, False  # after the 8-byte signature
+    while offset + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, offset)
         after_pixels |= kind == b"IDAT"
         if after_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
             return True
-        place += 12 + length
+        offset += 12 + length  # length, kind and checksum take 4 bytes each
     return False
 
 
@@ -98,10 +102,10 @@ def _rgb(image: Image.Image) -> Image.Image:
         return _from_floats(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        paper.info = image.info
-        image = Image.alpha_composite(paper, image)
-        image.info = paper.info
+        background = Image.new("RGBA", image.size, "white")
+        background.info = image.info
+        image = Image.alpha_composite(background, image)
+        image.info = background.info  # keeps the color profile
         image = image.convert("RGB")
     elif image.mode in ("1", "P"):
         image = image.convert("RGB")
@@ -109,23 +113,23 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """16-bit grey: 65535 is white. Pillow's own conversion clips at 255 and would give a white page."""
+    """Converts 16-bit gray, where 65535 is white. Pillow's own conversion clips at 255, so almost all becomes white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError("has 32-bit integer pixels: save it with 8 or 16 bits a channel")
+        raise ValueError("has 32-bit integer pixels; save it with 8 or 16 bits per channel")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def _from_floats(image: Image.Image) -> Image.Image:
-    """Floating-point grey: 1.0 is white."""
+    """Converts floating-point gray, where 1.0 is white."""
     values = np.asarray(image)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise ValueError("has floating-point pixels outside 0..1: save it with 8 or 16 bits a channel")
+        raise ValueError("has floating-point pixels outside 0..1; save it with 8 or 16 bits per channel")
     return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
 
 
 def _srgb(image: Image.Image) -> Image.Image:
-    """Through the embedded colour profile where there is one, since the models know sRGB alone."""
+    """Converts to sRGB, which the models were trained on, by the embedded color profile if there is one."""
     embedded = image.info.get("icc_profile")
     if embedded and image.mode in ("RGB", "L", "CMYK"):
         try:
@@ -137,5 +141,5 @@ def _srgb(image: Image.Image) -> Image.Image:
             assert converted is not None, "only an in-place conversion returns None"
             return converted
         except (ImageCms.PyCMSError, OSError) as error:
-            log.warning("a colour profile cannot be read and is taken for sRGB: %s", error)
+            log.warning("cannot read an image's color profile and assume sRGB: %s", error)
     return image.convert("RGB")

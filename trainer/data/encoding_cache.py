@@ -1,8 +1,8 @@
-"""Latents and text embeddings on disk, so that the VAE and the text encoders need not stay in memory.
+"""Caches latents and text embeddings on disk, so that the VAE and the text encoders need not stay in memory.
 
-An entry is named by what it is made from: the picture's bytes, the crop, the caption, the encoders. Names and
-places of files play no part, so a renamed picture is found again, and a changed one is never mistaken. Entries
-are written whole or not at all, and several processes may fill one cache.
+The key of an entry is a hash of everything it is made from: the image's bytes, the crop, the caption, the encoders.
+File names do not matter: a renamed image is found again, and a changed image never gets an old entry. Entries are
+written atomically, and several processes may fill one cache.
 """
 
 import json
@@ -30,7 +30,7 @@ from halfbyte.trainer.runtime.sizes import file_size
 
 log = logging.getLogger(__name__)
 
-# Raised whenever pixels are prepared differently, so that older entries are not used.
+# Increment this when the preparation of pixels changes, so that older entries are no longer used.
 _PIXELS_VERSION = 1
 
 _LATENT_NAMES = ("mean", "std")
@@ -40,7 +40,7 @@ _Item = TypeVar("_Item")
 
 
 class LatentCache:
-    """The VAE's posteriors by view; one folder a picture, so that a picture known to decode can be told."""
+    """The VAE's posteriors by view, in one folder per image. The folder's existence shows that the image decodes."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         """`fingerprint` is the encoders' latent_fingerprint."""
@@ -49,35 +49,35 @@ class LatentCache:
 
     @staticmethod
     def has_decoded(folder: Path, sha256: str) -> bool:
-        """Whether any encoder has read the picture with these bytes, which then need not be tried again."""
+        """Returns True if an image with this SHA-256 has been decoded before, so that it need not be checked again."""
         return (folder / "latents" / sha256[:2] / sha256).is_dir()
 
     def path(self, view: View) -> Path:
-        """Where the view's entry is, or would be."""
+        """Returns the path of the view's entry, which need not exist."""
         made_from = [_PIXELS_VERSION, view.box, view.width, view.height, view.flip, self._fingerprint]
         sha256 = view.sample.sha256
         return self._folder / sha256[:2] / sha256 / f"{_digest(made_from)}.safetensors"
 
     def read(self, view: View) -> LatentMoments:
-        """The posterior's moments, (1, C, H/8, W/8) fp32. Raises DataError."""
+        """Reads the posterior's mean and std, (1, C, H/8, W/8) fp32. Raises DataError if the entry is unusable."""
         tensors = _read(self.path(view), _LATENT_NAMES, view.sample.path)
         return LatentMoments(tensors["mean"][None], tensors["std"][None])
 
     def write(self, view: View, moments: LatentMoments) -> None:
-        """Stores one view's moments, (1, C, H/8, W/8). Raises DataError if they are not finite."""
+        """Writes one view's mean and std, (1, C, H/8, W/8), as fp32. Raises DataError if they are not finite."""
         tensors = {"mean": moments.mean[0].float(), "std": moments.std[0].float()}
         _write(self.path(view), tensors, f"{view.sample.path}: the VAE")
 
     def missing(self, views: Iterable[View], on_sound: Callable[[], None] = lambda: None) -> list[View]:
-        """The views without a sound entry, each content once; damaged entries are reported.
+        """Returns the views that have no intact entry, without duplicates. Logs a warning for damaged entries.
 
-        Every entry is read whole; `on_sound` is called for each that is as it was written.
+        Reads every entry completely to verify its checksum, and calls `on_sound` for each intact one.
         """
         return _without_entry({self.path(view): view for view in views}, _LATENT_NAMES, on_sound)
 
 
 class TextCache:
-    """What the text encoders make of a caption, by caption."""
+    """The text encoders' embeddings by caption."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         """`fingerprint` is the encoders' text_fingerprint."""
@@ -85,17 +85,17 @@ class TextCache:
         self._fingerprint = fingerprint
 
     def path(self, caption: str) -> Path:
-        """Where the caption's entry is, or would be."""
+        """Returns the path of the caption's entry, which need not exist."""
         digest = _digest([caption, self._fingerprint])
         return self._folder / digest[:2] / f"{digest}.safetensors"
 
     def read(self, caption: str) -> TextEmbedding:
-        """The embedding, (1, T, D) and (1, P). Raises DataError."""
+        """Reads the embedding, (1, T, D), and the pooled one, (1, P). Raises DataError if the entry is unusable."""
         tensors = _read(self.path(caption), _TEXT_NAMES, repr(caption))
         return TextEmbedding(tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None])
 
     def write(self, caption: str, embedding: TextEmbedding) -> None:
-        """Stores one caption's embedding, (1, T, D) and (1, P). Raises DataError if it is not finite."""
+        """Writes one caption's embedding, (1, T, D) and (1, P). Raises DataError if it is not finite."""
         tensors = {
             "prompt_embeds": embedding.prompt_embeds[0],
             "pooled_prompt_embeds": embedding.pooled_prompt_embeds[0],
@@ -103,9 +103,9 @@ class TextCache:
         _write(self.path(caption), tensors, f"{caption!r}: the text encoder")
 
     def missing(self, captions: Iterable[str], on_sound: Callable[[], None] = lambda: None) -> list[str]:
-        """The captions without a sound entry, each once; damaged entries are reported.
+        """Returns the captions that have no intact entry, without duplicates. Logs a warning for damaged entries.
 
-        Every entry is read whole; `on_sound` is called for each that is as it was written.
+        Reads every entry completely to verify its checksum, and calls `on_sound` for each intact one.
         """
         return _without_entry({self.path(caption): caption for caption in captions}, _TEXT_NAMES, on_sound)
 
@@ -121,13 +121,13 @@ def encode_missing(
     world_size: int = 1,
     progress: OnProgress | None = None,
 ) -> tuple[LatentCache, TextCache]:
-    """Encodes what is missing of the views, the captions and the empty caption; gives back both caches.
+    """Encodes the views and captions that the cache lacks, and the empty caption. Returns both caches.
 
-    Of `world_size` processes each does its share, and all must have returned before any of them reads. The
-    encoders are called for missing entries only. A batch of one makes an entry independent of which others
-    are missing; larger batches may differ from it in the last bit.
+    Each of `world_size` processes encodes its share; all must have returned before any reads from the caches. With
+    batch_size 1 an entry does not depend on which others are missing; larger batches may change its last bits.
 
-    Raises DataError where a picture changed, an encoder's output is not finite or the disk is full.
+    Raises:
+        DataError: if an image changed, an encoder's output is not finite or the disk is too small or full.
     """
     latents = LatentCache(folder, encoders.latent_fingerprint)
     texts = TextCache(folder, encoders.text_fingerprint)
@@ -152,7 +152,7 @@ def encode_missing(
 
 
 class _Tally:
-    """Counts entries that are ready."""
+    """Counts finished entries and reports them to `progress`."""
 
     def __init__(self, total: int, progress: OnProgress | None) -> None:
         self._total = total
@@ -181,13 +181,13 @@ def _encode_views(latents: LatentCache, encoders: Encoders, views: list[View], s
 
 
 def _check_space(folder: Path, first: Path, entries: int) -> None:
-    """Raises DataError when the disk will be full before the last of `entries` like the first is written."""
+    """Raises DataError if the disk has no room for `entries` entries of the size of `first`, which is written."""
     needed = first.stat().st_size * (entries - 1)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"the cache {folder} needs {file_size(needed)} more and its disk has {file_size(free)} left;"
-            " set data.cache_dir to a larger one"
+            f"the cache {folder} needs {file_size(needed)} more, but its disk has only {file_size(free)} free;"
+            " set data.cache_dir to a folder on a larger disk"
         )
 
 
@@ -202,7 +202,10 @@ def _digest(made_from: list[object]) -> str:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Over the bytes in the order of names: safetensors notices a short file, not a changed byte."""
+    """Returns the CRC-32 of all tensors in the order of their names.
+
+    safetensors notices a truncated file, but not a changed byte.
+    """
     value = 0
     for name in sorted(tensors):
         raw = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
@@ -215,7 +218,9 @@ def _read(path: Path, names: Sequence[str], what: object) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
-        raise DataError(f"{what}: not in the cache ({path} is gone); start again to fill it") from error
+        raise DataError(
+            f"{what}: not in the cache ({path} does not exist); start again to encode it"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise DataError(
             f"{what}: cache entry {path} cannot be read ({error}); delete it and start again"
@@ -239,7 +244,7 @@ def _without_entry(
         if not path.is_file():
             absent.append(item)
         elif not _is_sound(path, names):
-            log.warning("cache entry %s is damaged and is encoded anew", path)
+            log.warning("cache entry %s is damaged and will be encoded again", path)
             absent.append(item)
         else:
             on_sound()
@@ -250,7 +255,7 @@ def _write(path: Path, tensors: dict[str, Tensor], maker: str) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise DataError(f"{maker} gives {name} with NaN or infinity; run it in bfloat16 or float32")
+            raise DataError(f"{maker} produced NaN or infinity in {name}; run it in bfloat16 or float32")
     data = save(tensors, metadata={"crc32": _checksum(tensors)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

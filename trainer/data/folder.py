@@ -1,8 +1,10 @@
-"""A folder of pictures with captions, checked whole before anything is trained on it.
+"""Reads folders of captioned images and checks all of them before training starts.
 
-Three forms are read: pictures with metadata.jsonl or metadata.csv (columns file_name and text or caption, one
-file a folder, folders nested at will), pictures with a .txt file of the same name beside each, and parquet
-files with the columns image and text or caption, as `datasets` writes them.
+Three forms are supported:
+- images with metadata.jsonl or metadata.csv (columns file_name and text or caption), one such file per folder; folders
+  may be nested
+- images with a .txt file of the same name next to each
+- parquet files with the columns image and text or caption, as `datasets` writes them
 """
 
 import difflib
@@ -26,28 +28,28 @@ from halfbyte.trainer.runtime.progress import OnProgress
 log = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-# Pictures all the same, but not to Pillow: naming them beats leaving them out in silence.
+# Image formats that Pillow cannot read. They are reported as errors rather than skipped silently.
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
-_HINTS = 10
+_HINTS = 10  # similar file names are suggested only for this many missing images, because the search is slow
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its caption: what joins a latent and an embedding, and nothing else does."""
+    """One image and its caption. Latents and text embeddings are matched only through this object."""
 
     index: int  # in the sorted order of the paths
     path: Path
     caption: str
-    width: int  # pixels, upright
+    width: int  # pixels, of the upright image
     height: int
-    sha256: str  # of the picture file's bytes
-    row: int | None = None  # of the parquet file at `path`; None: `path` is the picture
+    sha256: str  # of the image file's bytes
+    row: int | None = None  # in the parquet file at `path`; None: `path` is the image itself
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A picture and caption that belong together, not yet opened."""
+    """An image and its caption, before the image is opened."""
 
     path: Path
     row: int | None
@@ -65,17 +67,21 @@ def read_samples(
     is_decoded: Callable[[str], bool] = lambda sha256: False,
     progress: OnProgress | None = None,
 ) -> list[Sample]:
-    """The samples at `path` in a fixed order.
+    """Reads the samples at `path`, sorted by path.
 
-    The prefix goes before every caption, with a space between; with a prefix a picture needs no caption of
-    its own. Every picture is decoded once, to find the damaged ones now and not at night; `is_decoded` tells
-    by SHA-256 which ones have been before. Symbolic links that leave the folder are refused.
+    Every image is decoded once, so that a corrupt one fails at start-up, not mid-run. Symbolic links out of the folder
+    are refused.
 
-    Raises DataError with one line for each thing wrong.
+    Args:
+        caption_prefix: put before every caption, followed by a space. With a prefix, images need no caption.
+        is_decoded: returns True for the SHA-256 of an image that has been decoded before and need not be again.
+
+    Raises:
+        DataError: with one line per problem.
     """
     root = Path(path)
     if ".." in root.parts:
-        root = root.resolve()  # rows are looked up by normalized path
+        root = root.resolve()  # captions are looked up by normalized path
     problems = Problems()
     found = _find(root, caption_prefix.strip(), problems)
     samples: list[Sample] = []
@@ -91,12 +97,12 @@ def read_samples(
 
 
 def load_pixels(sample: Sample, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool) -> Tensor:
-    """(3, H, W) fp32 in [-1, 1]: the box (left, top, right, bottom) of the upright picture at size (W, H)."""
+    """Loads the box (left, top, right, bottom) of the upright image, scaled to (W, H): (3, H, W) fp32 in [-1, 1]."""
     return pixels(decode(sample_bytes(sample)), box=box, size=size, flip=flip)
 
 
 def sample_bytes(sample: Sample) -> bytes:
-    """The picture file as it was when the sample was read. Raises DataError if it changed since."""
+    """Returns the bytes of the image file. Raises DataError if they changed since the sample was read."""
     try:
         data = sample.path.read_bytes() if sample.row is None else picture_bytes(sample.path, sample.row)
     except OSError as error:
@@ -116,19 +122,23 @@ def _find(root: Path, prefix: str, problems: Problems) -> list[_Found]:
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     tables = [file for file in files if file.suffix == ".parquet"]
     if tables and pictures:
-        problems.add(root, f"holds pictures and parquet files ({tables[0].name}); keep one kind")
+        problems.add(root, f"contains both images and parquet files ({tables[0].name}); keep one kind")
         return []
     if tables:
         return _parquet_items(root, tables, prefix, problems)
     if not pictures:
         arrow = any(file.suffix == ".arrow" for file in files)
-        hint = "; what datasets has saved to disk: write it with to_parquet instead" if arrow else ""
-        problems.add(root, f"no pictures; accepted: {', '.join(PICTURE_SUFFIXES)}, or .parquet files{hint}")
+        hint = (
+            "; for the .arrow files of a saved dataset, use to_parquet instead of save_to_disk"
+            if arrow
+            else ""
+        )
+        problems.add(root, f"no images; accepted: {', '.join(PICTURE_SUFFIXES)}, or .parquet files{hint}")
     return _picture_items(root, files, pictures, prefix, problems)
 
 
 def _files(root: Path, problems: Problems) -> list[Path]:
-    """Every file below root in sorted order, hidden ones left out."""
+    """Returns all files below root except hidden ones, sorted."""
     found: list[Path] = []
 
     def unreadable(error: OSError) -> None:
@@ -138,12 +148,18 @@ def _files(root: Path, problems: Problems) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         for name in subfolders:
             if (Path(folder) / name).is_symlink():
-                problems.add(Path(folder) / name, "a symbolic link to a folder is not followed; copy it")
+                problems.add(
+                    Path(folder) / name,
+                    "is a symbolic link to a folder, which is not followed; copy the folder instead",
+                )
         for file in (Path(folder) / name for name in names if not name.startswith(".")):
             if file.is_symlink() and not _is_inside(root, file):
-                problems.add(file, f"a symbolic link to outside {root}; copy the file")
+                problems.add(file, f"is a symbolic link to a file outside {root}; copy the file instead")
             elif file.suffix.lower() in _FOREIGN_SUFFIXES:
-                problems.add(file, f"cannot be read; convert it to one of {', '.join(PICTURE_SUFFIXES)}")
+                problems.add(
+                    file,
+                    f"is of a format that cannot be read; convert it to one of {', '.join(PICTURE_SUFFIXES)}",
+                )
             else:
                 found.append(file)
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
@@ -164,14 +180,14 @@ def _picture_items(
         if caption is None and not prefix:
             problems.add(
                 picture,
-                f"has no caption; add {picture.with_suffix('.txt').name} beside it, a row in"
+                f"has no caption; add {picture.with_suffix('.txt').name} next to it or a row in"
                 f" {' or '.join(METADATA_NAMES)}, or set data.caption_prefix",
             )
         elif not caption and not prefix:
-            problems.add(picture, "its caption is empty; write one, or set data.caption_prefix")
+            problems.add(picture, "has an empty caption; write one, or set data.caption_prefix")
         rows["image"].append(str(picture))
         rows["caption"].append(_joined(prefix, caption))
-    # decode=False: a damaged picture would end the iteration, and its pixels would be decoded twice.
+    # decode=False, because a damaged image would end the iteration, and because images are decoded in _open.
     features = Features({"image": PictureFeature(decode=False), "caption": Value("string")})
     return [
         _Found(Path(row["image"]["path"]), None, row["caption"])
@@ -192,16 +208,19 @@ def _metadata_captions(
     for file in (file for file in files if file.name in METADATA_NAMES):
         other = file.with_name(METADATA_NAMES[0])
         if file.name != other.name and other in files:
-            problems.add(file, f"{other.name} is in the same folder; keep one of them")
+            problems.add(file, f"{other.name} is in the same folder; keep only one of them")
             continue
         for row in read_metadata(file, problems):
             picture = Path(os.path.normpath(file.parent / row.file_name))
             if picture not in known:
-                # Looking for what may have been meant takes long where very many are missing.
+                # Finding similar names is slow, so only the first few missing images get a suggestion.
                 candidates = pictures if len(problems.lines) < _HINTS else []
                 problems.add(row.where, _missing(root, file.parent, row.file_name, picture, candidates))
             elif picture in first_row:
-                problems.add(row.where, f"{row.file_name!r} has a row already, at {first_row[picture]}")
+                problems.add(
+                    row.where,
+                    f"{row.file_name!r} already has a row at {first_row[picture]}; keep one of them",
+                )
             else:
                 first_row[picture] = row.where
                 captions[picture] = row.text
@@ -210,14 +229,14 @@ def _metadata_captions(
 
 def _missing(root: Path, folder: Path, name: str, picture: Path, candidates: list[Path]) -> str:
     if not picture.is_relative_to(root):
-        return f"names {name!r}, which is outside {root}; pictures are read from inside it alone"
+        return f"names {name!r}, which is outside {root}; move the image inside"
     if picture.exists() or picture.is_symlink():
-        return f"names {name!r}, which cannot be read as a picture; accepted: {', '.join(PICTURE_SUFFIXES)}"
+        return f"names {name!r}, which is not an image; accepted: {', '.join(PICTURE_SUFFIXES)}"
     names = [os.path.relpath(other, folder) for other in candidates]
     folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
-    return f"names a missing picture, {name!r}{hint}"
+    return f"names a missing image, {name!r}{hint}"
 
 
 def _text_captions(
@@ -233,21 +252,25 @@ def _text_captions(
         used.add(file)
         text = read_text(file, problems)
         if text is None:
-            merged[picture] = "?"  # one problem is enough; its lack of a caption is not another
+            merged[picture] = "?"  # avoids a second problem, about a missing caption
         elif picture in captions and captions[picture] != text.strip():
-            problems.add(picture, f"has one caption in {file.name} and another in a metadata file; keep one")
+            problems.add(
+                picture, f"has different captions in {file.name} and in a metadata file; keep one of them"
+            )
         else:
             merged[picture] = text.strip()
     unused = [file for file in texts.values() if file not in used]
     if unused and used:
-        log.warning("%d .txt files have no picture beside them, the first is %s", len(unused), unused[0])
+        log.warning(
+            "%d .txt files belong to no image and are ignored, the first is %s", len(unused), unused[0]
+        )
     return merged
 
 
 def _parquet_items(root: Path, tables: list[Path], prefix: str, problems: Problems) -> list[_Found]:
     items = [item for table in tables for item in _table_items(root, table, prefix, problems)]
     if not items and not problems.lines:
-        problems.add(root, "the parquet files have no rows")
+        problems.add(root, "the parquet files contain no rows")
     return items
 
 
@@ -256,7 +279,7 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
         where = f"{table} row {number}"
         caption = caption_of(where, row, problems)
         if caption == "" and not prefix:
-            problems.add(where, "its caption is empty; write one, or set data.caption_prefix")
+            problems.add(where, "has an empty caption; write one, or set data.caption_prefix")
         image = row[IMAGE_COLUMN]
         if embedded_bytes(image) is not None:
             yield _Found(table, number, _joined(prefix, caption))
@@ -264,11 +287,11 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
         name = image.get("path") if isinstance(image, dict) else None
         picture = table.parent / name if isinstance(name, str) and "\0" not in name else None
         if picture is None:
-            problems.add(where, f"{IMAGE_COLUMN}: holds no bytes and no path")
+            problems.add(where, f"{IMAGE_COLUMN}: contains neither bytes nor a path")
         elif not _is_inside(root, picture):
-            problems.add(where, f"names {name!r}, which is outside {root}; embed the bytes instead")
+            problems.add(where, f"names {name!r}, which is outside {root}; embed the image's bytes instead")
         elif not picture.is_file():
-            problems.add(where, f"names a missing picture, {name!r}")
+            problems.add(where, f"names a missing image, {name!r}")
         else:
             yield _Found(picture, None, _joined(prefix, caption))
 
@@ -291,5 +314,5 @@ def _open(item: _Found, index: int, is_decoded: Callable[[str], bool], problems:
 def _undecodable(data: bytes, error: Exception) -> str:
     if not data:
         return "is empty (0 bytes)"
-    reason = "not a picture, or of an unknown kind" if "cannot identify" in str(error) else str(error)
-    return f"does not decode: {reason}; replace or remove it"
+    reason = "not an image, or of an unknown format" if "cannot identify" in str(error) else str(error)
+    return f"cannot be decoded: {reason}; replace or remove it"

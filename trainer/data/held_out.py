@@ -1,4 +1,4 @@
-"""Pictures that a run is measured on and never trained on: from a folder of their own, or set aside."""
+"""Chooses and checks validation images: those on which a run is measured but not trained."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,20 @@ from halfbyte.trainer.errors import DataError
 
 
 def set_aside(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into those to train on and `count` to measure on; both keep their order.
+    """Splits samples into those to train on and `count` for validation; both keep their order.
 
-    The choice is by the pictures' SHA-256 alone: the same for every seed, and renaming a file does not change it.
-    Copies of a picture stay together, for one that is trained on tells nothing; they count once. Raises DataError
-    where nothing would be left to train on.
+    The choice depends only on the images' SHA-256: it is the same for every seed and does not change when a file is
+    renamed. Copies of an image count once and stay in the same part, because a validation image that is also trained
+    on measures nothing.
+
+    Raises:
+        DataError: if no image would be left to train on.
     """
     contents = sorted({sample.sha256 for sample in samples})
     if count >= len(contents):
         raise DataError(
-            f"validation.held_out: got {count}, but data.path has {len(contents)} different pictures; expected at"
-            f" most {len(contents) - 1}"
+            f"validation.held_out: got {count}, expected at most {len(contents) - 1}, because data.path has"
+            f" {len(contents)} different images"
         )
     chosen = set(contents[:count])
     return (
@@ -27,14 +30,14 @@ def set_aside(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list
 
 
 def refuse_trained(held_out: Sequence[Sample], trained: Sequence[Sample]) -> None:
-    """Raises DataError, a line for each, where held-out pictures are trained on as well."""
+    """Raises DataError, with one line per image, if held-out images are trained on as well."""
     known = {sample.sha256: sample for sample in trained}
     both = [sample for sample in held_out if sample.sha256 in known]
     if both:
         raise DataError(
             "\n".join(
-                f"{sample.path}: is in validation.path and, as {known[sample.sha256].path}, in data.path; take it"
-                " out of one of them"
+                f"{sample.path}: is in validation.path and also in data.path, as {known[sample.sha256].path};"
+                " remove it from one of them"
                 for sample in both
             )
         )

@@ -1,10 +1,10 @@
-"""The order of a whole run, as a function of its seed: which sample, at which position, in which micro-batch.
+"""Orders the samples of a whole run, as a function of its seed: their positions and their micro-batches.
 
-Epochs follow one another in one endless stream; each is a permutation of all samples keyed by (seed, epoch).
-A sample's place in the stream is its position, the key of all its randomness. Samples of one size wait for
-each other in a queue, across the ends of epochs, and leave it as a micro-batch as soon as it is full. So every
-sample is trained on once an epoch, none is dropped or repeated to fill a batch, and the order depends on
-batch_size * world_size alone: two processes of one picture do what one process of two does.
+Epochs form one endless stream; each is a permutation of all samples, keyed by (seed, epoch). The index of a sample in
+the stream is its position, which keys all its random numbers. Samples of one size wait in a queue, across the ends of
+epochs, and leave it as a micro-batch when it is full. Every sample is therefore trained on once per epoch; none is
+dropped, or repeated to fill a batch. The order depends on batch sizes only through batch_size * world_size: two
+processes with one image each train the same micro-batches as one process with two.
 """
 
 from collections import Counter, defaultdict
@@ -20,18 +20,18 @@ from halfbyte.trainer.randomness import generator, uniform
 
 @dataclass(frozen=True)
 class Entry:
-    """One use of one sample."""
+    """One use of one sample in the run."""
 
     position: int  # in the stream of the whole run, over all processes
     view: View
 
 
 class SampleOrder:
-    """The micro-batches of a run, without end; those of all processes together."""
+    """The endless sequence of a run's micro-batches, each over all processes."""
 
     def __init__(self, views: Sequence[Sequence[View]], *, seed: int, global_batch: int) -> None:
         """`views` holds each sample's views, all of one size; `global_batch` is batch_size * world_size."""
-        assert views, "a plan needs samples"
+        assert views, "an order needs samples"
         assert global_batch > 0, "a micro-batch needs room"
         self._views = [tuple(group) for group in views]
         self._seed = seed
@@ -40,7 +40,7 @@ class SampleOrder:
         self.pictures_by_size = Counter(self._sizes)
 
     def micro_batches(self, start: int = 0) -> Iterator[tuple[Entry, ...]]:
-        """Micro-batch `start` and those after it. Costs about two epochs of bookkeeping, whatever `start`."""
+        """Yields micro-batch `start` and all later ones. Starting takes two epochs of shuffling, at any `start`."""
         epoch = self._last_epoch_before(start)
         queues = self._waiting_before(epoch)
         number = self._emitted_before(epoch)
@@ -60,16 +60,16 @@ class SampleOrder:
         return Entry(position, views[int(uniform(self._seed, "view", position) * len(views))])
 
     def _stream(self, epoch: int) -> list[tuple[int, int]]:
-        """(position, sample) through one epoch."""
+        """Returns (position, sample index) for each use in one epoch, in order."""
         order = torch.randperm(len(self._views), generator=generator(self._seed, "epoch", epoch)).tolist()
         return list(enumerate(order, start=epoch * len(order)))
 
     def _emitted_before(self, epoch: int) -> int:
-        """Micro-batches that are full when an epoch begins."""
+        """Returns the number of micro-batches that are complete when an epoch begins."""
         return sum(epoch * pictures // self._global_batch for pictures in self.pictures_by_size.values())
 
     def _last_epoch_before(self, micro_batch: int) -> int:
-        """The last epoch that begins with at most this many micro-batches done."""
+        """Returns the last epoch that begins with at most this many micro-batches complete, by bisection."""
         low, high = 0, 1
         while self._emitted_before(high) <= micro_batch:
             low, high = high, 2 * high
@@ -79,7 +79,10 @@ class SampleOrder:
         return low
 
     def _waiting_before(self, epoch: int) -> defaultdict[Size, list[tuple[int, int]]]:
-        """The queues when an epoch begins: of each size the last few of the stream, found by walking back."""
+        """Rebuilds the queues at the beginning of an epoch: for each size, its last few samples in the stream.
+
+        The lengths follow from the counts, so walking the stream backwards until the queues are full is enough.
+        """
         missing = {
             size: epoch * pictures % self._global_batch for size, pictures in self.pictures_by_size.items()
         }

@@ -1,4 +1,4 @@
-"""Parquet files in the form that `datasets` writes: an image column of bytes and a caption column."""
+"""Reads parquet files as `datasets` writes them: a column of images and a column of captions."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ IMAGE_COLUMN = "image"
 
 
 def read_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, object]]]:
-    """(row number, its image and caption columns), one row group in memory at a time."""
+    """Yields each row's number and its image and caption columns, with one row group in memory at a time."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = set(file.schema_arrow.names)
             if IMAGE_COLUMN not in columns or not columns & set(CAPTION_COLUMNS):
                 found = ", ".join(map(repr, file.schema_arrow.names)) or "none"
-                problems.add(path, f"expected the columns image and text (or caption), found {found}")
+                problems.add(path, f"found the columns {found}, expected image and text (or caption)")
                 return
             wanted = [name for name in file.schema_arrow.names if name in {IMAGE_COLUMN, *CAPTION_COLUMNS}]
             number = 0
@@ -34,14 +34,14 @@ def read_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, o
 
 
 def embedded_bytes(image: object) -> bytes | None:
-    """The bytes of an image cell: plain, or in the struct of bytes and path; None if it has only a path."""
+    """Returns the bytes of an image cell, plain or in a struct of bytes and path; None if it has only a path."""
     if isinstance(image, dict):
         image = image.get("bytes")
     return image if isinstance(image, bytes) else None
 
 
 def picture_bytes(path: Path, row: int) -> bytes:
-    """The picture embedded in one row; neighbouring rows are read together."""
+    """Returns the bytes of the image in one row. Reads and caches whole row groups, for the neighboring rows."""
     starts = _group_starts(path)
     group = bisect_right(starts, row) - 1
     data = embedded_bytes(_images(path, group)[row - starts[group]])

@@ -1,4 +1,4 @@
-"""What happens before the transformer is loaded: pictures read, latents and embeddings cached, encoders gone."""
+"""Prepares a run's data before the transformer is loaded: reads images, fills the cache, frees the encoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,20 +26,20 @@ from halfbyte.trainer.runtime.world import World, barrier
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that training needs besides the transformer."""
+    """Everything that training needs apart from the transformer."""
 
-    samples: Sequence[Sample]  # those that are trained on
-    views: int
-    sizes: Sequence[Size]  # those that pictures have, not all that there could be
+    samples: Sequence[Sample]  # the training samples
+    views: int  # the number of training views
+    sizes: Sequence[Size]  # the sizes that occur, not all buckets
     prompts: Sequence[Prompt]
-    empty: TextEmbedding
+    empty: TextEmbedding  # of the empty caption, a batch of one
     plan: SampleOrder
     training_set: TrainingSet
-    held_out: Sequence[View]  # one of each picture that validation measures
+    held_out: Sequence[View]  # one per validation image
     held_out_set: TrainingSet
 
     def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
-        """This process's micro-batches from the given one to the end of the run, as one epoch."""
+        """Makes the loader of this process's micro-batches, from the given one to the end of the run."""
         train = recipe.train
         batches = PlannedBatches(
             self.plan,
@@ -57,12 +57,13 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> Prepared:
-    """Reads the data and fills the cache, each process its share; the encoders are gone when it returns.
+    """Reads the data and fills the cache; each process encodes its share. Frees the encoders before it returns.
 
-    Raises DataError with every problem of the pictures and captions at once.
+    Raises:
+        DataError: with all problems of the images and captions at once.
     """
     data = recipe.data
-    reading = LazyProgress(console, "reading pictures", "picture")
+    reading = LazyProgress(console, "reading images", "image")
     samples = _read(recipe, data.path, reading)
     reading.close()
     samples, held_out = _split(recipe, samples)
@@ -72,9 +73,9 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
     )
     groups = views_of(samples, cropping, recipe.train.seed)
     views = [view for group in groups for view in group]
-    # The middle of each picture, once: what is measured does not change with how training crops.
-    whole = replace(cropping, crop="center", random_crops=1, flip=False)
-    held_out_views = [group[0] for group in views_of(held_out, whole, recipe.train.seed)]
+    # Validation measures one center crop per image, so that results do not depend on how training crops.
+    center = replace(cropping, crop="center", random_crops=1, flip=False)
+    held_out_views = [group[0] for group in views_of(held_out, center, recipe.train.seed)]
     encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         family,
@@ -112,7 +113,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
 
 
 def _split(recipe: Recipe, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """The pictures to train on, and those to measure on. Raises DataError."""
+    """Returns the samples to train on and those for validation. Raises DataError if they overlap or too few remain."""
     validation = recipe.validation
     if validation.path is None:
         return set_aside(samples, validation.held_out)
@@ -122,7 +123,7 @@ def _split(recipe: Recipe, samples: list[Sample]) -> tuple[list[Sample], list[Sa
 
 
 def _references(recipe: Recipe) -> dict[str, Sample]:
-    """What sample prompts should show, by prompt. Raises DataError."""
+    """Reads the reference images of the sample prompts, by prompt. Raises DataError for unusable images."""
     folder = recipe.sample.references
     if folder is None:
         return {}
@@ -130,7 +131,7 @@ def _references(recipe: Recipe) -> dict[str, Sample]:
 
 
 def _read(recipe: Recipe, folder: Path, progress: LazyProgress | None = None) -> list[Sample]:
-    """The pictures of a folder. Raises DataError."""
+    """Reads the samples of a folder. Raises DataError for unusable images."""
     data = recipe.data
     return read_samples(
         folder,

@@ -1,4 +1,4 @@
-"""What sample prompts should show: pictures of a folder, found by their captions."""
+"""Sample prompts with their embeddings and reference images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from halfbyte.trainer.families.embedding import TextEmbedding
 
 
 def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Path) -> dict[str, Sample]:
-    """The picture of each prompt that is the caption of one of `samples`, which are those of `folder`.
+    """Finds a reference image for each prompt: the sample in `folder` whose caption equals the prompt.
 
-    Raises DataError where no prompt is a caption, or one is the caption of two different pictures.
+    Prompts without one are left out of the result.
+
+    Raises:
+        DataError: if no prompt has a reference image, or one has two different images.
     """
     found: dict[str, Sample] = {}
     for sample in samples:
@@ -21,12 +24,12 @@ def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Pa
         other = found.setdefault(sample.caption, sample)
         if other.sha256 != sample.sha256:
             raise DataError(
-                f"sample.references: the prompt {sample.caption!r} is the caption of {other.path} and of"
-                f" {sample.path}; keep one"
+                f"sample.references: the prompt {sample.caption!r} is the caption of both {other.path} and"
+                f" {sample.path}; keep one of them"
             )
     if not found:
         raise DataError(
-            f"sample.references: no caption in {folder} is one of sample.prompts; a caption there is"
+            f"sample.references: no caption in {folder} equals one of sample.prompts; one of its captions is"
             f" {samples[0].caption!r}"
         )
     return found
@@ -34,8 +37,8 @@ def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Pa
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption to draw, embedded before the text encoders left."""
+    """A prompt for sample images, with the embedding made before the text encoders were freed."""
 
     text: str
-    embedding: TextEmbedding  # batch of one
-    reference: Sample | None = None  # what it should show
+    embedding: TextEmbedding  # a batch of one
+    reference: Sample | None = None  # the image that the prompt should give

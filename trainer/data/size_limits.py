@@ -1,4 +1,4 @@
-"""Sizes of pictures that a model has no positions for, told before anything is encoded or loaded."""
+"""Checks that the model's table of positions covers all image sizes, before anything is encoded or loaded."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from halfbyte.trainer.recipe.sections import DataSection
 
 
 def refuse_large(recipe: Recipe, family: Family) -> None:
-    """Raises RecipeError where a bucket, or a picture that is drawn, is larger than the model takes."""
+    """Raises RecipeError if a bucket or a sample image is larger than the model accepts."""
     limit, data, sample = family.largest_side, recipe.data, recipe.sample
     if limit is not None and _longest(family, data) > limit:
         raise RecipeError(_resolution_problem(family, data, limit))
@@ -21,32 +21,33 @@ def refuse_large(recipe: Recipe, family: Family) -> None:
 
 
 def refuse_large_drawings(family: Family, sides: Mapping[str, int]) -> None:
-    """The same of pictures that are drawn; `sides`, in pixels, by the setting or option that asks for them."""
+    """Raises RecipeError if one of `sides` (pixels, by setting or option) is larger than the model accepts."""
     limit = family.largest_side
     for setting, side in sides.items():
         if limit is not None and side > limit:
             raise RecipeError(
-                f"{setting}: got {side}, expected at most {limit}: {family.source.name} has no positions for longer"
-                " sides"
+                f"{setting}: got {side}, expected at most {limit}, because {family.source.name} has no positions for"
+                " larger images"
             )
 
 
 def _resolution_problem(family: Family, data: DataSection, limit: int) -> str:
     largest = _largest_resolution(family, data, limit)
     problem = (
-        f"data.resolution: got {data.resolution}, expected at most {largest}: {family.source.name} takes"
+        f"data.resolution: got {data.resolution}, expected at most {largest}, because {family.source.name} accepts"
+        f" sides of at most {limit} pixels"
     )
     if not data.aspect_buckets:
-        return f"{problem} no side above {limit} pixels"
-    alone = _largest_resolution(family, data.model_copy(update={"aspect_buckets": False}), limit)
+        return problem
+    square = _largest_resolution(family, data.model_copy(update={"aspect_buckets": False}), limit)
     return (
-        f"{problem} no side above {limit} pixels, and the longest buckets have {_longest(family, data)}; with"
-        f" data.aspect_buckets=false at most {alone}"
+        f"{problem} and the longest buckets have {_longest(family, data)}; with data.aspect_buckets=false at most"
+        f" {square} is accepted"
     )
 
 
 def _largest_resolution(family: Family, data: DataSection, limit: int) -> int:
-    """The largest whose sizes the model takes; the smallest there is where it takes none."""
+    """Returns the largest resolution with sides of at most `limit`; the smallest valid one if there is none."""
     multiple = math.lcm(family.size_multiple, SIDE_STEP)
     found = (
         resolution
@@ -57,6 +58,6 @@ def _largest_resolution(family: Family, data: DataSection, limit: int) -> int:
 
 
 def _longest(family: Family, data: DataSection) -> int:
-    """The longest side, in pixels, that a picture may be brought to. Raises RecipeError, see `Cropping`."""
+    """Returns the longest side of any bucket, in pixels. Raises RecipeError for an invalid resolution."""
     sizes = Cropping(data.resolution, family.size_multiple, data.aspect_buckets).sizes()
     return max(max(size) for size in sizes)

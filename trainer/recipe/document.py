@@ -1,7 +1,7 @@
-"""A recipe as written: YAML with the line of every key.
+"""Reads a recipe file as a document: its YAML values, with the line of every key for error messages.
 
-YAML is read by the rules of its version 1.2, as editors read it: 1e-4 is a number and `on` is a word.
-PyYAML alone follows version 1.1, where it is the other way round.
+Values follow YAML 1.2, like in editors: 1e-4 is a number and `on` is a word. PyYAML's default is YAML 1.1, where
+1e-4 is a word and `on` is true.
 """
 
 import re
@@ -35,15 +35,15 @@ for _name, _pattern in SCALARS.items():
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """Where a value was written: a line of the file, or an override."""
+    """The place where a value was written: a line of the file, or an override on the command line."""
 
     source: str  # the file as the user named it, or the override's text
-    line: int  # counted from 1; for overrides, their position on the command line
-    base: Path  # the folder that ./ and ../ start from
-    override: KeyPath | None = None  # the field that the override sets
+    line: int  # line number from 1; for an override, its position on the command line from 0
+    base: Path  # the folder that ./ and ../ are relative to
+    override: KeyPath | None = None  # the field that the override sets; None: the value is in the file
 
     def report(self, path: KeyPath, message: str) -> str:
-        """`flux_lora.yaml:14: optimizer.lr: ...`, or `command line: optimizer.lr=x: ...`."""
+        """Formats a message as `flux_lora.yaml:14: optimizer.lr: ...` or `command line: optimizer.lr=x: ...`."""
         if self.override is None:
             return f"{self.source}:{self.line}: {dotted(path)}{': ' if path else ''}{message}"
         deeper = dotted(path[len(self.override) :])
@@ -57,21 +57,21 @@ class Document:
     data: dict[str, Any]
     places: dict[KeyPath, SourceLocation]
     problems: list[tuple[SourceLocation, str]] = field(default_factory=list)
-    # Fields whose value could not be read: they are null in `data`, which says nothing about them.
+    # Fields whose value could not be read. They are null in `data`, and validation errors about them are dropped.
     unread: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> SourceLocation:
-        """Where the value at `path` was written; for an absent one, where what encloses it was."""
+        """Returns where the value at `path` was written; for an absent value, where its section was."""
         while path not in self.places:
             path = path[:-1]
         return self.places[path]
 
     def problem(self, path: KeyPath, message: str) -> None:
-        """Notes what is wrong with the field at `path`."""
+        """Records a problem with the field at `path`, at the place where the field was written."""
         self.refuse(self.place(path), path, message)
 
     def at(self, path: KeyPath) -> Any:
-        """The value of a field; None where there is none."""
+        """Returns the value of a field; None if it is absent."""
         value: Any = self.data
         for key in path:
             if isinstance(value, list) and isinstance(key, int):
@@ -81,7 +81,7 @@ class Document:
         return value
 
     def located(self, message: str) -> str:
-        """A message that begins with a setting, with the file and line where that is written."""
+        """Adds file and line to a message that starts with `section.setting: `, if the setting was written."""
         found = _SETTING.match(message)
         path: KeyPath = () if found is None else (found[1], found[2])
         if found is None or self.at(path) is None:
@@ -89,14 +89,15 @@ class Document:
         return self.place(path).report(path, message[found.end() :])
 
     def refuse(self, place: SourceLocation, path: KeyPath, message: str) -> None:
+        """Records a problem with the field at `path`, at the given place."""
         self.problems.append((place, place.report(path, message)))
 
     def replace(self, path: KeyPath, value: Any) -> None:
-        """Changes the value of a field that is there; where it was written stays known."""
+        """Changes the value of a field that exists and keeps the record of where it was written."""
         self.at(path[:-1])[path[-1]] = value
 
     def put(self, path: KeyPath, value: Any, place: SourceLocation) -> None:
-        """Sets a field that may be absent; sections on the way that are absent or empty are made."""
+        """Sets a field, and creates the sections around it if they are absent or empty."""
         section = self.data
         for depth, key in enumerate(path[:-1], start=1):
             inner = section.get(str(key))
@@ -112,19 +113,19 @@ class Document:
         self.places[path] = place
 
     def forget(self, path: KeyPath) -> None:
-        """Drops the places of a value and of all inside it."""
+        """Removes the recorded places of a value and of everything inside it."""
         for known in [known for known in self.places if known[: len(path)] == path]:
             del self.places[known]
 
     def raise_problems(self) -> None:
-        """Raises RecipeError with one line a problem, the file's by line, then the command line's."""
+        """Raises RecipeError if there are problems: one line each, in the file's order, then the command line's."""
         if self.problems:
             ordered = sorted(self.problems, key=lambda item: (item[0].override is not None, item[0].line))
             raise RecipeError("\n".join(dict.fromkeys(text for _, text in ordered)))
 
 
 def dotted(path: KeyPath) -> str:
-    """`sample.prompts[1]`: a field as messages and overrides write it."""
+    """Returns a field's name as messages and overrides write it, such as `sample.prompts[1]`."""
     text = ""
     for key in path:
         text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
@@ -132,43 +133,44 @@ def dotted(path: KeyPath) -> str:
 
 
 def read(file: str | Path) -> Document:
-    """Reads a recipe file. Raises RecipeError for one that is absent, unreadable or not YAML."""
+    """Reads a recipe file into a document. Raises RecipeError if the file is absent, unreadable or not YAML."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         near = nearest(path.stem, [other.stem for other in path.parent.glob("*.yaml")])
         hint = f"; did you mean {path.parent / near}.yaml?" if near else ""
-        raise RecipeError(f"{file}: there is no such recipe{hint}") from error
+        raise RecipeError(f"{file}: no such recipe{hint}") from error
     except IsADirectoryError as error:
-        raise RecipeError(f"{file}: this is a folder, expected a recipe, a YAML file") from error
+        raise RecipeError(f"{file}: this is a folder, expected a recipe in YAML") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: this is no UTF-8 text, expected a recipe, a YAML file") from error
+        raise RecipeError(f"{file}: not UTF-8 text, expected a recipe in YAML") from error
     except OSError as error:
-        raise RecipeError(f"{file}: the recipe cannot be read: {error.strerror}") from error
+        raise RecipeError(f"{file}: cannot read the recipe: {error.strerror}") from error
     root = SourceLocation(str(file), 1, path.absolute().parent)
     node = compose(text, root)
     if not isinstance(node, yaml.MappingNode):
-        kinds = {yaml.SequenceNode: "holds a list", yaml.ScalarNode: "holds a single value"}
-        holds = kinds.get(type(node), "is empty")
-        raise RecipeError(f"{file}: the recipe {holds}, expected sections: model, quant, lora, data, ...")
+        kinds = {yaml.SequenceNode: "is a list", yaml.ScalarNode: "is a single value"}
+        kind = kinds.get(type(node), "is empty")
+        raise RecipeError(f"{file}: the recipe {kind}, expected sections: model, quant, lora, data, ...")
     document = Document({}, {(): root})
     document.data = plain_value(node, (), root, document)
     return document
 
 
 def compose(text: str, place: SourceLocation) -> yaml.Node | None:
+    """Parses YAML text into nodes; None for empty text. Raises RecipeError, with the line, for invalid YAML."""
     try:
         return yaml.compose(text, Loader=RecipeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         if "'\\t'" in problem:
-            problem = "a tab where a key or value should start; indent with spaces"
+            problem = "a tab before a key or value; indent with spaces"
         raise RecipeError(_not_yaml(place, mark.line + 1 if mark else 1, problem)) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problem = f"it does not allow the character U+{error.character:04X}"
+        problem = f"the character U+{error.character:04X} is not allowed"
         raise RecipeError(_not_yaml(place, line, problem)) from error
     except RecursionError as error:
         raise RecipeError(_not_yaml(place, 1, "nested too deeply")) from error
@@ -180,7 +182,7 @@ def _not_yaml(place: SourceLocation, line: int, problem: str) -> str:
 
 
 def plain_value(node: yaml.Node | None, path: KeyPath, place: SourceLocation, document: Document) -> Any:
-    """The plain value of a node; notes the line of each key and item, where the document is a file."""
+    """Converts a node to plain values. For a file, records the line of each key and list item in the document."""
     if node is None:
         return None
     if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
@@ -196,7 +198,7 @@ def plain_value(node: yaml.Node | None, path: KeyPath, place: SourceLocation, do
         return node.value
     if isinstance(node, yaml.ScalarNode) and kind in SCALARS and SCALARS[kind].match(node.value):
         return converted(kind, node.value)
-    document.refuse(place, path, f"a recipe has no tags; leave out '{node.tag}'")
+    document.refuse(place, path, f"YAML tags are not supported in recipes; remove '{node.tag}'")
     document.unread.add(path)
     return None
 
@@ -208,14 +210,14 @@ def _mapping(
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
             here = SourceLocation(place.source, key.start_mark.line + 1, place.base, place.override)
-            document.refuse(here, path, "a key is a single word, not a list or a mapping")
+            document.refuse(here, path, "got a list or mapping as a key, expected a single word")
             continue
         inner = (*path, key.value)
         if key.value in values:
             first = document.place(inner)
             here = SourceLocation(place.source, key.start_mark.line + 1, place.base, place.override)
             where = f"; first on line {first.line}" if first.override is None else ""
-            document.problems.append((here, here.report(inner, f"given twice{where}")))
+            document.problems.append((here, here.report(inner, f"given twice{where}; keep one of them")))
             continue
         values[key.value] = plain_value(value, inner, _note(key, inner, place, document), document)
     return values

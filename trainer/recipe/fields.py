@@ -1,4 +1,4 @@
-"""What the recipe's sections have in common: their base, and the types of fields that several of them have."""
+"""Base class and field types shared by the recipe's sections."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from halfbyte.trainer.registry import SETTINGS
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-SIDE_STEP = 16  # pixels
+SIDE_STEP = 16  # pixels: sides of images are multiples of this
 PictureSide = Annotated[int, Field(ge=SIDE_STEP, le=8192, multiple_of=SIDE_STEP)]
 FilePath = Annotated[Path, Field(strict=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -16,7 +16,7 @@ Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
-    """A part of the recipe."""
+    """One section of the recipe."""
 
     model_config = SETTINGS
 

@@ -1,4 +1,4 @@
-"""Reads and validates a recipe file."""
+"""Loads recipes: reads the file, applies overrides, resolves paths and validates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,12 @@ from halfbyte.trainer.recipe.schema import SchemaTree, json_schema
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True) -> Recipe:
-    """Reads a recipe file and applies `section.field=value` overrides.
+    """Loads a recipe file with `section.field=value` overrides applied.
 
-    Raises RecipeError with one line for every problem, each with its file and line: what cannot be read, what
-    the schema refuses, settings that contradict each other, and folders named there that do not exist (data.path
-    only where `pictures_needed`).
+    Raises:
+        RecipeError: with one line per problem, each with its file and line: text that cannot be read, values that the
+            schema does not accept, contradictory settings, and folders that do not exist. A missing data.path is
+            accepted unless `pictures_needed`.
     """
     return load_document(path, overrides, pictures_needed=pictures_needed)[0]
 
@@ -26,12 +27,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, pictures_nee
 def load_document(
     path: str | Path, overrides: Sequence[str] = (), *, pictures_needed: bool = True
 ) -> tuple[Recipe, Document]:
-    """As `load_recipe`, with what was written, to tell the line of what proves wrong later."""
+    """Loads a recipe like `load_recipe`, and also returns its document, so that later errors can name file and line."""
     document = read(path)
     tree = SchemaTree(json_schema())
     apply_overrides(document, overrides, tree)
     for section, node in tree.properties(tree.schema).items():
-        # A section with every line commented out reads as null; like an absent one, it has its defaults.
+        # YAML reads a section with every line commented out as null. Treat it as absent, so its defaults apply.
         if document.at((section,)) is None:
             document.data.pop(section, None)
             if not tree.variants(node):
@@ -41,7 +42,11 @@ def load_document(
 
 
 def load_written(path: Path) -> Recipe:
-    """A recipe as a run wrote it, whose folders may be gone or on another machine. Raises RecipeError."""
+    """Loads a recipe that a run wrote, without checking its folders: they may be gone or on another machine.
+
+    Raises:
+        RecipeError: if the file cannot be read or its values are not valid.
+    """
     return _validated(read(path), SchemaTree(json_schema()))
 
 

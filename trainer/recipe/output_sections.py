@@ -1,6 +1,6 @@
-"""The recipe's sections on what is seen of a run and what it leaves: validation, averages, samples, checkpoints, files.
+"""Recipe sections for a run's results: validation, ema, sample, checkpoint and output.
 
-Fields are described as in `recipe_sections`.
+The strings under the fields describe them, as in `sections`.
 """
 
 from typing import Annotated, Literal, Self
@@ -15,7 +15,7 @@ from halfbyte.trainer.wording import shown
 
 def _check_sigmas(sigmas: tuple[float, ...]) -> tuple[float, ...]:
     if len(set(sigmas)) != len(sigmas):
-        raise ValueError(f"got {shown(list(sigmas))}, expected each noise level once")
+        raise ValueError(f"got {shown(list(sigmas))}, expected different noise levels, each listed once")
     return sigmas
 
 
@@ -27,95 +27,102 @@ NoiseLevels = Annotated[
 
 
 class ValidationSection(Section):
-    """Pictures held out of training, on which the loss at fixed noise tells how much a run has learned."""
+    """Images held out of training. Their loss at fixed noise levels measures how much a run has learned. At most one
+    of path and held_out may be given; without either, nothing is measured."""
 
     path: FilePath | None = None
-    """A folder of pictures with captions, as data.path, that are not trained on; null: none, or those that
-    held_out sets aside."""
+    """A folder of images with captions, in the same form as data.path, that are not trained on. null measures on the
+    images that held_out sets aside, if any."""
     held_out: int = Field(default=0, ge=0)
-    """How many of data.path's own pictures are set aside instead, chosen by their contents alone; 0: none."""
+    """The number of images of data.path that are set aside for validation; 0 sets none aside. The choice depends only
+    on the images' contents, so it is the same for every seed and file name."""
     sigmas: NoiseLevels = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """The noise levels at which each picture is measured, as the model is told them: a plain list and not the
-    run's own density, so that runs with other timesteps, shift or loss compare."""
+    """The noise levels, above 0 and up to 1, at which each image is measured. They are given to the model unchanged,
+    whatever objective.timesteps and objective.shift say, so that runs with different objectives can be compared."""
     every: int = Field(default=0, ge=0)
-    """Optimizer steps between measurements; 0: only before and after."""
+    """Optimizer steps between measurements; 0 measures only before and after training."""
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to measure on."""
+        """True if there are images to measure on."""
         return self.path is not None or self.held_out > 0
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.path is not None and self.held_out:
-            raise conflict("held_out", f"got {self.held_out}, expected 0 where validation.path is given")
+            raise conflict("held_out", f"got {self.held_out}, expected 0 because validation.path is given")
         if self.every and not self.wanted:
             raise conflict(
-                "every", f"got {self.every}, expected 0 where neither validation.path nor held_out is given"
+                "every", f"got {self.every}, expected 0 because neither validation.path nor held_out is given"
             )
         return self
 
 
 class EmaSection(Section):
-    """A moving average of the adapter, for validation, samples and what is exported. The weights that train stay
-    in the checkpoints, as a LoRA file of their own: trained_lora_weights.safetensors."""
+    """An exponential moving average of the adapter's weights, used for validation, samples and the exported adapter.
+    Checkpoints also keep the weights that are being trained, in trained_lora_weights.safetensors."""
 
     decay: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the average that each step keeps: 0.99 averages over about 100 steps; null: no average. It takes as
-    much device memory as the adapter, once more while samples are drawn."""
+    """The share of the average that each step keeps; null turns averaging off. 0.99 averages over about 100 steps. The
+    average takes as much device memory as the adapter, and the same again while samples are generated."""
     every: int = Field(default=1, ge=1)
-    """Optimizer steps between updates, each with the decay of as many steps."""
+    """Optimizer steps between updates of the average. Each update applies the decay of that many steps; larger values
+    save a little time."""
     warmup: bool = True
-    """Lower the decay in the beginning, to (1 + n) / (10 + n) at update n, so that the average leaves the start."""
+    """Use a lower decay at first, at most (1 + n) / (10 + n) at update n, so that the untrained adapter does not weigh
+    on the average."""
 
     @model_validator(mode="after")
     def _something_to_average(self) -> Self:
         if self.decay is None and self.every != 1:
-            raise conflict("every", f"got {self.every}, expected 1 where ema.decay is null")
+            raise conflict("every", f"got {self.every}, expected 1 because ema.decay is null")
         if self.decay is None and not self.warmup:
-            raise conflict("warmup", "got false, expected true where ema.decay is null")
+            raise conflict("warmup", "got false, expected true because ema.decay is null")
         return self
 
 
 class SampleSection(Section):
-    """Pictures drawn with the pipeline's own sampler: before, during and after training."""
+    """Sample images, generated with the stock pipeline's own sampler before, during and after training."""
 
     prompts: Texts = ()
-    """One picture each; none: nothing is drawn."""
+    """Prompts to generate one image each; an empty list turns samples off."""
     references: FilePath | None = None
-    """A folder of pictures, with captions as in data.path, that show what prompts should give: where a prompt is a
-    caption there, the summary tells how far the drawn pictures are from it before and after; null: none."""
+    """A folder of reference images with captions, in the same form as data.path; null uses none. For each prompt that
+    equals the caption of a reference image, the summary reports the distance of the generated image from it before
+    and after training."""
     every: int = Field(default=0, ge=0)
-    """Optimizer steps between pictures; 0: only before and after."""
+    """Optimizer steps between samples; 0 generates them only before and after training."""
     steps: int = Field(default=28, ge=1)
-    """Sampling steps."""
+    """Sampling steps per image. FLUX.1-schnell needs only 4."""
     guidance_scale: float = Field(default=3.5, ge=0)
-    """As the pipeline takes it: told to FLUX.1-dev, classifier-free guidance for SD3."""
+    """The guidance scale, as the pipeline uses it: an input of the model for FLUX.1-dev, classifier-free guidance for
+    SD3 (two model evaluations per step above 1). FLUX.1-schnell does not use it."""
     width: PictureSide = 1024
-    """Pixels."""
+    """The width of the images, in pixels. Smaller images decode with less memory."""
     height: PictureSide = 1024
-    """Pixels."""
+    """The height of the images, in pixels."""
     seed: Seed = 0
-    """The same noise at every drawing, so that pictures compare."""
+    """The seed of the initial noise; prompt number n, counted from 0, uses seed + n. The noise is the same each time,
+    so that images from different steps can be compared."""
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Self:
         if self.every and not self.prompts:
-            raise conflict("every", f"got {self.every}, expected 0 where sample.prompts is empty")
+            raise conflict("every", f"got {self.every}, expected 0 because sample.prompts is empty")
         if self.references is not None and not self.prompts:
             raise conflict(
-                "references", f"got {self.references}, expected null where sample.prompts is empty"
+                "references", f"got {self.references}, expected null because sample.prompts is empty"
             )
         return self
 
 
 class CheckpointSection(Section):
-    """What a run continues from."""
+    """Checkpoints, from which `--resume` continues a run."""
 
     every: int = Field(default=250, ge=1)
-    """Optimizer steps between checkpoints; the last step always has one."""
+    """Optimizer steps between checkpoints. The last step always writes one."""
     keep: int = Field(default=2, ge=1)
-    """Older ones are deleted."""
+    """The number of latest checkpoints to keep; older ones are deleted."""
 
 
 def _check_repository(name: str) -> str:
@@ -128,22 +135,24 @@ Formats = Annotated[tuple[Literal["diffusers", "comfyui", "kohya"], ...], Field(
 
 
 class OutputSection(Section):
-    """What is left behind."""
+    """The results of a run: its folder, metrics, exported files and an optional upload."""
 
     dir: FilePath
-    """The run's folder; a relative path starts from the current folder."""
+    """The run's folder, for logs, samples, checkpoints and exports; a relative path starts from the current folder.
+    It must not lie inside data.path."""
     log_every: int = Field(default=1, ge=1)
-    """Optimizer steps between rows of metrics."""
+    """Optimizer steps between rows of the metrics."""
     formats: Formats | None = None
-    """What the adapter is written for: diffusers (and PEFT), comfyui, kohya; null: all that can hold it, which is
-    diffusers alone where lora.dora is true."""
+    """The formats in which the adapter is exported: diffusers (also read by PEFT), comfyui and kohya. null exports all
+    formats that can hold the adapter: all three, or only diffusers with lora.dora."""
     export_base: bool = True
-    """Also write the quantized transformer, for stock diffusers."""
+    """Also export the quantized transformer in a form that stock diffusers loads. false saves its disk space."""
     self_check: bool = True
-    """Have stock diffusers load what is exported, in a process of its own, and compare its prediction with ours; an
-    export that fails is not put in place."""
+    """Load the export with stock diffusers in a separate process and compare its prediction with the trainer's own. An
+    export that fails the check does not replace an earlier one."""
     push_to_hub: Annotated[str, AfterValidator(_check_repository)] | None = None
-    """A Hub repository, as owner/name, that the finished run is pushed to as `halfbyte push` does; null: none. Login,
-    rights and name are checked before anything is loaded."""
+    """The Hub repository, as owner/name, to which the finished run is pushed, as with `halfbyte push`; null pushes
+    nothing. Login, write access and name are checked before anything is loaded."""
     hub_private: bool = True
-    """Whether a push makes a private repository where there is none; one that exists stays as it is."""
+    """Make the repository private if the push creates it; false makes it public. An existing repository keeps its
+    visibility."""

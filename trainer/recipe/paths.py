@@ -1,4 +1,4 @@
-"""The folders a recipe names: made absolute, and found to exist before anything else is done."""
+"""Makes the paths of a recipe absolute and checks that the folders it reads exist."""
 
 import os
 import re
@@ -12,12 +12,11 @@ _REVISION = re.compile(r"\w[\w./+-]{0,99}")
 
 
 def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None:
-    """Replaces the document's relative paths by absolute ones and notes what is missing.
+    """Replaces relative paths in the document with absolute ones, and records missing folders as problems.
 
-    Without `pictures_needed` data.path may be, as a plan can do without.
-
-    What a run reads is looked for from the recipe file's folder, or from the current one if it was named on
-    the command line; what it writes goes under the current folder.
+    Paths that a run reads are relative to the recipe file's folder, or to the current folder if given on the command
+    line. Paths that it writes are relative to the current folder. If `pictures_needed` is false, data.path need not
+    exist: a plan works without images.
     """
     _resolve_model(document)
     _resolve_unless_repository(document, ("model", "transformer"), file=True)
@@ -29,7 +28,9 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
     _resolve(document, ("data", "cache_dir"))
     output = _resolve(document, ("output", "dir"), base=Path.cwd())
     if data is not None and output is not None and output.is_relative_to(data):
-        message = f"{output} is inside data.path; its pictures would be trained on at the next start"
+        message = (
+            f"{output} is inside data.path; the next start would train on its images. Choose another folder"
+        )
         document.problem(("output", "dir"), message)
 
 
@@ -42,24 +43,24 @@ def _resolve_model(document: Document) -> None:
         _resolve(document, path, must_exist=True)
     elif is_repository(written) and Path(written).is_dir():
         message = (
-            f"'{written}' names a Hub repository, but also a folder here; write './{written}' for the folder,"
-            " or start elsewhere for the repository"
+            f"'{written}' is both a Hub repository's name and a folder here; write './{written}' for the folder,"
+            " or start from another folder to use the repository"
         )
         document.problem(path, message)
 
 
 def _resolve_unless_repository(document: Document, path: KeyPath, *, file: bool = False) -> None:
-    """As `_resolve` of what must exist, but for a Hub repository, which stays as it is written."""
+    """Resolves a path that must exist, but leaves the name of a Hub repository unchanged."""
     written = document.at(path)
-    name, behind, revision = written.partition("@") if isinstance(written, str) else ("", "", "")
+    name, separator, revision = written.partition("@") if isinstance(written, str) else ("", "", "")
     if is_repository(name):
-        # runs/dog is no repository where there is a folder runs, as for pictures.
+        # If a folder `runs` exists, runs/dog is a path in it rather than a repository, as in `halfbyte sample`.
         folder = document.place(path).base / name
         if not folder.parent.is_dir():
-            if behind and not _REVISION.fullmatch(revision):
+            if separator and not _REVISION.fullmatch(revision):
                 document.problem(
                     path,
-                    f"got {shown(written)}, expected a branch, tag or commit behind the @, or owner/name alone",
+                    f"got {shown(written)}, expected a branch, tag or commit after the @, or only owner/name",
                 )
             return
     _resolve(
@@ -67,7 +68,7 @@ def _resolve_unless_repository(document: Document, path: KeyPath, *, file: bool 
         path,
         must_exist=True,
         file=file,
-        instead="; expected one, or a Hub repository as owner/name",
+        hint="; expected an existing one, or a Hub repository as owner/name",
     )
 
 
@@ -78,11 +79,14 @@ def _resolve(
     base: Path | None = None,
     must_exist: bool = False,
     file: bool = False,
-    instead: str = "",
+    hint: str = "",
 ) -> Path | None:
-    """The absolute folder (or `file`) a field names, put into the document; None where the field names none.
+    """Makes the path of a field absolute in the document and returns it; None if the field holds no usable path.
 
-    instead: what else is accepted, for the end of a message.
+    Args:
+        base: the folder that a relative path starts from; by default the one that belongs to where it was written.
+        file: accept a file as well as a folder.
+        hint: text for the end of the message about a missing path.
     """
     written = document.at(path)
     if not isinstance(written, str):
@@ -94,14 +98,14 @@ def _resolve(
         folder = ((base or document.place(path).base) / os.path.expanduser(written)).resolve()
         exists = folder.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        # Too long, with a null character, a loop of links, in a folder one may not look into.
-        document.problem(path, f"got {shown(written)}, which cannot be used as a path: {error}")
+        # The path is too long, holds a null character, runs in a loop of links or needs missing permissions.
+        document.problem(path, f"got {shown(written)}, which is not a usable path: {error}")
         return None
     document.replace(path, str(folder))
     if exists and not folder.is_dir() and not file:
         document.problem(path, f"got '{written}', expected a folder; {folder} is a file")
     elif must_exist and not exists:
         document.problem(
-            path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}{instead}"
+            path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}{hint}"
         )
     return folder

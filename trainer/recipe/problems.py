@@ -1,4 +1,4 @@
-"""pydantic's findings in the user's terms: one line a problem, with the place it was written."""
+"""Turns pydantic's validation errors into messages for the user, one line per problem."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from halfbyte.trainer.wording import in_prose, nearest, shown
 
 
 def report(error: ValidationError, document: Document, tree: SchemaTree) -> None:
-    """Adds each of pydantic's errors to the document's problems, once a field."""
+    """Adds pydantic's errors to the document's problems, at most one per field."""
     reported = set(document.unread)
     for detail in error.errors(include_url=False):
         path = _field(detail, document.data)
         if path not in reported:
-            # A value that fits no member of a union comes once for each member.
+            # pydantic reports a value that fits no member of a union once per member.
             reported.add(path)
             document.problem(path, _message(detail, path, document, tree))
 
 
 def _field(detail: ErrorDetails, data: Any) -> KeyPath:
-    """The field an error is about: its location without the union members pydantic names on the way."""
+    """Returns the field of an error: its location without the union members that pydantic puts in between."""
     path: list[str | int] = []
     for index, key in enumerate(detail["loc"], start=1):
         inside = isinstance(data, dict) and key in data
@@ -73,7 +73,7 @@ def _unknown_key(path: KeyPath, document: Document, tree: SchemaTree) -> str:
 
 
 def _elsewhere(key: str, tree: SchemaTree) -> list[str]:
-    """Fields of other sections with this name, or a similar one, or what it says in their description."""
+    """Suggests fields of any section: with this name, else a similar name, else these words in the description."""
     fields: list[tuple[KeyPath, Node]] = list(tree.fields())
     similar = nearest(key, {str(path[-1]) for path, _ in fields})
     words = key.replace("_", " ").lower()

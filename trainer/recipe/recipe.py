@@ -1,4 +1,4 @@
-"""The recipe: everything a run is made from, its sections in one frozen object, read from a file."""
+"""The recipe: all settings of a run in one frozen object, with the checks that span several sections."""
 
 from typing import Annotated, Any, Self
 
@@ -30,7 +30,7 @@ from halfbyte.trainer.wording import shown
 
 
 class Recipe(Section):
-    """A recipe of halfbyte: how to fine-tune FLUX or SD3 with LoRA over a quantized base."""
+    """A halfbyte recipe: how to fine-tune FLUX or SD3 with LoRA over a quantized base."""
 
     model: ModelSection
     quant: QuantSection = Field(default_factory=QuantSection)
@@ -38,9 +38,9 @@ class Recipe(Section):
     data: DataSection
     objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     optimizer: Annotated[OptimizerChoice, OPTIMIZERS] = AdamW(name="adamw")
-    """How the adapters are moved."""
+    """The optimizer that updates the adapters, with its learning rate."""
     lr_schedule: Annotated[Schedule, SCHEDULES] = Constant(name="constant")
-    """How the learning rate goes over the run."""
+    """The course of the learning rate over the run."""
     ema: EmaSection = Field(default_factory=EmaSection)
     train: TrainSection = Field(default_factory=TrainSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
@@ -59,10 +59,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_way_to_settle(self) -> Self:
-        """An optimizer that averages the weights itself takes neither a falling rate nor another average."""
+        """Refuses a falling learning rate or an EMA for an optimizer that averages the weights itself."""
         if not self.optimizer.averages:
             return self
-        reason = f"where optimizer.name is {self.optimizer.name}, which averages the weights instead"
+        reason = f"because optimizer.name is {self.optimizer.name}, which averages the weights itself"
         if self.lr_schedule.falls:
             raise conflict("lr_schedule.name", f"got {self.lr_schedule.name}, expected constant {reason}")
         if self.ema.decay is not None:
@@ -74,7 +74,8 @@ class Recipe(Section):
         if self.lora.dora and not self.train.fused_adapters:
             raise conflict(
                 "train.fused_adapters",
-                "got false, expected true where lora.dora is true: PEFT's own layers unpack the base by bitsandbytes",
+                "got false, expected true because lora.dora is true: PEFT's own DoRA layers dequantize the base through"
+                " bitsandbytes",
             )
         return self
 
@@ -83,12 +84,12 @@ class Recipe(Section):
         if self.train.stream_blocks and self.quant.type == "none":
             raise conflict(
                 "train.stream_blocks",
-                "got true, expected false where quant.type is none: only packed weights are streamed",
+                "got true, expected false because quant.type is none: only quantized weights can be streamed",
             )
         if self.train.stream_blocks and self.lora.dora:
             raise conflict(
                 "train.stream_blocks",
-                "got true, expected false where lora.dora is true, which reads the base outside of its blocks",
+                "got true, expected false because lora.dora is true: DoRA reads the base's weights outside the blocks",
             )
         return self
 
@@ -99,11 +100,11 @@ class Recipe(Section):
             "lora.dropout is not 0": self.lora.dropout > 0,
             "quant.type is int8": self.quant.type == "int8",
         }
-        for where, holds in excluded.items():
+        for reason, holds in excluded.items():
             if self.train.cuda_graphs and holds:
                 raise conflict(
                     "train.cuda_graphs",
-                    f"got true, expected false where {where}: those blocks do not run as one function",
+                    f"got true, expected false because {reason}: such blocks do not run as one function",
                 )
         return self
 
@@ -112,27 +113,27 @@ class Recipe(Section):
         if self.lora.dora and self.output.formats not in (None, ("diffusers",)):
             raise conflict(
                 "output.formats",
-                f"got {shown(list(self.output.formats or ()))}, expected null or [diffusers] where lora.dora is true:"
-                " the others hold several layers as one, whose rows have no lengths of their own",
+                f"got {shown(list(self.output.formats or ()))}, expected null or [diffusers] because lora.dora is"
+                " true: the other formats merge several layers into one, which has no place for each layer's magnitude",
             )
         return self
 
     def dump(self) -> dict[str, Any]:
-        """The recipe with every default filled in, as plain values that JSON and YAML can hold."""
+        """Returns the recipe with every default filled in, as plain values that JSON and YAML can hold."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """A recipe file that loads as this very recipe."""
+        """Returns the text of a recipe file that loads as an equal recipe."""
         return yaml.dump(self.dump(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """A line for each field that differs, as `train.steps: 100 -> 200`; a list counts as one field."""
+    """Returns one line per field that differs, such as `train.steps: 100 -> 200`; a list counts as one field."""
     old, new = _flat(before.dump()), _flat(after.dump())
     changed = [name for name in old | new if (name in old, old.get(name)) != (name in new, new.get(name))]
-    was = {name: shown(old[name]) if name in old else "absent" for name in changed}
-    now = {name: shown(new[name]) if name in new else "absent" for name in changed}
-    return [f"{name}: {was[name]} -> {now[name]}" for name in changed]
+    old_text = {name: shown(old[name]) if name in old else "absent" for name in changed}
+    new_text = {name: shown(new[name]) if name in new else "absent" for name in changed}
+    return [f"{name}: {old_text[name]} -> {new_text[name]}" for name in changed]
 
 
 def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The recipe's JSON Schema as a tree to look things up in: which fields there are, and what each accepts."""
+"""Makes the recipe's JSON Schema and looks up in it which fields exist and what each accepts."""
 
 import json
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ Node = dict[str, Any]
 
 
 class SchemaTree:
-    """A JSON Schema as pydantic writes it for the recipe."""
+    """The recipe's JSON Schema, as pydantic generates it, with look-ups."""
 
     def __init__(self, schema: Node) -> None:
         self.schema = schema
 
     def resolve(self, node: Node) -> Node:
-        """The node itself, or what its `$ref` points at; a description beside the reference wins."""
+        """Returns the node, or the target of its `$ref`. A description next to the reference takes precedence."""
         if "$ref" not in node:
             return node
         target: Node = self.schema["$defs"][node["$ref"].rpartition("/")[2]]
         return target | {key: value for key, value in node.items() if key != "$ref"}
 
     def variants(self, node: Node) -> dict[str, Node]:
-        """The registered classes of a choice, by name; empty for any other node."""
+        """Returns the registered classes of a choice by name; an empty dict for any other node."""
         classes = [self.resolve(option) for option in self.resolve(node).get("oneOf", [])]
         return {option["properties"]["name"]["const"]: option for option in classes}
 
     def properties(self, node: Node, name: Any = None) -> dict[str, Node]:
-        """The fields of a section; of a choice those that go with a name, or with any where it is not known."""
+        """Returns the fields of a section. For a choice: the fields of the class `name`, or of all if it is unknown."""
         variants = self.variants(node)
         if not variants:
             return dict(self.resolve(node).get("properties", {}))
@@ -44,7 +44,7 @@ class SchemaTree:
         return fields | {"name": {"enum": list(variants)}}
 
     def at(self, path: KeyPath, data: Any) -> Node | None:
-        """The node of a field, in the choices that `data` names; None for an unknown field."""
+        """Returns the node of a field, None if unknown. `data` holds the recipe's values, which name the choices."""
         node = self.schema
         for key in path:
             if isinstance(key, int):
@@ -63,7 +63,7 @@ class SchemaTree:
         return node
 
     def fields(self) -> Iterator[tuple[KeyPath, Node]]:
-        """Every field of every section, and of every choice under any name."""
+        """Yields every field of every section, including the settings of every class of every choice."""
         for section, outer in self.properties(self.schema).items():
             for name, inner in self.properties(outer).items():
                 yield (section, name), self.resolve(inner)
@@ -71,22 +71,22 @@ class SchemaTree:
                     yield (section, name, deeper), self.resolve(node)
 
     def expected(self, node: Node) -> str:
-        """What the node accepts, as the end of `got '1e-4x', expected ...`."""
+        """Describes what the node accepts, for the end of `got '1e-4x', expected ...`."""
         node = self.resolve(node)
         if "anyOf" in node:
             return in_prose([self.expected(option) for option in node["anyOf"]])
         if "enum" in node:
             return in_prose([str(value) for value in node["enum"]])
         if variants := self.variants(node):
-            return f"a mapping with a name, as {{name: {next(iter(variants))}}}; names: {in_prose(variants)}"
+            return f"a mapping with a name, such as {{name: {next(iter(variants))}}}; names: {in_prose(variants)}"
         kind = node.get("type")
         if kind in ("integer", "number"):
             return _number(node)
         if kind == "array":
             items = node["prefixItems"] if "prefixItems" in node else [node["items"]]
-            return f"a list of {'texts' if items[0]['type'] == 'string' else 'numbers'}, as [one, two]"
+            return f"a list of {'texts' if items[0]['type'] == 'string' else 'numbers'}, such as [one, two]"
         if kind == "object" and isinstance(node.get("additionalProperties"), dict):
-            return f"a mapping, as {{name: {self.expected(node['additionalProperties'])}}}"
+            return f"a mapping, such as {{name: {self.expected(node['additionalProperties'])}}}"
         if kind == "string" and "format" in node:
             return {"path": "a path", "regex": "a regular expression"}[node["format"]]
         words = {
@@ -98,7 +98,7 @@ class SchemaTree:
         return words[str(kind)]
 
     def meaning(self, node: Node) -> str:
-        """The first sentence of the description, as the end of a sentence."""
+        """Returns the first sentence of the description, worded as the end of a longer sentence."""
         text: str = self.resolve(node).get("description", "")
         text = text.partition(". ")[0].rstrip(".")
         return text[:1].lower() + text[1:]
@@ -128,24 +128,24 @@ def _number(node: Node) -> str:
 
 
 class _Schema(GenerateJsonSchema):
-    # A field's title is its name again, and editors show it above the description.
+    # Titles would only repeat the field's name, and editors show them above the description.
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema that editors check recipes with."""
+    """Returns the JSON Schema with which editors check recipes."""
     schema = Recipe.model_json_schema(schema_generator=_Schema)
     return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
 
 
 def json_schema_text() -> str:
-    """recipes/recipe.schema.json."""
+    """Returns the text of recipes/recipe.schema.json."""
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def _unwrapped(node: Any) -> Any:
-    """Descriptions as one line each: where their lines break in the source means nothing to an editor."""
+    """Joins each description into one line, without the line breaks of the source."""
     if isinstance(node, list):
         return [_unwrapped(item) for item in node]
     if not isinstance(node, dict):

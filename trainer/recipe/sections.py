@@ -1,7 +1,7 @@
-"""The recipe's sections that decide what is trained on what and how, validated once into frozen objects.
+"""Recipe sections for the training itself: model, quant, lora, data, objective and train.
 
-Each field is described by the string under it; the JSON Schema, the reference page and the error messages are
-made from those and from the constraints.
+Each section is validated once into a frozen object. The string under a field describes it: the JSON Schema, the
+reference page and the error messages are made from these strings and from the field's constraints.
 """
 
 import re
@@ -69,43 +69,51 @@ Targets = Annotated[
 
 
 class ModelSection(Section):
-    """The model that is trained on."""
+    """The pretrained model that the adapters are trained on."""
 
     family: Annotated[str, FAMILIES]
-    """What kind of model it is."""
+    """The model family: flux for FLUX.1, sd3 for Stable Diffusion 3 and 3.5. It must match the model that `path`
+    names."""
     path: str
-    """A Hub repository as owner/name, or a folder (./, ../, / or ~ in front), in diffusers' layout. In a
-    recipe file ./ and ../ start from the file's folder, on the command line from the current one."""
+    """The pretrained pipeline in diffusers' layout: a Hub repository as owner/name, or a folder, written with ./, ../,
+    / or ~ in front. In a recipe file ./ and ../ are relative to that file's folder; on the command line they are
+    relative to the current folder."""
     revision: Text | None = None
-    """A branch, tag or commit of the Hub repository; null: its main branch. A run keeps to the commit that it found."""
+    """The branch, tag or commit of the Hub repository; null uses its main branch. A run stays on the commit that it
+    resolved when it started, so resuming never switches to newer weights. Must be null when path is a folder."""
     transformer: FilePath | None = None
-    """What to take the transformer's weights from instead: a Hub repository (owner/name or owner/name@revision) or a
-    folder in diffusers' layout, as `halfbyte quantize` writes one, of either its transformer/ where it has one; or one
-    safetensors file (FLUX, as BFL or ComfyUI name layers; bf16 or fp8), which is quantized at each start. The rest is
-    path's, and so is the architecture."""
+    """Another source for the transformer's weights; null takes them from path. Accepts a Hub repository (owner/name
+    or owner/name@revision) or a folder in diffusers' layout, such as `halfbyte quantize` writes; a transformer/
+    folder inside it is used if there is one. For FLUX it also accepts one safetensors file in bf16 or fp8, with BFL's
+    or ComfyUI's layer names; such a file is quantized at every start. The architecture and all other parts of the
+    pipeline still come from path."""
     text_encoder: FilePath | None = None
-    """What to take T5, the large text encoder, from instead: a Hub repository (owner/name or owner/name@revision) or a
-    folder, of either its text_encoder_2/ (FLUX) or text_encoder_3/ (SD3) where it has one. Its tokenizer is path's."""
+    """Another source for T5, the large text encoder; null takes it from path. Accepts a Hub repository (owner/name or
+    owner/name@revision) or a folder; a text_encoder_2/ (FLUX) or text_encoder_3/ (SD3) folder inside it is used if
+    there is one. Use it to load a T5 that is already quantized. The tokenizer still comes from path."""
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
-    """T5 tokens that a caption is padded or cut to; null: the family's own (FLUX.1-schnell and SD3 256, other
-    FLUX 512)."""
+    """The number of T5 tokens that each caption is padded or cut to; null uses the model's own length: 256 for
+    FLUX.1-schnell and SD3, 512 for other FLUX models. A smaller value makes steps faster if all captions are short."""
     text_encoder_quant: Literal["auto", "none", "int8", "nf4"] = "auto"
-    """How T5, the large text encoder, is held while captions are encoded: none in bf16 (T5-XXL 9.5 GB), int8
-    (5.2 GB) or nf4 (4.4 GB, at seven times int8's error); auto: int8 above a billion parameters, else none. One that is
-    stored quantized is taken as it is."""
+    """The precision of T5, the large text encoder, while captions are encoded: none (bf16, 9.5 GB for T5-XXL), int8
+    (5.2 GB) or nf4 (4.4 GB, with seven times int8's error). auto uses int8 above a billion parameters and none below.
+    A T5 that is stored quantized keeps the format it is stored in."""
     stream_text_encoder: bool = False
-    """Keep T5's packed blocks in page-locked host memory while captions are encoded (T5-XXL in int8: 4.3 GB), each
-    copied to the device ahead of its use: for SD3 on a card of 6 GB, FLUX on one of 4. Embeddings are the same."""
+    """Keep T5's quantized blocks in page-locked host memory while captions are encoded, and copy each block to the
+    device just before it runs. It takes 4.3 GB of host memory for T5-XXL in int8. Turn it on for SD3 on a 6 GB card
+    or FLUX on a 4 GB card. The embeddings do not change. Requires a quantized T5 (text_encoder_quant other than
+    none)."""
     cache_base: bool = True
-    """Keep the quantized base beside data.cache_dir's latents, so that the next start need not quantize again."""
+    """Store the quantized base next to the latents in data.cache_dir, so that later starts load it instead of
+    quantizing again. Set it to false to save the disk space."""
 
     @field_validator("path")
     @classmethod
     def _is_folder_or_repository(cls, path: str) -> str:
         if not is_folder(path) and not is_repository(path):
-            accepted = "a Hub repository as owner/name, or a folder with ./, ../, / or ~ in front"
-            name, behind, revision = path.partition("@")
-            hint = f"; write model.revision: {revision}" if behind and is_repository(name) else ""
+            accepted = "a Hub repository as owner/name, or a folder that starts with ./, ../, / or ~"
+            name, separator, revision = path.partition("@")
+            hint = f"; write model.revision: {revision}" if separator and is_repository(name) else ""
             raise ValueError(f"got {shown(path)}, expected {accepted}{hint}")
         return path
 
@@ -120,164 +128,198 @@ class ModelSection(Section):
         if self.stream_text_encoder and self.text_encoder_quant == "none":
             raise conflict(
                 "stream_text_encoder",
-                "got true, expected false where model.text_encoder_quant is none: only packed blocks are streamed",
+                "got true, expected false because model.text_encoder_quant is none: only quantized blocks can be"
+                " streamed",
             )
         return self
 
 
 class QuantSection(Section):
-    """How the frozen base is stored and computed with."""
+    """The quantization of the frozen base model, and the precision in which it computes."""
 
     type: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """How the base's linear layers are held: in 4 bits (nf4, fp4), in 8 (int8, which is LLM.int8()), or in
-    compute_dtype (none)."""
+    """The format of the base's linear layers: nf4 or fp4 (4 bits), int8 (8 bits, LLM.int8()), or none (unquantized,
+    in compute_dtype). The default nf4 is QLoRA's format. Use int8 or none for a base closer to the original weights
+    where memory allows."""
     double_quant: bool = True
-    """Quantize the block scales too: 0.4 bit a parameter less. Without meaning where type is int8 or none."""
+    """Quantize the block scales as well, which saves 0.4 bits per parameter. Applies to nf4 and fp4; ignored for int8
+    and none."""
     scale_search: Literal["none", "mse"] = "none"
-    """mse: give each block of 4-bit weights the scale with the least squared error instead of its largest
-    magnitude: 8 % less error in the same files, at several times the time to quantize."""
+    """The choice of the scale of each block of 4-bit weights. none uses the block's absmax, its largest magnitude.
+    mse searches for the scale with the least squared error: 8 % less error at the same size, but quantizing takes
+    several times as long. mse requires type nf4 or fp4."""
     llm_int8_threshold: float = Field(default=6.0, ge=0)
-    """Where type is int8: input columns that reach this magnitude are multiplied in compute_dtype; 0: none are."""
+    """For type int8 only: input columns with a magnitude of at least this value are outliers and are multiplied in
+    compute_dtype instead of int8; 0 turns this off."""
     skip: Texts = ()
-    """Names of modules to keep in compute_dtype, matched as diffusers matches them: the last part of a path,
-    or any part followed by a dot."""
+    """Modules to keep unquantized, in compute_dtype. Names match as in diffusers: the last part of a module's path, or
+    any part of it followed by a dot."""
     exact: Texts = ()
-    """Whole paths of layers outside the blocks that are multiplied by their weights in full precision here, though
-    files hold them packed: for layers that skip cannot name alone, as FLUX's proj_out. Their weights must be at hand
-    in full precision, in the model's folder or beside the packed ones, where halfbyte quantize puts them."""
+    """Full paths of layers outside the transformer blocks that compute with their full-precision weights, although
+    the exported files store them quantized. Use it for layers that skip cannot name without matching others, such as
+    FLUX's last layer proj_out, whose name also ends the path of a layer in every single block. The full-precision
+    weights must be available in the model's folder or next to the quantized ones, where `halfbyte quantize` writes
+    them."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """The precision of activations and of every weight that is not quantized."""
+    """The precision of activations and of every weight that is not quantized. bfloat16 suits GPUs; on most CPUs
+    float32 is far faster."""
 
     @model_validator(mode="after")
     def _only_blocks_have_scales_to_search(self) -> Self:
         if self.scale_search != "none" and self.type not in ("nf4", "fp4"):
             raise conflict(
-                "scale_search", f"got {self.scale_search}, expected none where quant.type is {self.type}"
+                "scale_search", f"got {self.scale_search}, expected none because quant.type is {self.type}"
             )
         return self
 
 
 class LoraSection(Section):
-    """What learns."""
+    """The adapters: low-rank updates B A of the base's linear layers, the only weights that are trained."""
 
     rank: int = Field(default=16, ge=1)
-    """The inner size of the adapters; their parameters grow with it."""
+    """The rank of the adapters: the inner dimension of A and B. A higher rank can learn more detail; parameters,
+    optimizer state and file size grow in proportion."""
     alpha: float = Field(default=16, gt=0)
-    """The update is scaled by alpha / rank."""
+    """The scale of the update, which is multiplied by alpha / rank (or alpha / sqrt(rank) with rslora). The default
+    equals the default rank, a factor of 1."""
     rank_pattern: Ranks = Field(default={})
-    """Other ranks for some layers, as {proj_mlp: 32}: a regular expression for the end of a module name, and its
-    rank. The first that fits is taken; one that fits no layer with an adapter is an error."""
+    """Different ranks for some layers, such as {proj_mlp: 32}. Each key is a regular expression that matches the end
+    of a module name. The first matching key wins; a key that matches no layer with an adapter is an error."""
     alpha_pattern: Alphas = Field(default={})
-    """Other alphas for some layers, in the same way; a layer whose rank alone is given keeps lora.alpha."""
+    """Different alphas for some layers, with keys as in rank_pattern. A layer that only rank_pattern names keeps
+    lora.alpha."""
     rslora: bool = False
-    """Scale the update by alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones (rsLoRA)."""
+    """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that high ranks learn as fast as low
+    ones."""
     dora: bool = False
-    """Also learn the length of each row of the adapted weights (DoRA): nearer to full fine-tuning at low ranks, at
-    more time a step. Computed by this trainer's own layers, so train.fused_adapters must be true."""
+    """Also learn the magnitude of each row of the adapted weights (DoRA). At low ranks this comes closer to full
+    fine-tuning, but each step takes longer. Only this trainer's own layers compute it, so train.fused_adapters must
+    be true. The adapter is then exported for diffusers only."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that is zeroed in training."""
+    """The probability with which each input value of an adapter is zeroed in training, from 0 to below 1. Values
+    above 0 regularize small data sets, but the blocks then run layer by layer, not as one function."""
     targets: Targets = "all-linear"
-    """The layers with an adapter: all-linear, attention, a list of module names, or a regular expression over
-    whole module names."""
+    """The layers that get an adapter: all-linear (attention and MLP layers of the blocks), attention, a list of module
+    names, or a regular expression that matches full module names. attention trains fewer parameters."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    """How A starts: gaussian as in diffusers' scripts, kaiming as PEFT's default; B starts at zero."""
+    """The initialization of A: gaussian, as in diffusers' training scripts, or kaiming, PEFT's default. B always starts
+    at zero, so that training starts from the base model's output."""
     init_from: FilePath | None = None
-    """An adapter to start from instead: a run, a file or folder of diffusers, PEFT, ComfyUI or kohya, or a Hub
-    repository (owner/name or owner/name@revision) with the file of diffusers or PEFT. Where the run's rank is larger
-    the update is the same; layers without one start as init says. null: none."""
+    """An existing adapter to start from; null starts from init. Accepts a run's folder; a file or folder in the format
+    of diffusers, PEFT, ComfyUI or kohya; or a Hub repository (owner/name or owner/name@revision) with a diffusers or
+    PEFT file. With a rank above the loaded adapter's, training starts from the same update. Layers that the loaded
+    adapter does not have start as init says."""
 
 
 class DataSection(Section):
-    """The pictures and their captions."""
+    """The training images and their captions."""
 
     path: FilePath
-    """A folder of pictures, with captions in metadata.jsonl or metadata.csv, or in .txt files beside them; or a folder
-    of .parquet files, or one of them. A relative path starts from the recipe file's folder, on the command line from
-    the current one."""
+    """A folder of images with captions in metadata.jsonl, metadata.csv or .txt files of the same names; or a folder of
+    .parquet files, or a single .parquet file. In a recipe file a relative path starts from that file's folder; on the
+    command line it starts from the current folder."""
     resolution: PictureSide = 1024
-    """Pixels: the side of a square, or of the square with a bucket's area."""
+    """The training resolution in pixels: the side of the square, or with aspect_buckets the side of a square whose area
+    no bucket exceeds. 1024 suits the full-size models; lower values take less memory and time per step."""
     aspect_buckets: bool = True
-    """Group pictures by their proportions; false: everything is cropped to a square."""
+    """Train each image at the aspect ratio closest to its own, from 1:4 to 4:1, in batches of one size; false crops
+    every image to a square."""
     crop: Literal["center", "random"] = "center"
-    """Which part of a picture is kept where its proportions do not fit."""
+    """The part of an image that is kept if its aspect ratio does not match the training size: the center, or random
+    parts."""
     random_crops: int = Field(default=1, ge=1)
-    """How many crops of each picture are cached when crop is random."""
+    """The number of random crops of each image that are encoded and cached; must be 1 if crop is center. More crops
+    add variety but take that many times the encoding time and disk space."""
     flip: bool = False
-    """Also train on mirrored pictures."""
-    # Only with a length does pydantic look whether it is text: an argument of the shell need not be.
+    """Also train on horizontally mirrored images. Leave it off if left and right matter, as in text."""
+    # pydantic validates the text as UTF-8 only if a length is given; shell arguments may hold lone surrogates.
     caption_prefix: str = Field(default="", min_length=0)
-    """Put before every caption, e.g. a trigger word."""
+    """Text put before every caption, separated by a space, such as a trigger word. With a prefix, images need no
+    caption of their own."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Share of the samples trained with an empty caption."""
+    """The share of samples, from 0 to 1, that are trained with an empty caption. A value such as 0.1 also
+    trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
     cache_dir: FilePath | None = None
-    """Where latents and text embeddings are kept between runs; null: ~/.cache/halfbyte."""
+    """The folder that keeps latents, text embeddings and the quantized base between runs; null uses
+    ~/.cache/halfbyte. Runs may share it."""
 
     @property
     def cache_folder(self) -> Path:
+        """The cache folder with the default applied and ~ expanded."""
         return self.cache_dir or DEFAULT_FOLDER.expanduser()
 
     @model_validator(mode="after")
     def _crops_differ_only_at_random(self) -> Self:
         if self.random_crops > 1 and self.crop == "center":
-            raise conflict("random_crops", f"got {self.random_crops}, expected 1 where data.crop is center")
+            raise conflict("random_crops", f"got {self.random_crops}, expected 1 because data.crop is center")
         return self
 
 
 class ObjectiveSection(Section):
-    """What the adapters learn to do: the noise levels, their weight, the distance."""
+    """The training objective: which noise levels (sigma, from 0 to 1) are trained, and how the error is measured and
+    weighted."""
 
     timesteps: Annotated[TimestepScheme, TIMESTEPS] = LogitNormal(name="logit_normal")
-    """How often each noise level is drawn."""
+    """The distribution from which the noise level of each sample is drawn."""
     shift: Annotated[Shift, SHIFTS] = ResolutionShift(name="resolution")
-    """How the drawn levels move with the picture's size. FLUX.1-dev: resolution; FLUX.1-schnell: none; SD3:
-    static, 3.0."""
+    """The shift of the drawn noise levels, which may depend on the image's size. Use the shift that the model
+    was trained with: resolution for FLUX.1-dev, none for FLUX.1-schnell, static with 3.0 for SD3."""
     weighting: Annotated[Weighting, WEIGHTINGS] = NoWeighting(name="none")
-    """How much each noise level counts in the loss."""
+    """The weight of each noise level in the loss."""
     loss: Annotated[Loss, LOSSES] = MSE(name="mse")
-    """The distance of the predicted velocity from noise - x0."""
+    """The distance between the predicted velocity and its target, noise - x0."""
     guidance_scale: float = Field(default=1.0, ge=0)
-    """What the model is told in training; only models with guidance embeddings (FLUX.1-dev) use it."""
+    """The guidance scale given to the model in training. Only models with a guidance embedding (FLUX.1-dev) use
+    it. It is independent of sample.guidance_scale."""
 
 
 class TrainSection(Section):
-    """The run."""
+    """The length of the run, its batch size, and how steps are computed."""
 
     steps: int = Field(default=1000, ge=1)
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps in the whole run, including those before a resume."""
     batch_size: int = Field(default=1, ge=1)
-    """Pictures a process and micro-batch."""
+    """Images per process and micro-batch. All images of a micro-batch have one size. Activation memory grows in
+    proportion."""
     grad_accumulation: int = Field(default=1, ge=1)
-    """Micro-batches an optimizer step."""
+    """Micro-batches per optimizer step. Each step trains on batch_size x processes x grad_accumulation images, so this
+    makes larger batches without more memory."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Longer gradients are scaled down to this norm; null: no clipping."""
+    """The largest norm of the whole gradient; larger gradients are scaled down to it. null turns clipping off."""
     gradient_checkpointing: Literal["none", "selective", "full", "offload"] = "full"
-    """What the blocks keep for the backward: their inputs alone (full), the same in page-locked host memory
-    (offload), also what attention gave, so that it runs once (selective), or everything that costs a product
-    (none). What is not kept is computed again. Layer by layer (train.fused_blocks: false) selective and offload are
-    full."""
+    """The tensors that each block keeps for the backward pass; all others are computed again. none keeps everything
+    that takes a matrix product to compute (fastest, most memory). selective keeps the block's inputs and attention's
+    output, so that attention runs only once. full keeps only the inputs. offload keeps only the inputs too, in
+    page-locked host memory (least device memory). Blocks that run layer by layer (train.fused_blocks: false) treat
+    selective and offload as full."""
     attention: Literal["auto", "cudnn", "flash", "flash4", "efficient", "deterministic"] = "auto"
-    """The kernel that attention runs on CUDA. auto: the fastest of those whose output and gradients prove right at
-    the run's shapes, each tried in a process of its own, once for a device. flash4: FlashAttention-4, the fastest on
-    Hopper, where it is installed (pip install 'flash-attn-4[cu13]>=4.0.0b36'). deterministic: flash, with a slower
-    backward that repeats to the bit, so that a resumed run does too; the CPU always does."""
+    """The attention kernel on CUDA. auto uses the fastest kernel whose output and gradients pass an accuracy check at
+    the run's shapes; each kernel is tested in a separate process, once per device. flash4 is FlashAttention-4, the
+    fastest on Hopper; it must be installed (pip install 'flash-attn-4[cu13]>=4.0.0b36'). deterministic is flash with
+    a slower backward pass that gives bitwise identical gradients every time, so that a resumed run repeats exactly;
+    on the CPU attention is always deterministic."""
     fused_adapters: bool = True
-    """Compute each layer and its adapter as one function, which keeps less for the backward; false: PEFT's own
-    layers, which give the same up to rounding."""
+    """Compute each layer and its adapter as one function, which keeps less memory for the backward pass. false uses
+    PEFT's own layers, whose results are the same up to rounding."""
     fused_blocks: bool = True
-    """Run each block as one function with its own backward, where it can be (FLUX; adapters without dropout or
-    DoRA, bases of 4 bits or none): faster and smaller, the same up to rounding. Without meaning where
-    fused_adapters is false."""
+    """Run each transformer block as one function with its own backward pass where possible: faster, with less memory,
+    and the same results up to rounding. With dropout, DoRA or an int8 base, blocks run layer by layer; so do SD3's last
+    block and those blocks of SD3.5 medium that have a second attention.
+    Ignored if fused_adapters is false."""
     stream_blocks: bool = False
-    """Keep the packed weights of the transformer's blocks in page-locked host memory (FLUX.1 5.7 GB, a process), and
-    copy each block to the device ahead of its use, twice a micro-batch: what cards of 6 GB and less need. The same to
-    the bit; how much slower depends on the bus."""
+    """Keep the quantized weights of the transformer's blocks in page-locked host memory (FLUX.1: 5.7 GB per process),
+    and copy each block to the device just before it runs, twice per micro-batch. Needed on cards of 6 GB or less.
+    Results are bitwise identical; the slowdown depends on the speed of the bus. Requires a quantized base and cannot
+    be combined with DoRA."""
     cuda_graphs: bool = False
-    """Record a step's kernels once for each size of picture, and launch them as a whole from then on: where the
-    processor is slower at launching than the device at computing, as at 512 px. The same kernels; what is
-    recorded ahead of training is compared with the step itself first. A step's working memory stays taken, while
-    pictures are drawn too. For blocks that run as one function, on CUDA alone."""
+    """Record the kernels of a step as a CUDA graph, once per image size, and replay the graph from then on. This helps
+    when the CPU launches kernels more slowly than the device runs them, as at 512 px. The kernels are the same;
+    graphs recorded before training are first compared with a normal step. A step's working memory stays
+    allocated, even while sample images are generated. CUDA only. Requires fused_blocks, adapters without dropout or
+    DoRA and a base other than int8. Cannot be combined with stream_blocks or gradient_checkpointing: offload."""
     seed: Seed = 0
-    """Everything random follows from it."""
+    """The seed of all random numbers in training: data order, random crops, noise and the adapters' start. Sample
+    images have their own, sample.seed."""
 
     @model_validator(mode="after")
     def _whole_blocks_are_recorded(self) -> Self:
@@ -289,5 +331,5 @@ class TrainSection(Section):
         }
         for name, (holds, value) in excluded.items():
             if self.cuda_graphs and holds:
-                raise conflict("cuda_graphs", f"got true, expected false where train.{name} is {value}")
+                raise conflict("cuda_graphs", f"got true, expected false because train.{name} is {value}")
         return self

@@ -1,4 +1,4 @@
-"""YAML 1.2's scalars with PyYAML."""
+"""Makes PyYAML read and write scalars by the rules of YAML 1.2 rather than 1.1."""
 
 import re
 from typing import Any
@@ -9,14 +9,14 @@ _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
-# Python refuses to convert thousands of digits; past forty they count as a float, and are refused as one.
+# Python refuses to convert thousands of digits to an int. More than forty match _FLOAT and fail validation there.
 _INT = re.compile(r"^(?:[-+]?[0-9]{1,40}|0o[0-7]{1,40}|0x[0-9a-fA-F]{1,40})$")
 
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 
-# Unicode's controls of direction: what stands behind one is shown elsewhere than it is.
+# Unicode's direction controls, after which text is displayed in another order than it is stored.
 _REORDERING = re.compile(r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
@@ -25,22 +25,23 @@ TAG = "tag:yaml.org,2002:"
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's plain values, and no aliases: they would hide where a value comes from."""
+    """Reads plain values by YAML 1.2, and refuses aliases, which would hide where a value is written."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, replaced as a whole
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            problem = "a recipe has no aliases; write the value out"
+            problem = "YAML aliases are not supported in recipes; write the value out"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return super().compose_node(parent, index)
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would not read back as text, or would be shown in another order."""
+    """Quotes text that YAML 1.1 or 1.2 would misread, and escapes characters that change the display order."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Represents a string, with double quotes where escapes are needed."""
         # PyYAML folds these line breaks into spaces unless they are written as escapes.
         quoted = _REORDERING.search(text) or any(mark in text for mark in "\x85\u2028\u2029")
         return self.represent_scalar(TAG + "str", text, '"' if quoted else None)
@@ -48,14 +49,14 @@ class RecipeDumper(yaml.SafeDumper):
     def write_double_quoted(self, text: str, split: bool = True) -> None:
         unicode = self.allow_unicode
         if _REORDERING.search(text):
-            # PyYAML itself would write these characters as they are.
+            # With allow_unicode PyYAML would write these characters unescaped.
             self.allow_unicode = False
         super().write_double_quoted(text, split)
         self.allow_unicode = unicode
 
 
 def scalar(text: str) -> Any:
-    """One plain value, as the same letters in a recipe file would be read."""
+    """Converts plain text to the value that the same text has in a recipe file."""
     for kind, pattern in SCALARS.items():
         if pattern.match(text):
             return converted(kind, text)
@@ -63,6 +64,7 @@ def scalar(text: str) -> Any:
 
 
 def converted(kind: str, text: str) -> Any:
+    """Converts text that matches the pattern of `kind`, a key of SCALARS, to its Python value."""
     if kind == "null":
         return None
     if kind == "bool":

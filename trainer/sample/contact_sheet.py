@@ -1,4 +1,4 @@
-"""One picture that shows what a run learned: prompts down, base and base + LoRA across, training pictures beside."""
+"""Draws a contact sheet: one row per prompt, one column per stage of a run, and training images at the side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 10
 _LINE = 22
-_TEXT = 14  # pixels, of the font
-_SMALLEST, _LARGEST = 192, 288  # of a cell's longer side
-_ENLARGED_UP_TO = 128  # longer sides above this are seen well enough as they are
-_COLUMNS = 4  # of training pictures, at most
+_TEXT = 14  # font size
+# All sizes are in pixels. A cell's longer side is at least _SMALLEST for enlarged images, at most _LARGEST for others.
+_SMALLEST, _LARGEST = 192, 288
+_ENLARGED_UP_TO = 128  # images with a longer side up to this are enlarged
+_COLUMNS = 4  # at most so many columns of training images
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its pictures, one a column; None leaves the place empty."""
+    """A prompt and its images, one per column; None leaves the cell empty."""
 
     caption: str
     pictures: Sequence[Image.Image | None]
@@ -24,9 +25,9 @@ class Row:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the training pictures go."""
+    """The grid of training images."""
 
-    cell: int  # side of a square
+    cell: int  # side of a square cell, in pixels
     columns: int
     rows: int
 
@@ -43,15 +44,19 @@ def contact_sheet(
     *,
     of: int,
 ) -> Image.Image:
-    """Lines of text over a labelled grid, and beside it as many of `trained_on`, some or all `of` so many pictures,
-    as there is room for.
+    """Draws lines of text above a labeled grid of images, with training images at its side.
 
-    Pictures of up to 128 pixels are enlarged by whole factors, so that their pixels are seen; large ones are reduced.
+    Images of up to 128 pixels are enlarged by integer factors, so that their pixels stay visible; large ones are
+    reduced.
+
+    Args:
+        trained_on: training images, of which as many are shown as fit.
+        of: the total number of training images, for the title.
     """
     width, height = _cell(rows)
     top = _MARGIN + (len(heading) + 1) * _LINE
     bottom = top + len(rows) * (_LINE + height + _MARGIN)
-    # Two training pictures are as high as one that was drawn.
+    # Two training images are as high as one generated image.
     grid = _grid(len(trained_on), bottom - _MARGIN - top - _LINE, (max(width, height) - _MARGIN) // 2)
     left = _MARGIN + len(columns) * (width + _MARGIN)
     sheet = Image.new("RGB", (left + (grid.width + _MARGIN if grid.columns else 0), bottom), "white")
@@ -83,18 +88,18 @@ def contact_sheet(
 
 
 def fitted(text: str, font: Any, room: int) -> str:
-    """One line of text that is at most `room` pixels wide; control characters and line ends become spaces."""
+    """Cuts text to one line of at most `room` pixels; control characters and line breaks become spaces."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if font.getlength(text) <= room:
         return text
-    text = text[:room]  # no letter is narrower than a pixel
+    text = text[:room]  # no letter is narrower than one pixel
     while text and font.getlength(text + "…") > room:
         text = text[:-1]
     return text + "…"
 
 
 def _cell(rows: Sequence[Row]) -> tuple[int, int]:
-    """The size at which every picture of the grid is shown: that of the largest."""
+    """Returns the size (width, height) of the grid's cells, into which the largest shown image fits."""
     sizes = [_shown_size(picture.size) for row in rows for picture in row.pictures if picture is not None]
     return max(width for width, _ in sizes), max(height for _, height in sizes)
 
@@ -109,14 +114,14 @@ def _shown_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _grid(pictures: int, height: int, cell: int) -> _Grid:
-    """Columns enough for all pictures in the height there is, but not more than four."""
+    """Returns a grid of square cells that fills the height, with enough columns for all images but at most four."""
     rows = max(1, (height + _MARGIN) // (cell + _MARGIN))
     return _Grid(cell, min(_COLUMNS, -(-pictures // rows)), rows)
 
 
 def _paste(sheet: Image.Image, picture: Image.Image, x: int, y: int, room: tuple[int, int]) -> None:
-    """The whole picture in the room there is, its proportions kept."""
+    """Pastes the image, scaled to fit into `room` (width, height) with its aspect ratio kept."""
     factor = min(room[0] / picture.width, room[1] / picture.height)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    way = Image.Resampling.NEAREST if factor == int(factor) else Image.Resampling.LANCZOS
-    sheet.paste(picture.convert("RGB").resize(size, way), (x, y))
+    resampling = Image.Resampling.NEAREST if factor == int(factor) else Image.Resampling.LANCZOS
+    sheet.paste(picture.convert("RGB").resize(size, resampling), (x, y))

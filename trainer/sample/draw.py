@@ -1,7 +1,7 @@
-"""Drawing a list of pictures: the transformer makes the latents of all and leaves, then the VAE makes pictures of them.
+"""Generates a list of images: first the latents of all with the transformer, then the images with the VAE.
 
-The two never meet on the device, unless the pipeline is offloaded, which then holds both and gives each picture as it
-comes.
+The transformer is freed before the VAE is loaded, so that they never share device memory. Only an offloaded pipeline
+holds both, and then yields each image as soon as it is finished.
 """
 
 import logging
@@ -36,19 +36,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn."""
+    """Everything that images are generated with, apart from the jobs."""
 
     subject: Subject
     settings: PictureSettings
     placement: Placement
     attention: str
     compiled: bool
-    recorder: NewRecorder | None  # None: the transformer's kernels are launched one by one
-    texts: Mapping[str, TextEmbedding]  # the empty caption's among them
+    recorder: NewRecorder | None  # None: kernels are launched one by one, without CUDA graphs
+    texts: Mapping[str, TextEmbedding]  # by prompt, including the empty one
     console: Console
 
     def pictures(self, jobs: Sequence[Job], on_step: Callable[[], None]) -> Iterator[tuple[Job, Image.Image]]:
-        """The pictures in the order of the jobs. Ctrl-C ends the drawing, and what was drawn until then comes out."""
+        """Yields the images in the order of the jobs. After Ctrl-C the finished images are still yielded."""
         if self.placement.holds_all:
             yield from self._drawn(jobs, on_step, "pil")
             return
@@ -59,6 +59,7 @@ class Drawing:
     def _drawn(
         self, jobs: Sequence[Job], on_step: Callable[[], None], output_type: str
     ) -> Iterator[tuple[Job, Any]]:
+        """Yields latents on the CPU, or for the output type `pil` images."""
         subject = self.subject
         denoiser = self._load()
         strength = None if subject.adapter is None else AdapterStrength(denoiser)
@@ -84,10 +85,10 @@ class Drawing:
                     last.require_finite(job)
                     yield job, drawn.cpu() if isinstance(drawn, Tensor) else drawn
         except KeyboardInterrupt:
-            log.warning("interrupted; what was drawn is kept")
+            log.warning("interrupted; the images generated so far are kept")
 
     def _load(self) -> nn.Module:
-        """The transformer with the adapter, its blocks as they run fastest."""
+        """Loads the transformer with the adapter, and fuses or compiles its blocks."""
         subject, family = self.subject, self.subject.family
         denoiser = load_base(
             family,
@@ -106,7 +107,7 @@ class Drawing:
         return denoiser.eval()
 
     def _pipeline(self, denoiser: nn.Module) -> Any:
-        """The stock pipeline, placed; without text encoders, and without the VAE where that comes later."""
+        """Loads and places the stock pipeline, without text encoders, and without the VAE if that is loaded later."""
         family = self.subject.family
         absent: dict[str, Any] = dict.fromkeys(family.text_components)
         if not self.placement.holds_all:
@@ -114,7 +115,7 @@ class Drawing:
         pipeline: Any = family.pipeline_class.from_pretrained(
             family.source.folder, transformer=denoiser, dtype=self.subject.dtype, **absent
         )
-        # Otherwise read off the VAE, or guessed.
+        # Without a VAE the pipeline would guess this factor.
         pipeline.vae_scale_factor = family.vae_scale
         pipeline.set_progress_bar_config(disable=True)
         self.placement.place(pipeline)
@@ -122,6 +123,7 @@ class Drawing:
 
     @torch.no_grad()
     def _decoded(self, latents: Sequence[tuple[Job, Tensor]]) -> Iterator[tuple[Job, Image.Image]]:
+        """Loads the VAE and decodes the latents one by one."""
         if not latents:
             return
         family, device = self.subject.family, self.placement.device
@@ -137,43 +139,44 @@ class Drawing:
 
 
 class _LastLatents:
-    """Of a picture's steps."""
+    """Keeps the latents of an image's latest sampling step, to check them for NaN and infinity."""
 
     def __init__(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
         self._latents: Tensor | None = None
 
     def after(self, latents: Tensor) -> None:
+        """Records the latents after a step and reports the step."""
         self._on_step()
         self._latents = latents
 
     def require_finite(self, job: Job) -> None:
-        """Raises RecipeError where no picture can be made of what was drawn."""
+        """Raises RecipeError if the latents contain NaN or infinity, from which no image can be decoded."""
         assert self._latents is not None
         if not self._latents.isfinite().all():
             scaled = "" if job.strength is None else f" at strength {job.strength:g}"
             raise RecipeError(
-                f"prompt {job.place}, seed {job.seed}{scaled}: what the transformer predicts is not finite; try"
-                " a smaller --strength (0 leaves the adapter out), or --dtype float32"
+                f"prompt {job.place}, seed {job.seed}{scaled}: the transformer predicted NaN or infinity; try a"
+                " smaller --strength (0 turns the adapter off), or --dtype float32"
             )
 
 
 def describe_base(subject: Subject) -> str:
-    """How the base is held, for the start of the call."""
+    """Describes the base's quantization and precision, such as `nf4, computed in bfloat16`."""
     dtype = str(subject.dtype).removeprefix("torch.")
     return f"{'not quantized' if subject.quant is None else subject.quant.quant_type}, computed in {dtype}"
 
 
-# Kinds of block, layers with an adapter and without, adapters that are off: each is compiled by itself. torch stops at
-# eight, and with fullgraph that is an error.
+# torch compiles a block again for each class of block, with and without adapters on a layer, and with adapters turned
+# off. By default it gives up after eight versions, which is an error with fullgraph=True.
 _VARIANTS = 64
 
 
 def compile_blocks(denoiser: nn.Module, family: Family) -> None:
-    """Has every block compiled as one graph when it is first called, as diffusers' `compile_repeated_blocks` does.
+    """Makes torch compile every block as one graph on its first call, like diffusers' `compile_repeated_blocks`.
 
-    That method needs a list of classes which diffusers' SD3 has not, so the family's own list is used. The model
-    around the blocks stays as it is: compiled, it rounds the timestep otherwise.
+    That method needs a list of classes that diffusers' SD3 does not have, so this uses the family's own list. The model
+    around the blocks is not compiled, because compiled code rounds the timestep differently.
     """
     torch._dynamo.config.recompile_limit = max(_VARIANTS, torch._dynamo.config.recompile_limit)
     for kind in family.block_kinds():

@@ -1,4 +1,4 @@
-"""How far pictures are from what they should show: by pixels, and by structure."""
+"""Measures the distance of generated images from their references: RMSE of pixels and structural similarity."""
 
 import statistics
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ _K1, _K2 = 0.01, 0.03
 
 @dataclass(frozen=True)
 class Distance:
-    """Between a picture and its reference, or the mean of several such."""
+    """The distance between an image and its reference, or the mean over several images."""
 
-    rmse: float  # root mean square of the differences of colours in 0 to 1; 0: the same
-    ssim: float  # structural similarity, at most 1: the same; near 0: nothing in common
+    rmse: float  # root mean square error of colors in 0 to 1; 0 for identical images
+    ssim: float  # structural similarity: 1 for identical images, near 0 for unrelated ones
 
 
 @dataclass(frozen=True)
 class PictureChange:
-    """What training did to the distance from the references."""
+    """The mean distance from the references before and after training."""
 
-    pictures: int
+    pictures: int  # the number of images with a reference
     base: Distance
     trained: Distance
 
 
 def picture_change(drawn: Sequence[Drawn]) -> PictureChange | None:
-    """The mean over the prompts that have a reference; None where none has."""
+    """Returns the mean change over the prompts with a reference; None if no prompt has one."""
     known = [(one, one.reference) for one in drawn if one.reference is not None]
     if not known:
         return None
@@ -44,17 +44,17 @@ def picture_change(drawn: Sequence[Drawn]) -> PictureChange | None:
 
 
 def distance(picture: Image.Image, reference: Image.Image) -> Distance:
-    """Both RGB and of one size."""
+    """Measures the distance of two images of the same size."""
     assert picture.size == reference.size, f"{picture.size} against {reference.size}"
-    ours, theirs = _colours(picture), _colours(reference)
+    ours, theirs = _colors(picture), _colors(reference)
     return Distance((ours - theirs).square().mean().sqrt().item(), ssim(ours, theirs))
 
 
 def ssim(one: Tensor, other: Tensor) -> float:
-    """Structural similarity of two pictures (C, H, W) in [0, 1], both sides at least 11: the mean over places and
-    colours.
+    """Returns the structural similarity of two images (C, H, W) in [0, 1], the mean over positions and channels.
 
-    Wang et al. 2004 (IEEE Transactions on Image Processing 13, 600-612), equation 13 with its Gaussian window.
+    H and W must be at least 11. From Wang et al. 2004 (IEEE Transactions on Image Processing 13, 600-612), equation 13
+    with its Gaussian window.
     """
     ramp = torch.arange(_WINDOW, dtype=one.dtype) - _WINDOW // 2
     window = torch.exp(-(ramp**2) / (2 * _WINDOW_STD**2))
@@ -72,8 +72,8 @@ def ssim(one: Tensor, other: Tensor) -> float:
     return (means * structure).mean().item()
 
 
-def _colours(picture: Image.Image) -> Tensor:
-    """(3, H, W) float64 in [0, 1]."""
+def _colors(picture: Image.Image) -> Tensor:
+    """Returns the pixels as (3, H, W) float64 in [0, 1]."""
     return torch.from_numpy(numpy.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).double() / 255
 
 

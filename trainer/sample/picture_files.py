@@ -1,4 +1,4 @@
-"""The files that drawn pictures are kept in: each with what it takes to draw it again, and a grid of all."""
+"""Writes generated images with the settings needed to reproduce them, and a grid of all images."""
 
 import json
 from collections.abc import Sequence
@@ -15,36 +15,36 @@ from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 LIST_FILE = "pictures.json"
 GRID_FILE = "grid.png"
 PNG_KEY = "halfbyte"
-"""The PNG text with a picture's JSON."""
+"""The key of the PNG text chunk that holds an image's settings as JSON."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw."""
+    """One image to generate."""
 
-    place: int  # of the prompt, in the list
+    place: int  # index of the prompt in the list
     prompt: str
-    strength: float | None  # None: there is no adapter
+    strength: float | None  # of the adapter; None: there is none
     seed: int
-    seed_place: int  # of the seed, among those of its prompt
+    seed_place: int  # index of the seed among those of the prompt
 
     @property
     def file_name(self) -> str:
-        """Says which picture it is."""
-        strength = "" if self.strength is None else f"-strength{_shown(self.strength)}"
+        """The image's file name, with prompt index, strength and seed."""
+        strength = "" if self.strength is None else f"-strength{_strength_text(self.strength)}"
         return f"prompt{self.place:02d}{strength}-seed{self.seed}.png"
 
 
-def _shown(strength: float) -> str:
-    """Every digit that tells it from others."""
+def _strength_text(strength: float) -> str:
+    """Formats a strength with all significant digits, so that file names differ."""
     return repr(strength).removesuffix(".0")
 
 
 class PictureFolder:
-    """A folder that is made with its first picture; what was there before is never written over."""
+    """A folder of images, created with its first image. Never overwrites existing files."""
 
     def __init__(self, asked: Path | None, below: Path) -> None:
-        """`asked`, which is new or empty; else the next free number in a folder of pictures below `below`."""
+        """Uses the folder `asked`, which must be new or empty; if None, the next free number in `below`/pictures."""
         self._asked = asked
         self._numbered = below / "pictures"
         self._root: Path | None = None
@@ -53,7 +53,7 @@ class PictureFolder:
 
     @property
     def root(self) -> Path:
-        """The folder."""
+        """The folder's path. Creates the folder on first use."""
         if self._root is None:
             self._root = self._numbered_folder() if self._asked is None else self._asked
             self._root.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ class PictureFolder:
             folder = self._numbered / f"{number:03d}"
             try:
                 folder.mkdir()
-            except FileExistsError:  # another process took it
+            except FileExistsError:  # another process has just created it
                 number += 1
             else:
                 return folder
 
     def add(self, job: Job, picture: Image.Image, common: dict[str, Any]) -> Path:
-        """Writes a picture; `common` is what all of them were drawn with."""
+        """Writes an image and returns its path. `common` holds the settings that all images share."""
         path = self.root / job.file_name
         record = {
             "file": job.file_name,
@@ -90,7 +90,7 @@ class PictureFolder:
         return path
 
     def finish(self, heading: Sequence[str]) -> Path:
-        """Writes the list of pictures, and the grid, whose path it gives."""
+        """Writes the list of images and the grid. Returns the grid's path."""
         text = json.dumps(self._records, indent=1, ensure_ascii=False)
         write_file(self.root / LIST_FILE, text + "\n")
         grid = self.root / GRID_FILE
@@ -99,16 +99,17 @@ class PictureFolder:
 
 
 def _grid(heading: Sequence[str], pictures: Sequence[tuple[Job, Image.Image]]) -> Image.Image:
-    """Prompts down; strengths across, within each the seeds."""
+    """Draws the grid: one row per prompt, one column per strength and, within it, seed."""
     columns = sorted({_column(job) for job, _ in pictures})
-    several = {column[1] for column in columns}
+    seed_places = {column[1] for column in columns}
     drawn = {(job.place, _column(job)): picture for job, picture in pictures}
     prompts = {job.place: job for job, _ in sorted(pictures, key=lambda entry: entry[0].place)}
     seeds = {job.seed_place: job.seed for job, _ in pictures}
-    shared = len({(job.seed_place, job.seed) for job, _ in pictures}) == len(several)
+    # If all prompts have the same seeds, the columns name them; otherwise each row does.
+    shared = len({(job.seed_place, job.seed) for job, _ in pictures}) == len(seed_places)
     titles = []
     for strength, place in columns:
-        parts = [] if strength is None else [f"strength {_shown(strength)}"]
+        parts = [] if strength is None else [f"strength {_strength_text(strength)}"]
         if shared:
             parts.append(f"seed {seeds[place]}")
         titles.append(", ".join(parts))
@@ -127,7 +128,7 @@ def _column(job: Job) -> tuple[float | None, int]:
 
 
 def read_record(picture: Path) -> dict[str, Any]:
-    """What a picture's file says of how it was drawn."""
+    """Reads the settings from an image file."""
     with Image.open(picture) as opened:
         record: dict[str, Any] = json.loads(opened.info[PNG_KEY])
     return record
@@ -135,7 +136,7 @@ def read_record(picture: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DrawnWith:
-    """What all pictures of a call share."""
+    """The settings that all images of a call share."""
 
     base: dict[str, Any]
     adapter: dict[str, Any] | None
@@ -154,5 +155,5 @@ class DrawnWith:
     halfbyte: str
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the settings as plain values for JSON."""
         return asdict(self)

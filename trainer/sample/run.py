@@ -1,4 +1,4 @@
-"""`halfbyte sample`, from the request to the pictures."""
+"""Runs `halfbyte sample`: resolves the request, encodes prompts, generates images and writes them."""
 
 import logging
 import time
@@ -33,18 +33,21 @@ from halfbyte.trainer.sample.source import Subject, find_subject
 log = logging.getLogger(__name__)
 
 _WHEN_FULL = (
-    "the device ran out of memory; smaller: --offload model or sequential, --quant nf4, --text-encoder-quant nf4, or a"
-    " smaller --width and --height"
+    "the device ran out of memory; to use less: --offload model or sequential, --quant nf4, --text-encoder-quant nf4,"
+    " or a smaller --width and --height"
 )
 
 
 def sample(request: SampleRequest, world: World, console: Console) -> bool:
-    """Draws what is asked for; True when all of it is drawn, False when Ctrl-C came before.
+    """Generates the requested images. Returns True if all were generated, False if Ctrl-C stopped it earlier.
 
-    Raises HalfbyteError for everything a user can mend, before any model is loaded.
+    Raises:
+        HalfbyteError: for problems that the user can fix; almost all are found before any model is loaded.
     """
     if world.size > 1:
-        raise LaunchError(f"halfbyte sample runs in one process, and {world.size} were started")
+        raise LaunchError(
+            f"halfbyte sample runs in one process, but {world.size} were started; start it without a launcher"
+        )
     join(world)
     subject = find_subject(request, world.device)
     settings, jobs = _settings(request, subject), _jobs(request, subject)
@@ -52,11 +55,11 @@ def sample(request: SampleRequest, world: World, console: Console) -> bool:
     placement = Placement(world.device, request.offload, request.device_map)
     if placement.moves_layers and subject.adapter is not None and subject.adapter.is_dora:
         raise RecipeError(
-            f"{subject.name} is a DoRA adapter, which reads its layers' weights where they lie; accepted with it:"
-            " --offload none or model, and no --device-map"
+            f"{subject.name} is a DoRA adapter, which reads its layers' weights directly, so they cannot be moved"
+            " one by one; use --offload none or model, and no --device-map"
         )
     folder = PictureFolder(request.output, Path.cwd() if subject.run is None else subject.run)
-    _tell_long_prompts(subject.family, jobs)
+    _warn_about_long_prompts(subject.family, jobs)
     with when_full(lambda: _WHEN_FULL):
         return _draw(request, subject, settings, jobs, placement, folder, console)
 
@@ -72,31 +75,31 @@ def _settings(request: SampleRequest, subject: Subject) -> PictureSettings:
 
 
 def _jobs(request: SampleRequest, subject: Subject) -> list[Job]:
-    """Every prompt at every strength with every seed; strengths change least often."""
+    """Returns a job for every prompt at every strength with every seed. Strengths vary slowest."""
     prompts = request.prompts or subject.prompts
     if not prompts:
-        raise RecipeError("--prompt: nothing to draw; give --prompt, once or more, or --prompts-file")
+        raise RecipeError("--prompt: there is no prompt; give --prompt once or more, or --prompts-file")
     strengths: Sequence[float | None] = (None,) if subject.adapter is None else request.strengths or (1.0,)
     jobs = []
     for strength in strengths:
         for place, prompt in enumerate(prompts):
-            # As training draws them: each prompt has noise of its own.
+            # As in the samples of training, each prompt of a run has its own seed.
             seeds = request.seeds or (subject.settings.seed + (place if subject.run is not None else 0),)
             jobs += [Job(place, prompt, strength, seed, number) for number, seed in enumerate(seeds)]
     return jobs
 
 
-def _tell_long_prompts(family: Family, jobs: Sequence[Job]) -> None:
+def _warn_about_long_prompts(family: Family, jobs: Sequence[Job]) -> None:
     folder = family.source.folder / family.t5_component.replace("text_encoder", "tokenizer")
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     limit = family.max_sequence_length
     for prompt in dict.fromkeys(job.prompt for job in jobs):
         tokens = tokenizer(prompt).input_ids
         if len(tokens) > limit:
-            # The last of the limit is the end token.
+            # The last of the model's tokens is the end token, so one token more is lost.
             lost = tokenizer.decode(tokens[limit - 1 :], skip_special_tokens=True)
             log.warning(
-                "a prompt has %d T5 tokens, and the model sees %d of them; lost: %r", len(tokens), limit, lost
+                "a prompt has %d T5 tokens, but the model uses only %d; cut off: %r", len(tokens), limit, lost
             )
 
 
@@ -145,7 +148,7 @@ def _draw(
     try:
         for job, picture in drawing.pictures(jobs, steps.advance):
             if drawn_with is None:
-                # Here the base has been read, and its digest is known.
+                # By now the base's files have been read, so their digests are cached.
                 drawn_with = _drawn_with(request, subject, settings, attention.backend).record()
             folder.add(job, picture, drawn_with)
             count += 1
@@ -156,7 +159,7 @@ def _draw(
     grid = folder.finish([_heading(subject)])
     seconds = time.perf_counter() - began
     console.print(
-        f"{count} of {len(jobs)} pictures in {seconds:.1f} s, loading included: {folder.root}",
+        f"{count} of {len(jobs)} images in {seconds:.1f} s, including loading: {folder.root}",
         highlight=False,
     )
     console.print(f"grid: {grid}", highlight=False)
@@ -164,17 +167,18 @@ def _draw(
 
 
 class _Steps:
-    """Sampling steps of all pictures, shown with the time left from the first on."""
+    """The progress bar over the sampling steps of all images."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
         self._progress: Progress | None = None
 
     def advance(self) -> None:
+        """Counts one more step."""
         self._done += 1
         if self._progress is None:
-            # Without the first step, in which kernels are compiled.
-            self._progress = Progress(self._console, "drawing", total=self._total, done=self._done)
+            # Start the clock after the first step, which includes the compilation of kernels.
+            self._progress = Progress(self._console, "generating", total=self._total, done=self._done)
         self._progress.advance(self._done)
 
     def close(self) -> None:
@@ -185,7 +189,7 @@ class _Steps:
 def _encode(
     subject: Subject, jobs: Sequence[Job], placement: Placement, console: Console
 ) -> Mapping[str, TextEmbedding]:
-    """The prompts' embeddings, from the cache that training fills; the text encoders are gone when it returns."""
+    """Returns the prompts' embeddings, from the cache that training uses. Frees the text encoders before it returns."""
     encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         subject.family,
@@ -204,21 +208,25 @@ def _encode(
 
 
 def _why_one_by_one(request: SampleRequest, subject: Subject, placement: Placement) -> str | None:
-    """How kernels are launched where the transformer's forward is not recorded, and why; None where it is."""
+    """Says why the transformer's forward is not recorded as a CUDA graph; None if it is recorded."""
     if not request.compiled:
-        return "kernel by kernel (no --compile)"
+        return "one by one (no --compile)"
     if placement.device.type != "cuda":
-        return f"operation by operation: nothing is recorded on {placement.device.type}"
+        return f"one by one: CUDA graphs do not exist on {placement.device.type}"
     if not placement.stays:
-        return f"kernel by kernel: --offload {request.offload} moves the transformer"
+        return f"one by one: --offload {request.offload} moves the transformer"
     if subject.quant is not None and subject.quant.quant_type == "int8":
-        return "kernel by kernel: int8 waits in every layer for a count of outliers"
+        return "one by one: each int8 layer waits for a count of outliers"
     return None
 
 
 def _compiles(request: SampleRequest, subject: Subject, one_by_one: str | None) -> bool:
-    """Whether torch compiles the blocks. Not where they are recorded and run whole, as all but DoRA's do: compiled,
-    each part's result is copied to where the next one wants it, which our own functions write at once."""
+    """Returns True if torch compiles the blocks.
+
+    Blocks that are recorded as CUDA graphs and run as one function are not compiled: compiled code copies each part's
+    result to where the next part reads it, whereas the block's own functions write it there directly. Only DoRA
+    prevents blocks from running as one function.
+    """
     whole = subject.adapter is None or not subject.adapter.is_dora
     return request.compiled and not (one_by_one is None and whole)
 
@@ -240,13 +248,13 @@ def _opening(
         spread = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         kind = "DoRA" if adapter.is_dora else "LoRA"
         lines.append(("adapter", f"{adapter.name}: {kind} of rank {spread} on {len(adapter.layers)} layers"))
-    blocks = "each as one function where it can be" + (", compiled" if compiles else "")
+    blocks = "each as one function where possible" + (", compiled" if compiles else "")
     lines += [
         ("attention", attention),
         ("blocks", blocks),
         ("launches", launches),
         ("guidance", subject.family.describe_guidance(settings.guidance_scale)),
-        ("pictures", f"{len(jobs)} of {settings.width}x{settings.height}, {settings.steps} steps each"),
+        ("images", f"{len(jobs)} of {settings.width}x{settings.height}, {settings.steps} steps each"),
     ]
     return lines
 
@@ -259,12 +267,12 @@ def _drawn_with(
     weights = family.denoiser_fingerprint(digests)
     quant = {"quant_type": "none"} if subject.quant is None else subject.quant.as_json()
     return DrawnWith(
-        # A folder by its name alone: pictures are shown around, and whose folder it was is nobody's business.
+        # Only the folder's name, not its path: images are passed on, and paths may contain private names.
         base={
             "name": family.source.name if family.source.revision else family.source.folder.resolve().name,
             "revision": family.source.revision,
             "weights": weights,
-            **_taken_apart(family, digests),
+            **_replaced_parts(family, digests),
         },
         adapter=None if adapter is None else {"name": adapter.name, "sha256": adapter.sha256},
         steps=settings.steps,
@@ -283,15 +291,18 @@ def _drawn_with(
     )
 
 
-def _taken_apart(family: Family, digests: FileDigests) -> dict[str, str]:
-    """What the base's weights do not say: repositories of the Hub by their commits, another T5 by its digest."""
-    told = {}
+def _replaced_parts(family: Family, digests: FileDigests) -> dict[str, str]:
+    """Returns the sources of a transformer or T5 that does not come from the base's own folder.
+
+    A part from the Hub is named with its commit, another T5 by its digest.
+    """
+    parts = {}
     for name, part in (("transformer", family.transformer), ("text_encoder", family.t5)):
         if part.is_own and part.revision is not None:
-            told[name] = f"{part.name}@{part.revision}"
+            parts[name] = f"{part.name}@{part.revision}"
         elif part.is_own and part is family.t5:
-            told[name] = family.t5_fingerprint(digests)
-    return told
+            parts[name] = family.t5_fingerprint(digests)
+    return parts
 
 
 def _heading(subject: Subject) -> str:

@@ -1,4 +1,4 @@
-"""Sample pictures, drawn with the stock pipeline's own sampler so that training shows what inference will."""
+"""Generates sample images with the stock pipeline, so that training shows what inference will give."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from halfbyte.trainer.families.family import Family
 
 @dataclass(frozen=True)
 class Drawn:
-    """A prompt at two steps of a run; all pictures RGB and of one size."""
+    """The images of a prompt at two steps of a run, with its reference; all RGB and of one size."""
 
     prompt: str
     base: Image.Image
@@ -28,28 +28,28 @@ class Drawn:
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """How the pipeline is called."""
+    """The settings with which the pipeline is called."""
 
     steps: int
     guidance_scale: float
     width: int  # pixels
-    height: int
+    height: int  # pixels
 
 
 @dataclass(frozen=True)
 class SampleSettings(PictureSettings):
-    """The same for the pictures of a run."""
+    """The settings for the sample images of a run."""
 
     seed: int
 
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """The stock pipeline, and all that it is called with but the caption and the noise."""
+    """The stock pipeline with all inputs except the prompt and the noise."""
 
     family: Family
     pipeline: Any
-    empty: TextEmbedding
+    empty: TextEmbedding  # of the empty caption, for classifier-free guidance
     settings: PictureSettings
     device: torch.device
     dtype: torch.dtype
@@ -63,9 +63,10 @@ class PipelineCall:
         output_type: str = "pil",
         on_step: Callable[[Tensor], None] = lambda latents: None,
     ) -> Any:
-        """A picture, or for the output type `latent` the latents as the pipeline gives them, without the batch.
+        """Generates one image; with output_type `latent`, returns the pipeline's latents without the batch dimension.
 
-        on_step: is given the latents after each step, as the pipeline packs them.
+        Args:
+            on_step: called after each step with the latents, in the pipeline's own layout.
         """
 
         def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class PipelineCall:
             height=self.settings.height,
             num_inference_steps=self.settings.steps,
             guidance_scale=self.settings.guidance_scale,
-            # On the CPU, so that every device starts from the same noise.
+            # A CPU generator, so that the noise is the same on all devices.
             generator=torch.Generator().manual_seed(seed),
             output_type=output_type,
             callback_on_step_end=after_step,
@@ -90,7 +91,7 @@ class PipelineCall:
 
 
 class PictureSampler:
-    """Draws the recipe's prompts at a step of the run."""
+    """Generates and stores the images of the recipe's prompts at steps of the run."""
 
     def __init__(
         self,
@@ -115,7 +116,10 @@ class PictureSampler:
 
     @torch.no_grad()
     def draw(self, step: int) -> list[Path]:
-        """Writes one picture a prompt, its place in the list added to the seed. The VAE comes and goes."""
+        """Writes one image per prompt and returns their paths. Prompt n uses seed + n.
+
+        The VAE is loaded for the call and freed afterwards.
+        """
         if not self.prompts:
             return []
         absent: dict[str, Any] = dict.fromkeys(self.family.text_components)
@@ -134,9 +138,9 @@ class PictureSampler:
         return paths
 
     def drawn(self, before: int, after: int) -> list[Drawn]:
-        """What two steps of the run drew, from their files; empty where one of them was not drawn.
+        """Reads the images of two steps of the run from their files; an empty list if any is missing.
 
-        Raises DataError where a reference changed since the run began.
+        Raises DataError if a reference image changed since the run began.
         """
         rows = []
         for place, prompt in enumerate(self.prompts):
@@ -144,7 +148,7 @@ class PictureSampler:
             if not all(stage.is_file() for stage in stages):
                 return []
             base, trained = (Image.open(stage).convert("RGB") for stage in stages)
-            reference = None if prompt.reference is None else _fitting(prompt.reference, trained.size)
+            reference = None if prompt.reference is None else _center_crop(prompt.reference, trained.size)
             rows.append(Drawn(prompt.text, base, trained, reference))
         return rows
 
@@ -152,6 +156,6 @@ class PictureSampler:
         return self.folder / f"step-{step:06d}-{place:02d}.png"
 
 
-def _fitting(sample: Sample, size: tuple[int, int]) -> Image.Image:
-    """The middle of a picture, at a size (width, height)."""
+def _center_crop(sample: Sample, size: tuple[int, int]) -> Image.Image:
+    """Decodes a sample's image, center-cropped and scaled to `size` (width, height)."""
     return ImageOps.fit(decode(sample_bytes(sample)), size, Image.Resampling.LANCZOS)

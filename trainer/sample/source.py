@@ -1,4 +1,4 @@
-"""What pictures are drawn with: a base and, from a run or a file, an adapter on it."""
+"""Resolves the source of `halfbyte sample`: a base model and, from a run, a file or the Hub, an adapter."""
 
 import json
 import tempfile
@@ -33,52 +33,55 @@ from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.run_folder.pinned_base import open_base
 from halfbyte.trainer.sample.request import SampleRequest
 from halfbyte.trainer.sample.sampler import SampleSettings
+from halfbyte.trainer.wording import in_prose
 
 _SETTINGS = SampleSettings(steps=28, guidance_scale=3.5, width=1024, height=1024, seed=0)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA by the model's names of the layers."""
+    """A LoRA or DoRA adapter, with the model's names of its layers."""
 
     name: str
     layers: Mapping[str, LoraLayer]
-    sha256: str  # of the file
+    sha256: str  # of the adapter's file
 
     @property
     def is_dora(self) -> bool:
-        """Whether lengths of rows learned as well."""
+        """True for a DoRA adapter, which also has a learned magnitude for each row."""
         return any(layer.lengths is not None for layer in self.layers.values())
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything that decides the pictures but the prompts, the strengths and the noise."""
+    """Everything that determines the images apart from prompts, strengths and noise."""
 
     name: str
     family: Family
-    quant: QuantRecipe | None  # None: as it is stored
+    quant: QuantRecipe | None  # None: not quantized
     dtype: torch.dtype
     text_encoder_quant: T5Setting
     cache_folder: Path
     cache_base: bool
     adapter: Adapter | None
     settings: SampleSettings
-    prompts: tuple[str, ...] = ()  # a run's own
-    exact: tuple[str, ...] = ()  # layers that multiply in full precision
-    run: Path | None = None
+    prompts: tuple[str, ...] = ()  # of the run's recipe
+    exact: tuple[str, ...] = ()  # layers that compute with full-precision weights
+    run: Path | None = None  # the run's folder
 
 
 def find_subject(request: SampleRequest, device: torch.device) -> Subject:
-    """What the request's source is. Raises RecipeError or HubError; no weights but the adapter's are read."""
+    """Resolves the request's source. Reads no weights except the adapter's. Raises RecipeError or HubError."""
     request = _at_its_revision(request)
     path = Path(request.source).expanduser()
     if (path / "recipe.yaml").is_file():
         subject = _of_run(request, RunFolder(path))
     else:
         if request.checkpoint is not None:
-            raise RecipeError(f"--checkpoint: {request.source} is no run; a run's folder holds recipe.yaml")
-        # runs/dog is no repository where there is a folder runs.
+            raise RecipeError(
+                f"--checkpoint: {request.source} is not a run's folder, which contains recipe.yaml; leave it out"
+            )
+        # If a folder `runs` exists, runs/dog is a path in it rather than a repository.
         is_elsewhere = not path.exists() and not path.parent.is_dir() and is_repository(request.source)
         if is_elsewhere and not is_pipeline(request.source, request.revision):
             subject = _of_repository(request, device)
@@ -92,27 +95,31 @@ def find_subject(request: SampleRequest, device: torch.device) -> Subject:
                 " repository as owner/name"
             )
     if request.strengths is not None and subject.adapter is None:
-        raise RecipeError(f"--strength: {request.source} is a pipeline without an adapter to scale")
+        raise RecipeError(
+            f"--strength: {request.source} is a pipeline without an adapter to scale; leave it out"
+        )
     if subject.dtype == torch.float16 and device.type == "cpu":
         raise RecipeError("--dtype: float16 needs a CUDA device; use bfloat16 or float32")
     return subject
 
 
 def _at_its_revision(request: SampleRequest) -> SampleRequest:
-    """The request with owner/name@revision, as recipes may have it, told apart. Raises RecipeError."""
+    """Splits a source owner/name@revision into source and revision. Raises RecipeError if --revision is given too."""
     path = Path(request.source)
     reference = None if path.exists() else HubReference.of(path)
     if reference is None or reference.revision is None:
         return request
     if request.revision is not None:
-        raise RecipeError(f"--revision: got {request.revision}, but {request.source} names one already")
+        raise RecipeError(
+            f"--revision: got {request.revision}, but {request.source} already names one; give only one of them"
+        )
     return replace(request, source=reference.name, revision=reference.revision)
 
 
 def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
     for option, value in (("--model", request.model), ("--revision", request.revision)):
         if value is not None:
-            raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base")
+            raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base; leave it out")
     recipe = load_written(run.recipe)
     cache_folder = recipe.data.cache_folder if request.cache is None else request.cache.expanduser()
     family = open_base(
@@ -131,7 +138,7 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
             try:
                 adapter = _read_adapter(f"{name}, {step}", Path(copies) / ADAPTER_FILE, family)
             except RecipeError as error:
-                # Read from a copy, whose path says nothing.
+                # The error's own path is that of a temporary copy.
                 raise RecipeError(f"{run.checkpoints / step}: {error}") from error
     dtype = DTYPES[request.dtype or recipe.quant.compute_dtype]
     sample = recipe.sample
@@ -165,7 +172,7 @@ def _of_adapter(request: SampleRequest, path: Path, device: torch.device) -> Sub
 
 
 def _of_repository(request: SampleRequest, device: torch.device) -> Subject:
-    """An adapter on the Hub, of whose repository --revision is; its base is at the one that PEFT's file says."""
+    """Resolves an adapter on the Hub. --revision selects the adapter's revision; PEFT's file gives that of the base."""
     folder = download_adapter(request.source, request.revision)
     subject = _of_adapter(replace(request, revision=None), folder, device)
     assert subject.adapter is not None
@@ -175,21 +182,23 @@ def _of_repository(request: SampleRequest, device: torch.device) -> Subject:
 
 def _of_pipeline(request: SampleRequest, device: torch.device) -> Subject:
     if request.model is not None:
-        raise RecipeError(f"--model: {request.source} is a pipeline itself")
+        raise RecipeError(f"--model: {request.source} is itself a pipeline; leave it out")
     return _of_base(request, request.source, request.revision, device)
 
 
 def _of_base(request: SampleRequest, base: str, revision: str | None, device: torch.device) -> Subject:
-    """A pipeline without an adapter."""
+    """Resolves a pipeline without an adapter."""
     base = str(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
     if not Path(base).is_dir() and not is_repository(base):
-        raise RecipeError(f"--model: {base}: no such folder; expected one, or a Hub repository as owner/name")
+        raise RecipeError(
+            f"--model: {base}: no such folder, expected an existing folder, or a Hub repository as owner/name"
+        )
     if revision is not None and Path(base).is_dir():
-        raise RecipeError(f"--revision: {base} is a folder, which has none")
+        raise RecipeError(f"--revision: {base} is a folder, which has no revisions; leave it out")
     try:
         family = _family(base, revision).open(base, revision, request.max_sequence_length)
     except RecipeError as error:
-        # There is no recipe here, whose setting the message would name.
+        # Without a recipe, the names of its settings in the message would only confuse.
         raise RecipeError(str(error).removeprefix("model.path: ").removeprefix("model.family: ")) from error
     dtype = DTYPES[request.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     cache = DEFAULT_FOLDER if request.cache is None else request.cache
@@ -207,25 +216,25 @@ def _of_base(request: SampleRequest, base: str, revision: str | None, device: to
 
 
 def _family(base: str, revision: str | None) -> type[Family]:
-    """The family of a pipeline by its transformer's class."""
+    """Returns the family of a pipeline, by the class of its transformer. Raises RecipeError for other classes."""
     found = transformer_class(base, revision)
     known = {FAMILIES[name].denoiser_class.__name__: FAMILIES[name] for name in FAMILIES.names}
     if found not in known:
-        raise RecipeError(f"{base} holds a {found}; accepted: {', '.join(known)}")
+        raise RecipeError(f"{base}: its transformer is a {found}, expected {in_prose(known)}")
     return known[found]
 
 
 def _quant(
     request: SampleRequest, family: Family, dtype: torch.dtype, default: QuantRecipe | None
 ) -> QuantRecipe | None:
-    """How the transformer is held: as asked, as it is stored, or by default."""
+    """Returns the transformer's quantization: as stored, else as requested, else the default; None for none."""
     if family.denoiser_folder is not None:
         stored = _stored(family.denoiser_folder)
         if stored is not None:
             if request.quant is not None and request.quant != stored.quant_type:
                 raise RecipeError(
-                    f"--quant: the transformer of {family.transformer.name} is stored in {stored.quant_type} and is"
-                    " taken as it is; leave out --quant"
+                    f"--quant: got {request.quant}, but the transformer of {family.transformer.name} is stored in"
+                    f" {stored.quant_type} and cannot be changed; leave out --quant"
                 )
             return replace(stored, compute_dtype=dtype)
     if request.quant == "none":
@@ -240,7 +249,8 @@ def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe |
     stored = _stored(family.t5.path)
     if stored is not None and asked not in (None, "auto", stored.quant_type):
         raise RecipeError(
-            f"--text-encoder-quant: T5 of {family.t5.name} is stored in {stored.quant_type} and is taken as it is"
+            f"--text-encoder-quant: got {asked}, but T5 of {family.t5.name} is stored in {stored.quant_type} and cannot"
+            " be changed; leave the option out"
         )
     if asked is not None and (stored is None or asked != stored.quant_type):
         return asked
@@ -248,7 +258,7 @@ def _text_encoder_quant(request: SampleRequest, family: Family, recipe: Recipe |
 
 
 def _stored(folder: Path) -> QuantRecipe | None:
-    """The quantization of a model's folder, None where it has none."""
+    """Returns the quantization in which a model's folder stores it; None if it is not quantized."""
     try:
         return stored_quantization(folder)
     except ValueError as error:
@@ -256,30 +266,35 @@ def _stored(folder: Path) -> QuantRecipe | None:
 
 
 def _stated_base(file: Path, request: SampleRequest) -> tuple[str, str | None]:
-    """The base that PEFT's configuration beside an adapter names. Raises RecipeError where none does."""
+    """Returns the base and its revision from the PEFT configuration next to an adapter.
+
+    Raises RecipeError if there is none or it does not name a usable base.
+    """
     config = file.with_name(PEFT_CONFIG)
     stated: dict[str, Any] = {}
     if config.is_file():
         try:
             stated = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RecipeError(f"{config}: not a JSON file: {error}") from error
+            raise RecipeError(f"{config}: not valid JSON: {error}") from error
     base = stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
     if not isinstance(base, str) or not (is_repository(base) or Path(base).is_dir()):
-        raise RecipeError(f"--model: {file} does not say what its base is; name a folder or a Hub repository")
+        raise RecipeError(
+            f"--model: missing, because {file} does not name its base; give a folder or a Hub repository"
+        )
     revision = None if Path(base).is_dir() else stated.get("revision")
     return base, request.revision or revision
 
 
 def _read_adapter(name: str, file: Path, family: Family, *, location: Path | None = None) -> Adapter:
-    """The adapter in a file, which fits the family's model. Raises RecipeError, naming `location`."""
+    """Reads an adapter that fits the family's model. Raises RecipeError, naming `location`, if it does not."""
     layers = read_layers(file, family.original_names())
     _check_fit(layers, family, location or Path(name))
     return Adapter(name, layers, sha256_file(file))
 
 
 def _check_fit(layers: Mapping[str, LoraLayer], family: Family, path: Path) -> None:
-    """Raises RecipeError where the model, as its configuration describes it, has not the layers of an adapter."""
+    """Raises RecipeError unless the model, by its configuration, has the adapter's layers with the same shapes."""
     config = {k: v for k, v in family.denoiser_config.items() if k != "quantization_config"}
     try:
         model = empty_model(family.denoiser_class, config, family.source.folder / "transformer")
@@ -289,14 +304,14 @@ def _check_fit(layers: Mapping[str, LoraLayer], family: Family, path: Path) -> N
     missing = [name for name in layers if name not in linears]
     if missing:
         raise RecipeError(
-            f"{path} is for another base: {family.source.name} has no linear layer {missing[0]} ({len(missing)} such"
-            " layers)"
+            f"{path} is for another base: {family.source.name} has no linear layer {missing[0]} ({len(missing)} of the"
+            " adapter's layers are missing)"
         )
     for name, layer in layers.items():
         expected = (linears[name].out_features, linears[name].in_features)
         got = (len(layer.up), layer.down.shape[1])
         if expected != got:
             raise RecipeError(
-                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, that of {family.source.name}"
+                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, but {family.source.name} has"
                 f" {expected[0]} x {expected[1]}"
             )

@@ -1,4 +1,4 @@
-"""An adapter on a model at any strength: B is scaled where it lies, so that nothing is loaded or compiled again."""
+"""Adds an adapter to a model and changes its strength by scaling B in place, without loading or compiling again."""
 
 import re
 from collections.abc import Mapping
@@ -14,42 +14,45 @@ from halfbyte.trainer.sample.source import Adapter
 
 
 class AdapterStrength:
-    """Holds an adapter's B, and DoRA's lengths, as they are at strength 1."""
+    """Changes the strength of an adapter. Keeps a copy of B, and of DoRA's magnitudes, at strength 1."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """`denoiser` has the adapter on it, and is not placed yet."""
+        """Copies the adapter's weights. `denoiser` must have the adapter and not be placed on devices yet."""
         self._denoiser = denoiser
         self._ups: dict[nn.Module, Tensor] = {}
-        self._lengths: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # of the base's rows, of the adapted rows
+        self._magnitudes: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # of the base's rows, of the adapter
         for module in denoiser.modules():
             if isinstance(module, PeftLayer) and ADAPTER in module.lora_B:
                 adapted: Any = module
                 self._ups[adapted.lora_B[ADAPTER]] = _copy(adapted.lora_B[ADAPTER].weight)
                 if ADAPTER in adapted.lora_magnitude_vector:
-                    lengths = adapted.lora_magnitude_vector[ADAPTER]
-                    base = _copy(lengths.base_squares.sqrt())
-                    self._lengths[lengths] = (base, _copy(lengths.weight))
+                    magnitude = adapted.lora_magnitude_vector[ADAPTER]
+                    base = _copy(magnitude.base_squares.sqrt())
+                    self._magnitudes[magnitude] = (base, _copy(magnitude.weight))
 
     @torch.no_grad()
     def set(self, strength: float) -> None:
-        """Scales the update; DoRA's lengths go from the base's to the adapter's. 0 is the base as it is, to the bit."""
+        """Scales B, and interpolates DoRA's magnitudes from the base's (0) to the adapter's (1).
+
+        Strength 0 turns the adapter off, which is bitwise identical to the base.
+        """
         model: Any = self._denoiser
         if strength == 0:
             model.disable_adapters()
             return
         model.enable_adapters()
         for module, up in self._ups.items():
-            _held(module).copy_(up if strength == 1 else up * strength)
-        for module, (base, adapted) in self._lengths.items():
-            _held(module).copy_(adapted if strength == 1 else base + (adapted - base) * strength)
+            _stored_weight(module).copy_(up if strength == 1 else up * strength)
+        for module, (base, adapted) in self._magnitudes.items():
+            _stored_weight(module).copy_(adapted if strength == 1 else base + (adapted - base) * strength)
 
 
 def put_on(denoiser: nn.Module, adapter: Adapter, name: str) -> None:
-    """Puts an adapter on the layers that it adapts, at its own ranks and exactly as it was saved."""
+    """Adds an adapter to the model, with its own rank on each of its layers and exactly the saved weights."""
     targets = "|".join(re.escape(layer) for layer in adapter.layers)
     ranks = _by_rank(adapter.layers)
     highest = max(ranks)
-    # Patterns are for the ends of names; ^ makes them whole names, which others may end in.
+    # PEFT matches patterns at the end of names. ^ anchors them, because one layer's name may be the end of another's.
     patterns = {
         f"^({'|'.join(map(re.escape, names))})": rank for rank, names in ranks.items() if rank != highest
     }
@@ -64,7 +67,7 @@ def put_on(denoiser: nn.Module, adapter: Adapter, name: str) -> None:
         variant=LoraVariant(
             dora=adapter.is_dora,
             rank_pattern=patterns,
-            # The scale is in B, see `start_from`.
+            # alpha = rank, a factor of 1: `start_from` puts the adapter's scale into B.
             alpha_pattern={pattern: float(rank) for pattern, rank in patterns.items()},
         ),
     )
@@ -79,15 +82,15 @@ def _by_rank(layers: Mapping[str, LoraLayer]) -> dict[int, list[str]]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    # In host memory, for offloaded layers are scaled there; a device is given what fits in one pass.
+    # In host memory, where offloaded layers are scaled too, so that the copies take no device memory.
     return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
-def _held(module: nn.Module) -> Tensor:
-    """The module's weight where its values are: with accelerate's offloading that is beside it, in host memory."""
+def _stored_weight(module: nn.Module) -> Tensor:
+    """Returns the tensor that holds the module's weight; with accelerate's offloading, the hook's in host memory."""
     weight: Any = module.weight
     if not weight.is_meta:
         return weight.data  # type: ignore[no-any-return]
     hooked: Any = module
-    held: Tensor = hooked._hf_hook.weights_map["weight"]
-    return held
+    stored: Tensor = hooked._hf_hook.weights_map["weight"]
+    return stored

@@ -1,4 +1,4 @@
-"""Batches of cached latents and embeddings: what belongs together, positions, dropout, workers."""
+"""Tests of batches from the cache: matching captions, positions, caption dropout, worker processes."""
 
 from itertools import islice
 from pathlib import Path
@@ -82,7 +82,7 @@ class TestBatches:
         assert all(tensor.is_meta for tensor in tensors)
 
     @pytest.mark.gpu
-    def test_a_pinned_batch_arrives_whole(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
+    def test_a_pinned_batch_is_copied_correctly(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
         plain = self.loaded(groups, tmp_path / "cache")
         pinned = DataLoader(
             plain.dataset, batch_sampler=plain.batch_sampler, collate_fn=collate, pin_memory=True
@@ -96,11 +96,11 @@ class TestBatches:
     def test_worker_processes_give_the_same_batches(
         self, groups: list[tuple[View, ...]], tmp_path: Path
     ) -> None:
-        alone = self.loaded(groups, tmp_path / "cache")
+        in_process = self.loaded(groups, tmp_path / "cache")
         workers = DataLoader(
-            alone.dataset, batch_sampler=alone.batch_sampler, collate_fn=collate, num_workers=2
+            in_process.dataset, batch_sampler=in_process.batch_sampler, collate_fn=collate, num_workers=2
         )
-        for one, other in zip(alone, workers, strict=True):
+        for one, other in zip(in_process, workers, strict=True):
             assert one.positions == other.positions
             assert torch.equal(one.latent_mean, other.latent_mean)
             assert torch.equal(one.prompt_embeds, other.prompt_embeds)

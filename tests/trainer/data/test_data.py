@@ -1,4 +1,4 @@
-"""Reading a folder: every accepted form, and every way in which a folder can be wrong."""
+"""Tests of reading image folders: every accepted form, and every kind of mistake in them."""
 
 import csv
 import hashlib
@@ -45,7 +45,7 @@ def captions(path: Path, prefix: str = "") -> dict[str, str]:
 
 
 class TestForms:
-    def test_the_shipped_photographs(self) -> None:
+    def test_the_shipped_photos_have_captions_and_licenses(self) -> None:
         samples = read_samples(PHOTOS)
         assert 12 <= len(samples) <= 24
         assert [sample.index for sample in samples] == list(range(len(samples)))
@@ -55,8 +55,8 @@ class TestForms:
             for s in samples
         }
         assert sum(file.stat().st_size for file in PHOTOS.iterdir()) < 1.5e6
-        licences = (PHOTOS / "LICENSES.md").read_text(encoding="utf-8")
-        assert all(sample.path.name in licences for sample in samples)
+        licenses = (PHOTOS / "LICENSES.md").read_text(encoding="utf-8")
+        assert all(sample.path.name in licenses for sample in samples)
 
     def test_jsonl(self, tmp_path: Path) -> None:
         file = picture(tmp_path / "a.png", size=(24, 16))
@@ -76,7 +76,7 @@ class TestForms:
             csv.writer(file).writerows([["file_name", "caption"], ["a.png", "red, green\nand blue"]])
         assert captions(tmp_path) == {"a.png": "red, green\nand blue"}
 
-    def test_text_files_beside_pictures_in_nested_folders(self, tmp_path: Path) -> None:
+    def test_text_files_next_to_images_in_nested_folders(self, tmp_path: Path) -> None:
         for name, suffix in (("b.JPG", ".TXT"), ("deep/er/a.webp", ".txt")):
             picture(tmp_path / name)
             (tmp_path / name).with_suffix(suffix).write_text(f"caption of {name}\n", encoding="utf-8")
@@ -93,7 +93,7 @@ class TestForms:
         rows(tmp_path / "z", ("deep/a.png", "from z"))
         assert [sample.caption for sample in read_samples(tmp_path)] == ["from x", "from y", "from z"]
 
-    def test_a_path_through_a_parent_and_a_relative_one(
+    def test_relative_paths_and_paths_through_a_parent_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         picture(tmp_path / "deep" / "a.png")
@@ -111,7 +111,7 @@ class TestForms:
         assert captions(tmp_path, "word") == {"a.png": "word"}
 
     @pytest.mark.parametrize("prefix", ["TOK", "TOK "])
-    def test_the_prefix_goes_before_every_caption_and_stands_in_for_none(
+    def test_the_prefix_precedes_every_caption_and_replaces_missing_ones(
         self, tmp_path: Path, prefix: str
     ) -> None:
         for name in ("a", "b", "c"):
@@ -126,12 +126,12 @@ class TestForms:
         rows(tmp_path, ("c.png", "3"), ("a.png", "1"), ("b.png", "2"))
         assert [sample.caption for sample in read_samples(tmp_path)] == ["1", "2", "3"]
 
-    def test_progress_and_known_pictures(self, tmp_path: Path) -> None:
+    def test_known_images_are_not_decoded_again_and_progress_is_reported(self, tmp_path: Path) -> None:
         file = picture(tmp_path / "a.png")
-        # Cut short but with its header: it shows whether the picture was decoded.
+        # Truncated after the header: reading succeeds only if the image is not decoded.
         file.write_bytes(file.read_bytes()[:-30])
         seen: list[tuple[int, int]] = []
-        with pytest.raises(DataError, match="does not decode"):
+        with pytest.raises(DataError, match=r"a\.png: .*truncated"):
             read_samples(tmp_path, "x", progress=lambda done, total: seen.append((done, total)))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         samples = read_samples(tmp_path, "x", is_decoded=lambda sha256: sha256 == digest)
@@ -146,7 +146,7 @@ class TestParquet:
         Image.new("RGB", (20, 10), color).save(stream, "PNG")
         return stream.getvalue()
 
-    def test_what_datasets_writes(self, tmp_path: Path) -> None:
+    def test_parquet_files_written_by_datasets(self, tmp_path: Path) -> None:
         colors = [(10 * n, 0, 0) for n in range(7)]
         images = [{"bytes": self.encoded(color), "path": None} for color in colors]
         features = Features({"image": PictureFeature(decode=False), "text": Value("string")})
@@ -164,64 +164,79 @@ class TestParquet:
         root = tmp_path / "data"
         inside = picture(root / "images" / "a.png")
         outside = picture(tmp_path / "secret.png")
-        inside.rename(root / "images" / "a")  # without a suffix: found through the table alone
+        inside.rename(root / "images" / "a")  # without a suffix, it is found only through the table
         paths = ["images/a", "../secret.png", str(outside), "images/none"]
         table = {"image": [{"bytes": None, "path": path} for path in paths], "text": ["w", "x", "y", "z"]}
         pyarrow.parquet.write_table(pyarrow.table(table), root / "a.parquet")
         lines = complaint(root)
         assert len(lines) == 3
-        assert "row 1: names '../secret.png', which is outside" in lines[0]
+        assert "row 1: " in lines[0]
+        assert "'../secret.png'" in lines[0]
+        assert f"outside {root}" in lines[0]
         assert "row 2: " in lines[1]
-        assert "which is outside" in lines[1]
-        assert "row 3: names a missing picture, 'images/none'" in lines[2]
+        assert f"outside {root}" in lines[1]
+        assert "row 3: " in lines[2]
+        assert "missing" in lines[2]
+        assert "'images/none'" in lines[2]
 
     def test_bad_rows_and_files(self, tmp_path: Path) -> None:
         table = {"image": [self.encoded("red"), b"junk", None], "caption": [None, "x", "y"]}
         pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
         pyarrow.parquet.write_table(pyarrow.table({"pixels": [1]}), tmp_path / "b.parquet")
         (tmp_path / "c.parquet").write_bytes(b"PAR1 but not really")
-        text = "\n".join(complaint(tmp_path))
-        assert "a.parquet row 0: its caption is empty" in text
-        assert "a.parquet row 1: does not decode" in text
-        assert "a.parquet row 2: image: holds no bytes and no path" in text
-        assert "b.parquet: expected the columns image and text (or caption), found 'pixels'" in text
-        assert "c.parquet: not a readable parquet file" in text
+        for start, *fragments in (
+            ("a.parquet row 0: ", "empty", "caption"),
+            ("a.parquet row 1: ", "decode"),
+            ("a.parquet row 2: image: ", "bytes", "path"),
+            ("b.parquet: ", "'pixels'", "image and text (or caption)"),
+            ("c.parquet: ", "parquet file: "),
+        ):
+            (line,) = [line for line in complaint(tmp_path) if start in line]
+            assert all(fragment in line for fragment in fragments), line
 
 
 class TestBadFolders:
     def test_no_folder(self, tmp_path: Path) -> None:
-        assert complaint(tmp_path / "none") == [f"{tmp_path / 'none'}: no such folder"]
+        (line,) = complaint(tmp_path / "none")
+        assert line.startswith(f"{tmp_path / 'none'}: ")
+        assert "no such folder" in line
 
     def test_empty_folder(self, tmp_path: Path) -> None:
         (tmp_path / "notes.md").write_text("nothing", encoding="utf-8")
         (line,) = complaint(tmp_path)
-        assert line.startswith(f"{tmp_path}: no pictures; accepted: .jpg, .jpeg, .png")
+        assert line.startswith(f"{tmp_path}: ")
+        assert ".jpg, .jpeg, .png" in line
 
-    def test_a_dataset_saved_to_disk_is_told_how_to_be_written(self, tmp_path: Path) -> None:
+    def test_the_error_for_a_dataset_saved_to_disk_names_to_parquet(self, tmp_path: Path) -> None:
         Dataset.from_dict({"text": ["a dog"]}).save_to_disk(tmp_path / "saved")
         (line,) = complaint(tmp_path / "saved")
-        assert "no pictures" in line
-        assert line.endswith("write it with to_parquet instead")
+        assert line.startswith(f"{tmp_path / 'saved'}: ")
+        assert "to_parquet" in line
 
-    def test_a_row_for_a_missing_picture_with_a_hint(self, tmp_path: Path) -> None:
+    def test_a_row_for_a_missing_image_suggests_a_similar_name(self, tmp_path: Path) -> None:
         picture(tmp_path / "cat.jpg")
         rows(tmp_path, ("cat.jpg", "a cat"), ("dogs/dog.jpg", "a dog"), ("Cat.JPEG", "a cat"))
         lines = complaint(tmp_path)
         where = tmp_path / "metadata.jsonl"
-        assert lines[0] == f"{where}:2: names a missing picture, 'dogs/dog.jpg'"
-        assert lines[1] == f"{where}:3: names a missing picture, 'Cat.JPEG'; did you mean 'cat.jpg'?"
+        assert lines[0].startswith(f"{where}:2: ")
+        assert lines[0].endswith("'dogs/dog.jpg'")
+        assert lines[1].startswith(f"{where}:3: ")
+        assert lines[1].endswith("'Cat.JPEG'; did you mean 'cat.jpg'?")
 
     def test_duplicate_rows(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         rows(tmp_path, ("a.png", "one"), ("./a.png", "two"))
         (line,) = complaint(tmp_path)
         where = tmp_path / "metadata.jsonl"
-        assert line == f"{where}:2: './a.png' has a row already, at {where}:1"
+        assert line.startswith(f"{where}:2: './a.png' ")
+        assert f"{where}:1" in line
 
-    def test_a_picture_without_a_caption(self, tmp_path: Path) -> None:
+    def test_an_image_without_a_caption(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         (line,) = complaint(tmp_path)
-        assert line.startswith(f"{tmp_path / 'a.png'}: has no caption; add a.txt beside it")
+        assert line.startswith(f"{tmp_path / 'a.png'}: ")
+        assert "a.txt" in line
+        assert "metadata.jsonl or metadata.csv" in line
         assert "data.caption_prefix" in line
 
     def test_empty_captions(self, tmp_path: Path) -> None:
@@ -229,90 +244,107 @@ class TestBadFolders:
             picture(tmp_path / name)
         rows(tmp_path, ("a.png", "  "))
         (tmp_path / "b.txt").write_text("\n", encoding="utf-8")
-        assert ["its caption is empty" in line for line in complaint(tmp_path)] == [True, True]
+        lines = complaint(tmp_path)
+        assert [line.partition(": ")[0] for line in lines] == [
+            str(tmp_path / name) for name in ("a.png", "b.png")
+        ]
+        assert ["empty" in line for line in lines] == [True, True]
 
-    def test_two_captions_for_one_picture(self, tmp_path: Path) -> None:
+    def test_two_captions_for_one_image(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         rows(tmp_path, ("a.png", "one"))
         (tmp_path / "a.txt").write_text("two", encoding="utf-8")
         (line,) = complaint(tmp_path)
-        assert "one caption in a.txt and another in a metadata file" in line
+        assert line.startswith(f"{tmp_path / 'a.png'}: ")
+        assert "a.txt" in line
+        assert "metadata" in line
         (tmp_path / "a.txt").write_text("one\n", encoding="utf-8")
         assert captions(tmp_path) == {"a.png": "one"}
 
     @pytest.mark.parametrize(
-        ("line", "says"),
+        ("line", "fragments"),
         [
-            ('{"file_name": "a.png", "text": "x"', "not valid JSON"),
-            ('{"file_name": "a.png", "text": ' + "9" * 5000 + "}", "not usable JSON"),
-            ('["a.png", "x"]', "expected an object"),
-            ('{"file_name": "a.png", "text": "\\ud800"}', "holds half of a character"),
-            ('{"file_name": "a.png\\u0000", "text": "x"}', "names a missing picture"),
-            ('{"file": "a.png", "text": "x"}', "file_name: got None"),
-            ('{"file_name": "a.png", "label": "x"}', "no caption column; expected 'text' or 'caption'"),
-            ('{"file_name": "a.png", "text": 3}', "the caption is 3; expected a string"),
-            ('{"file_name": "a.png", "text": "x", "caption": "y"}', "'text' and 'caption' differ"),
-            ('{"file_name": "../a.png", "text": "x"}', "which is outside"),
-            ('{"file_name": "/etc/passwd", "text": "x"}', "which is outside"),
-            ('{"file_name": "metadata.jsonl", "text": "x"}', "cannot be read as a picture"),
+            ('{"file_name": "a.png", "text": "x"', ("JSON", "column")),
+            ('{"file_name": "a.png", "text": ' + "9" * 5000 + "}", ("JSON", "digits")),
+            ('["a.png", "x"]', ('["a.png", "x"]', "object")),
+            ('{"file_name": "a.png", "text": "\\ud800"}', ("surrogate",)),
+            ('{"file_name": "a.png\\u0000", "text": "x"}', ("missing", r"'a.png\x00'")),
+            ('{"file": "a.png", "text": "x"}', ("file_name: got None",)),
+            ('{"file_name": "a.png", "label": "x"}', ("'text' or 'caption'", "'label'")),
+            ('{"file_name": "a.png", "text": 3}', ("caption is 3", "string")),
+            ('{"file_name": "a.png", "text": "x", "caption": "y"}', ("'text' and 'caption'", "keep one")),
+            ('{"file_name": "../a.png", "text": "x"}', ("'../a.png'", "outside")),
+            ('{"file_name": "/etc/passwd", "text": "x"}', ("'/etc/passwd'", "outside")),
+            (
+                '{"file_name": "metadata.jsonl", "text": "x"}',
+                ("'metadata.jsonl'", "accepted: .jpg, .jpeg, .png"),
+            ),
         ],
     )
-    def test_jsonl_lines(self, tmp_path: Path, line: str, says: str) -> None:
+    def test_jsonl_lines(self, tmp_path: Path, line: str, fragments: tuple[str, ...]) -> None:
         picture(tmp_path / "a.png")
         (tmp_path / "metadata.jsonl").write_text(f"\n{line}\n", encoding="utf-8")
-        assert any(f"metadata.jsonl:2: {says}" in text or says in text for text in complaint(tmp_path))
-        assert complaint(tmp_path)[0].startswith(f"{tmp_path / 'metadata.jsonl'}:2: ")
+        first = complaint(tmp_path)[0]
+        assert first.startswith(f"{tmp_path / 'metadata.jsonl'}:2: ")
+        assert all(fragment in first for fragment in fragments), first
 
     @pytest.mark.parametrize(
-        ("text", "says"),
+        ("text", "line", "fragments"),
         [
-            ("a.png,a box\n", "metadata.csv:1: expected the columns file_name and text"),
-            ("file_name,text\na.png,red, green\n", "metadata.csv:2: more fields than the header; quote"),
-            ("file_name,text\na.png\n", "metadata.csv:2: fewer fields than the header"),
-            ("", "metadata.csv:1: expected the columns file_name and text"),
+            ("a.png,a box\n", 1, ("'a.png', 'a box'", "file_name and text")),
+            ("file_name,text\na.png,red, green\n", 2, ("more fields", "quote")),
+            ("file_name,text\na.png\n", 2, ("fewer fields",)),
+            ("", 1, ("nothing", "file_name and text")),
         ],
     )
-    def test_csv_rows(self, tmp_path: Path, text: str, says: str) -> None:
+    def test_csv_rows(self, tmp_path: Path, text: str, line: int, fragments: tuple[str, ...]) -> None:
         picture(tmp_path / "a.png")
         (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
-        assert says in complaint(tmp_path)[0]
+        first = complaint(tmp_path)[0]
+        assert first.startswith(f"{tmp_path / 'metadata.csv'}:{line}: ")
+        assert all(fragment in first for fragment in fragments), first
 
     def test_both_metadata_files(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         rows(tmp_path, ("a.png", "x"))
         (tmp_path / "metadata.csv").write_text("file_name,text\na.png,y\n", encoding="utf-8")
         (line,) = complaint(tmp_path)
-        assert "metadata.jsonl is in the same folder; keep one of them" in line
+        assert line.startswith(f"{tmp_path / 'metadata.csv'}: ")
+        assert "metadata.jsonl is in the same folder" in line
 
     def test_captions_that_are_not_utf8(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         (tmp_path / "a.txt").write_bytes("caf\n\xe9".encode("latin-1"))
-        assert complaint(tmp_path) == [f"{tmp_path / 'a.txt'}:2: not UTF-8 (byte 0xe9); save it as UTF-8"]
+        (line,) = complaint(tmp_path)
+        assert line.startswith(f"{tmp_path / 'a.txt'}:2: ")
+        assert "0xe9" in line
+        assert "UTF-8" in line
 
     @pytest.mark.parametrize("damage", ["truncated", "text", "empty", "bomb"])
-    def test_pictures_that_do_not_decode(self, tmp_path: Path, damage: str) -> None:
+    def test_corrupt_images(self, tmp_path: Path, damage: str) -> None:
         file = tmp_path / "a.png"
         Image.effect_noise((64, 64), 50).save(file)
         whole = file.read_bytes()
         header = b"IHDR" + (20000).to_bytes(4, "big") * 2 + whole[24:29]
         bomb = whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:]
         contents = {
-            "truncated": (whole[: len(whole) // 2], "does not decode: image file is truncated"),
-            "text": (b"<html>not found</html>", "does not decode: not a picture, or of an unknown kind"),
-            "empty": (b"", "is empty (0 bytes)"),
-            "bomb": (bomb, "does not decode: "),
+            "truncated": (whole[: len(whole) // 2], "image file is truncated"),
+            "text": (b"<html>not found</html>", "not an image"),
+            "empty": (b"", "0 bytes"),
+            "bomb": (bomb, "pixels"),
         }
-        data, says = contents[damage]
+        data, fragment = contents[damage]
         file.write_bytes(data)
         (line,) = complaint(tmp_path, "x")
-        assert line.startswith(f"{file}: {says}")
-        assert damage != "bomb" or "pixels" in line
+        assert line.startswith(f"{file}: ")
+        assert fragment in line
 
-    def test_kinds_that_cannot_be_read_are_named(self, tmp_path: Path) -> None:
+    def test_unsupported_image_formats_are_reported(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
         (tmp_path / "b.HEIC").write_bytes(b"?")
         (line,) = complaint(tmp_path, "x")
-        assert "b.HEIC: cannot be read; convert it" in line
+        assert line.startswith(f"{tmp_path / 'b.HEIC'}: ")
+        assert "convert it to one of .jpg" in line
 
     def test_links_to_outside(self, tmp_path: Path) -> None:
         root = tmp_path / "data"
@@ -321,24 +353,26 @@ class TestBadFolders:
         (root / "link.png").symlink_to(secret)
         (root / "folder").symlink_to(secret.parent)
         (root / "twin.png").symlink_to(root / "a.png")
-        text = "\n".join(complaint(root, "x"))
-        assert "link.png: a symbolic link to outside" in text
-        assert "folder: a symbolic link to a folder is not followed" in text
-        assert "twin.png" not in text
+        lines = complaint(root, "x")
+        (file_line,) = [line for line in lines if line.startswith(f"{root / 'link.png'}: ")]
+        assert f"outside {root}" in file_line
+        (folder_line,) = [line for line in lines if line.startswith(f"{root / 'folder'}: ")]
+        assert "link to a folder" in folder_line
+        assert not any("twin.png" in line for line in lines)
 
-    def test_everything_wrong_is_said_at_once_and_long_lists_are_cut(self, tmp_path: Path) -> None:
+    def test_all_problems_are_reported_together_and_long_lists_are_cut(self, tmp_path: Path) -> None:
         for number in range(70):
             (tmp_path / f"{number:02d}.png").write_bytes(b"junk")
         lines = complaint(tmp_path)
         assert len(lines) == 51
-        assert lines[-1] == "... and 90 more like these"
+        assert "90 more" in lines[-1]
 
-    def test_a_picture_that_changes_later(self, tmp_path: Path) -> None:
+    def test_an_image_that_changes_later(self, tmp_path: Path) -> None:
         file = picture(tmp_path / "a.png")
         (sample,) = read_samples(tmp_path, "x")
         picture(file, "blue")
-        with pytest.raises(DataError, match="changed while the run was starting"):
+        with pytest.raises(DataError, match=r"a\.png: .*start again"):
             sample_bytes(sample)
         file.unlink()
-        with pytest.raises(DataError, match="cannot be read"):
+        with pytest.raises(DataError, match=r"a\.png: .*No such file"):
             sample_bytes(sample)

@@ -1,4 +1,4 @@
-"""Decoding: whatever a picture file holds, it comes out upright, in sRGB, as a person sees it."""
+"""Tests of decoding: every image comes out upright and in sRGB, as viewers show it."""
 
 import io
 
@@ -31,7 +31,7 @@ def array(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP"])
-def test_lossless_kinds(kind: str) -> None:
+def test_lossless_formats_decode_exactly(kind: str) -> None:
     assert np.array_equal(
         array(encoded(squares(), kind, **({"lossless": True} if kind == "WEBP" else {}))), squares()
     )
@@ -58,7 +58,7 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     assert np.abs(got[[2, 2, -3, -3], [2, -3, 2, -3]] - COLORS.reshape(4, 3)).max() < 80
 
 
-def test_an_orientation_after_the_pixels_of_a_png_counts() -> None:
+def test_a_png_orientation_stored_after_the_pixels_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     with_exif = encoded(squares(), "PNG", exif=exif)
@@ -70,7 +70,7 @@ def test_an_orientation_after_the_pixels_of_a_png_counts() -> None:
     assert array(plain[:end] + chunk + plain[end:]).shape == (16, 24, 3)
 
 
-def test_the_size_alone_needs_no_decoding() -> None:
+def test_the_size_is_read_without_decoding() -> None:
     for kind in ("PNG", "JPEG", "WEBP"):
         whole = encoded(Image.effect_noise((64, 32), 50), kind)
         cut = whole[: len(whole) // 2] if kind != "WEBP" else whole
@@ -85,7 +85,7 @@ def test_transparency_shows_white() -> None:
     assert array(encoded(image, "PNG"))[0, 1].tolist() == [127, 127, 127]
 
 
-def test_transparency_of_grey_and_palette_pictures() -> None:
+def test_transparency_of_gray_and_palette_images() -> None:
     grey = Image.new("LA", (2, 1), (100, 255))
     grey.putpixel((1, 0), (0, 0))
     assert array(encoded(grey, "PNG")).tolist() == [[[100] * 3, [255] * 3]]
@@ -97,13 +97,13 @@ def test_transparency_of_grey_and_palette_pictures() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_shades(kind: str) -> None:
+def test_16_bit_gray_keeps_its_shades(kind: str) -> None:
     values = np.array([[0, 128, 129, 257, 128 * 257, 65535]], dtype=np.uint16)
     got = array(encoded(Image.fromarray(values), kind))
     assert got[0].tolist() == [[shade] * 3 for shade in (0, 0, 1, 1, 128, 255)]
 
 
-def test_floating_point_grey() -> None:
+def test_floating_point_gray() -> None:
     inside = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
     assert array(encoded(inside, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     outside = Image.fromarray(np.array([[0.0, 900.0]], dtype=np.float32))
@@ -137,29 +137,29 @@ def test_an_animation_gives_its_first_frame() -> None:
 
 
 def swapped_primaries() -> bytes:
-    """The sRGB profile with red and green exchanged, under another name."""
+    """Returns the sRGB profile with red and green swapped, under another name."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile.replace(b"rXYZ", b"temp").replace(b"gXYZ", b"rXYZ").replace(b"temp", b"gXYZ")
     return profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
 
 
-def test_a_colour_profile_is_followed() -> None:
+def test_an_embedded_color_profile_is_applied() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(array(encoded(squares(), "PNG", icc_profile=srgb)), squares())
     swapped = array(encoded(squares(), "PNG", icc_profile=swapped_primaries()))
     assert np.abs(swapped - np.asarray(squares())[..., [1, 0, 2]]).max() <= 3
 
 
-def test_a_profile_of_another_colour_space_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_profile_of_another_color_space_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     assert np.array_equal(array(encoded(squares(), "PNG", icc_profile=lab)), squares())
-    assert "colour profile cannot be read" in caplog.text
+    assert "color profile" in caplog.text
 
 
-def test_a_broken_colour_profile_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_color_profile_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     got = array(encoded(squares(), "PNG", icc_profile=b"not a profile"))
     assert np.array_equal(got, squares())
-    assert "colour profile cannot be read" in caplog.text
+    assert "color profile" in caplog.text
 
 
 class TestPixels:

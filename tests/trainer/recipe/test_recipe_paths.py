@@ -1,4 +1,4 @@
-"""The paths of a recipe: where they start from, and what must be there."""
+"""Tests of the paths in a recipe: what they are relative to, and which must exist."""
 
 from pathlib import Path
 
@@ -29,23 +29,25 @@ def test_paths_start_from_where_they_were_written(write: Write, tmp_path: Path) 
     assert recipe.data.cache_folder == Path.home() / "x"
 
 
-def test_folders_that_are_not_there_are_problems_of_the_recipe(write: Write, tmp_path: Path) -> None:
+def test_missing_folders_are_reported_with_file_and_line(write: Write, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = write("model: {family: flux, path: ./mini}\ndata: {path: ./photoz}\noutput: {dir: ../file}\n")
-    assert problems(path) == [
-        "recipe.yaml:1: model.path: got './mini', but there is no folder mini",
-        "recipe.yaml:2: data.path: got './photoz', but there is no folder photoz",
-        "recipe.yaml:3: output.dir: got '../file', expected a folder; file is a file",
-    ]
-    assert problems(path, "model.path=owner/name", "data.path=", "output.dir=''")[0].endswith(
-        "got null, expected a path"
-    )
+    model, data, output = problems(path)
+    assert model.startswith("recipe.yaml:1: model.path: got './mini',")
+    assert "no folder mini" in model
+    assert data.startswith("recipe.yaml:2: data.path: got './photoz',")
+    assert "no folder photoz" in data
+    assert output.startswith("recipe.yaml:3: output.dir: got '../file',")
+    assert "file is a file" in output
+    empty = problems(path, "model.path=owner/name", "data.path=", "output.dir=''")[0]
+    assert "got null" in empty
+    assert "path" in empty.partition("got null")[2]
     (problem,) = problems(write(SMALL), f"data.path={'x' * 5000}")
-    assert "which cannot be used as a path" in problem
-    assert problems(write(SMALL), "output.dir=../pictures/run") == [
-        "command line: output.dir=../pictures/run: pictures/run is inside data.path;"
-        " its pictures would be trained on at the next start"
-    ]
+    assert problem.startswith("command line: data.path=xxx")
+    assert "path: " in problem
+    (problem,) = problems(write(SMALL), "output.dir=../pictures/run")
+    assert problem.startswith("command line: output.dir=../pictures/run: pictures/run ")
+    assert "inside data.path" in problem
 
 
 @pytest.mark.parametrize("path", ["owner/name", "black-forest-labs/FLUX.1-dev", "a/b_c.d-e", "0x/1"])
@@ -56,40 +58,42 @@ def test_hub_repositories_are_recognized(write: Write, path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["flux", "a/b/c", "a b/c", "a/b--c", "a/..", "-a/b", "a/b.", "https://x/y", "é/b"]
 )
-def test_what_is_neither_repository_nor_folder_is_refused(write: Write, path: str) -> None:
+def test_a_path_that_is_neither_repository_nor_folder_is_refused(write: Write, path: str) -> None:
     (problem,) = problems(write(SMALL), f"model.path={path}")
-    assert "expected a Hub repository as owner/name, or a folder" in problem
+    assert problem.startswith(f"command line: model.path={path}: got ")
+    assert "owner/name" in problem
+    assert "folder" in problem
 
 
-def test_a_folder_named_like_a_repository_must_be_told_apart(write: Write, tmp_path: Path) -> None:
+def test_a_name_of_both_a_folder_and_a_repository_is_ambiguous(write: Write, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "owner" / "name").mkdir(parents=True)
     (problem,) = problems(write(SMALL))
-    assert "write './owner/name' for the folder" in problem
+    assert "'./owner/name'" in problem
     recipe = load_recipe(write(SMALL), ["model.path=./owner/name"])
     assert recipe.model.path == str(tmp_path / "elsewhere" / "owner" / "name")
 
 
 def test_a_folder_has_no_revision(write: Write, tmp_path: Path) -> None:
     (problem,) = problems(write(SMALL), f"model.path={tmp_path}", "model.revision=main")
-    assert (
-        problem == f"command line: model.revision=main: got 'main', but {tmp_path} is a folder; expected null"
-    )
+    assert problem.startswith("command line: model.revision=main: got 'main',")
+    assert f"{tmp_path} is a folder" in problem
+    assert "null" in problem
     assert load_recipe(write(SMALL), ["model.revision=main"]).model.revision == "main"
 
 
-def test_a_revision_must_be_one(write: Write) -> None:
+def test_an_empty_or_misplaced_revision_is_refused(write: Write) -> None:
     for field in ("model.transformer", "model.text_encoder", "lora.init_from"):
         (problem,) = problems(write(SMALL), f"{field}=ann/dog@")
-        assert problem == (
-            f"command line: {field}=ann/dog@: got 'ann/dog@', expected a branch, tag or commit behind the @, or"
-            " owner/name alone"
-        )
+        assert problem.startswith(f"command line: {field}=ann/dog@: got 'ann/dog@',")
+        assert "branch, tag or commit" in problem
+        assert "owner/name" in problem
     for named in ("ann/dog", "ann/dog@v1.0", "ann/dog@refs/pr/2"):
         recipe = load_recipe(write(SMALL), [f"model.text_encoder={named}"])
         assert recipe.to_yaml().count(f"text_encoder: {named}\n") == 1
     (problem,) = problems(write(SMALL), "model.path=ann/dog@v1")
-    assert problem.endswith("in front; write model.revision: v1")
+    assert problem.endswith("model.revision: v1")
     (problem,) = problems(write(SMALL), "model.text_encoder=../recipe.yaml")
     assert "expected a folder" in problem
     (problem,) = problems(write(SMALL), "model.text_encoder=./nothing")
-    assert problem.endswith("; expected one, or a Hub repository as owner/name")
+    assert problem.startswith("command line: model.text_encoder=./nothing: got './nothing',")
+    assert problem.endswith("owner/name")

@@ -1,4 +1,4 @@
-"""Settings of optimizer, schedule, average and adapter that contradict each other, with the line they stand on."""
+"""Tests that contradictory settings of optimizer, schedule, average and adapter are reported with their line."""
 
 import pytest
 
@@ -10,62 +10,66 @@ FREE = "optimizer: {name: schedule_free_adamw}\n"
 
 
 @pytest.mark.parametrize(
-    ("lines", "expected"),
+    ("lines", "start", "fragments"),
     [
         (
             FREE + "lr_schedule: {name: cosine}",
-            "5: lr_schedule.name: got cosine, expected constant where optimizer.name is schedule_free_adamw, which"
-            " averages the weights instead",
+            "5: lr_schedule.name: got cosine,",
+            ("expected constant", "optimizer.name is schedule_free_adamw", "averages the weights"),
         ),
         (
             FREE + "lr_schedule: {name: cooldown, share: 0.1}",
-            "5: lr_schedule.name: got cooldown, expected constant",
+            "5: lr_schedule.name: got cooldown,",
+            ("expected constant",),
         ),
         (
             FREE + "ema: {decay: 0.99}",
-            "5: ema.decay: got 0.99, expected null where optimizer.name is schedule_free",
+            "5: ema.decay: got 0.99,",
+            ("expected null", "optimizer.name is schedule_free"),
         ),
-        ("ema: {every: 10}", "4: ema.every: got 10, expected 1 where ema.decay is null"),
-        ("ema: {warmup: false}", "4: ema.warmup: got false, expected true where ema.decay is null"),
-        ("ema: {decay: 1}", "4: ema.decay: got 1, expected a positive number, less than 1 or null"),
+        ("ema: {every: 10}", "4: ema.every: got 10,", ("expected 1 ", "ema.decay is null")),
+        ("ema: {warmup: false}", "4: ema.warmup: got false,", ("expected true", "ema.decay is null")),
+        ("ema: {decay: 1}", "4: ema.decay: got 1,", ("a positive number, less than 1 or null",)),
         (
             "lora: {dora: true}\ntrain: {fused_adapters: false}",
-            "5: train.fused_adapters: got false, expected true where lora.dora is true",
+            "5: train.fused_adapters: got false,",
+            ("expected true", "lora.dora is true"),
         ),
         (
             "lora: {rank_pattern: {to_q: 0}}",
-            "4: lora.rank_pattern.to_q: got 0, expected a whole number, 1 or more",
+            "4: lora.rank_pattern.to_q: got 0,",
+            ("a whole number, 1 or more",),
         ),
         (
             "lora: {alpha_pattern: {to_q: big}}",
-            "4: lora.alpha_pattern.to_q: got 'big', expected a positive number",
+            "4: lora.alpha_pattern.to_q: got 'big',",
+            ("a positive number",),
         ),
-        (
-            "lora: {rank_pattern: {'(': 2}}",
-            "4: lora.rank_pattern: got the pattern '(', expected a regular expression",
-        ),
+        ("lora: {rank_pattern: {'(': 2}}", "4: lora.rank_pattern: got ", ("'('", "regular expression")),
         (
             "lora: {rank_pattern: 3}",
-            "4: lora.rank_pattern: got 3, expected a mapping, as {name: a whole number,",
+            "4: lora.rank_pattern: got 3,",
+            ("a mapping", "{name: a whole number,"),
         ),
-        ("optimizer: {name: prodigy, growth_rate: 1}", "4: optimizer.growth_rate: got 1, expected a number"),
-        (
-            "optimizer: {name: adamw, d_coef: 2}",
-            "4: optimizer.d_coef: adamw has no such setting, only prodigy has",
-        ),
+        ("optimizer: {name: prodigy, growth_rate: 1}", "4: optimizer.growth_rate: got 1,", ("a number",)),
+        ("optimizer: {name: adamw, d_coef: 2}", "4: optimizer.d_coef: adamw ", ("only prodigy",)),
         (
             "optimizer: {name: schedule_free_adamw, betas: [0, 0.9]}",
-            "4: optimizer.betas[0]: got 0, expected a positive",
+            "4: optimizer.betas[0]: got 0,",
+            ("a positive",),
         ),
-        ("lr_schedule: {name: cosine, end: 2}", "4: lr_schedule.end: got 2, expected a number, from 0 to 1"),
+        ("lr_schedule: {name: cosine, end: 2}", "4: lr_schedule.end: got 2,", ("a number, from 0 to 1",)),
     ],
 )
-def test_a_contradiction_is_named_with_its_line(write: Write, lines: str, expected: str) -> None:
+def test_contradictory_settings_are_reported_with_their_line(
+    write: Write, lines: str, start: str, fragments: tuple[str, ...]
+) -> None:
     (problem,) = problems(write(SMALL + lines + "\n"))
-    assert problem.startswith(f"recipe.yaml:{expected}")
+    assert problem.startswith(f"recipe.yaml:{start}")
+    assert all(fragment in problem for fragment in fragments), problem
 
 
-def test_what_fits_together_is_taken(write: Write) -> None:
+def test_compatible_settings_are_accepted(write: Write) -> None:
     path = write(
         SMALL + FREE + "lr_schedule: {name: constant, warmup_steps: 3}\nlora: {dora: true, rslora: true}\n"
     )

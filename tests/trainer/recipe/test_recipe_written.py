@@ -1,4 +1,4 @@
-"""Recipes as values: unchangeable, written and read again, compared, and broken at random."""
+"""Tests of recipes as values: frozen, written and read back, compared, and randomly corrupted."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from halfbyte.trainer.recipe.yaml12 import RecipeDumper
 from small_recipe import SMALL, Write
 
 
-def test_recipes_cannot_be_changed(write: Write) -> None:
+def test_recipes_are_frozen(write: Write) -> None:
     recipe = load_recipe(write(SMALL))
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.steps = 3  # type: ignore[misc]
@@ -25,7 +25,7 @@ def test_recipes_cannot_be_changed(write: Write) -> None:
         recipe.objective.loss.name = "l1"
 
 
-def test_a_written_recipe_loads_as_itself_anywhere(
+def test_a_written_recipe_loads_as_an_equal_one_from_any_folder(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe(write(SMALL), ["lora.targets=[to_q]", "optimizer.lr=1e-5", "objective.loss.name=l1"])
@@ -43,7 +43,7 @@ def test_a_written_recipe_loads_as_itself_anywhere(
     lr=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
     revision=st.sampled_from(["1e5", "0o17", "010", "yes", "null", "1_000", "12e34567", "~", "1:30", "0x1"]),
 )
-def test_any_text_survives_being_written(
+def test_any_text_survives_writing_and_reading(
     tmp_path_factory: pytest.TempPathFactory, prefix: str, prompts: list[str], lr: float, revision: str
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -77,7 +77,7 @@ JUNK = st.recursive(
         st.tuples(st.sampled_from(FIELDS), st.sampled_from(["", ".name", ".x"]), JUNK), max_size=2
     ),
 )
-def test_whatever_is_wrong_ends_in_one_kind_of_error(
+def test_any_corruption_raises_recipe_error_or_loads(
     tmp_path_factory: pytest.TempPathFactory, broken: dict, overrides: list
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -114,6 +114,6 @@ def test_differences_name_the_fields_with_both_values(write: Write) -> None:
     assert lines[4:] == ["objective.loss.delta: absent -> 0.1"]
 
 
-def test_text_that_either_yaml_would_misread_is_quoted() -> None:
+def test_text_that_yaml_1_1_or_1_2_would_misread_is_quoted() -> None:
     for text in ("1e5", "0o17", "yes", "1:30", "010"):
         assert yaml.dump([text], Dumper=RecipeDumper).strip() == f"- '{text}'"

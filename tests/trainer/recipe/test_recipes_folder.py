@@ -1,4 +1,4 @@
-"""The recipes that ship: each loads, says everything in sight, and what is generated beside them is current."""
+"""Tests of the shipped recipes: each loads and is complete, and the schema and reference page are current."""
 
 import json
 import re
@@ -25,13 +25,13 @@ EXPECTED = {
     "sd3_mini",
 }
 
-# Recipes for a card, as flux_8gb: they name what makes them fit, and leave the rest to a full one.
+# Recipes for a memory size, such as flux_8gb, give only the settings that make them fit. The others are complete.
 FULL = [path for path in RECIPES if not re.search(r"_\d+gb$", path.stem)]
 
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
-def test_the_recipes_are_there() -> None:
+def test_all_expected_recipes_exist() -> None:
     assert {path.stem for path in RECIPES} >= EXPECTED
 
 
@@ -52,17 +52,17 @@ def test_every_recipe_names_its_schema_for_editors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
-def test_every_recipe_shows_every_section_and_setting(path: Path) -> None:
+def test_every_complete_recipe_gives_every_setting(path: Path) -> None:
     written = yaml.load(path.read_text(), Loader=RecipeLoader)
     complete = load_recipe(path).dump()
     for section, fields in complete.items():
-        # Settings of the choices and the text length have their place on the reference page alone.
+        # The text length and rarely changed settings of choices are only on the reference page.
         hidden = {"max_sequence_length"} if section == "model" else {"betas", "eps"}
         assert set(fields) - hidden <= set(written[section]), section
 
 
 @each_recipe
-def test_objectives_are_the_models_own(path: Path) -> None:
+def test_every_recipe_uses_the_shift_its_model_was_trained_with(path: Path) -> None:
     recipe = load_recipe(path)
     shift = recipe.objective.shift
     if recipe.model.family == "sd3":
@@ -84,7 +84,7 @@ def test_every_recipe_fits_the_json_schema(path: Path) -> None:
     assert len(list(validator.iter_errors(written))) == 2
 
 
-def test_the_json_schema_beside_the_recipes_is_current() -> None:
+def test_the_json_schema_in_the_recipes_folder_is_current() -> None:
     written = (FOLDER / "recipe.schema.json").read_text()
     assert written == json_schema_text(), "run `halfbyte schema recipes/recipe.schema.json`"
 

@@ -1,4 +1,4 @@
-"""Blocks that torch compiles, without gradients: what they compute, in one graph a kind and whatever the strength."""
+"""Tests that compiled blocks compute the same as eager ones, with one graph per kind of block at any strength."""
 
 from collections.abc import Iterator
 
@@ -62,7 +62,7 @@ def apart(one, other):
 
 
 def stack_weight(out, *fields):
-    """The kernel's work in plain torch."""
+    """Computes the kernel's result in plain torch."""
     *weight, up, scale, first, columns = fields
     packed = PackedWeight.of(tuple(weight))
     width = packed.shape[1]
@@ -75,7 +75,7 @@ def stack_weight(out, *fields):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Blocks are traced, functionalized and not compiled: what the graphs hold is the point here, and it is quick."""
+    """Traces and functionalizes blocks without compiling them: these tests check graphs, and this is faster."""
 
     def compile_block(block, fullgraph):
         compiled = torch.compile(block._call_impl, backend="aot_eager", fullgraph=fullgraph)
@@ -86,7 +86,7 @@ def traced(monkeypatch):
 
 @pytest.mark.usefixtures("traced")
 def test_stacked_weights_compile_and_strengths_share_a_graph(mini_sd3, monkeypatch):
-    """As on a GPU: the weights of a product are unpacked into one matrix by an op that writes into its part of it."""
+    """Stacks weights as on a GPU, where an op dequantizes each weight of a product into its part of one matrix."""
     eager, compiled = (adapted("sd3", mini_sd3, compiled=flag) for flag in (False, True))
     strengths = [AdapterStrength(denoiser) for denoiser in (eager, compiled)]
     expected = []
@@ -99,19 +99,19 @@ def test_stacked_weights_compile_and_strengths_share_a_graph(mini_sd3, monkeypat
         library.impl("stack_weight_", stack_weight, "CPU")
         strengths[1].set(1)
         assert apart(forward(compiled), expected[0]) < 1e-5
-        # A kind each: with two attentions, plain, the last; one of the three has the products stacked.
+        # One graph for each kind of block: with two attentions, plain, and the last. One of them stacks its products.
         graphs = counters["stats"]["unique_graphs"]
         assert graphs == 3
         strengths[1].set(0.5)
         assert apart(forward(compiled), expected[1]) < 1e-5
-        assert counters["stats"]["unique_graphs"] == graphs, "scaled in place: nothing is compiled again"
+        assert counters["stats"]["unique_graphs"] == graphs, "scaling in place compiles nothing again"
         strengths[1].set(0)
         assert apart(forward(compiled), expected[2]) < 1e-5
 
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("whole", [True, False])
-def test_fluxs_blocks_are_one_graph_each(mini_flux, whole):
+def test_each_kind_of_flux_block_is_one_graph(mini_flux, whole):
     expected = forward(adapted("flux", mini_flux, compiled=False))
     assert apart(forward(adapted("flux", mini_flux, compiled=True, whole=whole)), expected) < 1e-5
     assert not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""The picture at a run's end, and how far pictures are from their references."""
+"""Tests of the contact sheet at the end of a run, and of the distance of images from their references."""
 
 import json
 import random
@@ -21,8 +21,8 @@ from runs import run_here, write_pictures, write_recipe
 FONT = ImageFont.load_default(14)
 
 
-def plain(colour, size=(64, 64)):
-    return Image.new("RGB", size, colour)
+def plain(color, size=(64, 64)):
+    return Image.new("RGB", size, color)
 
 
 def speckled(seed, size=(64, 64)):
@@ -30,13 +30,13 @@ def speckled(seed, size=(64, 64)):
     return Image.fromarray(values)
 
 
-def colours_of(sheet):
-    return {colour for _, colour in sheet.getcolors(1 << 24)}
+def colors_of(sheet):
+    return {color for _, color in sheet.getcolors(1 << 24)}
 
 
-def box_of(sheet, colour):
-    """(left, top, right, bottom) of all pixels of one colour."""
-    mask = (numpy.asarray(sheet) == numpy.array(colour)).all(-1)
+def box_of(sheet, color):
+    """Returns (left, top, right, bottom) of all pixels of one color."""
+    mask = (numpy.asarray(sheet) == numpy.array(color)).all(-1)
     rows, columns = numpy.nonzero(mask)
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
@@ -44,12 +44,12 @@ def box_of(sheet, colour):
 RED, GREEN, BLUE, YELLOW = (250, 10, 20), (10, 250, 20), (20, 10, 250), (250, 250, 10)
 
 
-def test_prompts_go_down_stages_across_and_training_pictures_beside():
+def test_layout_of_prompts_stages_and_training_images():
     rows = [Row("one", [plain(RED), plain(GREEN)]), Row("two", [plain(BLUE), None])]
     sheet = contact_sheet(["a run"], ["base", "base + LoRA"], rows, [plain(YELLOW)], of=1)
-    red, green, blue, yellow = (box_of(sheet, colour) for colour in (RED, GREEN, BLUE, YELLOW))
+    red, green, blue, yellow = (box_of(sheet, color) for color in (RED, GREEN, BLUE, YELLOW))
     for box in (red, green, blue):
-        assert (box[2] - box[0], box[3] - box[1]) == (192, 192), "64 pixels enlarged by three"
+        assert (box[2] - box[0], box[3] - box[1]) == (192, 192), "64 pixels enlarged three times"
     assert red[1] == green[1]
     assert red[2] < green[0]
     assert red[0] == blue[0]
@@ -60,7 +60,7 @@ def test_prompts_go_down_stages_across_and_training_pictures_beside():
     assert blue[3] < sheet.height
 
 
-def test_small_pictures_keep_their_pixels_and_large_ones_are_reduced():
+def test_small_images_keep_their_pixels_and_large_ones_are_reduced():
     small = speckled(0)
     sheet = contact_sheet([], ["base"], [Row("", [small])], [], of=0)
     cell = sheet.crop((10, 10 + 2 * 22, 10 + 192, 10 + 2 * 22 + 192))
@@ -74,11 +74,11 @@ def test_small_pictures_keep_their_pixels_and_large_ones_are_reduced():
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
-def test_a_sheet_holds_the_training_pictures_that_fit(count):
+def test_a_sheet_shows_as_many_training_images_as_fit(count):
     shades = [(200, 5 * number, 7) for number in range(count)]
     rows = [Row("prompt", [plain(GREEN), plain(BLUE)])]
     sheet = contact_sheet(["x"], ["base", "LoRA"], rows, [plain(shade) for shade in shades], of=500)
-    shown = [shade for shade in shades if shade in colours_of(sheet)]
+    shown = [shade for shade in shades if shade in colors_of(sheet)]
     assert shown == shades[: len(shown)]
     assert len(shown) == min(count, 8), "four columns of two rows"
     for shade in shown:
@@ -91,14 +91,14 @@ def test_a_sheet_holds_the_training_pictures_that_fit(count):
 @pytest.mark.parametrize(
     "caption", ["", "short", "x" * 50_000, "two\nlines\tand\x07more\u202e", "漢字" * 200]
 )
-def test_captions_are_one_line_that_fits(caption):
+def test_captions_are_cut_to_one_line_that_fits(caption):
     text = fitted(caption, FONT, 150)
     assert FONT.getlength(text) <= 150
     assert text.isprintable()
     assert text == caption or "…" in text or "two lines and more" in text
 
 
-def test_ssim_is_the_published_measure():
+def test_ssim_matches_torchmetrics():
     for seed in range(3):
         one, other = speckled(seed, (40, 32)), speckled(seed + 9, (40, 32))
         blend = Image.blend(one, other, 0.2 + 0.2 * seed)
@@ -108,11 +108,11 @@ def test_ssim_is_the_published_measure():
         _, places = structural_similarity_index_measure(
             ours[None], theirs[None], data_range=1.0, sigma=1.5, return_full_image=True
         )
-        # Where the window of 11 pixels would reach over the border, the judge mirrors the picture.
+        # torchmetrics mirrors the image where the window of 11 pixels crosses the border; compare only the inside.
         assert ssim(ours, theirs) == pytest.approx(places[..., 5:-5, 5:-5].mean().item(), abs=1e-9)
 
 
-def test_distances_of_known_pictures():
+def test_distances_of_known_images():
     same = distance(speckled(0), speckled(0))
     assert (same.rmse, same.ssim) == (0, pytest.approx(1))
     apart = distance(plain((0, 0, 0)), plain((255, 255, 255)))
@@ -139,14 +139,14 @@ def test_references_are_found_by_caption(tmp_path):
     caption = "a gradient, number 3"
     found = references_for(["something else", caption], samples, tmp_path)
     assert {prompt: sample.path.name for prompt, sample in found.items()} == {caption: "picture3.png"}
-    with pytest.raises(DataError, match=r"no caption in .* is one of sample\.prompts; .*number 0"):
+    with pytest.raises(DataError, match=r"sample\.references: .*sample\.prompts.*number 0"):
         references_for(["something else"], samples, tmp_path)
     (tmp_path / "pictures" / "picture4.txt").write_text(caption)
-    with pytest.raises(DataError, match=r"picture3\.png and of .*picture4\.png; keep one"):
+    with pytest.raises(DataError, match=r"sample\.references: .*picture3\.png.*picture4\.png"):
         references_for([caption], read_samples(tmp_path / "pictures"), tmp_path)
 
 
-def test_a_run_shows_and_measures_its_pictures(mini_flux, tmp_path):
+def test_a_run_shows_and_measures_its_samples(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     prompts = "sample.prompts=[a gradient, 'a gradient, number 2']"
     folder = run_here(
@@ -161,7 +161,7 @@ def test_a_run_shows_and_measures_its_pictures(mini_flux, tmp_path):
         Image.open(folder / "samples" / f"step-{step:06d}-01.png").convert("RGB") for step in (0, 1)
     )
     reference = Image.open(tmp_path / "pictures" / "picture2.png").convert("RGB")
-    # 80 x 72 pixels, of which the middle 72 are what a square shows.
+    # The reference has 80 x 72 pixels; a square shows the middle 72 columns.
     reference = reference.crop((4, 0, 76, 72)).resize((64, 64), Image.Resampling.LANCZOS)
     expected = {
         "pictures": 1,
@@ -178,24 +178,24 @@ def test_a_run_shows_and_measures_its_pictures(mini_flux, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "fragment"),
     [
         (["sample.references=./nowhere"], "nowhere"),
         (["sample.prompts=[]", "sample.references=."], "sample.references"),
     ],
 )
-def test_mistakes_in_the_setting_are_named(mini_flux, tmp_path, monkeypatch, settings, said):
+def test_mistakes_in_references_are_named(mini_flux, tmp_path, monkeypatch, settings, fragment):
     recipe = write_recipe(tmp_path, mini_flux)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HalfbyteError, match=said):
+    with pytest.raises(HalfbyteError, match=fragment):
         run_here(recipe, *settings)
 
 
-def test_many_pictures_of_odd_sizes_make_a_sheet():
+def test_a_sheet_of_many_images_of_odd_sizes():
     draws = random.Random(0)
     sizes = [(draws.randrange(1, 700), draws.randrange(1, 700)) for _ in range(24)]
     rows = [Row(f"{w} x {h}", [plain(RED, (w, h)), plain(GREEN, (h, w))]) for w, h in sizes[:4]]
     sheet = contact_sheet(
         ["heading " * 90], ["a", "b"], rows, [plain(BLUE, size) for size in sizes], of=len(sizes)
     )
-    assert {RED, GREEN, BLUE} <= colours_of(sheet)
+    assert {RED, GREEN, BLUE} <= colors_of(sheet)

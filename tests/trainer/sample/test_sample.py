@@ -1,4 +1,4 @@
-"""`halfbyte sample`: what it draws is what training drew, at any strength, and can be drawn again from its file."""
+"""Tests that `halfbyte sample` reproduces the samples of training, at any strength and from its own records."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ SMALL = ("--width", 64, "--height", 64, "--steps", 2, "--max-sequence-length", 2
 
 @pytest.fixture(scope="module")
 def run_of(request, tmp_path_factory):
-    """Family -> the model and the run's folder, whose adapter does something that is seen; each trained once."""
+    """Returns a cached function from family to its model and a run's folder, whose adapter has a visible effect."""
 
     @functools.cache
     def made(family):
@@ -42,7 +42,7 @@ def finished(request, run_of):
 
 @pytest.fixture
 def flux(run_of):
-    """For what is no matter of the family."""
+    """A run for tests that do not depend on the family."""
     return run_of("flux")
 
 
@@ -55,11 +55,11 @@ def same(one, other):
 
 
 def apart(one, other):
-    """The largest difference of a colour, from 0 to 255."""
+    """Returns the largest difference of a color value, from 0 to 255."""
     return abs(one.astype(int) - other.astype(int)).max()
 
 
-def test_a_runs_pictures_are_drawn_again_to_the_bit_and_strength_0_is_the_base(finished, tmp_path):
+def test_samples_of_a_run_are_reproduced_exactly_and_strength_0_is_the_base(finished, tmp_path):
     model, run = finished
     drawn = drawn_pixels(tmp_path / "out", run, "--strength", "0,0.5,1")
     assert same(drawn["prompt00-strength1-seed0.png"], trained(run, 0))
@@ -75,7 +75,7 @@ def test_a_runs_pictures_are_drawn_again_to_the_bit_and_strength_0_is_the_base(f
 @pytest.mark.parametrize(
     "placed", [("--offload", "model"), ("--offload", "sequential"), ("--device-map", "auto")]
 )
-def test_where_the_models_are_changes_nothing(flux, tmp_path, placed):
+def test_offloading_and_device_maps_do_not_change_images(flux, tmp_path, placed):
     _, run = flux
     drawn = drawn_pixels(tmp_path / "out", run, "--strength", "1,0.5,0", *placed)
     reference = drawn_pixels(tmp_path / "reference", run, "--strength", "0.5,0,1")
@@ -83,7 +83,7 @@ def test_where_the_models_are_changes_nothing(flux, tmp_path, placed):
     assert max(apart(drawn[name], reference[name]) for name in drawn) <= 1
 
 
-def test_every_form_of_an_adapter_draws_the_same(flux, tmp_path):
+def test_every_format_of_an_adapter_gives_the_same_image(flux, tmp_path):
     model, run = flux
     forms = ("", "adapter", f"adapter/{ADAPTER_FILE}", "adapter/adapter_model.safetensors")
     forms += ("adapter/comfyui/run.safetensors", "adapter/kohya/run.safetensors")
@@ -93,7 +93,7 @@ def test_every_form_of_an_adapter_draws_the_same(flux, tmp_path):
         assert apart(drawn["prompt00-strength1-seed0.png"], trained(run, 0)) <= 1, form
 
 
-def test_a_picture_can_be_drawn_again_from_what_its_file_says(flux, tmp_path):
+def test_an_image_can_be_reproduced_from_its_record(flux, tmp_path):
     model, run = flux
     adapter = run / "adapter" / ADAPTER_FILE
     options = ["--prompt", "a gradient", "--prompt", "rouge, « ici »", "--seed", 3, "--seeds", 2]
@@ -121,7 +121,7 @@ def test_a_picture_can_be_drawn_again_from_what_its_file_says(flux, tmp_path):
     assert str(tmp_path) not in json.dumps(record)
 
 
-def test_a_base_stored_in_4_bits_is_drawn_with_as_it_is(flux, tmp_path):
+def test_a_base_stored_in_4_bits_keeps_its_format(flux, tmp_path):
     model, run = flux
     package = tmp_path / "package"
     shutil.copytree(model, package)
@@ -133,10 +133,11 @@ def test_a_base_stored_in_4_bits_is_drawn_with_as_it_is(flux, tmp_path):
     assert same(drawn["prompt00-seed0.png"], base["prompt00-strength0-seed0.png"])
     refused = invoke(*call, "--quant", "int8")
     assert refused.exit_code == 2
-    assert "stored in nf4" in refused.output
+    assert "--quant" in refused.output
+    assert "nf4" in refused.output
 
 
-def test_checkpoints_are_chosen_and_a_damaged_one_is_not_taken(flux, tmp_path):
+def test_checkpoints_are_selected_and_damaged_ones_skipped(flux, tmp_path):
     _, run = flux
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -144,16 +145,16 @@ def test_checkpoints_are_chosen_and_a_damaged_one_is_not_taken(flux, tmp_path):
     early = drawn_pixels(tmp_path / "early", *call, "--checkpoint", 2)["prompt00-strength1-seed0.png"]
     assert not same(early, trained(run, 0))
     absent = invoke(*call, "--checkpoint", 3)
-    assert (absent.exit_code, "it has 2, 4" in absent.output) == (2, True)
+    assert (absent.exit_code, "2, 4" in absent.output) == (2, True)
     newest = copy / "checkpoints" / "step-000004" / ADAPTER_FILE
     newest.write_bytes(newest.read_bytes()[:-4] + b"oops")
     older = drawn_pixels(tmp_path / "older", *call)["prompt00-strength1-seed0.png"]
-    assert same(older, early), "the newest that is whole"
+    assert same(older, early), "the newest intact one"
     damaged = invoke(*call, "--checkpoint", 4)
-    assert (damaged.exit_code, "step-000004 is damaged" in damaged.output) == (2, True)
+    assert (damaged.exit_code, "step-000004" in damaged.output) == (2, True)
 
 
-def test_folders_are_numbered_and_never_written_over(flux, tmp_path):
+def test_folders_are_numbered_and_never_overwritten(flux, tmp_path):
     _, run = flux
     before = len(list((run / "pictures").glob("*"))) if (run / "pictures").exists() else 0
     for number in (before + 1, before + 2):
@@ -161,11 +162,11 @@ def test_folders_are_numbered_and_never_written_over(flux, tmp_path):
         assert (run / "pictures" / f"{number:03d}" / "grid.png").is_file()
     (tmp_path / "thesis.txt").write_text("keep me")
     refused = invoke(run, "--prompt", "a gradient", "--output", tmp_path)
-    assert (refused.exit_code, "is not empty" in refused.output) == (2, True)
+    assert (refused.exit_code, "--output" in refused.output) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_strengths_that_are_nearly_alike_have_a_picture_each(flux, tmp_path):
+def test_nearly_equal_strengths_get_separate_files(flux, tmp_path):
     _, run = flux
     close = ("0.1234567", "0.12345678", "1e-7")
     drawn = drawn_pixels(tmp_path / "out", run, "--prompt", "a", *SMALL, "--strength", ",".join(close))
@@ -174,7 +175,7 @@ def test_strengths_that_are_nearly_alike_have_a_picture_each(flux, tmp_path):
 
 
 @pytest.mark.parametrize("placed", [(), ("--offload", "model")])
-def test_what_is_not_finite_is_no_picture(flux, tmp_path, placed):
+def test_non_finite_predictions_are_an_error(flux, tmp_path, placed):
     model, run = flux
     adapter = run / "adapter" / ADAPTER_FILE
     with safe_open(adapter, "pt") as file:
@@ -186,11 +187,12 @@ def test_what_is_not_finite_is_no_picture(flux, tmp_path, placed):
         *("--output", tmp_path / "out"),
     )
     assert result.exit_code == 2, result.output
-    assert "seed 0 at strength 1: what the transformer predicts is not finite" in result.output
+    assert "seed 0 at strength 1:" in result.output
+    assert "--strength" in result.output
     assert not (tmp_path / "out").exists()
 
 
-def test_the_grid_has_prompts_down_and_strengths_and_seeds_across(flux, tmp_path):
+def test_the_grid_has_a_row_per_prompt_and_a_column_per_strength_and_seed(flux, tmp_path):
     _, run = flux
     sizes = []
     for name, options in {
@@ -206,7 +208,7 @@ def test_the_grid_has_prompts_down_and_strengths_and_seeds_across(flux, tmp_path
     assert taller > height + cell
 
 
-def test_ctrl_c_keeps_what_was_drawn(flux, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_finished_images(flux, tmp_path, monkeypatch):
     _, run = flux
     draw, calls = PipelineCall.draw, []
 
@@ -219,20 +221,21 @@ def test_ctrl_c_keeps_what_was_drawn(flux, tmp_path, monkeypatch):
     monkeypatch.setattr(PipelineCall, "draw", interrupted)
     result = invoke(run, "--prompt", "a gradient", "--seeds", 4, "--output", tmp_path / "out")
     assert result.exit_code == 130
-    assert "2 of 4 pictures" in result.output
+    assert "2 of 4 " in result.output
     assert len(list((tmp_path / "out").glob("prompt*.png"))) == 2
     assert len(json.loads((tmp_path / "out" / "pictures.json").read_text())) == 2
 
 
-def test_a_prompt_that_is_cut_is_told(flux, tmp_path, caplog):
+def test_a_prompt_that_is_cut_off_gives_a_warning(flux, tmp_path, caplog):
     _, run = flux
     drawn_pixels(tmp_path / "out", run, "--prompt", "red " * 30 + "mushroom")
-    assert any("T5 tokens, and the model sees 24 of them" in message for message in caplog.messages)
-    assert any("mushroom" in message for message in caplog.messages)
+    (warning,) = [message for message in caplog.messages if "T5 tokens" in message]
+    assert "24" in warning
+    assert "mushroom" in warning
 
 
 def test_blocks_are_compiled(run_of, tmp_path):
-    """SD3's: theirs compile faster than FLUX's."""
+    """Uses SD3, whose blocks compile faster than FLUX's."""
     _, run = run_of("sd3")
     drawn = drawn_pixels(tmp_path / "out", run, "--prompt", "a gradient", "--compile")
     assert apart(drawn["prompt00-strength1-seed0.png"], trained(run, 0)) <= 1

@@ -1,4 +1,4 @@
-"""What `halfbyte sample` refuses: one message and an exit code, before a model is loaded."""
+"""Tests of requests that `halfbyte sample` refuses before a model is loaded: exit codes and messages."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ LAYER = "transformer_blocks.0.attn.to_q"
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
     def loaded(*arguments, **options):
-        raise AssertionError("a model is loaded")
+        raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(base, "_read", loaded)
     monkeypatch.setattr(encoders, "PipelineEncoders", loaded)
@@ -48,91 +48,92 @@ def refusal(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "fragment"),
     [
         (["--strength", "half"], "--strength: got 'half'"),
         (["--strength", "0,nan"], "--strength: got 'nan'"),
-        (["--strength", "1e300"], "--strength: got '1e300', expected numbers from -1000 to 1000"),
-        (["--strength", "1"], "without an adapter"),
-        (["--prompt", "a\udcff"], r"--prompt: got 'a\udcff', which is no UTF-8 text"),
+        (["--strength", "1e300"], "--strength: got '1e300', expected numbers from -1000 to 1000,"),
+        (["--strength", "1"], "--strength: "),
+        (["--prompt", "a\udcff"], r"--prompt: got 'a\udcff',"),
         (["--seed", "-1"], "--seed: got '-1'"),
         (["--seed", "1,2", "--seeds", "2"], "--seeds"),
         (["--width", "100"], "--width: got 100"),
         (["--height", "8"], "--height: got 8"),
         (["--steps", "0"], "--steps"),
-        (["--quant", "nf5"], "--quant: got 'nf5', accepted: nf4, int8 or none"),
+        (["--quant", "nf5"], "--quant: got 'nf5', expected nf4, int8 or none"),
         (["--text-encoder-quant", "int4"], "--text-encoder-quant"),
-        (["--dtype", "float16"], "float16 needs a CUDA device"),
+        (["--dtype", "float16"], "--dtype: float16"),
         (["--offload", "disk"], "--offload"),
         (["--offload", "model", "--device-map", "auto"], "--device-map"),
         (["--device-map", "everywhere"], "--device-map"),
         (["--compile", "--offload", "sequential"], "--compile"),
         (["--compile", "--device-map", "auto"], "--compile"),
-        (["--checkpoint", "3"], "is no run"),
-        (["--model", "."], "is a pipeline itself"),
-        (["--revision", "main"], "is a folder"),
+        (["--checkpoint", "3"], "--checkpoint: "),
+        (["--model", "."], "--model: "),
+        (["--revision", "main"], "--revision: "),
         (["--prompts-file", "nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_options_that_mean_nothing(mini_flux, options, said):
+def test_invalid_options_are_refused(mini_flux, options, fragment):
     code, output = refusal(mini_flux, "--prompt", "a", *options)
     assert code == 2, output
-    assert said in output
+    assert fragment in output
 
 
-def test_nothing_to_draw(mini_flux, tmp_path):
+def test_a_prompt_is_required(mini_flux, tmp_path):
     code, output = refusal(mini_flux)
     assert (code, "--prompt" in output) == (2, True)
     (tmp_path / "prompts.txt").write_text("\n \n")
     code, output = refusal(mini_flux, "--prompts-file", tmp_path / "prompts.txt")
-    assert (code, "holds no prompt" in output) == (2, True)
+    assert (code, "--prompts-file" in output) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("adapter", "said"),
+    ("adapter", "fragment"),
     [
-        ({"layer": "transformer_blocks.9.attn.to_q"}, "has no linear layer transformer_blocks.9.attn.to_q"),
+        ({"layer": "transformer_blocks.9.attn.to_q"}, "no linear layer transformer_blocks.9.attn.to_q"),
         ({"inputs": 128}, f"its {LAYER} is 64 x 128"),
-        ({"layer": "transformer_blocks.0.attn"}, "has no linear layer"),
+        ({"layer": "transformer_blocks.0.attn"}, "no linear layer transformer_blocks.0.attn "),
     ],
 )
-def test_an_adapter_for_another_base(mini_flux, tmp_path, adapter, said):
+def test_an_adapter_for_another_base_is_refused(mini_flux, tmp_path, adapter, fragment):
     file = write_adapter(tmp_path / "cat.safetensors", **adapter)
     code, output = refusal(file, "--model", mini_flux, "--prompt", "a")
     assert code == 2
-    assert f"{file} is for another base" in output
-    assert said in output
+    assert str(file) in output
+    assert fragment in output
 
 
-def test_files_that_hold_no_adapter(mini_flux, tmp_path):
+def test_sources_without_an_adapter_are_refused(mini_flux, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.safetensors").write_bytes(b"\0" * 100)
     save_file({"weight": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    for name, said in {
+    for name, fragment in {
         "nowhere": "no such file or folder",
-        "empty": "no safetensors file",
-        "torn.safetensors": "not a whole safetensors file",
-        "foreign.safetensors": "holds weight",
+        "empty": "safetensors",
+        "torn.safetensors": "safetensors file",
+        "foreign.safetensors": "weight",
     }.items():
         code, output = refusal(tmp_path / name, "--model", mini_flux, "--prompt", "a")
-        assert (code, said in output) == (2, True), output
+        assert (code, str(tmp_path / name) in output) == (2, True), output
+        assert fragment in output.replace(str(tmp_path / name), "")
         assert "lora.init_from" not in output, "there is no recipe"
 
 
-def test_a_run_that_is_not_there_is_no_repository(tmp_path, monkeypatch):
+def test_a_missing_run_is_not_taken_for_a_repository(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     code, output = refusal("runs/dog", "--prompt", "a")
-    assert (code, "runs/dog: no such file or folder" in output) == (2, True), output
+    assert (code, "runs/dog: no such file" in output) == (2, True), output
 
 
-def test_an_adapter_that_does_not_say_its_base(tmp_path):
+def test_an_adapter_without_a_named_base_is_refused(tmp_path):
     code, output = refusal(write_adapter(tmp_path / "cat.safetensors"), "--prompt", "a")
     assert (code, "--model" in output) == (2, True)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder_2", "transformer"])
-def test_a_pipeline_without_weights(mini_flux, tmp_path, part):
+def test_a_pipeline_with_missing_weights_is_refused(mini_flux, tmp_path, part):
     shutil.copytree(mini_flux, tmp_path / "model")
     for file in (tmp_path / "model" / part).glob("*.safetensors"):
         file.unlink()
@@ -142,14 +143,14 @@ def test_a_pipeline_without_weights(mini_flux, tmp_path, part):
     assert "model.path" not in output
 
 
-def test_a_run_without_a_checkpoint(mini_flux, tmp_path):
+def test_a_run_without_a_checkpoint_is_refused(mini_flux, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{family: flux, path: {mini_flux}}}\ndata: {{path: ./pictures}}\noutput: {{dir: {tmp_path}}}\n"
     )
     code, output = refusal(tmp_path, "--prompt", "a")
-    assert (code, "has no checkpoint yet" in output) == (2, True), output
+    assert (code, "checkpoint" in output) == (2, True), output
     code, output = refusal(tmp_path, "--prompt", "a", "--model", mini_flux)
-    assert (code, "is a run" in output) == (2, True)
+    assert (code, "--model: " in output) == (2, True)
 
 
 def test_a_hub_that_cannot_be_reached():
@@ -158,7 +159,7 @@ def test_a_hub_that_cannot_be_reached():
     assert "nobody/nothing" in output
 
 
-def test_dora_is_not_offloaded_by_layers(mini_flux, tmp_path):
+def test_dora_cannot_be_offloaded_layer_by_layer(mini_flux, tmp_path):
     file = write_adapter(tmp_path / "dora.safetensors")
     tensors = {
         f"base_model.model.{LAYER}.lora_A.weight": torch.ones(4, 64),
@@ -172,8 +173,8 @@ def test_dora_is_not_offloaded_by_layers(mini_flux, tmp_path):
     assert (code, "DoRA" in output) == (2, True), output
 
 
-def test_the_base_that_peft_names_is_taken_from_the_hub(mini_flux, tmp_path, monkeypatch):
-    """From the client's own folder of snapshots: the name, and the revision, lead there."""
+def test_the_base_named_by_peft_comes_from_the_hub(mini_flux, tmp_path, monkeypatch):
+    """The base's name and revision resolve to a snapshot in the Hub client's cache folder."""
     snapshot = tmp_path / "hub" / "models--someone--flux" / "snapshots" / COMMIT
     shutil.copytree(mini_flux, snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

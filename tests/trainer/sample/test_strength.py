@@ -1,4 +1,4 @@
-"""Adapters at any strength, scaled where they lie."""
+"""Tests of adapters at different strengths, scaled in place."""
 
 import pytest
 import torch
@@ -27,24 +27,24 @@ def base_of(family):
 
 
 def adapter_of(family, *, dora=False):
-    """Of another rank on each layer, with a scale that is no power of two."""
+    """Makes an adapter with a different rank on each layer, and scales that are not powers of two."""
     draws = torch.Generator().manual_seed(0)
     layers = {}
     for rank, name in enumerate(NAMES, start=2):
         layer = base_of(family).get_submodule(name)
         down = torch.randn(rank, layer.in_features, generator=draws) / layer.in_features**0.5
         up = torch.randn(layer.out_features, rank, generator=draws) / 2
-        lengths = None
+        magnitude = None
         if dora:
-            lengths = layer.dequantize(torch.float32).norm(dim=1) * (
+            magnitude = layer.dequantize(torch.float32).norm(dim=1) * (
                 1 + torch.rand(layer.out_features, generator=draws)
             )
-        layers[name] = LoraLayer(down, up, 0.3 * rank, lengths)
+        layers[name] = LoraLayer(down, up, 0.3 * rank, magnitude)
     return Adapter("test", layers, "0" * 64)
 
 
 def merged(family, adapter, strength):
-    """The adapter's definition: W + s B A, and for DoRA each row as long as it says, from the base's lengths on."""
+    """Predicts with merged weights: W + s B A; for DoRA, rows are rescaled to the interpolated magnitude."""
     model = base_of(family)
     for name, layer in adapter.layers.items():
         linear = model.get_submodule(name)
@@ -52,8 +52,8 @@ def merged(family, adapter, strength):
         sum_ = weight + strength * layer.scale * layer.up @ layer.down
         if layer.lengths is not None:
             base = weight.norm(dim=1)
-            lengths = base + strength * (layer.lengths - base)
-            sum_ = sum_ * (lengths / sum_.norm(dim=1))[:, None]
+            magnitude = base + strength * (layer.lengths - base)
+            sum_ = sum_ * (magnitude / sum_.norm(dim=1))[:, None]
         plain = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
         plain.weight.data = sum_
         if linear.bias is not None:
@@ -63,7 +63,7 @@ def merged(family, adapter, strength):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_every_strength_is_what_it_says_in_any_order(family, dora):
+def test_every_strength_matches_merged_weights_in_any_order(family, dora):
     adapter = adapter_of(family, dora=dora)
     denoiser = base_of(family)
     bare = prediction(denoiser, torch.float32)
@@ -74,13 +74,13 @@ def test_every_strength_is_what_it_says_in_any_order(family, dora):
         found, expected = prediction(denoiser, torch.float32), merged(family, adapter, value)
         assert (found - expected).norm() / expected.norm() < 1e-4, value
         if value == 0:
-            assert found.equal(bare), "to the bit"
+            assert found.equal(bare), "bitwise identical"
         else:
             assert (found - bare).norm() / bare.norm() > 1e-2
 
 
-def test_the_adapter_is_on_its_layers_alone_at_their_ranks(family):
-    """Some names are the ends of others: proj_out is also the last layer of each single block."""
+def test_only_the_adapters_layers_get_it_at_their_own_ranks(family):
+    """Some names are the end of others: proj_out is also the last layer of each single block."""
     denoiser = base_of(family)
     adapter = adapter_of(family)
     put_on(denoiser, adapter, "test")
