@@ -1,4 +1,4 @@
-"""`python -m halfbyte.trainer RECIPE`, the form that accelerate launch and torchrun take."""
+"""Entry point of `python -m halfbyte.trainer RECIPE`, which accelerate launch and torchrun use."""
 
 from halfbyte.trainer.cli.main import train
 

@@ -1,8 +1,9 @@
-"""A training run, from recipe to exported files: each stage needs only what the one before left."""
+"""The story of one training run, from the recipe to the exported files."""
 
 import logging
 import shlex
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder, claim
 from halfbyte.trainer.run_folder.pinned_base import (
     INIT_FROM,
+    Commits,
     at_commit,
     find_commits,
     open_base,
@@ -43,103 +45,148 @@ from halfbyte.trainer.training.outcome import Closing, closing_lines, what_was_l
 
 log = logging.getLogger(__name__)
 
-_ENCODING = ("encode texts", "encode pictures")
-_WHEN_FULL_AT_THE_END = "behind the last step, whose checkpoint is whole; `halfbyte export` exports it"
+_ENCODING = ("encode texts", "encode pictures")  # phases of the plan
+_AFTER_LAST_STEP = "after the last step; its checkpoint is complete, and `halfbyte export` exports it"
 
 
 def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool:
-    """Trains and exports; True when the run is finished, False when it was interrupted and can be resumed.
+    """Trains and exports; returns False if the run was interrupted and can be resumed.
 
-    Raises HalfbyteError for everything a user can mend, before anything in `output.dir` is touched.
+    Raises:
+        HalfbyteError: anything that a user can fix, before anything in `output.dir` changes.
     """
     started = time.perf_counter()
     folder = RunFolder(recipe.output.dir)
+
+    # Check the settings that need no model.
     claim(folder, recipe, resume=resume)
     _check_precision(recipe, world)
     repository = recipe.output.push_to_hub
     if world.is_leader and repository is not None:
         check_push(repository)
     join(world)
-    # One process asks, so that all read the same commits.
-    init_from = recipe.lora.init_from
-    commits = broadcast_from_leader(world, lambda: find_commits(folder, recipe.model, init_from))
-    if init_from is not None:
-        init_from = at_commit(init_from, commits.get(INIT_FROM))
-    digests = FileDigests(recipe.data.cache_folder / "digests")
-    family = open_base(folder, recipe.model, digests, commits=commits)
+
+    # Open the base model, without loading its weights.
+    base = _open_base(recipe, world, folder)
+    family = base.family
     refuse_large(recipe, family)
     when_full = partial(oom_advice, recipe, family)
-    # What fits no layer, and a broken adapter, are told at once, not behind the encoding.
+    # A dry run and the adapter's file, so that wrong layer names and a broken adapter fail before the
+    # encoding.
     Rehearsal(recipe, family)
-    start = start_layers(init_from, family)
-    with when_full("in encoding; what is encoded is kept", *_ENCODING):
+    start = start_layers(base.init_from, family)
+
+    # Encode captions and images into the cache.
+    with when_full("while encoding captions and images; finished encodings stay in the cache", *_ENCODING):
         prepared = prepare(recipe, family, world, console)
     saved = _saved_state(folder, recipe, world) if resume else None
 
-    attention = _attention(recipe, family, world, prepared)
-    with when_full("in loading the transformer", "load and quantize"):
+    # Load and quantize the transformer, and add the adapters.
+    attention = _choose_attention(recipe, family, world, prepared)
+    with when_full("while loading the transformer", "load and quantize"):
         loaded = load_denoiser(recipe, family, world, console, attention=attention.backend, start=start)
-        del start
-    denoiser = loaded.denoiser
-    barrier(world)  # no process may find the folder of another one's start
+        del start  # frees the adapter's tensors
+    barrier(world)  # all processes have checked the run folder; only now may the leader write to it
     write_lines(console, opening_lines(_opening(recipe, family, world, loaded, prepared, attention)))
-    sampler = PictureSampler(
-        family,
-        denoiser,
-        prepared.prompts,
-        prepared.empty,
-        _sample_settings(recipe),
-        folder=folder.samples,
-        device=world.device,
-        dtype=DTYPES[recipe.quant.compute_dtype],
-    )
+
+    # Start the run folder, and generate the sample images of step 0.
+    sampler = _sampler(recipe, family, world, loaded, prepared, folder)
     if world.is_leader:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        write_file(folder.recipe, recipe.to_yaml())
-        # Here the base has been read, and its digests are known.
-        pin_base(folder, family, digests, commits)
+        _write_start(recipe, base, folder)
         if saved is None:
-            with when_full("in drawing the first pictures", *_drawing(recipe)):
+            with when_full("while generating the first sample images", *_sampling_phases(recipe)):
                 sampler.draw(0)
     barrier(world)
+
+    # Continue from the checkpoint, if there is one.
     if saved is not None:
-        load_adapter_state(denoiser, saved.adapter)
+        load_adapter_state(loaded.denoiser, saved.adapter)
         console.print(f"resuming at step {saved.position.step} from {saved.folder}", highlight=False)
     ready = time.perf_counter() - started
     console.print(f"ready after {ready:.1f} s", highlight=False)
 
-    training = Training(recipe, family, world, prepared, denoiser, folder, saved, sampler, console, when_full)
+    # Train.
+    training = Training(
+        recipe, family, world, prepared, loaded.denoiser, folder, saved, sampler, console, when_full
+    )
     finished = train(training)
     if not finished.done:
         console.print(
-            f"stopped at step {finished.step} of {recipe.train.steps}; go on with --resume", highlight=False
+            f"stopped at step {finished.step} of {recipe.train.steps}; continue with --resume",
+            highlight=False,
         )
         return False
+
+    # Export, then upload.
     if world.is_leader:
-        with when_full(_WHEN_FULL_AT_THE_END, *_drawing(recipe)):
+        with when_full(_AFTER_LAST_STEP, *_sampling_phases(recipe)):
             _export(training, loaded, finished)
     barrier(world)
-    # After the last wait for each other: no process waits for an upload.
+    # After the last barrier, so that no process waits for the upload.
     if world.is_leader and repository is not None:
         _push(folder.root, console)
     return True
 
 
-def _drawing(recipe: Recipe) -> tuple[str, ...]:
-    """The phases of the plan behind and ahead of the steps."""
-    return ("sample", "export") if recipe.sample.prompts else ("export",)
+def _check_precision(recipe: Recipe, world: World) -> None:
+    if recipe.quant.compute_dtype == "float16" and world.device.type == "cpu":
+        raise RecipeError(
+            "quant.compute_dtype: got float16, which needs a CUDA device, but this run is on the CPU; set bfloat16 or"
+            " float32"
+        )
 
 
-def _push(run: Path, console: Console) -> None:
-    try:
-        push(prepare_push(PushRequest(run)), console)
-    except HubError as error:
-        again = f"halfbyte push {shlex.quote(str(run))}"
-        raise HubError(f"{error}\nThe run is finished and whole in {run}; push it again: {again}") from error
+@dataclass(frozen=True)
+class _Base:
+    """The model that a run trains on, without its weights."""
+
+    family: Family
+    commits: Commits
+    digests: FileDigests
+    init_from: Path | None  # the adapter that the run starts from, at its commit
 
 
-def _attention(recipe: Recipe, family: Family, world: World, prepared: Prepared) -> AttentionChoice:
-    """Chosen at the largest size of the run; one process of each machine probes, the others find its result."""
+def _open_base(recipe: Recipe, world: World, folder: RunFolder) -> _Base:
+    init_from = recipe.lora.init_from
+    # Only the leader asks the Hub, so that all processes read the same commits.
+    commits = broadcast_from_leader(world, lambda: find_commits(folder, recipe.model, init_from))
+    if init_from is not None:
+        init_from = at_commit(init_from, commits.get(INIT_FROM))
+    digests = FileDigests(recipe.data.cache_folder / "digests")
+    family = open_base(folder, recipe.model, digests, commits=commits)
+    return _Base(family, commits, digests, init_from)
+
+
+def _saved_state(folder: RunFolder, recipe: Recipe, world: World) -> checkpoint.Checkpoint | None:
+    """Reads the newest checkpoint; None with a warning if there is none.
+
+    Raises:
+        RecipeError: the checkpoint was made with another number of samples per micro-batch, or after
+            `train.steps`.
+    """
+    saved = checkpoint.newest(folder.checkpoints)
+    if saved is None:
+        log.warning("--resume: %s has no complete checkpoint; starting at step 0", folder.root)
+        return None
+    wanted = recipe.train.batch_size * world.size
+    if saved.position.global_batch != wanted:
+        raise RecipeError(
+            f"--resume: the run had {saved.position.global_batch} samples per micro-batch over all processes, but now"
+            f" it has {wanted}; start as many processes as before, or change train.batch_size to match"
+        )
+    if saved.position.step > recipe.train.steps:
+        raise RecipeError(
+            f"--resume: the run is at step {saved.position.step}, but train.steps is {recipe.train.steps}; set"
+            " train.steps higher"
+        )
+    return saved
+
+
+def _choose_attention(recipe: Recipe, family: Family, world: World, prepared: Prepared) -> AttentionChoice:
+    """Chooses the attention backend for the run's largest image size.
+
+    One process per machine probes the backends; the other processes find its result in the cache.
+    """
     tokens = max(
         family.image_tokens(height // family.vae_scale, width // family.vae_scale)
         for width, height in prepared.sizes
@@ -153,31 +200,6 @@ def _attention(recipe: Recipe, family: Family, world: World, prepared: Prepared)
     if world.local_rank == 0:
         barrier(world)
     return choice
-
-
-def _check_precision(recipe: Recipe, world: World) -> None:
-    if recipe.quant.compute_dtype == "float16" and world.device.type == "cpu":
-        raise RecipeError(
-            "quant.compute_dtype: float16 needs a CUDA device, and this run is on the CPU; use bfloat16 or float32"
-        )
-
-
-def _saved_state(folder: RunFolder, recipe: Recipe, world: World) -> checkpoint.Checkpoint | None:
-    saved = checkpoint.newest(folder.checkpoints)
-    if saved is None:
-        log.warning("--resume: %s has no whole checkpoint; starting at step 0", folder.root)
-        return None
-    wanted = recipe.train.batch_size * world.size
-    if saved.position.global_batch != wanted:
-        raise RecipeError(
-            f"--resume: the run had {saved.position.global_batch} samples a micro-batch over all processes, this"
-            f" start has {wanted}; start as many processes as before, or change train.batch_size to match"
-        )
-    if saved.position.step > recipe.train.steps:
-        raise RecipeError(
-            f"--resume: the run is at step {saved.position.step}, train.steps is {recipe.train.steps}; give more"
-        )
-    return saved
 
 
 def _opening(
@@ -205,17 +227,41 @@ def _opening(
     )
 
 
-def _sample_settings(recipe: Recipe) -> SampleSettings:
+def _sampler(
+    recipe: Recipe, family: Family, world: World, loaded: Loaded, prepared: Prepared, folder: RunFolder
+) -> PictureSampler:
     sample = recipe.sample
-    return SampleSettings(sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed)
+    return PictureSampler(
+        family,
+        loaded.denoiser,
+        prepared.prompts,
+        prepared.empty,
+        SampleSettings(sample.steps, sample.guidance_scale, sample.width, sample.height, sample.seed),
+        folder=folder.samples,
+        device=world.device,
+        dtype=DTYPES[recipe.quant.compute_dtype],
+    )
+
+
+def _write_start(recipe: Recipe, base: _Base, folder: RunFolder) -> None:
+    folder.root.mkdir(parents=True, exist_ok=True)
+    write_file(folder.recipe, recipe.to_yaml())
+    # Pinned only now: loading has read the base's files, so their digests are known and cost nothing.
+    pin_base(folder, base.family, base.digests, base.commits)
+
+
+def _sampling_phases(recipe: Recipe) -> tuple[str, ...]:
+    """Returns the plan's phases for the work before the first and after the last step."""
+    return ("sample", "export") if recipe.sample.prompts else ("export",)
 
 
 def _export(training: Training, loaded: Loaded, finished: Finished) -> None:
+    """Generates the last sample images, compares them with the first ones, exports and writes the summary."""
     recipe, folder, console, sampler = training.recipe, training.folder, training.console, training.sampler
     denoiser = loaded.denoiser.eval()
     sampler.draw(recipe.train.steps)
-    held = recipe.quant.compute_dtype if loaded.quant is None else loaded.quant.quant_type
-    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {held}"
+    base_format = recipe.quant.compute_dtype if loaded.quant is None else loaded.quant.quant_type
+    name = f"{folder.root.name}: LoRA of rank {recipe.lora.rank}, base in {base_format}"
     learned = what_was_learned(name, recipe.train.steps, training.prepared, sampler, folder)
     output = recipe.output
     console.print("exporting", highlight=False)
@@ -233,7 +279,7 @@ def _export(training: Training, loaded: Loaded, finished: Finished) -> None:
         console.print(line, highlight=False)
     saved = checkpoint.folders(folder.checkpoints)
     rows = read_metrics(folder.root / METRICS)
-    first, last = _ends(rows)
+    first, last = _first_and_last_loss(rows)
     closing = Closing(
         steps=recipe.train.steps,
         seconds=finished.seconds,
@@ -251,8 +297,11 @@ def _export(training: Training, loaded: Loaded, finished: Finished) -> None:
     write_lines(console, closing_lines(closing))
 
 
-def _ends(rows: list[StepMetrics]) -> tuple[float | None, float | None]:
-    """Mean loss over the first and last tenth of the rows: single losses say little, sigma differs in each."""
+def _first_and_last_loss(rows: list[StepMetrics]) -> tuple[float | None, float | None]:
+    """Returns the mean loss of the first and of the last tenth of the rows.
+
+    A single loss says little, because sigma differs from step to step.
+    """
     if not rows:
         return None, None
     tenth = max(1, len(rows) // 10)
@@ -260,3 +309,13 @@ def _ends(rows: list[StepMetrics]) -> tuple[float | None, float | None]:
         sum(row.loss for row in rows[:tenth]) / tenth,
         sum(row.loss for row in rows[-tenth:]) / tenth,
     )
+
+
+def _push(run: Path, console: Console) -> None:
+    try:
+        push(prepare_push(PushRequest(run)), console)
+    except HubError as error:
+        again = f"halfbyte push {shlex.quote(str(run))}"
+        raise HubError(
+            f"{error}\nThe run is finished and complete in {run}; only the upload failed. To repeat it: {again}"
+        ) from error

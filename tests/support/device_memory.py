@@ -1,4 +1,4 @@
-"""What GPU tests ask of torch's allocator."""
+"""Queries to torch's CUDA allocator for GPU tests."""
 
 import gc
 
@@ -6,16 +6,16 @@ import torch
 
 
 def reserved() -> int:
-    """Bytes that are held once all that nobody needs is given back."""
+    """Returns the reserved bytes after all cached memory is freed."""
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved()
 
 
 def hands_blocks_back() -> bool:
-    """Whether memory that is freed is given back, which a recording that never ended prevents."""
+    """Returns True if freed memory goes back to the device; a graph capture that never ended prevents that."""
     kept = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
-    held = torch.cuda.memory_reserved()
+    before = torch.cuda.memory_reserved()
     del kept
     torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved() < held
+    return torch.cuda.memory_reserved() < before

@@ -1,8 +1,9 @@
-"""The files that an adapter is written as, for diffusers and PEFT, ComfyUI, and kohya's scripts.
+"""Writes an adapter in the formats of diffusers and PEFT, ComfyUI, and kohya's scripts.
 
-ComfyUI and kohya name layers as the model's authors do, who have queries, keys and values (in FLUX's single blocks
-the MLP as well) in one layer. The update of such a layer from separately trained ones is exact at the sum of their
-ranks: the A's above each other, the B's on the diagonal of blocks.
+ComfyUI and kohya use the layer names of the model's authors, who fuse queries, keys and values (and the MLP,
+in FLUX's single blocks) into one layer. The update of a fused layer is exactly that of the separately trained
+layers if its rank is the sum of their ranks: the A matrices are stacked, and the B matrices form a block
+diagonal.
 """
 
 import json
@@ -29,30 +30,41 @@ KOHYA_PREFIX = "lora_unet_"
 
 
 def formats_for(adapter: SavedAdapter, asked: Iterable[LoraFormat] | None) -> tuple[LoraFormat, ...]:
-    """The formats to write; None asks for all that can hold the adapter. Raises RecipeError."""
+    """Returns the formats to write; `asked` None means all that can represent the adapter.
+
+    Raises:
+        RecipeError: a DoRA adapter is to be written in another format than diffusers.
+    """
     if asked is None:
         return FORMATS[:1] if adapter.is_dora else FORMATS
     wanted = tuple(dict.fromkeys(asked))
     if adapter.is_dora and wanted != ("diffusers",):
         raise RecipeError(
-            "format: a DoRA adapter has lengths of rows for each of the layers that ComfyUI and kohya hold as one, and"
-            " cannot be written for them; accepted: diffusers"
+            f"format: got {', '.join(wanted)} for a DoRA adapter, accepted: diffusers. DoRA has a magnitude vector for"
+            " each of the layers that ComfyUI and kohya fuse into one"
         )
     return wanted
 
 
 def named_formats(text: str) -> tuple[LoraFormat, ...]:
-    """The formats that `text` names, with commas between. Raises RecipeError."""
+    """Parses a comma-separated list of formats.
+
+    Raises:
+        RecipeError: a name in `text` is not a format.
+    """
     named = [name.strip() for name in text.split(",")]
     found = tuple(known for name in named for known in FORMATS if known == name)
     if len(found) != len(named):
-        odd = ", ".join(repr(name) for name in named if name not in FORMATS)
-        raise RecipeError(f"--format: got {odd}; accepted: {', '.join(FORMATS)}, with commas between")
+        unknown = ", ".join(repr(name) for name in named if name not in FORMATS)
+        raise RecipeError(f"--format: got {unknown}; accepted: {', '.join(FORMATS)}, separated by commas")
     return found
 
 
 def file_name(name: str, kind: LoraFormat) -> str:
-    """Where in the adapter's folder the file of a format is; `name` is the run's, as users see it in ComfyUI."""
+    """Returns a format's file, relative to the adapter's folder.
+
+    name: the name of the run, which ComfyUI shows to users.
+    """
     return ADAPTER_FILE if kind == "diffusers" else f"{kind}/{name}.safetensors"
 
 
@@ -65,9 +77,10 @@ def write_formats(
     name: str,
     base: tuple[str, str] | None,
 ) -> None:
-    """Adds to `folder`, which holds diffusers' file, what else the formats are made of.
+    """Writes the files of `formats` into `folder`, which already has diffusers' own file.
 
-    base: the Hub repository and revision that was trained on; None for a folder, whose path is nobody's business.
+    base: Hub repository and revision that the adapter was trained on; None for a local folder, whose path is
+    private.
     """
     for kind in formats:
         if kind == "diffusers":
@@ -79,7 +92,8 @@ def write_formats(
             key = prefix + original.replace(".", dots)
             tensors[f"{key}.lora_down.weight"] = layer.down
             tensors[f"{key}.lora_up.weight"] = layer.up
-            # These formats scale by alpha / rank alone, so the alpha says what the scale was.
+            # These formats always scale by alpha / rank, so alpha = scale * rank gives the right scale (also
+            # for rsLoRA).
             tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.rank)
         file = folder / file_name(name, kind)
         file.parent.mkdir()
@@ -87,7 +101,11 @@ def write_formats(
 
 
 def fused_layers(layers: Mapping[str, LoraLayer], names: Iterable[OriginalName]) -> dict[str, LoraLayer]:
-    """The same update by the authors' names. Raises RecipeError for a layer that they have no name for."""
+    """Returns the same update under the authors' layer names.
+
+    Raises:
+        RecipeError: the authors' model has no such layer.
+    """
     left = dict(layers)
     found = {}
     for original in names:
@@ -99,13 +117,14 @@ def fused_layers(layers: Mapping[str, LoraLayer], names: Iterable[OriginalName])
             )
     if left:
         raise RecipeError(
-            f"format: {next(iter(left))} has no counterpart in the files of ComfyUI and kohya; export it with"
-            " --format diffusers (output.formats: [diffusers])"
+            f"format: {next(iter(left))} has no counterpart in the formats of ComfyUI and kohya; export the adapter"
+            " with --format diffusers (output.formats: [diffusers])"
         )
     return found
 
 
 def _stacked(parts: list[LoraLayer | None], rows: tuple[int, ...]) -> LoraLayer:
+    """Returns the fused layer of `parts`, with `rows` outputs each; None is a layer that was not trained."""
     if len(parts) == 1 and parts[0] is not None:
         return LoraLayer(parts[0].down.contiguous(), parts[0].up.contiguous(), parts[0].scale)
     trained = [part for part in parts if part is not None]
@@ -114,7 +133,7 @@ def _stacked(parts: list[LoraLayer | None], rows: tuple[int, ...]) -> LoraLayer:
     row = column = 0
     for part, height in zip(parts, rows, strict=True):
         if part is not None:
-            # One alpha is all that the layer has: other scales go into B.
+            # The fused layer has only one alpha. If the parts' scales differ, they are multiplied into B.
             block = part.up if same else part.up * part.scale
             up[row : row + height, column : column + part.rank] = block
             column += part.rank
@@ -132,7 +151,7 @@ def _write_peft(adapter: SavedAdapter, folder: Path, base: tuple[str, str] | Non
 
 
 def _kohya_metadata(adapter: SavedAdapter) -> dict[str, str]:
-    # Read by its merging scripts and by pages that list models; each layer's own rank and alpha are what counts.
+    # Only for kohya's merge scripts and for model listings. Loading uses each layer's own rank and alpha.
     return {
         "ss_network_dim": str(adapter.config["r"]),
         "ss_network_alpha": str(adapter.config["lora_alpha"]),

@@ -1,5 +1,6 @@
-"""LoRA through PEFT: which layers learn, how they start, and their weights under diffusers' names."""
+"""LoRA through PEFT: adds adapters to layers, initializes them, and reads and writes their weights."""
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,27 +15,21 @@ from torch import Tensor, nn
 
 from halfbyte.quant.lora.dora import RowMagnitudes
 from halfbyte.quant.lora.layers import fused_config
-from halfbyte.trainer.adapters.read import (
-    log,
-)
-from halfbyte.trainer.adapters.saved import (
-    DOWN,
-    MAGNITUDE,
-    LoraLayer,
-    first_matching,
-)
+from halfbyte.trainer.adapters.saved import DOWN, MAGNITUDE, LoraLayer, first_matching
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import generator
 
-ADAPTER = "default"
+log = logging.getLogger(__name__)
+
+ADAPTER = "default"  # PEFT's name of the adapter
 
 
 @dataclass(frozen=True)
 class LoraVariant:
-    """What departs from plain LoRA; patterns are regular expressions for the end of a module name."""
+    """Departures from plain LoRA; patterns are regular expressions that match the end of a module name."""
 
-    rslora: bool = False  # the update is scaled by alpha / sqrt(rank)
-    dora: bool = False  # the lengths of the weight's rows learn as well, see `halfbyte.quant.lora.dora`
+    rslora: bool = False  # scales the update by alpha / sqrt(rank)
+    dora: bool = False  # also trains the magnitude (norm) of each weight row, see `halfbyte.quant.lora.dora`
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
@@ -44,7 +39,7 @@ _PLAIN = LoraVariant()
 
 @dataclass(frozen=True)
 class TrainedLayers:
-    """What learns in a run."""
+    """Numbers of the layers and parameters that a run trains."""
 
     layers: int
     parameters: int
@@ -63,12 +58,14 @@ def add_lora(
     fused: bool = True,
     variant: LoraVariant = _PLAIN,
 ) -> TrainedLayers:
-    """Puts fp32 adapters on the layers that `targets` matches (a regular expression, or module-name endings).
+    """Adds fp32 adapters to the layers that match `targets`, a regular expression or endings of names.
 
-    `fused` computes a layer and its adapter as one function, see `halfbyte.quant.lora.layers`; the adapters are
-    the same.
-    Raises RecipeError when one of the targets or of the variant's patterns matches nothing, or a target other than
-    linear layers, or DoRA finds a weight without direction.
+    fused: computes a layer and its adapter as one function, see `halfbyte.quant.lora.layers`. The adapters
+    are the same.
+
+    Raises:
+        RecipeError: a target or a pattern of `variant` matches nothing, a target matches a module that is not
+            a linear layer, or a weight for DoRA has a row of zeros, which has no direction.
     """
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     _check_targets(denoiser, targets, linears)
@@ -98,7 +95,10 @@ def add_lora(
 
 
 def _check_targets(denoiser: nn.Module, targets: str | list[str], linears: list[str]) -> None:
-    """Each must fit a layer, which PEFT asks of all together, and linear layers alone, which have an export."""
+    """Checks that each target matches a layer, and only linear layers: others cannot be exported.
+
+    PEFT itself only checks that all targets together match something.
+    """
     modules = {name: module for name, module in denoiser.named_modules() if name}
     examples = ", ".join(linears[:: max(1, len(linears) // 6)])
     for target in [targets] if isinstance(targets, str) else targets:
@@ -112,7 +112,7 @@ def _check_targets(denoiser: nn.Module, targets: str | list[str], linears: list[
         fault = f"{other}, a {type(modules[other]).__name__}" if other else "no layer"
         raise RecipeError(
             f"lora.targets: {target!r} matches {fault}; accepted: all-linear, attention, endings of linear layers'"
-            f" names, or a regular expression over whole names such as {examples}"
+            f" names, or a regular expression that matches whole names, such as {examples}"
         )
 
 
@@ -125,8 +125,8 @@ def _check_patterns(variant: LoraVariant, adapted: list[str]) -> None:
             if not any(first_matching([pattern], name) for name in adapted):
                 examples = ", ".join(adapted[:: max(1, len(adapted) // 6)])
                 raise RecipeError(
-                    f"lora.{setting}: {pattern!r} matches no layer with an adapter; accepted: regular expressions"
-                    f" for the end of names such as {examples}"
+                    f"lora.{setting}: {pattern!r} matches no layer with an adapter; accepted: regular expressions that"
+                    f" match the end of a layer's name, such as {examples}"
                 )
 
 
@@ -137,30 +137,34 @@ def _check_directions(denoiser: nn.Module) -> None:
         if not bool(module.base_squares.all()):
             layer = name.partition(MAGNITUDE)[0]
             raise RecipeError(
-                f"lora.dora: {layer} has rows of zeros, whose direction DoRA cannot keep; leave the layer out of"
+                f"lora.dora: {layer} has rows of zeros, for which DoRA has no direction; remove the layer from"
                 " lora.targets, or set lora.dora: false"
             )
 
 
 def _start(parameter: nn.Parameter, name: str, init: str, seed: int) -> None:
-    # Drawn on the CPU and keyed by layer, so that every process and every device starts from the same adapter.
+    # Drawn on the CPU with a generator keyed by the layer's name, so that every process and device starts
+    # from the same adapter.
     value = torch.empty(parameter.shape, dtype=torch.float32)
     source = generator(seed, f"lora/{name}")
     if init == "gaussian":
         nn.init.normal_(value, std=1 / len(value), generator=source)  # 1 / the layer's rank
     else:
+        # PEFT's default: uniform in +-1 / sqrt(inputs).
         nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=source)
     parameter.data.copy_(value)
 
 
 def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by their name in the model, in its order."""
+    """Returns the trained parameters by their name in the model, in the model's order."""
     return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
 
 def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights on the CPU in fp32, under PEFT's saved names (`….lora_A.weight`, and DoRA's
-    `….lora_magnitude_vector`)."""
+    """Returns copies of the adapter's weights, fp32 on the CPU, under the names that PEFT uses in files.
+
+    The names end with `.lora_A.weight`, `.lora_B.weight` and, for DoRA, `.lora_magnitude_vector`.
+    """
     return {
         _saved_name(name): p.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, p in trained_parameters(denoiser).items()
@@ -168,7 +172,11 @@ def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts saved weights back; raises ValueError unless names and shapes are exactly the model's."""
+    """Copies saved weights into the model.
+
+    Raises:
+        ValueError: names or shapes differ from the model's.
+    """
     _check_fit(denoiser, state)
     for name, parameter in trained_parameters(denoiser).items():
         parameter.data.copy_(state[_saved_name(name)])
@@ -176,23 +184,31 @@ def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None
 
 def _check_fit(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
     parameters = {_saved_name(name): p for name, p in trained_parameters(denoiser).items()}
-    odd = sorted(parameters.keys() ^ state.keys())
-    odd += [n for n in parameters.keys() & state.keys() if parameters[n].shape != state[n].shape]
-    if odd:
+    differing = sorted(parameters.keys() ^ state.keys())
+    differing += [n for n in parameters.keys() & state.keys() if parameters[n].shape != state[n].shape]
+    if differing:
         raise ValueError(
-            f"the saved adapter does not fit this model: {len(odd)} names differ, first {odd[0]}"
+            f"the saved adapter does not fit this model: {len(differing)} names or shapes differ, the first is"
+            f" {differing[0]}"
         )
 
 
 def by_parameter(denoiser: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A saved adapter under its parameters' names in the model; ValueError as for `load_adapter_state`."""
+    """Returns a saved adapter under the names of its parameters in the model.
+
+    Raises:
+        ValueError: names or shapes differ from the model's.
+    """
     names = {_saved_name(name): name for name in trained_parameters(denoiser)}
     _check_fit(denoiser, state)
     return {names[saved]: tensor for saved, tensor in state.items()}
 
 
 def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: str | None = None) -> None:
-    """Writes `pytorch_lora_weights.safetensors`, or `file`, as diffusers does: rank and alpha ride in its metadata."""
+    """Writes the adapter in diffusers' format, with rank and alpha in its metadata.
+
+    file: its name; None for diffusers' own, `pytorch_lora_weights.safetensors`.
+    """
     model: Any = denoiser
     state = adapter_state(denoiser)
     layers = [name.removesuffix(DOWN) for name in state if name.endswith(DOWN)]
@@ -207,12 +223,16 @@ def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: st
 
 
 def _in_any_order(patterns: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
-    """The patterns for a file: diffusers sorts them, and the first that fits a layer is taken. Where that would be
-    another one, the layers' own names."""
+    """Returns patterns for a file that give each layer its value in any order.
+
+    PEFT uses the first pattern that matches a layer, but diffusers writes the patterns sorted. If sorting
+    would change the match of a layer, the patterns are replaced by the layers' names.
+    """
     chosen = {layer: first_matching(patterns, layer) for layer in layers}
     if all(first_matching(sorted(patterns), layer) == pattern for layer, pattern in chosen.items()):
         return dict(patterns)
-    # A pattern fits ends of names: from the start only itself.
+    # PEFT matches a pattern against the end of a name. "^" anchors it to the start, so it matches only this
+    # layer.
     return {
         f"^{re.escape(name)}": patterns[pattern] for name, pattern in chosen.items() if pattern is not None
     }
@@ -224,33 +244,39 @@ def _saved_name(name: str) -> str:
 
 @torch.no_grad()
 def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
-    """Gives the adapters on `denoiser` the updates of `layers`, exactly; whether DoRA's lengths came along.
+    """Starts the adapters on `denoiser` with exactly the updates of `layers`; True if DoRA's too.
 
-    Where the run's rank is larger the rest of A stays as it starts and that of B is zero; layers that have no update
-    start as without. Raises RecipeError where an update has no layer, another shape, or a larger rank.
+    If the run's rank is larger, the rest of A keeps its random start and the rest of B is zero. Layers
+    without an update start as usual.
+
+    path: names the adapter in messages.
+
+    Raises:
+        RecipeError: an update has no adapter to go to, another shape, a larger rank, or magnitudes while the
+            run trains no DoRA.
     """
     own = {
         name: module
         for name, module in denoiser.named_modules()
         if isinstance(module, PeftLayer) and adapter in module.lora_A
     }
-    strange = sorted(layers.keys() - own.keys())
-    if strange:
-        _refuse(denoiser, strange, own, path)
+    unmatched = sorted(layers.keys() - own.keys())
+    if unmatched:
+        _refuse(denoiser, unmatched, own, path)
     for name, layer in layers.items():
         module: Any = own[name]
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         expected, got = (len(up), down.shape[1]), (len(layer.up), layer.down.shape[1])
         if expected != got:
             raise RecipeError(
-                f"{path} is for another base: its {name} is {got[0]} x {got[1]}, the model's"
+                f"{path} is for another base: its {name} has shape {got[0]} x {got[1]}, but the model's has"
                 f" {expected[0]} x {expected[1]}"
             )
         if layer.rank > len(down):
             highest = max(other.rank for other in layers.values())
             raise RecipeError(
-                f"{name} has rank {layer.rank} in {path}, and {len(down)} in this run; set"
-                f" lora.rank: {highest}, or a rank for these layers in lora.rank_pattern"
+                f"{name} has rank {layer.rank} in {path}, but {len(down)} in this run; set"
+                f" lora.rank: {highest}, or set a rank for these layers in lora.rank_pattern"
             )
         if layer.lengths is not None and adapter not in module.lora_magnitude_vector:
             raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
@@ -259,23 +285,24 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         down[: layer.rank].copy_(layer.down)
         up.zero_()
+        # B carries the ratio of the scales, so that scale * B A is the same update.
         up[:, : layer.rank].copy_(layer.up * (layer.scale / module.scaling[adapter]))
-    lengths = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
-    for name, values in lengths.items():
+    magnitudes = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
+    for name, values in magnitudes.items():
         own[name].lora_magnitude_vector[adapter].weight.copy_(values)
-    log.info("%d of %d layers have the adapter of %s", len(layers), len(own), path)
-    return bool(lengths)
+    log.info("%d of %d layers start with the adapter of %s", len(layers), len(own), path)
+    return bool(magnitudes)
 
 
-def _refuse(denoiser: nn.Module, strange: list[str], own: Iterable[str], path: Path | str) -> None:
+def _refuse(denoiser: nn.Module, unmatched: list[str], own: Iterable[str], path: Path | str) -> None:
     modules = {name for name, _ in denoiser.named_modules()}
-    missing = [name for name in strange if name not in modules]
+    missing = [name for name in unmatched if name not in modules]
     if missing:
         raise RecipeError(
-            f"{path} is for another base: the model has no {missing[0]} ({len(missing)} such layers)"
+            f"{path} is for another base: the model has no layer {missing[0]} ({len(missing)} layers are missing)"
         )
-    ends = sorted({name.split(".", 2)[-1] for name in (*strange, *own)})
+    ends = sorted({name.split(".", 2)[-1] for name in (*unmatched, *own)})
     raise RecipeError(
-        f"{path} adapts {len(strange)} layers that lora.targets does not, first {strange[0]}; set"
+        f"{path} adapts {len(unmatched)} layers that lora.targets does not include, the first is {unmatched[0]}; set"
         f" lora.targets: [{', '.join(ends)}]"
     )

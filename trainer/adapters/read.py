@@ -1,4 +1,4 @@
-"""An adapter in any of the forms that adapters come in, and a run that starts from one: `lora.init_from`."""
+"""Reads an adapter in any common format, for `lora.init_from` and for sampling."""
 
 import json
 import logging
@@ -35,21 +35,24 @@ _TEXT_PREFIXES = ("text_encoder", "lora_te", "text_encoders.")
 
 
 def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLayer]:
-    """The adapter at `path`, a file or a folder of any form, by diffusers' names of the layers.
+    """Reads the adapter at `path`, a file or a folder; returns its layers under diffusers' names.
 
-    names: the model's layers by their authors' names. Raises RecipeError for what is no adapter, or one that is not
-    LoRA, whole and of finite numbers.
+    names: the model's layers under their authors' names.
+
+    Raises:
+        RecipeError: there is no adapter, it is not a LoRA or not complete, or it has values that are not
+            finite.
     """
     file = find_file(path)
     tensors, metadata = read_tensors(file)
     text = [key for key in tensors if key.startswith(_TEXT_PREFIXES)]
     if text:
         log.warning(
-            "%s: %d tensors for text encoders are left out, which are not trained here", file, len(text)
+            "%s: ignoring %d tensors for text encoders, which halfbyte does not train", file, len(text)
         )
     own = {key: tensor for key, tensor in tensors.items() if key not in text}
     if not own:
-        raise RecipeError(f"{file} holds no adapter of a transformer")
+        raise RecipeError(f"{file} has no adapter for a transformer")
     if METADATA in metadata and all(key.startswith(_DIFFUSERS_PREFIX) for key in own):
         return diffusers_adapter(file, own, metadata[METADATA]).layers()
     if all(key.startswith(PEFT_PREFIX) for key in own):
@@ -64,15 +67,19 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
         return {layer.removeprefix(_DIFFUSERS_PREFIX): _layer(part) for layer, part in parts.items()}
     known_prefixes = (COMFYUI_PREFIX, KOHYA_PREFIX, _DIFFUSERS_PREFIX)
     first = next((prefix for prefix in known_prefixes if next(iter(own)).startswith(prefix)), "")
-    odd = next(key for key in own if not first or not key.startswith(first))
+    unknown = next(key for key in own if not first or not key.startswith(first))
     raise RecipeError(
-        f"{file} holds {odd}; accepted: the keys of diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
-        f" ({PEFT_PREFIX}…), ComfyUI ({COMFYUI_PREFIX}…) or kohya ({KOHYA_PREFIX}…), one of them in a file"
+        f"{file} holds {unknown}; accepted: only keys of one format, diffusers ({_DIFFUSERS_PREFIX}…), PEFT"
+        f" ({PEFT_PREFIX}…), ComfyUI ({COMFYUI_PREFIX}…) or kohya ({KOHYA_PREFIX}…)"
     )
 
 
 def find_file(path: Path) -> Path:
-    """The file with the adapter at `path`, itself or in its folder. Raises RecipeError where there is none."""
+    """Returns the adapter's file: `path`, or a file in the folder `path` or its subfolder `adapter`.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
     if path.is_file():
         return path
     for folder in (path, path / "adapter"):
@@ -84,7 +91,8 @@ def find_file(path: Path) -> Path:
         return files[0]
     found = ", ".join(file.name for file in files) or "no safetensors file"
     raise RecipeError(
-        f"{path} holds {found}; expected a run, a folder with {ADAPTER_FILE} or {PEFT_FILE}, or a file"
+        f"{path} has {found}; expected a run's folder, a folder with {ADAPTER_FILE} or {PEFT_FILE}, or an adapter"
+        " file"
     )
 
 
@@ -92,14 +100,14 @@ def _peft_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{file} cannot be read, and says how the update is scaled: {error}") from error
+        raise RecipeError(f"{file} cannot be read, but the scale of the adapter is in it: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise RecipeError(f"{file} describes no LoRA; accepted: peft_type LORA")
+        raise RecipeError(f"{file} does not describe a LoRA; accepted: peft_type LORA")
     return config
 
 
 def _layer(part: Mapping[str, Tensor]) -> LoraLayer:
-    # Without an alpha the update is B A as it is.
+    # A file without alpha means alpha = rank: the update is B A, unscaled.
     scale = part["alpha"].item() / len(part["down"]) if "alpha" in part else 1.0
     return LoraLayer(part["down"], part["up"], scale, part.get("lengths"))
 
@@ -107,35 +115,43 @@ def _layer(part: Mapping[str, Tensor]) -> LoraLayer:
 def _split(
     file: Path, parts: Mapping[str, Mapping[str, Tensor]], known: Mapping[str, OriginalName]
 ) -> dict[str, LoraLayer]:
-    """Layers that the authors hold as one, parted again; of each part the columns of B that it has."""
+    """Splits the authors' fused layers into diffusers' layers, and renames the others.
+
+    known: key of a layer in the file -> its names in both models.
+    """
     found: dict[str, LoraLayer] = {}
     for name, part in parts.items():
         original = known.get(name)
         if original is None:
-            raise RecipeError(f"{file} is for another base: the model has no {name}")
+            raise RecipeError(f"{file} is for another base: the model has no layer {name}")
         layer = _layer(part)
         rows = original.rows or (len(layer.up),)
         if sum(rows) != len(layer.up):
             raise RecipeError(
-                f"{file} is for another base: {name} has {len(layer.up)} outputs, the model's {sum(rows)}"
+                f"{file} is for another base: {name} has {len(layer.up)} outputs, but the model's has {sum(rows)}"
             )
         if original.swapped:
-            lengths = None if layer.lengths is None else swap_halves(layer.lengths)
-            layer = LoraLayer(layer.down, swap_halves(layer.up), layer.scale, lengths)
+            magnitude = None if layer.lengths is None else swap_halves(layer.lengths)
+            layer = LoraLayer(layer.down, swap_halves(layer.up), layer.scale, magnitude)
         found |= _unfused(layer, original.parts, rows) if len(rows) > 1 else {original.parts[0]: layer}
     return found
 
 
 def _unfused(layer: LoraLayer, paths: Sequence[str], rows: Sequence[int]) -> dict[str, LoraLayer]:
-    lengths = [None] * len(rows) if layer.lengths is None else layer.lengths.split(list(rows))
+    """Splits B of a fused layer by rows.
+
+    Each part keeps only the ranks (columns of B) that are not zero in its rows.
+    """
+    magnitudes = [None] * len(rows) if layer.lengths is None else layer.lengths.split(list(rows))
     found: dict[str, LoraLayer] = {}
-    for path, block, own_lengths in zip(paths, layer.up.split(rows), lengths, strict=True):
+    for path, block, magnitude in zip(paths, layer.up.split(rows), magnitudes, strict=True):
         used = block.any(dim=0)
         if not layer.up.any():
-            # As an adapter starts: which rank is whose cannot be told, and one of zeros says the same.
+            # B is all zeros, as at the start of training. It does not show which rank belongs to which part;
+            # a single rank of zeros gives the same update.
             used[0] = True
-        if used.any() or own_lengths is not None:
+        if used.any() or magnitude is not None:
             columns = used if used.any() else torch.ones_like(used)
             down, up = layer.down[columns], block[:, columns].contiguous()
-            found[path] = LoraLayer(down, up, layer.scale, own_lengths)
+            found[path] = LoraLayer(down, up, layer.scale, magnitude)
     return found

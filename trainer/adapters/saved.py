@@ -1,4 +1,4 @@
-"""An adapter apart from its model: a LoRA's tensors, and the settings that give them their scale."""
+"""An adapter on disk, without its model: a LoRA's tensors and the settings that determine its scale."""
 
 import json
 import math
@@ -17,36 +17,37 @@ METADATA = "lora_adapter_metadata"
 _PREFIX = "transformer."
 DOWN = ".lora_A.weight"
 MAGNITUDE = ".lora_magnitude_vector"
-# What ends a layer's name in a key of PEFT and diffusers, and what it is.
+# Ending of a key in files of PEFT and diffusers, after the layer's name -> the tensor's role.
 _ENDINGS = {DOWN: "down", ".lora_B.weight": "up", MAGNITUDE: "lengths"}
-# In files without a configuration, which may carry the scale themselves, as ComfyUI's and kohya's do.
+# The same for files without a configuration, such as ComfyUI's and kohya's, which may have the scale as a
+# tensor.
 PLAIN_ENDINGS = _ENDINGS | {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """One layer's update, scale * up @ down."""
+    """The update of one layer: scale * up @ down."""
 
     down: Tensor  # A, (rank, inputs) fp32
     up: Tensor  # B, (outputs, rank) fp32
     scale: float
-    lengths: Tensor | None = None  # DoRA's: of the rows of the adapted weight, (outputs,) fp32
+    lengths: Tensor | None = None  # DoRA's magnitude: norms of the adapted weight's rows, (outputs,) fp32
 
     @property
     def rank(self) -> int:
-        """The inner size."""
+        """The rank: the number of rows of A and columns of B."""
         return len(self.down)
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a file of diffusers or PEFT holds of a transformer's LoRA."""
+    """A transformer's LoRA from a file of diffusers or PEFT."""
 
-    tensors: Mapping[str, Tensor]  # as `….lora_A.weight`, without prefix
+    tensors: Mapping[str, Tensor]  # keys such as `….lora_A.weight`, without the file's prefix
     config: Mapping[str, Any]  # the fields of PEFT's LoraConfig
 
     def layers(self) -> dict[str, LoraLayer]:
-        """The update of each adapted layer by its name in the model."""
+        """Returns the update of each adapted layer by the layer's name in the model."""
         return {
             path: LoraLayer(
                 part["down"], part["up"], self.scale(path, len(part["down"])), part.get("lengths")
@@ -55,7 +56,10 @@ class SavedAdapter:
         }
 
     def scale(self, path: str, rank: int) -> float:
-        """PEFT's: alpha / rank, or alpha / sqrt(rank) for rsLoRA, with the alpha of the first pattern that fits."""
+        """Returns PEFT's scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+
+        alpha is that of the first pattern that matches `path`.
+        """
         alphas = self.config.get("alpha_pattern") or {}
         pattern = first_matching(alphas, path)
         alpha = self.config["lora_alpha"] if pattern is None else alphas[pattern]
@@ -63,30 +67,37 @@ class SavedAdapter:
 
     @property
     def is_dora(self) -> bool:
-        """Whether lengths of rows learned as well."""
+        """True if the adapter has DoRA's magnitudes."""
         return any(name.endswith(MAGNITUDE) for name in self.tensors)
 
 
 def read_saved(file: Path) -> SavedAdapter:
-    """The adapter in a file as diffusers writes it. Raises RecipeError for any other file."""
+    """Reads an adapter in diffusers' format.
+
+    Raises:
+        RecipeError: the file is not such an adapter.
+    """
     tensors, metadata = read_tensors(file)
-    strange = [name for name in tensors if not name.startswith(_PREFIX)]
-    if strange or not tensors or METADATA not in metadata:
-        found = f"it holds {strange[0]}" if strange else f"it has {len(tensors)} tensors and no {METADATA}"
-        raise RecipeError(f"{file}: expected a transformer's LoRA as diffusers writes it; {found}")
+    others = [name for name in tensors if not name.startswith(_PREFIX)]
+    if others or not tensors or METADATA not in metadata:
+        found = f"the key {others[0]}" if others else f"{len(tensors)} tensors and no {METADATA}"
+        raise RecipeError(f"{file}: got {found}, expected a transformer's LoRA in diffusers' format")
     return diffusers_adapter(file, tensors, metadata[METADATA])
 
 
 def diffusers_adapter(file: Path, tensors: Mapping[str, Tensor], settings: str) -> SavedAdapter:
-    """A transformer's adapter of a file by diffusers, with the JSON of its metadata; see `whole_adapter`."""
+    """Returns the transformer's adapter of a diffusers file, see `whole_adapter`.
+
+    settings: the JSON in the file's metadata.
+    """
     where = f"{file}: its metadata ({METADATA})"
     try:
         entries = json.loads(settings)
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where} is not JSON, and says how the update is scaled: {error}") from error
+        raise RecipeError(f"{where} is not JSON, but the scale of the adapter is in it: {error}") from error
     if not isinstance(entries, dict):
         raise RecipeError(f"{where} is {settings[:40]}, expected the settings of PEFT's LoraConfig")
-    # Those of text encoders, whose alpha may be another, are beside them.
+    # The same dictionary may have settings of text encoders, with another alpha; the prefix tells them apart.
     config = {
         name.removeprefix(_PREFIX): entry for name, entry in entries.items() if name.startswith(_PREFIX)
     }
@@ -96,10 +107,12 @@ def diffusers_adapter(file: Path, tensors: Mapping[str, Tensor], settings: str) 
 def whole_adapter(
     file: Path, tensors: Mapping[str, Tensor], prefix: str, config: Mapping[str, Any], where: str
 ) -> SavedAdapter:
-    """The adapter of tensors under PEFT's names, each behind `prefix`, and of PEFT's settings.
+    """Checks and returns an adapter with PEFT's names, after `prefix`, and PEFT's settings `config`.
 
-    where: what a message calls the settings. Raises RecipeError as `layer_parts` does, and where the settings do not
-    give every layer a scale.
+    where: names the settings in error messages.
+
+    Raises:
+        RecipeError: for the reasons in `layer_parts`, or the settings do not give every layer a scale.
     """
     parts = layer_parts(file, tensors, _ENDINGS)
     patterns = config.get("alpha_pattern") or {}
@@ -110,47 +123,52 @@ def whole_adapter(
     for name, alpha in alphas.items():
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise RecipeError(
-                f"{where} has {name} {alpha!r}, expected a number; without it the update's scale is not known"
+                f"{where} has {name} {alpha!r}, expected a number: the scale of the adapter depends on it"
             )
     for pattern in patterns:
         try:
             re.compile(_peft_regex(pattern))
         except re.error as error:
             raise RecipeError(
-                f"{where} has alpha_pattern {pattern!r}, which is no regular expression: {error}"
+                f"{where} has alpha_pattern {pattern!r}, which is not a regular expression: {error}"
             ) from error
     if config.get("use_dora") and not all("lengths" in part for part in parts.values()):
-        raise RecipeError(f"{file}: is a DoRA adapter (use_dora) without the lengths of rows (…{MAGNITUDE})")
+        raise RecipeError(
+            f"{file}: is a DoRA adapter (use_dora), but layers have no magnitude (…{MAGNITUDE})"
+        )
     return SavedAdapter({name.removeprefix(prefix): t for name, t in tensors.items()}, config)
 
 
 def layer_parts(
     file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str] = PLAIN_ENDINGS
 ) -> dict[str, dict[str, Tensor]]:
-    """Layer, with its prefix -> its tensors in fp32 by what they are: down, up, lengths, alpha.
+    """Returns the tensors of each layer (with its prefix) in fp32, by role: down, up, lengths, alpha.
 
-    Raises RecipeError, naming file and tensor, for a key that no LoRA has, a layer without both halves of one rank,
-    values that are not finite, and for no layer at all.
+    Raises:
+        RecipeError: a key does not belong to a LoRA, a layer does not have A and B of the same rank, a value
+            is not finite, or there are no layers. The message names file and tensor.
     """
     known: dict[str, str] = {}
     for key, tensor in tensors.items():
         ending = next((ending for ending in endings if key.endswith(ending)), None)
         if ending is None:
-            raise RecipeError(f"{file} holds {key}; accepted: LoRA alone ({', '.join(endings)})")
+            raise RecipeError(f"{file} holds {key}; accepted: only keys of a LoRA ({', '.join(endings)})")
         twin = known.setdefault(key.removesuffix(ending) + endings[ending], key)
         if twin != key:
-            raise RecipeError(f"{file} holds both {twin} and {key}, which are the same half of a LoRA")
+            raise RecipeError(f"{file} has both {twin} and {key}, which are the same matrix of a LoRA")
         if not tensor.float().isfinite().all():
-            raise RecipeError(f"{file}: {key} holds values that are not finite; the adapter is broken")
+            raise RecipeError(f"{file}: {key} has values that are not finite; the adapter is damaged")
     found = _by_layer(tensors, endings)
     if not found:
-        raise RecipeError(f"{file} holds no adapter of a transformer")
+        raise RecipeError(f"{file} has no adapter for a transformer")
     for layer, part in found.items():
         _check_layer(file, layer, part)
-    with_lengths = [layer for layer, part in found.items() if "lengths" in part]
-    if with_lengths and len(with_lengths) < len(found):
-        other = next(layer for layer in found if layer not in with_lengths)
-        raise RecipeError(f"{file}: {with_lengths[0]} has DoRA's lengths of rows and {other} has none")
+    with_magnitude = [layer for layer, part in found.items() if "lengths" in part]
+    if with_magnitude and len(with_magnitude) < len(found):
+        other = next(layer for layer in found if layer not in with_magnitude)
+        raise RecipeError(
+            f"{file}: {with_magnitude[0]} has a DoRA magnitude, but {other} has none; expected one for every layer"
+        )
     return found
 
 
@@ -169,15 +187,15 @@ def _check_layer(file: Path, layer: str, part: Mapping[str, Tensor]) -> None:
             for name, half in (("lora_A (down)", down), ("lora_B (up)", up))
         )
         raise RecipeError(
-            f"{file}: {layer} has not both halves of a LoRA, of one rank: got {got}, expected (rank, inputs) and"
+            f"{file}: {layer} needs both matrices of a LoRA, of the same rank: got {got}, expected (rank, inputs) and"
             " (outputs, rank)"
         )
-    alpha, lengths = part.get("alpha"), part.get("lengths")
+    alpha, magnitude = part.get("alpha"), part.get("lengths")
     if alpha is not None and alpha.numel() != 1:
         raise RecipeError(f"{file}: the alpha of {layer} has {alpha.numel()} values, expected one")
-    if lengths is not None and lengths.shape != (len(up),):
+    if magnitude is not None and magnitude.shape != (len(up),):
         raise RecipeError(
-            f"{file}: DoRA's lengths of {layer} have shape {tuple(lengths.shape)}, expected ({len(up)},)"
+            f"{file}: the DoRA magnitude of {layer} has shape {tuple(magnitude.shape)}, expected ({len(up)},)"
         )
 
 
@@ -190,22 +208,26 @@ def _by_layer(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict
 
 
 def first_matching(patterns: Iterable[str], layer: str) -> str | None:
-    """The pattern that PEFT takes for a layer; None where none fits."""
+    """Returns the first pattern that matches a layer, which is the one that PEFT uses; None if none matches."""
     return next((pattern for pattern in patterns if re.match(_peft_regex(pattern), layer)), None)
 
 
 def _peft_regex(pattern: str) -> str:
-    """A pattern as PEFT matches it: against the end of a layer's name."""
+    """Returns PEFT's regular expression for a pattern, which matches the end of a layer's name."""
     return rf"(.*\.)?({pattern})$"
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All of a safetensors file with its metadata. Raises RecipeError where it is none."""
+    """Reads all tensors of a safetensors file, and its metadata.
+
+    Raises:
+        RecipeError: the file is missing, incomplete or not a safetensors file.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise RecipeError(f"{file}: not a whole safetensors file: {error}") from error
+        raise RecipeError(f"{file}: not a complete safetensors file: {error}") from error
 
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"

@@ -1,8 +1,13 @@
-"""An optimizer run over a few long tensors in place of hundreds of short ones.
+"""Runs an optimizer over a few long tensors instead of hundreds of short ones.
 
-An adapter of FLUX has 836 parameters. An optimizer that launches a handful of kernels for each, or waits for a number
-from each, takes 0.14 to 0.2 s a step for what the device does in a few milliseconds (measured on an H200). Here the
-parameters become views of a few tensors, and the optimizer knows only those.
+A FLUX adapter has 836 parameters. An optimizer that launches a handful of kernels for each of them, or waits
+for a value of each, takes 0.14 to 0.2 s per step for work that the device does in a few milliseconds
+(measured on an H200). Here the parameters become views of a few joined tensors, and the inner optimizer sees
+only those.
+
+Joining changes no value. It changes results only for optimizers with a statistic over a whole tensor:
+Adafactor clips by the root mean square of a whole stack, and Prodigy with slice_p takes every n-th value of
+the joined tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,12 +22,15 @@ Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def all_in_one(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
-    """One long tensor, for optimizers that work value by value."""
+    """Joins all parameters into one flat tensor, for elementwise optimizers."""
     yield parameters
 
 
 def by_shape(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
-    """A stack for each shape, for optimizers that look at rows and columns; vectors, which have neither, in a row."""
+    """Joins parameters of the same shape, for optimizers that use rows and columns.
+
+    Matrices become a stack, and vectors, which have no rows and columns, one flat tensor.
+    """
     groups: dict[torch.Size, list[Parameter]] = {}
     for parameter in parameters:
         groups.setdefault(parameter.shape, []).append(parameter)
@@ -30,14 +38,18 @@ def by_shape(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Looks from outside as `build`'s optimizer over the parameters themselves: groups, gradients and rate.
+    """Wraps the optimizer of joined tensors, and looks like an optimizer of the parameters themselves.
 
-    Its state is that of the joined tensors, each under the first parameter that went into it. A parameter without a
-    gradient counts as one whose gradient is zero; after a step none has one.
+    The state is that of the joined tensors; each is listed under the first parameter of its tensor. A missing
+    gradient counts as zero. After a step no parameter has a gradient.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], join: Join, build: Build) -> None:
-        """groups: of named parameters, as torch's optimizers take them; `build` is given the same of joined ones."""
+        """Joins the parameters of each group and builds the inner optimizer.
+
+        groups: parameter groups of named parameters, in torch's format. join: splits a group into the lists
+        to join. build: gets the same groups with joined parameters.
+        """
         super().__init__(list(groups), {})
         self._parts: list[list[Parameter]] = []
         self._joined: list[Parameter] = []
@@ -52,19 +64,22 @@ class JoinedOptimizer(torch.optim.Optimizer):
         self._pull_settings()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of the inner optimizer, with the gradients that there are once the closure has run."""
+        """Takes one step of the inner optimizer, with the gradients after the closure has run."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._push_settings()
         for joined, parts in zip(self._joined, self._parts, strict=True):
+            # The step updates the joined tensor. A parameter whose `.data` was replaced is no longer a view
+            # of it and would silently stop learning.
             assert parts[0].data_ptr() == joined.data_ptr(), (
                 "a parameter has left the tensor it was joined to"
             )
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
             joined.grad = _concatenate(gradients, joined)
-            # Handed over: both at once would be the peak of a small optimizer's step.
+            # Frees the separate gradients now: kept until the end of the step, together with the joined ones
+            # they would be the peak memory of a small optimizer.
             del gradients
             for part in parts:
                 part.grad = None
@@ -75,10 +90,15 @@ class JoinedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Optimizer's. Raises ValueError where parameters come in another order, and so lie elsewhere."""
+        """Restores the state of `state_dict`.
+
+        Raises:
+            ValueError: the saved parameters have another order, so their values lie elsewhere in the joined
+                tensors.
+        """
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         if saved != list(range(len(saved))):
-            raise ValueError("the saved optimizer has its parameters in another order")
+            raise ValueError("the saved optimizer lists its parameters in another order")
         super().load_state_dict(state_dict)
         self._push_settings()
         for joined, parts in zip(self._joined, self._parts, strict=True):
@@ -86,12 +106,12 @@ class JoinedOptimizer(torch.optim.Optimizer):
                 self.inner.state[joined] = self.state[parts[0]]
 
     def _push_settings(self) -> None:
-        """The inner optimizer takes over this one's settings, the rate above all."""
+        """Copies this optimizer's settings, above all the learning rate, to the inner optimizer."""
         for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
             inner.update(_settings(group))
 
     def _pull_settings(self) -> None:
-        """This one shows the inner one's settings, among them what it counts, and its state."""
+        """Copies the inner optimizer's settings, which include its counters, and its state to this optimizer."""
         for inner, group in zip(self.inner.param_groups, self.param_groups, strict=True):
             group.update(_settings(inner))
         for joined, parts in zip(self._joined, self._parts, strict=True):
@@ -104,7 +124,11 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join(parts: list[Parameter]) -> Parameter:
-    """One tensor with all values, of which the parameters become views: matrices of one shape as a stack."""
+    """Copies the parameters into one tensor, and makes each parameter a view of it.
+
+    Two or more matrices of the same shape become a stack (n, rows, columns); anything else becomes a flat
+    tensor.
+    """
     with torch.no_grad():
         values = [part.detach() for part in parts]
         alike = values[0].dim() > 1 and all(value.shape == values[0].shape for value in values)
@@ -116,4 +140,5 @@ def _join(parts: list[Parameter]) -> Parameter:
 
 
 def _concatenate(gradients: list[Tensor], joined: Tensor) -> Tensor:
+    # In the memory order of `_join`, so the view has the joined shape.
     return torch.cat([gradient.reshape(-1) for gradient in gradients]).view(joined.shape)

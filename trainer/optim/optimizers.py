@@ -1,4 +1,7 @@
-"""What moves the adapters. State is counted in fp32 numbers a trained parameter."""
+"""The optimizers that a recipe can choose, with their settings and their memory.
+
+"State" in the descriptions is the optimizer's memory, in fp32 values per trained parameter.
+"""
 
 import contextlib
 import io
@@ -22,17 +25,17 @@ from halfbyte.trainer.optim.averages import OptimizerAverage, TrainedWeights
 from halfbyte.trainer.optim.joined import JoinedOptimizer, all_in_one, by_shape
 from halfbyte.trainer.registry import Choice, Registry
 
-Shapes = Sequence[tuple[int, ...]]  # of the trained parameters
+Shapes = Sequence[tuple[int, ...]]  # shapes of the trained parameters
 
 
 @dataclass(frozen=True)
 class OptimizerMemory:
-    """Bytes on the device."""
+    """Bytes that an optimizer uses on the device."""
 
     state: int
-    """Kept from step to step."""
+    """Kept between steps."""
     working: int
-    """Taken within a step and given back."""
+    """Allocated and freed within a step."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -43,31 +46,34 @@ Named = Iterable[tuple[str, Parameter]]
 class OptimizerChoice(Choice):
     """An optimizer and its settings."""
 
-    averages: ClassVar[bool] = False  # whether it keeps an average of the weights, which a user is to see
+    averages: ClassVar[bool] = False  # True if it keeps an average of the weights, which users then see
 
     lr: float = Field(default=1e-4, gt=0)
-    """The learning rate after warm-up."""
+    """Learning rate after warm-up."""
 
     @abstractmethod
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
-        """Over the trainable parameters, named, so that a checkpoint can match its state by name; see `_groups`."""
+        """Builds the optimizer over the trainable parameters.
+
+        They are named so that a checkpoint can match the state by name; see `_groups`.
+        """
 
     @abstractmethod
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """What it takes on CUDA for trained parameters of these shapes."""
+        """Returns the memory that it uses on CUDA for trained parameters of these shapes."""
 
     def weights(
         self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainedWeights:
-        """Which weights are seen where nobody trains; `optimizer` is what `build` gave."""
+        """Returns the weights that samples, validation and exports use; `optimizer` is the result of `build`."""
         return TrainedWeights()
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """The rate of the last step, for the metrics."""
+        """Returns the learning rate of the last step, for the metrics."""
         return float(optimizer.param_groups[0]["lr"])
 
     def advice(self) -> list[str]:
-        """Warnings about settings that are allowed and seldom meant."""
+        """Returns warnings about settings that are valid but rarely intended."""
         return []
 
 
@@ -76,15 +82,15 @@ OPTIMIZERS: Registry[OptimizerChoice] = Registry("optimizer")
 
 @OPTIMIZERS.register
 class AdamW(OptimizerChoice):
-    """Adam with decoupled weight decay, torch's own; state: two numbers a parameter."""
+    """Adam with decoupled weight decay (torch's implementation). State: two values per parameter."""
 
     name: Literal["adamw"]
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks A and B by lr times this; DoRA's lengths of rows stay."""
+    """Each step shrinks A and B by lr times this. DoRA's magnitudes do not decay."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """How much of the running means of the gradient and of its square each step keeps."""
+    """Shares that each step keeps of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the squared mean, against division by zero."""
+    """Added to the root of the second moment, to avoid division by zero."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         groups = _groups(named_parameters)
@@ -94,22 +100,23 @@ class AdamW(OptimizerChoice):
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            # One kernel for all adapters; on the CPU the plain loop is as fast at these sizes.
+            # On CUDA one kernel updates all adapters. On the CPU the plain loop is as fast at these sizes.
             fused=_on_cuda(groups),
         )
-        # The fused kernel could divide by float16's loss scale itself, but gradients are clipped before it runs.
+        # torch's fused kernel can divide gradients by float16's loss scale itself, and GradScaler would then
+        # leave them scaled. They must be unscaled earlier, because they are clipped before the step.
         optimizer._step_supports_amp_scaling = False
         return optimizer
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """Two means, and one kernel over all."""
+        """Returns the memory of the two moments; the fused kernel needs no working memory."""
         return OptimizerMemory(2 * FP32 * numbers(shapes), 0)
 
 
 @OPTIMIZERS.register
 class AdamW8Bit(AdamW):
-    """AdamW with its state in 8 bits, in blocks of 256 with a scale each; state: two bytes a parameter, a quarter of
-    AdamW's, and the same learning rate."""
+    """AdamW with 8-bit state: one scale per block of 256 values. State: two bytes per parameter, a quarter of
+    AdamW's. Use AdamW's learning rate."""
 
     name: Literal["adamw_8bit"]  # type: ignore[assignment]
 
@@ -123,23 +130,25 @@ class AdamW8Bit(AdamW):
         )
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """Two bytes a number and two scales a block."""
+        """Returns the memory of two bytes per value and two fp32 scales per block."""
         return OptimizerMemory(2 * (BLOCK + FP32) * in_blocks(shapes, BLOCK), 0)
 
 
 @OPTIMIZERS.register
 class Adafactor(OptimizerChoice):
-    """Adam's second moment as the product of a row's and a column's mean, no first moment, torch's own; state: the
-    rows and columns alone, next to nothing. lr is a plain rate as AdamW's, not relative to the weights' size unless
-    that is above 1, as DoRA's lengths may be; at step t it is at most 1 / sqrt(t)."""
+    """Adafactor (torch's implementation): Adam's second moment as the product of a row mean and a column
+    mean, and no first moment. State: only the row and column means, almost nothing. lr is a plain rate as in
+    AdamW; it is relative to the weights' root mean square only where that is above 1, as DoRA's magnitudes
+    may be. At step t the rate is at most 1 / sqrt(t)."""
 
     name: Literal["adafactor"]
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks A and B by lr times this; DoRA's lengths of rows stay."""
+    """Each step shrinks A and B by lr times this. DoRA's magnitudes do not decay."""
     beta2_decay: float = Field(default=-0.8, lt=0)
-    """At step t the running means keep 1 - t to this power."""
+    """At step t the running means keep the share 1 - t**beta2_decay of their old value."""
     clip: float = Field(default=1.0, ge=1)
-    """Where the updates of all matrices of one shape have a larger root mean square, they are scaled down to it."""
+    """Upper bound of the updates' root mean square over all matrices of one shape; larger updates are scaled
+    down."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         return JoinedOptimizer(
@@ -149,9 +158,9 @@ class Adafactor(OptimizerChoice):
                 joined,
                 lr=self.lr,
                 beta2_decay=self.beta2_decay,
-                # The step is lr times the weights' root mean square, or times the second number where that is
-                # smaller. By the paper's 1e-3 an adapter's B, which starts at zero, would move a thousand times
-                # too slowly.
+                # Adafactor's step is lr * max(eps[1], RMS(weights)). With the paper's eps[1] of 1e-3, an
+                # adapter's B, which starts at zero, would move a thousand times too slowly; 1.0 makes lr a
+                # plain rate.
                 eps=(None, 1.0),
                 d=self.clip,
                 weight_decay=self.weight_decay,
@@ -159,49 +168,52 @@ class Adafactor(OptimizerChoice):
         )
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """The means; what the update of the largest stack passes through. Gradients are handed over to stacks."""
+        """Returns the memory of the means; within a step, two temporaries of the largest stack's size.
+
+        The joined gradients do not count: they replace the separate ones.
+        """
         means, largest = factored(shapes)
         return OptimizerMemory(FP32 * means, FP32 * 2 * largest)
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """lr, up to the bound that Adafactor has at step t: 1 / sqrt(t)."""
+        """Returns min(lr, 1 / sqrt(t)), the rate that Adafactor uses at step t."""
         step = max((float(state["step"]) for state in optimizer.state.values()), default=1.0)
         return min(super().rate(optimizer), step**-0.5)
 
 
 @OPTIMIZERS.register
 class Prodigy(OptimizerChoice):
-    """AdamW that estimates its own rate while it trains, by prodigyopt (MIT licence); state: four numbers a
-    parameter, two and a little with slice_p 11. A constant or cosine schedule fits; the metrics show the estimate
-    times lr."""
+    """AdamW that estimates its own learning rate during training (prodigyopt, MIT license). State: four
+    values per parameter, or about 2.2 with slice_p: 11. Use a constant or cosine schedule. The metrics show
+    the estimate times lr."""
 
     name: Literal["prodigy"]
     lr: float = Field(default=1.0, gt=0)
-    """A factor of the estimated rate: leave it at 1, and change d_coef where the estimate is too high or low."""
+    """Factor of the estimated rate. Leave it at 1; if the estimate is too high or too low, change d_coef."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks A and B by the rate times this; DoRA's lengths of rows stay."""
+    """Each step shrinks A and B by the rate times this. DoRA's magnitudes do not decay."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """How much of the running means of the gradient and of its square each step keeps."""
+    """Shares that each step keeps of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the squared mean, against division by zero."""
+    """Added to the root of the second moment, to avoid division by zero."""
     d_coef: float = Field(default=1.0, gt=0)
-    """A factor of the estimate itself; 0.5 and 2 are usual."""
+    """Factor of the estimate itself; usual values are 0.5 to 2."""
     d0: float = Field(default=1e-6, gt=0)
-    """The first estimate, which should be too low."""
+    """The first estimate; it should be too low."""
     growth_rate: float | None = Field(default=None, gt=1)
-    """The most that a step may multiply the estimate by, such as 1.02; null: any."""
+    """Largest factor by which one step may raise the estimate, such as 1.02; null for no limit."""
     bias_correction: bool = True
-    """Adam's correction of the running means at the start."""
+    """Correct the bias of Adam's running means, which start at zero."""
     safeguard_warmup: bool = True
-    """Keep a warm-up of the rate out of the estimate, which would come out too high."""
+    """Keep the learning-rate warm-up out of the estimate, which would otherwise be too high."""
     slice_p: int = Field(default=1, ge=1)
-    """Estimate from every so many-th number alone: 11 halves the state for little."""
+    """Estimate the rate from every n-th value only: 11 almost halves the state at little cost."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         return JoinedOptimizer(_groups(named_parameters), all_in_one, self._build)
 
     def _build(self, joined: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        # It prints that its weight decay is decoupled.
+        # prodigyopt prints a line about decoupled weight decay to stdout.
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer: torch.optim.Optimizer = ProdigyOptimizer(
                 joined,
@@ -219,42 +231,47 @@ class Prodigy(OptimizerChoice):
         return optimizer
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """Two means, and of every slice_p-th number the start and a sum; within the step the gradients in a row, then
-        instead of them a root."""
+        """Returns the memory of two moments, and of the start value and a sum for every slice_p-th value.
+
+        Within a step the joined gradients exist, and after them the root of the second moment in the same
+        size.
+        """
         count = numbers(shapes)
         return OptimizerMemory(FP32 * (2 * count + 2 * -(-count // self.slice_p)), FP32 * count)
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """The estimate times lr."""
+        """Returns the estimate times lr."""
         group: dict[str, Any] = optimizer.param_groups[0]
         return float(group["d"]) * float(group["lr"])
 
     def advice(self) -> list[str]:
-        """A rate that was meant for another optimizer."""
+        """Warns about an lr that was probably meant for another optimizer."""
         if self.lr == 1.0:
             return []
         return [
-            f"optimizer.lr: {self.lr:g} scales the rate that prodigy estimates by itself; 1 is usual, and"
-            " optimizer.d_coef the setting to change"
+            f"optimizer.lr: got {self.lr:g}, which scales the rate that prodigy estimates; use 1, and set"
+            " optimizer.d_coef to change the estimate"
         ]
 
 
 @OPTIMIZERS.register
 class ScheduleFreeAdamW(OptimizerChoice):
-    """AdamW that averages its weights instead of lowering its rate, by schedulefree (Apache 2.0): no step need be
-    the last. Samples, validation, checkpoints and exports have the average. State: two numbers a parameter."""
+    """AdamW that averages its weights instead of lowering its learning rate (schedulefree, Apache 2.0), so
+    training can stop at any step. Samples, validation, checkpoints and exports use the average. State: two
+    values per parameter."""
 
     averages = True
 
     name: Literal["schedule_free_adamw"]
     lr: float = Field(default=1e-3, gt=0)
-    """The learning rate after warm-up, usually 1 to 10 times AdamW's."""
+    """Learning rate after warm-up, usually 1 to 10 times AdamW's."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Each step shrinks A and B by lr times this; DoRA's lengths of rows stay."""
+    """Each step shrinks A and B by lr times this. DoRA's magnitudes do not decay."""
     betas: Annotated[tuple[PositiveDecay, Decay], Field(strict=False)] = (0.9, 0.999)
-    """How near to the average the gradient is taken, and how much of the running mean of its square a step keeps."""
+    """First value: how close to the average the gradient is computed. Second: the share of the running mean
+    of the squared gradient that each step keeps."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the squared mean, against division by zero."""
+    """Added to the root of the second moment, to avoid division by zero."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
         optimizer = AdamWScheduleFree(
@@ -268,23 +285,26 @@ class ScheduleFreeAdamW(OptimizerChoice):
         return optimizer
 
     def memory(self, shapes: Shapes) -> OptimizerMemory:
-        """The weights' other end and a mean; a root of it within the step."""
+        """Returns the memory of the sequence z and the second moment; within a step also its root."""
         return OptimizerMemory(2 * FP32 * numbers(shapes), FP32 * numbers(shapes))
 
     def weights(
         self, parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainedWeights:
-        """The average that the optimizer keeps."""
+        """Returns the average that the optimizer keeps."""
         return OptimizerAverage(parameters, optimizer)
 
 
 def _groups(named_parameters: Named) -> list[dict[str, Any]]:
-    """What decays, and the lengths of DoRA's rows: those are the base's own, and no decay is to shrink it."""
+    """Returns one group for A and B, and one without weight decay for DoRA's magnitudes, if there are any.
+
+    Magnitudes start at the norms of the base's rows, so decay towards zero would shrink the base.
+    """
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     assert named, "no trainable parameters"
-    lengths = [item for item in named if MAGNITUDE in item[0]]
+    magnitudes = [item for item in named if MAGNITUDE in item[0]]
     groups: list[dict[str, Any]] = [{"params": [item for item in named if MAGNITUDE not in item[0]]}]
-    return [*groups, {"params": lengths, "weight_decay": 0.0}] if lengths else groups
+    return [*groups, {"params": magnitudes, "weight_decay": 0.0}] if magnitudes else groups
 
 
 def _on_cuda(groups: list[dict[str, Any]]) -> bool:
@@ -295,18 +315,20 @@ FP32 = 4  # bytes
 
 
 def numbers(shapes: Shapes) -> int:
-    """How many parameters there are."""
+    """Returns the number of values in parameters of these shapes."""
     return sum(math.prod(shape) for shape in shapes)
 
 
 def in_blocks(shapes: Shapes, block: int) -> int:
-    """How many blocks hold them, each parameter's padded to whole ones."""
+    """Returns the number of blocks that hold the parameters, each padded to whole blocks."""
     return sum(-(-math.prod(shape) // block) for shape in shapes)
 
 
 def factored(shapes: Shapes) -> tuple[int, int]:
-    """Parameters stacked by shape: the numbers in the rows' and columns' means, each of a vector's, and those in the
-    largest stack."""
+    """Returns the values in Adafactor's row and column means, and in the largest stack of equal shapes.
+
+    Vectors have no rows and columns, and one mean per value.
+    """
     means, largest = 0, 0
     for shape, count in Counter(shapes).items():
         *outer, rows, columns = (count, *shape) if len(shape) > 1 else (count, *shape, 0)

@@ -1,4 +1,4 @@
-"""How the learning rate goes over a run: a factor of the optimizer's lr, a pure function of the step."""
+"""Learning-rate schedules: the factor of the optimizer's lr, as a pure function of the step."""
 
 import math
 from abc import abstractmethod
@@ -10,21 +10,22 @@ from halfbyte.trainer.registry import Registry, StatelessChoice
 
 
 class Schedule(StatelessChoice):
-    """A linear warm-up, then a shape of its own."""
+    """A linear warm-up, followed by the schedule's own shape."""
 
-    falls: ClassVar[bool] = True  # whether the rate is lower at the end than after the warm-up
+    falls: ClassVar[bool] = True  # True if the rate ends lower than it is after the warm-up
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps in which the learning rate rises to its full value."""
+    """Optimizer steps over which the learning rate rises linearly to its full value."""
 
     @abstractmethod
     def after_warmup(self, progress: float) -> float:
-        """progress: 0 at the first step after the warm-up, just below 1 at the last -> the factor."""
+        """Returns the factor; `progress` is 0 right after the warm-up, and below 1 at the last step."""
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The factor for optimizer step `step`, counted from 0, of `total_steps`.
+        """Returns the factor for optimizer step `step`, counted from 0, of `total_steps`.
 
-        It is never 0: the first step of a warm-up already moves, and so does the last of the run.
+        It is never 0: the warm-up starts at 1 / warmup_steps, and `progress` is below 1 at the last step.
+        below 1.
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
@@ -32,14 +33,14 @@ class Schedule(StatelessChoice):
 
 
 class FallingSchedule(Schedule):
-    """From the full rate at 0 down to a share of it at 1."""
+    """A schedule that falls from the full rate to the share `end` of it."""
 
     end: float = Field(default=0.0, ge=0, le=1)
-    """The share of the rate that is left at the end."""
+    """Share of the rate that is left at the end."""
 
     @abstractmethod
     def shape(self, progress: float) -> float:
-        """progress: 0 to 1 -> 1 to 0."""
+        """Maps progress from 0 to 1 to a value from 1 to 0."""
 
     def after_warmup(self, progress: float) -> float:
         return self.end + (1.0 - self.end) * self.shape(progress)
@@ -50,7 +51,7 @@ SCHEDULES: Registry[Schedule] = Registry("learning-rate schedule")
 
 @SCHEDULES.register
 class Constant(Schedule):
-    """The full rate until the end."""
+    """Full rate until the end."""
 
     falls = False
 
@@ -62,7 +63,7 @@ class Constant(Schedule):
 
 @SCHEDULES.register
 class Linear(FallingSchedule):
-    """A straight line down."""
+    """Falls linearly."""
 
     name: Literal["linear"]
 
@@ -72,7 +73,7 @@ class Linear(FallingSchedule):
 
 @SCHEDULES.register
 class Cosine(FallingSchedule):
-    """Half a cosine wave down."""
+    """Falls along half a cosine wave."""
 
     name: Literal["cosine"]
 
@@ -82,11 +83,11 @@ class Cosine(FallingSchedule):
 
 @SCHEDULES.register
 class CosineRestarts(Cosine):
-    """Half cosine waves of equal length, each from the full rate."""
+    """Half cosine waves of equal length, each starting at the full rate."""
 
     name: Literal["cosine_restarts"]  # type: ignore[assignment]
     cycles: int = Field(default=2, ge=1)
-    """How many waves the run has."""
+    """Number of waves in the run."""
 
     def shape(self, progress: float) -> float:
         return super().shape(progress * self.cycles % 1.0)
@@ -94,11 +95,11 @@ class CosineRestarts(Cosine):
 
 @SCHEDULES.register
 class Polynomial(FallingSchedule):
-    """A power of what is left of the run."""
+    """Falls with a power of the remaining share of the run."""
 
     name: Literal["polynomial"]
     power: float = Field(default=2.0, gt=0)
-    """1 is the straight line; higher powers fall earlier."""
+    """1 is linear; higher powers fall earlier."""
 
     def shape(self, progress: float) -> float:
         return float((1.0 - progress) ** self.power)
@@ -106,11 +107,11 @@ class Polynomial(FallingSchedule):
 
 @SCHEDULES.register
 class Cooldown(FallingSchedule):
-    """The full rate, then a straight line down at the end: a run can be made longer until it begins to cool."""
+    """Full rate, then a linear fall at the end: a run can be extended until the fall begins."""
 
     name: Literal["cooldown"]
     share: float = Field(default=0.2, gt=0, le=1)
-    """The share of the steps after the warm-up in which the rate falls."""
+    """Share of the steps after the warm-up in which the rate falls."""
 
     def shape(self, progress: float) -> float:
         return min(1.0, (1.0 - progress) / self.share)

@@ -1,4 +1,4 @@
-"""What is said when the device is full: where it happened, what was planned, and the cheapest changes."""
+"""Advice for a run that is out of device memory: where it failed, the planned size, and the cheapest changes."""
 
 import shlex
 from contextlib import AbstractContextManager
@@ -9,21 +9,25 @@ from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.folder import HOW_IT_IS_COMPUTED
 from halfbyte.trainer.runtime.device_memory import when_full
-from halfbyte.trainer.runtime.sizes import GIB
+from halfbyte.trainer.runtime.sizes import memory_size
 
 _CHANGES = 3
 
 
 def oom_advice(recipe: Recipe, family: Family, when: str, *phases: str) -> AbstractContextManager[None]:
-    """`when_full` with what would help.
+    """Returns a context that turns an out-of-memory error into OutOfMemory with advice, see `when_full`.
 
-    when: what stands behind "the device ran out of memory". phases: of the plan, that the work within belongs to.
+    when: completes the sentence "the device ran out of memory". phases: the names of the plan's phases that
+    the work inside the context belongs to.
     """
     return when_full(lambda: out_of_memory(recipe, family, when, *phases))
 
 
 def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> str:
-    """One message: the largest of the phases as it is planned, and what makes them smaller, as the plan ranks it."""
+    """Returns the error message: the planned size of the largest phase, and the cheapest ways to shrink it.
+
+    when, phases: see `oom_advice`. The planner ranks the changes.
+    """
     planner = Planner(recipe, family)
     planned = sorted(map(planner.plan().phase, phases), key=lambda phase: phase.device_bytes, reverse=True)
     savings = {
@@ -32,18 +36,18 @@ def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> st
         for saving in cheapest_savings(planner, phase.name)
     }
     changes = [
-        f"{settings} ({saving.saved / GIB:.1f} GB less; {saving.change.cost_in(saving.change.applied(recipe))})"
+        f"{settings} (saves {memory_size(saving.saved)}; {saving.change.cost_in(saving.change.applied(recipe))})"
         for settings, saving in list(savings.items())[:_CHANGES]
     ]
-    listed = ", ".join(changes) or "none that is known here; a larger card"
+    listed = ", ".join(changes) or "no known setting helps; use a larger card"
     return (
-        f"the device ran out of memory {when}. Planned are {planned[0].device_bytes / GIB:.1f} GB of the card"
-        f" ({planned[0].name}). The cheapest changes: {listed}; halfbyte plan RECIPE --fit 8GB finds settings for a"
-        f" card. With a checkpoint a run goes on (--resume) if it is {_how()} that changes, and needs a new output.dir"
-        " otherwise"
+        f"the device ran out of memory {when}. The plan expects {memory_size(planned[0].device_bytes)} of device memory"
+        f" for the phase {planned[0].name!r}. Cheapest changes: {listed}. To find settings for a card, such as one sold"
+        f" with 8 GB, run halfbyte plan RECIPE --fit 8GB. Changing only {_resumable_settings()} lets the run continue"
+        " from its last checkpoint with --resume; any other change needs a new output.dir"
     )
 
 
-def _how() -> str:
+def _resumable_settings() -> str:
     *first, last = HOW_IT_IS_COMPUTED
     return f"{', '.join(first)} or {last}"

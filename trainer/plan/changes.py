@@ -1,4 +1,4 @@
-"""What can be changed in a recipe that is to take less: each change with its settings and what it gives up."""
+"""The changes that reduce a recipe's memory: the settings of each change, and its cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from halfbyte.trainer.optim.optimizers import AdamW, AdamW8Bit, OptimizerChoice,
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.fields import SIDE_STEP
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.runtime.sizes import GIB
+from halfbyte.trainer.runtime.sizes import memory_size
 
 _LEAST_RANK = 4
 _RESOLUTIONS = (1024, 768, 512)
@@ -20,62 +20,65 @@ _SLICE = 11  # as prodigyopt's authors recommend
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of the recipe and its value."""
+    """A field of the recipe and its new value."""
 
     section: str
-    field: str | None  # None: the section as a whole
+    field: str | None  # None: the whole section
     value: Any
-    written: str | None = None  # for the command line, where that is not section.field=value
+    written: str | None = None  # the command-line form, if it is not section.field=value
 
     @property
     def text(self) -> str:
-        """As the command line takes it."""
+        """The setting in the form that the command line takes."""
         value = self.value
-        shown = (
+        formatted = (
             str(value).lower() if isinstance(value, bool) else f"{value:g}" if _is_number(value) else value
         )
-        return self.written or f"{self.section}.{self.field}={shown}"
+        return self.written or f"{self.section}.{self.field}={formatted}"
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe with it. Nothing is validated."""
+        """Returns a copy of the recipe with this setting, without validating it."""
         value = self.value
         if self.field is not None:
             value = getattr(recipe, self.section).model_copy(update={self.field: value})
         return recipe.model_copy(update={self.section: value})
 
     def is_in(self, recipe: Recipe) -> bool:
-        """Whether the recipe says so."""
+        """Returns True if the recipe has this value."""
         section = getattr(recipe, self.section)
-        # Another optimizer may have no such field.
-        held = section if self.field is None else getattr(section, self.field, None)
-        return bool(held == self.value)
+        # The field may not exist: each optimizer has its own fields.
+        current = section if self.field is None else getattr(section, self.field, None)
+        return bool(current == self.value)
 
 
 @dataclass(frozen=True)
 class RecipeChange:
-    """Settings that take less together, and what they give up."""
+    """Settings that together reduce memory, and the cost of changing them."""
 
     made: Sequence[Setting]
-    cost: str | Callable[[Recipe], str]  # told of the recipe that has the change, where that decides it
+    cost: str | Callable[[Recipe], str]  # a function of the changed recipe, if the cost depends on it
 
     @property
     def settings(self) -> list[str]:
-        """As the command line takes them."""
+        """The settings in the form that the command line takes."""
         return [setting.text for setting in self.made]
 
     def cost_in(self, recipe: Recipe) -> str:
-        """What it gives up in a recipe that has it, with whatever else is changed there."""
+        """Returns the cost in `recipe`, which has this change and perhaps others."""
         return self.cost if isinstance(self.cost, str) else self.cost(recipe)
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe with it. Nothing is validated."""
+        """Returns a copy of the recipe with this change, without validating it."""
         for setting in self.made:
             recipe = setting.applied(recipe)
         return recipe
 
 
 def changes(planner: Planner, recipe: Recipe, phase: str) -> Iterator[RecipeChange]:
-    """What may make a phase of the recipe's plan smaller, the cheapest first; all are accepted by the recipe."""
+    """Yields the changes that may shrink a phase of the recipe's plan, cheapest first.
+
+    phase: the name of the phase. Every change gives a valid recipe.
+    """
     rules: Sequence[Callable[[Planner, Recipe], Iterator[RecipeChange]]] = _STEP
     if phase == "encode texts":
         rules = (_texts,)
@@ -90,7 +93,7 @@ def changes(planner: Planner, recipe: Recipe, phase: str) -> Iterator[RecipeChan
 
 
 def is_accepted(recipe: Recipe) -> bool:
-    """Whether none of a changed recipe's settings contradict each other."""
+    """Returns True if a changed recipe is valid, so that no settings contradict each other."""
     try:
         Recipe.model_validate(recipe.model_dump())
     except ValidationError:
@@ -105,7 +108,7 @@ def _is_number(value: object) -> bool:
 def _fused(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     for field in ("fused_adapters", "fused_blocks"):
         if not getattr(recipe.train, field):
-            yield RecipeChange([Setting("train", field, True)], "the same up to rounding, and faster")
+            yield RecipeChange([Setting("train", field, True)], "the same result up to rounding, and faster")
 
 
 def _optimizer(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
@@ -114,18 +117,22 @@ def _optimizer(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
         settings = optimizer.model_dump(exclude={"name"})
         smaller = AdamW8Bit(name="adamw_8bit", **settings)
         setting = Setting("optimizer", None, smaller, "optimizer.name=adamw_8bit")
-        yield RecipeChange([setting], "the optimizer's state in 8 bits, no slower")
+        yield RecipeChange([setting], "8-bit optimizer state, at the same speed")
     elif isinstance(optimizer, Prodigy):
         if optimizer.slice_p < _SLICE:
-            cost = f"the rate estimated from every {_SLICE}th number alone"
+            cost = f"the learning rate is estimated from every {_SLICE}th value only"
             yield RecipeChange([Setting("optimizer", "slice_p", _SLICE)], cost)
-        yield _plain_adamw(optimizer, "the rate is no longer estimated: optimizer.lr is yours to choose")
+        yield _plain_adamw(optimizer, "no learning-rate estimate: set optimizer.lr yourself")
     elif isinstance(optimizer, ScheduleFreeAdamW):
-        yield _plain_adamw(optimizer, "no average of the weights: lr_schedule is yours to choose, or ema")
+        yield _plain_adamw(optimizer, "no weight averaging: set lr_schedule or ema yourself")
 
 
 def _plain_adamw(optimizer: OptimizerChoice, cost: str) -> RecipeChange:
-    """AdamW with 8-bit state, at its own usual rate: that of the others means something else."""
+    """Returns the change to 8-bit AdamW with its default learning rate.
+
+    The other optimizer's rate is not copied: Prodigy's scales an estimate, and schedule-free AdamW's is
+    usually 1 to 10 times higher.
+    """
     kept = optimizer.model_dump(include={"weight_decay", "betas", "eps"})
     smaller = AdamW8Bit(name="adamw_8bit", **kept)
     default = AdamW8Bit(name="adamw_8bit")
@@ -145,25 +152,28 @@ def _batch(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
             Setting("train", "batch_size", smaller),
             Setting("train", "grad_accumulation", times * (size // smaller)),
         ]
-        yield RecipeChange(parts, "the same pictures a step, in more parts")
+        yield RecipeChange(parts, "the same images per step, in more micro-batches")
 
 
 def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
-    """The next one that keeps less; layer by layer selective and offload are full, and not offered."""
+    """Yields the checkpointing modes that keep less than the current one.
+
+    Without fused blocks, selective and offload behave like full, and are not offered.
+    """
     kept = {name: Setting("train", "gradient_checkpointing", name) for name in _KEEPING}
     full = kept["full"].applied(recipe)
-    # Recorded steps exclude offload, whose graphs go first.
+    # A recipe with CUDA graphs does not accept offload; `_graphs` turns the graphs off first.
     within = [name for name in _KEEPING if is_accepted(kept[name].applied(recipe))]
     now = _KEEPING.index(recipe.train.gradient_checkpointing)
     before = kept[planner.recipe.train.gradient_checkpointing]
 
     def arithmetic(changed: Recipe) -> str:
         more = planner.step(changed).flops / planner.step(before.applied(changed)).flops - 1
-        return f"{100 * more:.0f} % more arithmetic"
+        return f"{100 * more:.0f} % more computation"
 
     def memory(changed: Recipe) -> str:
-        # Those of one micro-batch are there at a time.
-        return f"{planner.step(changed).host / GIB:.1f} GB of host memory, and copies beside the step"
+        # The host holds the activations of one micro-batch at a time.
+        return f"{memory_size(planner.step(changed).host)} of host memory, and copies during the step"
 
     for name in within:
         if _KEEPING.index(name) <= now:
@@ -176,24 +186,27 @@ def _checkpointing(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
 
 def _graphs(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.train.cuda_graphs:
-        cost = "kernels launched one by one: slower where the device waits for the processor"
+        cost = "kernels are launched one by one: slower if the device waits for the CPU"
         yield RecipeChange([Setting("train", "cuda_graphs", False)], cost)
 
 
 def _dora(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.lora.dora:
-        cost = "a plain LoRA, faster: further from full fine-tuning at low ranks"
+        cost = "plain LoRA: faster, but further from full fine-tuning at low ranks"
         yield RecipeChange([Setting("lora", "dora", False)], cost)
 
 
 def _base(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.quant.type in ("none", "int8"):
-        cost = "the error of 4 bits in the base's weights, which halfbyte quant-report measures"
+        cost = "4-bit quantization error in the base's weights; halfbyte quant-report measures it"
         yield RecipeChange([Setting("quant", "type", "nf4")], cost)
 
 
 def _streaming(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
-    """Blocks in the host's memory; then activations need not be there as well."""
+    """Yields block streaming, which keeps the packed blocks in host memory.
+
+    Offloaded activations then go back to full checkpointing, to save host memory.
+    """
     if recipe.train.stream_blocks:
         return
     settings = [Setting("train", "stream_blocks", True)]
@@ -207,7 +220,7 @@ def _streaming(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
         visitors = planner.rehearsal(changed).visitors
         copied = visitors.copied * changed.train.grad_accumulation
         return (
-            f"{visitors.host_bytes / GIB:.1f} GB of page-locked host memory, {copied / GIB:.1f} GB copied from it a"
+            f"{memory_size(visitors.host_bytes)} of page-locked host memory, {memory_size(copied)} copied from it per"
             " step"
         )
 
@@ -218,7 +231,7 @@ def _rank(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     rank = recipe.lora.rank
     if rank >= 2 * _LEAST_RANK:
         alpha = recipe.lora.alpha / rank * (rank // 2)
-        cost = f"an adapter of rank {rank // 2} instead of {planner.recipe.lora.rank}, which holds less"
+        cost = f"adapter rank {rank // 2} instead of {planner.recipe.lora.rank}: less capacity"
         yield RecipeChange(
             [Setting("lora", "rank", rank // 2), Setting("lora", "alpha", alpha)],
             cost,
@@ -229,26 +242,28 @@ def _resolution(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     multiple = planner.family.size_multiple
     for resolution in _RESOLUTIONS:
         if resolution < recipe.data.resolution and resolution % multiple == 0:
-            cost = "pictures are learned with less detail"
+            cost = "training images have less detail"
             yield RecipeChange([Setting("data", "resolution", resolution)], cost)
             return
 
 
 def _texts(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
-    held, streamed = recipe.model.text_encoder_quant, recipe.model.stream_text_encoder
-    if held == "none":
-        yield RecipeChange([Setting("model", "text_encoder_quant", "int8")], "embeddings 1 % off")
-    elif not streamed:
-        cost = "T5's blocks in page-locked host memory, copied to the device for each caption"
-        yield RecipeChange([Setting("model", "stream_text_encoder", True)], cost)
-    if held in ("auto", "int8"):
+    quant, streamed = recipe.model.text_encoder_quant, recipe.model.stream_text_encoder
+    if quant == "none":
         yield RecipeChange(
-            [Setting("model", "text_encoder_quant", "nf4")], "ten times int8's error in the embeddings"
+            [Setting("model", "text_encoder_quant", "int8")], "1 % error in the text embeddings"
+        )
+    elif not streamed:
+        cost = "T5's blocks stay in page-locked host memory and are copied to the device for each caption"
+        yield RecipeChange([Setting("model", "stream_text_encoder", True)], cost)
+    if quant in ("auto", "int8"):
+        yield RecipeChange(
+            [Setting("model", "text_encoder_quant", "nf4")], "ten times the embedding error of int8"
         )
 
 
 def _drawings(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
-    """Of the same proportions, so that the area falls."""
+    """Yields a smaller size for the sample images, with the same proportions."""
     sample = recipe.sample
     longest = max(sample.width, sample.height)
     for side in _RESOLUTIONS:
@@ -259,7 +274,7 @@ def _drawings(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
                     Setting("sample", name, max(now * side // longest // SIDE_STEP, 1) * SIDE_STEP)
                     for name, now in sides.items()
                 ],
-                "smaller sample pictures",
+                "smaller sample images",
             )
             return
 

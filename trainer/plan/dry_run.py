@@ -1,8 +1,8 @@
-"""A training step without values: the run's own code over meta tensors, which counts what would be alive.
+"""Dry run of a training step: runs the real training code on meta tensors and counts the memory it would use.
 
-Nothing is loaded and no device is needed. What the step computes, keeps and frees is what the code does, so that a
-change of the blocks or the layers needs no change here; what kernels do inside is in `kernel_memory`, what the
-optimizer keeps in the optimizers themselves.
+Loads no weights and needs no device. The training code itself decides what a step computes, keeps and frees,
+so a change to the blocks or layers needs no change here. Memory inside kernels is in `op_costs`; memory of
+the optimizers is in `optim.optimizers`.
 """
 
 import re
@@ -41,42 +41,49 @@ VISITING = "packed: blocks on their visit"
 
 @dataclass(frozen=True)
 class RehearsedStep:
-    """What one step takes on the device, optimizer and averages apart."""
+    """The memory and work of one step on the device, without the optimizer and the average of the weights."""
 
     peak: Peak
     flops: int
-    calls: int  # of operations, by the processor
+    calls: int  # operations that the CPU launches
     kept: int  # bytes that the forward keeps for the backward
-    host: int  # bytes of them in the host's memory
+    host: int  # bytes of activations in host memory
 
 
 class _WithoutValues(DiffusionModule):
-    """The training step, but for the numbers that it draws in the host's memory, hundreds of GB of a huge batch."""
+    """The training step without its random numbers.
+
+    The real step draws them in host memory, which would take hundreds of GB for a huge batch.
+    """
 
     def normal(self, purpose: str, batch: Batch) -> Tensor:
-        """See `DiffusionModule`."""
+        """Returns a meta tensor in place of the normal samples of `DiffusionModule`."""
         return torch.empty_like(batch.latent_mean)
 
 
 class _MetaStore(HostStore):
-    """The host's memory in a rehearsal."""
+    """Counts offloaded activations as host memory in a dry run."""
 
     def __init__(self, live: LiveBytes) -> None:
         super().__init__()
         self._live = live
 
     def put(self, tensor: Tensor) -> Held:
-        """See `HostStore`."""
+        """Stores a meta tensor, and counts its bytes as host memory."""
         with torch.device("meta"), self._live.on_host():
             return super().put(tensor)
 
 
 class Rehearsal:
-    """A recipe's denoiser with its adapters on meta, to be stepped at any size."""
+    """A recipe's denoiser with its adapters on meta; it can take a step at any image size."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
-        """Raises RecipeError for adapters, skip lists and exact layers that fit no layer, where nothing is packed that
-        could be streamed, and for configurations of no model."""
+        """Builds the denoiser on meta.
+
+        Raises:
+            RecipeError: adapter targets, skip list or exact layers match no layer; the recipe streams blocks
+                but none has packed weights; or the configuration does not describe a model.
+        """
         self.recipe = recipe
         self.family = family
         self.dtype = DTYPES[recipe.quant.compute_dtype]
@@ -98,30 +105,33 @@ class Rehearsal:
 
     @cached_property
     def held(self) -> Mapping[str, int]:
-        """Bytes of the base by kind of layer, and of the adapters."""
+        """Device bytes of the base by kind of layer, and of the adapters."""
         live = LiveBytes()
         return {**self._hold_base(live), ADAPTERS: live.hold(self.adapters.values(), ADAPTERS)}
 
     @property
     def streams(self) -> bool:
-        """Whether there are packed weights in the blocks."""
+        """True if the blocks have packed weights, which can be streamed."""
         return bool(packed_blocks(self.denoiser, block_names(self.family)))
 
     @cached_property
     def largest_weight(self) -> int:
-        """Numbers in the largest matrix of the base."""
+        """Number of elements in the largest matrix of the base."""
         layers = (module for module in self.denoiser.modules() if isinstance(module, nn.Linear))
         return max(layer.in_features * layer.out_features for layer in layers)
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the trained parameters."""
+        """Shapes of the trained parameters."""
         return [tuple(parameter.shape) for parameter in self.adapters.values()]
 
     def step(self, recipe: Recipe, width: int, height: int) -> RehearsedStep:
-        """One step as `recipe` says, which may differ from the own one in all but base and adapters.
+        """Takes one dry step of `recipe`, which must have the base and the adapters of `self.recipe`.
 
-        width, height: pixels. Raises ValueError where the model cannot take the size.
+        width, height: pixels.
+
+        Raises:
+            ValueError: the model cannot take this image size.
         """
         live = LiveBytes()
         self._hold_base(live)
@@ -131,7 +141,8 @@ class Rehearsal:
         with live, _autocast(self.dtype):
             batch = self._batch(recipe.train.batch_size, width, height)
             live.hold([batch.latent_mean, batch.latent_std, *_text(batch)], BATCH)
-            # Lightning lets go of the last step's gradients between forward and backward.
+            # Lightning frees the last step's gradients between forward and backward, so the forward still
+            # sees them.
             for parameter in self.adapters.values():
                 parameter.grad = torch.empty_like(parameter)
             live.hold([parameter.grad for parameter in self._learning()], GRADIENTS)
@@ -147,7 +158,7 @@ class Rehearsal:
         return RehearsedStep(peak, flops, calls, kept, live.host)
 
     def prediction(self, batch_size: int, width: int, height: int) -> RehearsedStep:
-        """A forward without gradients, as pictures are drawn and validation is measured."""
+        """Takes one dry forward without gradients, as in sampling and validation. width, height: pixels."""
         live = LiveBytes()
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
@@ -209,7 +220,7 @@ class Rehearsal:
         return Batch(tuple(range(size)), *moments, *text)
 
 
-# Its buffers in the backward are known, and cuDNN's are no larger.
+# The buffers of flash attention's backward are known, and those of cuDNN's are no larger.
 _BACKEND = "flash"
 
 _IN_BLOCKS = (
@@ -220,7 +231,7 @@ _IN_BLOCKS = (
 
 
 def layer_kind(path: str, *, quantized: bool) -> str:
-    """What the base's layer at `path` counts as: packed by its place in a block, or not quantized."""
+    """Returns the kind of the base's layer at `path`: packed, with its role in the block, or not quantized."""
     path = path.replace(".base_layer", "")
     if not quantized:
         return "not quantized"
@@ -235,12 +246,13 @@ def _text(batch: Batch) -> list[Tensor]:
 
 
 def _backward(loss: Tensor) -> None:
-    # The engine itself: torch's functions around it are seen by modes and run without them, and blocks that are
-    # computed again there would be computed without autocast.
+    # Calls the autograd engine directly. `torch.autograd.backward` is itself visible to dispatch modes and
+    # would run with them disabled, so blocks that checkpointing recomputes in the backward would run without
+    # autocast.
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True)
 
 
 def _autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
-    """As Lightning's precision has it."""
+    """Returns the autocast context that Lightning's precision plugin uses for `dtype`."""
     return nullcontext() if dtype == torch.float32 else autocast_on_meta(dtype)

@@ -1,4 +1,4 @@
-"""What the frozen encoders and the decoder of a pipeline take on the device, from their configurations."""
+"""Device memory of a pipeline's frozen encoders and its VAE decoder, computed from their configurations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +21,14 @@ from halfbyte.trainer.families.t5 import T5Setting, resolve_quant, t5_block_name
 from halfbyte.trainer.plan.memory_tracker import LiveBytes
 from halfbyte.trainer.pretrained.component import PIPELINE
 
-_DTYPE = torch.bfloat16  # as `prepare` holds them
+_DTYPE = torch.bfloat16  # the dtype that `data.prepare` loads text encoders in
 
 
 def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> tuple[dict[str, int], int]:
-    """Bytes of each text encoder on the device, and those of T5 that stay on the host.
+    """Returns the device bytes of each text encoder, and the bytes of T5 that stay in host memory.
 
-    Raises RecipeError for a configuration that describes none.
+    Raises:
+        RecipeError: a configuration does not describe a text encoder.
     """
     listed = family.source.pipeline_index()
     sizes, on_host = {}, 0
@@ -47,21 +48,27 @@ def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> 
 
 
 def text_working_bytes(family: Family) -> int:
-    """What T5 works with at its peak, one caption: three matrices of scores, and an MLP's two inner ones; fp32."""
+    """Returns the bytes of T5's activations at their peak, for one caption, in fp32.
+
+    At the peak three (heads, tokens, tokens) score matrices and the MLP's two inner activations are alive.
+    """
     config: Any = _encoder(T5EncoderModel, family.t5.path, None, family.t5.setting).config
     tokens = family.max_sequence_length
     return 4 * (3 * config.num_heads * tokens**2 + tokens * (2 * config.d_ff + 4 * config.d_model))
 
 
 def picture_encoder_bytes(family: Family, width: int, height: int) -> tuple[int, int]:
-    """(weights, what they work with) of the VAE's encoder in fp32, at a size in pixels."""
+    """Returns the bytes of (weights, activations) of the VAE's encoder in fp32. width, height: pixels."""
     vae: Any = model_on_meta(AutoencoderKL, family.vae_config, None, torch.float32)
     pixels = torch.empty(1, 3, height, width, device="meta")
     return _weights(vae), _working(lambda: vae.encode(pixels), channels_last=True)
 
 
 def decoder_bytes(family: Family, dtype: torch.dtype, width: int, height: int) -> tuple[int, int]:
-    """(weights, what they work with) of the VAE's decoder, as pictures are drawn at a size in pixels."""
+    """Returns the bytes of (weights, activations) of the VAE's decoder, which sampling uses in `dtype`.
+
+    width, height: pixels.
+    """
     vae: Any = model_on_meta(AutoencoderKL, family.vae_config, None, dtype)
     scale, channels = family.vae_scale, family.vae_config["latent_channels"]
     latents = torch.empty(1, channels, height // scale, width // scale, dtype=dtype, device="meta")
@@ -69,7 +76,7 @@ def decoder_bytes(family: Family, dtype: torch.dtype, width: int, height: int) -
 
 
 def _t5(family: Family, asked: T5Setting) -> nn.Module:
-    """T5 as it is stored where that is packed, else as it is asked for."""
+    """Builds T5 on meta, in its stored format if that is already quantized, else in the `asked` format."""
     t5 = family.t5
     quant = resolve_quant(asked, t5.path, named_by=t5.setting)
     recipe = None if quant == "none" else QuantRecipe(quant, compute_dtype=_DTYPE)
@@ -99,8 +106,11 @@ def _working(run: Callable[[], object], *, channels_last: bool = False) -> int:
 
 
 class _AsOnCuda(TorchFunctionMode):
-    """Attention without a matrix of scores, and convolutions with what cuDNN needs beside them: unless channels come
-    last, a copy of the input and one of the output (measured, torch 2.11 on an H200)."""
+    """Makes meta tensors use memory as CUDA does.
+
+    Attention allocates no matrix of scores. A convolution in cuDNN copies its input and its output unless
+    they are channels-last (measured, torch 2.11 on an H200).
+    """
 
     def __init__(self, channels_last: bool) -> None:
         super().__init__()
@@ -109,7 +119,7 @@ class _AsOnCuda(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch's hook."""
+        """Replaces attention and adds the copies of convolutions; torch calls it for every function."""
         if func is nn.functional.scaled_dot_product_attention:
             query: Tensor = args[0]
             return torch.empty_like(query)

@@ -1,4 +1,8 @@
-"""Settings that make a run fit a card: one change after the other, the cheapest first, and none that is needless."""
+"""Finds the cheapest settings with which a run fits a card.
+
+Memory is in GiB (2^30 bytes) here and wherever a plan is printed. The only exception is the name of a card:
+cards are named as shops name them, and an 8 GB card has 8 GiB of memory.
+"""
 
 import re
 from collections.abc import Sequence
@@ -17,44 +21,58 @@ from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.sizes import GIB
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
-"""Memory of the cards that are sold, in GB."""
+"""Names of the cards that are sold, in GB as shops count: a card called 8 GB has 8 GiB (2^33 bytes) of
+memory."""
 
 
 @dataclass(frozen=True)
 class FittedRecipe:
-    """What became of a recipe that was to fit."""
+    """The result of fitting a recipe to a memory budget."""
 
     recipe: Recipe
     plan: RunPlan
     changes: Sequence[RecipeChange]
     budget: int  # bytes
     fits: bool
-    nearest: "FittedRecipe | None" = None  # where it does not: what fits the smallest card that anything fits
+    nearest: "FittedRecipe | None" = None  # if it does not fit: fitted to the smallest card that is enough
 
 
 @dataclass(frozen=True)
 class Saving:
-    """A single change of a recipe, and the bytes that a phase takes less by it."""
+    """A single change of a recipe, and the memory that it saves in one phase."""
 
     change: RecipeChange
-    saved: int
+    saved: int  # bytes
 
 
 def parse_budget(text: str) -> int:
-    """`8GB` as bytes: GB as cards are named, 2**30 bytes. Raises RecipeError."""
+    """Returns the bytes of a card's memory; `8GB` and `8GiB` are the same, 8 * 2^30 bytes.
+
+    `8GB` is the name of the card in shops. Such a name is the only place where GB does not mean 10^9 bytes.
+
+    Raises:
+        RecipeError: `text` is not a positive number with the unit GB, GiB or G.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb|gib|g)\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) <= 0:
-        raise RecipeError(f"--fit: got {text!r}, expected a card's memory such as 8GB")
+        raise RecipeError(f"--fit: got {text!r}, expected a card's memory, such as 8GB or 8GiB")
     return int(float(found[1]) * GIB)
 
 
 def smallest_card(plan: RunPlan) -> int | None:
-    """The smallest card that the plan fits, in GB; None where there is none."""
+    """Returns the name of the smallest card that the plan fits, one of CARDS; None if it fits none."""
     return next((card for card in CARDS if card * GIB >= plan.largest.device_bytes), None)
 
 
+def describe_card(name: float) -> str:
+    """Returns `an 8 GB card (8 GiB)`: the card by its name in shops, and its memory."""
+    # "an" before 8, 80 to 89, 11 and 18.
+    article = "an" if re.match(r"8|1[18](\.|$)", f"{name:g}") else "a"
+    return f"{article} {name:g} GB card ({name:g} GiB)"
+
+
 def fit_to_budget(planner: Planner, budget: int) -> FittedRecipe:
-    """Changes the planner's recipe until every phase fits `budget` bytes, or nothing is left to change."""
+    """Changes the planner's recipe until every phase fits `budget` bytes, or no changes are left."""
     found = _as_small_as_needed(planner, budget)
     if found.fits:
         return found
@@ -63,7 +81,7 @@ def fit_to_budget(planner: Planner, budget: int) -> FittedRecipe:
 
 
 def cheapest_savings(planner: Planner, phase: str = "step", count: int = 3) -> list[Saving]:
-    """The cheapest single changes of the recipe that make a phase of its plan smaller."""
+    """Returns up to `count` single changes of the recipe that shrink a phase of its plan, cheapest first."""
     recipe = planner.recipe
     before = _taken(planner, recipe, phase)
     found: list[Saving] = []
@@ -77,7 +95,7 @@ def cheapest_savings(planner: Planner, phase: str = "step", count: int = 3) -> l
 
 
 def _taken(planner: Planner, recipe: Recipe, phase: str) -> int:
-    """Bytes that tensors take in a phase."""
+    """Returns the bytes of a phase's tensors on the device."""
     if phase == "step":
         return planner.training_bytes(recipe)
     return planner.plan(recipe).phase(phase).allocated
@@ -99,7 +117,7 @@ def _as_small_as_needed(planner: Planner, budget: int) -> FittedRecipe:
 
 
 def _next(planner: Planner, recipe: Recipe, phase: str) -> RecipeChange | None:
-    """The cheapest change that makes the phase smaller."""
+    """Returns the cheapest change that shrinks the phase; None if there is none."""
     before = _taken(planner, recipe, phase)
     for change in changes(planner, recipe, phase):
         if _taken(planner, change.applied(recipe), phase) < before:
@@ -108,7 +126,7 @@ def _next(planner: Planner, recipe: Recipe, phase: str) -> RecipeChange | None:
 
 
 def _without_needless(planner: Planner, made: list[RecipeChange], budget: int) -> list[RecipeChange]:
-    """The changes without those that later ones made needless; of two that serve, the costlier one goes."""
+    """Drops changes that later ones made unnecessary, the most expensive first."""
     needed = list(made)
     for change in reversed(made):
         others = [other for other in needed if other is not change]
@@ -125,29 +143,33 @@ def _applied(recipe: Recipe, made: Sequence[RecipeChange]) -> Recipe:
 
 
 def _seen(before: Recipe, made: Sequence[RecipeChange]) -> list[RecipeChange]:
-    """The changes with the settings alone that differ in the end, each once."""
+    """Returns the changes with only the settings that differ from `before` in the end, each setting once."""
     after = _applied(before, made)
     seen: list[RecipeChange] = []
-    told: set[tuple[str, str | None]] = set()
+    listed: set[tuple[str, str | None]] = set()
+    # Backwards: if several changes set the same field, the last one decides its value and is the one to list.
     for change in reversed(made):
         settings = [
             setting
             for setting in change.made
-            if (setting.section, setting.field) not in told
+            if (setting.section, setting.field) not in listed
             and setting.is_in(after)
             and not setting.is_in(before)
         ]
-        told |= {(setting.section, setting.field) for setting in settings}
+        listed |= {(setting.section, setting.field) for setting in settings}
         if settings:
             seen.insert(0, RecipeChange(settings, change.cost))
     return seen
 
 
 def open_planner(recipe: Recipe, published: Path | None = None) -> Planner:
-    """The planner of a recipe. Raises RecipeError or HubError, see `source.resolve_configurations`.
+    """Opens the model's configurations and returns the recipe's planner.
 
-    published: an empty folder, for the shapes of a published model where the Hub gives no configurations of it; it
-    must stay for as long as the planner is used. None: that is an error.
+    published: an empty folder for the built-in configurations of a published model, used if the Hub gives
+    none; it must exist as long as the planner is used. None: a model that the Hub does not give is an error.
+
+    Raises:
+        RecipeError, HubError: see `pretrained.pipeline.resolve_configurations`.
     """
     model, family_class = recipe.model, FAMILIES[recipe.model.family]
     components = family_class.components(own_t5=model.text_encoder is not None)
@@ -162,7 +184,9 @@ def open_planner(recipe: Recipe, published: Path | None = None) -> Planner:
             raise
         source = ModelSource(model.path, write_configurations(published, model.path), None)
         source.require_class(denoiser)
-        notes = (f"planned from the shapes that {model.path} was published with; the Hub gave none: {error}",)
+        notes = (
+            f"planned with the built-in configuration of {model.path}, because the Hub gave none: {error}",
+        )
     family = family_class(source, model.max_sequence_length)
     for named, take in (
         (model.transformer, family.take_transformer),
@@ -174,5 +198,5 @@ def open_planner(recipe: Recipe, published: Path | None = None) -> Planner:
         except HubError as error:
             if not notes or isinstance(error, NoSuchRevision):
                 raise
-            notes = (*notes, f"planned with the pipeline's own instead; {error}")
+            notes = (*notes, f"planned with the pipeline's own component instead: {error}")
     return Planner(recipe, family, notes)

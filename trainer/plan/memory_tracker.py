@@ -1,8 +1,8 @@
-"""How many bytes are alive while operations run, of which kind, and how much they compute.
+"""Tracks the bytes that are alive while operations run, by kind, and counts the work of the operations.
 
-Watches every operation that torch dispatches, and the storages of its results until they are freed. Over meta tensors
-it tells what the same operations would hold on a CUDA device, without one: shapes and lifetimes are the real ones, and
-what kernels need inside is added from `kernel_memory`.
+Watches every operation that torch dispatches, and follows the storages of its results until they are freed.
+On meta tensors this gives the memory that the same operations would use on a CUDA device: shapes and
+lifetimes are the real ones, and `op_costs` adds the memory inside kernels.
 """
 
 import weakref
@@ -18,20 +18,20 @@ from torch.utils._pytree import tree_leaves
 
 from halfbyte.trainer.plan.op_costs import ops_inside, work
 
-_GRANULE = 512  # the allocator of CUDA hands out multiples of it
+_GRANULE = 512  # bytes; torch's CUDA allocator rounds every size up to a multiple of it
 
 WORKING = "working memory"
 INSIDE = "inside a kernel"
 
 
 def allocated(nbytes: int) -> int:
-    """Bytes that the allocator takes for `nbytes`."""
+    """Returns the bytes that torch's CUDA allocator uses for a tensor of `nbytes`."""
     return -(-nbytes // _GRANULE) * _GRANULE
 
 
 @dataclass
 class _Block:
-    """A storage, alive or not."""
+    """A storage that has been allocated; it may be freed already."""
 
     nbytes: int
     kind: str
@@ -39,14 +39,14 @@ class _Block:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that was alive at once."""
+    """The largest number of bytes that were alive at the same time."""
 
     nbytes: int
     by_kind: Mapping[str, int]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it what is alive on `device_type` counts; elsewhere there are only numbers and what lies aside."""
+    """Dispatch mode that counts the live bytes on `device_type`; tensors on other devices do not count."""
 
     def __init__(self, device_type: str = "meta") -> None:
         super().__init__()
@@ -56,9 +56,13 @@ class LiveBytes(TorchDispatchMode):
         self.host = 0  # bytes made within `on_host`
         self._device_type = device_type
         self._blocks: list[_Block] = []
-        # Storage -> its block's number, None for one of the host's, and a weak reference to it.
+        # Key of a storage -> (index of its block, or None if it is in host memory; a weak reference to the
+        # storage). The weak reference's callback frees the block; it also shows that a key is stale and was
+        # reused.
         self._alive: dict[int, tuple[int | None, Any]] = {}
-        # Numbers of blocks as they come, and their complements as they go: a peak is a place in it.
+        # History: the index of a block when it is allocated, and the index's bitwise complement when it is
+        # freed. A peak is a position in this list, so its kinds can be looked up later, after blocks got
+        # their names.
         self._events: list[int] = []
         self._peak = 0
         self._peak_place = 0
@@ -66,7 +70,10 @@ class LiveBytes(TorchDispatchMode):
         self._on_host = False
 
     def hold(self, tensors: Iterable[Tensor], kind: str) -> int:
-        """Counts tensors, also such as were there before, as `kind`; gives their bytes, shared ones once."""
+        """Counts `tensors` as `kind` and returns their bytes.
+
+        The tensors may exist already. A shared storage counts once.
+        """
         blocks = {
             number: self._blocks[number] for tensor in tensors if (number := self._count(tensor)) is not None
         }
@@ -75,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
         return sum(block.nbytes for block in blocks.values())
 
     def name_rest(self, kind: str) -> int:
-        """Counts all working memory that is alive as `kind` from now on; gives its bytes."""
+        """Renames all live working memory to `kind`, and returns its bytes."""
         alive = [self._blocks[number] for number, _ in self._alive.values() if number is not None]
         named = [block for block in alive if block.kind == WORKING]
         for block in named:
@@ -83,14 +90,14 @@ class LiveBytes(TorchDispatchMode):
         return sum(block.nbytes for block in named)
 
     def restart(self) -> None:
-        """Forgets the peak and the work so far."""
+        """Resets the peak and the counted work."""
         self.flops = 0
         self.calls = 0
         self._note(0)
 
     @property
     def peak(self) -> Peak:
-        """The most since `restart`, by kinds; what was named later has the later name."""
+        """The peak since `restart`, by kind; a block that was renamed after the peak has its new name."""
         alive: set[int] = set()
         for number in self._events[: self._peak_place]:
             (alive.add if number >= 0 else alive.discard)(number if number >= 0 else ~number)
@@ -103,7 +110,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """What is made within lies in the host's memory."""
+        """Counts tensors that are created inside the context as host memory."""
         self._on_host = True
         try:
             yield
@@ -113,7 +120,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch's hook."""
+        """Runs an operation and counts its results and its work; torch calls it for every operation."""
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -127,7 +134,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> int | None:
-        """The number of the tensor's block; None where it is not on the device."""
+        """Returns the index of the tensor's block, a new one if needed; None if it is not on the device."""
         if tensor.device.type != self._device_type:
             return None
         storage = tensor.untyped_storage()

@@ -1,8 +1,8 @@
-"""What an operation takes inside on CUDA, which its arguments and results do not show, and how much it computes.
+"""Costs of one operation on CUDA: the temporary memory inside its kernel, and its floating-point operations.
 
-Inside: a 4-bit product over many rows dequantizes its weight, attention's backward sums the queries' gradients in
-fp32, int8 products are int32 first, GELU's gradients come from a sum each of several programs. All of it is gone when
-the operation returns.
+Temporary memory does not show in arguments and results, and is freed when the operation returns. A 4-bit
+product over many rows dequantizes its weight; attention's backward sums the queries' gradients in fp32; an
+int8 product is int32 first; GELU's gradients are partial sums from several programs.
 """
 
 import math
@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-# Up to so many rows a 4-bit weight is multiplied as it is packed (`kernels.linear_triton`).
+# Up to this many rows a kernel multiplies the packed 4-bit weight directly, without dequantizing it to memory
+# (`kernels.linear_4bit.cuda_few_rows`).
 _FEW_ROWS = 16
-_FLASH_TILE = 128  # tokens, to which flash's backward rounds its buffers up
-_FLASH_HEAD = 32
-# Programs that leave a sum each, and the rows that each takes at a time (`kernels.gelu_gradients_triton`).
+_FLASH_TILE = 128  # tokens; flash attention's backward rounds its buffers up to a multiple of it
+_FLASH_HEAD = 32  # the same for the width of a head
+# Programs that each write a partial sum, and the rows that each program takes at a time
+# (`kernels.gelu.cuda_gradients`).
 _GELU_SHARES = 8
 _GELU_ROWS = 32
 
@@ -23,13 +25,13 @@ _Arguments = Sequence[Any]
 
 
 def ops_inside(name: str, args: _Arguments, result: Any) -> int:
-    """Bytes that the operation called `name` (as `aten::mm`) holds on CUDA beside arguments and results."""
+    """Returns the bytes that the operation `name`, such as `aten::mm`, needs besides arguments and results."""
     rule = _INSIDE.get(name)
     return 0 if rule is None else rule(args, result)
 
 
 def work(name: str, args: _Arguments, result: Any) -> int:
-    """Floating-point operations in the products of `name`; a multiplication and an addition are two."""
+    """Returns the floating-point operations in the products of `name`; a multiply-add counts as two."""
     rule = _WORK.get(name)
     return 0 if rule is None else rule(args, result)
 
@@ -54,12 +56,12 @@ def _add_linear_4bit(args: _Arguments, _: Any) -> int:
 
 
 def _linear_int8(args: _Arguments, result: Any) -> int:
-    # The rows as int8, the product as int32.
+    # The activations as int8, and the product as int32.
     return int(args[0].numel() + 4 * result.numel())
 
 
 def _linear_int8_input_grad(args: _Arguments, _: Any) -> int:
-    # The weight as fp32 before and after its scale.
+    # The weight in fp32, once before and once after it is multiplied by its scale.
     return 8 * int(args[1].numel())
 
 
@@ -136,7 +138,7 @@ _WORK: dict[str, Callable[[_Arguments, Any], int]] = {
     "halfbyte::add_linear_4bit_input_grad_": lambda args, _: _packed(args[1], args[2:]),
     "halfbyte::linear_int8": lambda args, _: _linear(args[0], args[1].numel()),
     "halfbyte::linear_int8_input_grad": lambda args, _: _linear(args[0], args[1].numel()),
-    # Two products forward; backward five, one of which makes the scores again.
+    # Two matrix products in the forward, five in the backward: one of those recomputes the scores.
     "halfbyte::attention": lambda args, _: _attention_work(args[0], args[1], 2),
     "halfbyte::attention_backward": lambda args, _: _attention_work(args[1], args[2], 5),
 }

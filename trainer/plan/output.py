@@ -1,4 +1,7 @@
-"""A plan as lines to read and as JSON."""
+"""Formats a plan as text and as JSON.
+
+The text gives memory in GiB (2^30 bytes). Only the names of cards are in GB, as shops name them.
+"""
 
 import json
 import math
@@ -8,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.trainer.plan.fit import CARDS, FittedRecipe, fit_to_budget, open_planner, smallest_card
+from halfbyte.trainer.plan.fit import (
+    CARDS,
+    FittedRecipe,
+    describe_card,
+    fit_to_budget,
+    open_planner,
+    smallest_card,
+)
 from halfbyte.trainer.plan.phases import (
     BUS_RATE,
     CONTEXT_BYTES,
@@ -21,19 +31,23 @@ from halfbyte.trainer.plan.phases import (
 )
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.runtime.sizes import GIB, MIB
+from halfbyte.trainer.runtime.sizes import GIB, MIB, memory_size
 
 
 def show_plan(recipe: Recipe, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
-    """The plan of a recipe, fitted to `budget` bytes if there is one; and whether it fits.
+    """Returns the text or JSON of a recipe's plan, and True if it fits.
 
-    Raises RecipeError, DataError, or HubError where the model is none whose shapes are known here.
+    budget: bytes of device memory to fit the recipe to first; None for no limit.
+
+    Raises:
+        RecipeError, DataError: the recipe or its images are not valid.
+        HubError: the Hub does not give the model's configurations, and they are not built in either.
     """
     with tempfile.TemporaryDirectory() as published:
-        return _shown(open_planner(recipe, Path(published)), budget=budget, as_json=as_json)
+        return _formatted(open_planner(recipe, Path(published)), budget=budget, as_json=as_json)
 
 
-def _shown(planner: Planner, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
+def _formatted(planner: Planner, *, budget: int | None, as_json: bool) -> tuple[str, bool]:
     if budget is None:
         plan = planner.plan()
         return (_json(plan, None) if as_json else "\n".join(plan_lines(plan))), True
@@ -45,21 +59,22 @@ def _shown(planner: Planner, *, budget: int | None, as_json: bool) -> tuple[str,
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
-    """The phases with their parts, then steps and time."""
-    yield f"{'':38}{'device':>10}{'host':>10}"
+    """Yields the phases with their parts, then the card, the steps and the time."""
+    yield f"{'':38}{'device':>12}{'host':>12}"
     for phase in plan.phases:
-        yield f"{phase.name:38}{_gib(phase.device_bytes):>10}{_gib(phase.host_bytes):>10}"
+        yield f"{phase.name:38}{memory_size(phase.device_bytes):>12}{memory_size(phase.host_bytes):>12}"
         for part in _parts(phase.device):
-            yield f"  {part:36}{_gib(phase.device[part]):>10}"
+            yield f"  {part:36}{memory_size(phase.device[part]):>12}"
         for part in _parts(phase.host):
-            yield f"  {part:36}{'':10}{_gib(phase.host[part]):>10}"
+            yield f"  {part:36}{'':12}{memory_size(phase.host[part]):>12}"
     yield (
-        f"each phase also counts {CONTEXT_BYTES // MIB} MiB of the device for its context and {100 * SLACK:.0f} % for"
-        f" gaps, both assumed, and {PROCESS_BYTES // MIB} MiB of the host for the process"
+        f"each phase includes {memory_size(CONTEXT_BYTES)} of device memory for the CUDA context and"
+        f" {100 * SLACK:.0f} % for the allocator's gaps, both assumed, and {memory_size(PROCESS_BYTES)} of host memory"
+        " for the process"
     )
     yield f"largest: {plan.largest.name}, {_needed(plan)}; {_card(plan)}"
     width, height = plan.size
-    pictures = "" if plan.pictures is None else f", {plan.pictures} pictures {_times(plan)} each"
+    pictures = "" if plan.pictures is None else f", {plan.pictures} images {_times(plan)} each"
     yield f"{plan.steps} steps at up to {width}x{height}{pictures}"
     yield from _time_lines(plan)
     yield from plan.notes
@@ -68,61 +83,61 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
 def _time_lines(plan: RunPlan) -> Iterator[str]:
     work = plan.step
     step, whole = plan.seconds(MEASURED_RATE)
-    slower = [f"{work.calls} operations where its processor"] if work.calls else []
-    slower += [f"{_gib(work.copies)} over the bus at {BUS_RATE} GB/s where that"] if work.copies else []
-    longer = f", or {' or '.join(slower)} took longer" if slower else ""
-    drawn = f" with {plan.draws} drawn pictures" if plan.draws else ""
+    limits = [f"{work.flops / 1e12:.0f} TFLOP at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached"]
+    limits += [f"{work.calls} operations that its CPU launches"] if work.calls else []
+    limits += [f"{memory_size(work.copies)} over the bus at {BUS_RATE} GiB/s"] if work.copies else []
+    slowest = limits[0] if len(limits) == 1 else f"the slowest of {', '.join(limits)}"
+    drawn = f" and {plan.draws} sample images" if plan.draws else ""
     yield (
-        f"an estimate: {step:.2f} s a step, {_duration(whole)} for all steps{drawn}, from {work.flops / 1e12:.0f} TFLOP"
-        f" a step at the {MEASURED_RATE:.0f} TFLOP/s that {MEASURED_ON} reached{longer}; other machines differ"
+        f"estimated time: {step:.2f} s per step, {_duration(whole)} for all steps{drawn}; a step takes {slowest}; other"
+        " machines differ"
     )
-    yield "left out: encoding, loading and quantizing, validation, checkpoints and the export"
+    yield "not included: encoding, loading and quantizing, validation, checkpoints and export"
     if work.copies:
         yield (
-            f"{_gib(work.copies)} of packed blocks and activations come to the device a step, beside its work: at least"
-            f" {Work(copies=work.copies).seconds(MEASURED_RATE):.2f} s at {BUS_RATE} GB/s, about what PCIe 4.0 gives at"
-            " full width"
+            f"each step copies {memory_size(work.copies)} of packed blocks and activations to the device while it"
+            f" computes: at least {Work(copies=work.copies).seconds(MEASURED_RATE):.2f} s at {BUS_RATE} GiB/s, about"
+            " what a full-width PCIe 4.0 bus gives"
         )
 
 
 def fit_lines(fitted: FittedRecipe) -> Iterator[str]:
-    """What was changed and what each change costs, or what the recipe needs at least."""
-    card = f"{fitted.budget / GIB:g} GB"
+    """Yields the changes and their costs; if the recipe does not fit, the smallest card that is enough."""
+    card = describe_card(fitted.budget / GIB)
     shown = fitted.nearest or fitted
     if fitted.fits:
-        yield f"fits {card} with:" if fitted.changes else f"fits {card} as it is"
+        yield f"fits {card} with these changes:" if fitted.changes else f"fits {card} unchanged"
     else:
         needs = (
-            f"does not fit {card}: {fitted.plan.largest.name} needs {_needed(fitted.plan)} with all changes"
+            f"does not fit {card}: with every known change, {fitted.plan.largest.name} still needs"
+            f" {_needed(fitted.plan)}"
         )
         if fitted.nearest is None:
-            yield f"{needs} that are known, and no card has that; nearest to one:"
+            yield f"{needs}, and no card has that much; the smallest recipe has these changes:"
         elif shown.changes:
-            yield f"{needs} that are known; the nearest that does is a card of {shown.budget / GIB:g} GB, with:"
+            yield f"{needs}; it fits {describe_card(shown.budget / GIB)} with these changes:"
         else:
-            yield f"{needs} that are known; the nearest that does is a card of {shown.budget / GIB:g} GB, as it is"
+            yield f"{needs}; it fits {describe_card(shown.budget / GIB)} unchanged"
     for change in shown.changes:
         yield f"  {shlex.join(change.settings)}  ({change.cost_in(shown.recipe)})"
 
 
 def _needed(plan: RunPlan) -> str:
-    """What the plan needs of a card, rounded up: that much is enough."""
-    return f"{math.ceil(10 * plan.largest.device_bytes / GIB) / 10:.1f} GB"
+    """Returns the device memory that the plan needs, rounded up so that this much is enough."""
+    return f"{math.ceil(10 * plan.largest.device_bytes / GIB) / 10:.1f} GiB"
 
 
 def _card(plan: RunPlan) -> str:
     card = smallest_card(plan)
     if card is None:
-        return f"fits no card there is, the largest has {CARDS[-1]} GB; --fit finds settings that fit one"
-    return f"fits {card} GB"
+        return (
+            f"fits no card, the largest is {describe_card(CARDS[-1])}; --fit finds settings that fit a card"
+        )
+    return f"fits {describe_card(card)}"
 
 
 def _parts(parts: Mapping[str, int]) -> list[str]:
     return [part for part, nbytes in parts.items() if nbytes >= MIB]
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GB"
 
 
 def _times(plan: RunPlan) -> str:
@@ -153,7 +168,7 @@ def _json(plan: RunPlan, fitted: FittedRecipe | None) -> str:
         ],
         "largest": plan.largest.name,
         "device_bytes": plan.largest.device_bytes,
-        "fits_card": _named(smallest_card(plan)),
+        "fits_card": _card_name(smallest_card(plan)),
         "size": plan.size,
         "steps": plan.steps,
         "pictures": plan.pictures,
@@ -171,7 +186,7 @@ def _json(plan: RunPlan, fitted: FittedRecipe | None) -> str:
         content["fit"] = {
             "budget_bytes": fitted.budget,
             "fits": fitted.fits,
-            "nearest_card": None if fitted.fits else _named(smallest_card(shown.plan)),
+            "nearest_card": None if fitted.fits else _card_name(smallest_card(shown.plan)),
             "changes": [
                 {"settings": change.settings, "cost": change.cost_in(shown.recipe)}
                 for change in shown.changes
@@ -180,5 +195,6 @@ def _json(plan: RunPlan, fitted: FittedRecipe | None) -> str:
     return json.dumps(content, indent=2)
 
 
-def _named(card: int | None) -> str | None:
+def _card_name(card: int | None) -> str | None:
+    """Returns the name of a card in shops, such as `8 GB`."""
     return None if card is None else f"{card} GB"

@@ -1,4 +1,4 @@
-"""Phases of a run, their memory and work, and the constants they are planned with."""
+"""The phases of a run with their memory and work, and the measured constants that plans are made with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,44 +10,49 @@ RECORDED = "cuda graphs: a step's memory"
 
 GATHERED = "cuda graphs: gradients"
 
-# Assumed, and not measured: what a process takes on the device before its first tensor, and what the allocator's blocks
-# leave unused between them.
+# Both assumed, not measured: the device memory of a process before its first tensor, and the share of memory
+# that the allocator leaves unused between its blocks.
 CONTEXT_BYTES = 560 * MIB
 
 SLACK = 0.03
 
-# Measured on an H200 with torch 2.11: what cuBLAS keeps for itself, in torch's own count (of the two threads that call
-# it, forward and backward), and Python, torch and diffusers in a process that has loaded nothing
-# (scripts/bench/start.py).
+# Measured on an H200 with torch 2.11 (scripts/bench/start.py): cuBLAS's workspaces as torch counts them, one
+# for each of the two threads that call cuBLAS, in the forward and in the backward.
 PRODUCTS_BYTES = 66 * MIB
 
-# Measured likewise: what the memory of CUDA graphs has between its blocks, 0.6 to 1.3 GiB of FLUX's
-# (docs/benchmarks/plan.md).
+# Measured on the same machine: unused memory between the blocks of a CUDA graph's pool, 0.6 to 1.3 GiB for
+# FLUX (docs/benchmarks/plan.md).
 RECORDED_GAPS = GIB
 
+# Measured by the same script: host memory of Python, torch and diffusers in a process that has loaded
+# nothing.
 PROCESS_BYTES = 1100 * MIB
 
-# Measured there: what T5-XXL's and FLUX's shards take of the host while they are read, 2.1 GB with the process (1.0).
+# Measured by the same script: host memory while the shards of T5-XXL and FLUX are read, 2.1 GB including the
+# process itself (1.0).
 READING_BYTES = 1000 * MIB
 
-# Measured there in a first step: what encoding and loading leave, with compiled kernels and the libraries' own; 2.8 GB
-# with the process, 2.2 where latents, embeddings and the packed base were found.
+# Measured by the same script in a first step: host memory that encoding and loading leave behind, with
+# compiled kernels and the libraries' own memory. 2.8 GB including the process; 2.2 if latents, embeddings and
+# the packed base were cached.
 STARTED_BYTES = 1600 * MIB
 
-# On an H200 (scripts/bench/train.py): FLUX.1-dev steps at 1024 px ran at 494 to 515 TFLOP/s, recorded, with cuDNN's
-# attention; one by one, at 512 px, the processor decides, which gave out some 29,000 operations of a step in 0.365 s.
+# Measured on an H200 (scripts/bench/train.py). With CUDA graphs and cuDNN's attention, FLUX.1-dev steps at
+# 1024 px ran at 494 to 515 TFLOP/s. Without graphs, at 512 px, the CPU is the limit: it launched the roughly
+# 29,000 operations of a step in 0.365 s.
 MEASURED_RATE = 505.0  # TFLOP/s
 
-SECONDS_A_CALL = 12.6e-6
+SECONDS_A_CALL = 12.6e-6  # per operation that the CPU launches
 
 MEASURED_ON = "an H200"
 
-BUS_RATE = 22  # GB/s, about what PCIe 4.0 gives at full width; an H200's virtual machine gave 16 to 20
+# GiB/s, about what a full-width PCIe 4.0 bus gives; 16 to 20 GB/s were measured in a VM with an H200.
+BUS_RATE = 22
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run and what it holds at its peak, in bytes by part."""
+    """A phase of the run and its memory at the phase's peak, in bytes by part."""
 
     name: str
     device: Mapping[str, int]
@@ -55,57 +60,57 @@ class Phase:
 
     @property
     def allocated(self) -> int:
-        """Bytes that tensors take on the device."""
+        """Bytes of the tensors on the device."""
         return sum(self.device.values())
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the card: with the process's own, and with gaps."""
+        """Bytes of the device, including the CUDA context and the allocator's gaps."""
         return int(self.allocated * (1 + SLACK)) + CONTEXT_BYTES
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the host's memory."""
+        """Bytes of host memory, including the process itself."""
         return sum(self.host.values()) + PROCESS_BYTES
 
 
 @dataclass(frozen=True)
 class Work:
-    """What takes time: each of the three goes on beside the others."""
+    """The work that takes time: computing, launching operations and copying, which all overlap."""
 
     flops: int = 0
-    calls: int = 0  # operations that the processor gives out one by one
-    copies: int = 0  # bytes that come to the device: streamed blocks, and activations that were put aside
+    calls: int = 0  # operations that the CPU launches one by one
+    copies: int = 0  # bytes copied to the device: streamed blocks and offloaded activations
 
     def seconds(self, rate: float) -> float:
-        """Of the slowest of the three; `rate` in TFLOP/s."""
+        """Returns the time of the slowest of the three; `rate` is in TFLOP/s."""
         return max(self.flops / (rate * 1e12), self.calls * SECONDS_A_CALL, self.copies / (BUS_RATE * GIB))
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All phases of a run, and how long its steps take."""
+    """The plan of a run: all of its phases, and the work of its steps."""
 
     phases: Sequence[Phase]
     size: Size  # pixels, the largest of the run
     steps: int
-    pictures: int | None  # None: unknown before the pictures are there
-    seen: int  # pictures over the whole run, repetitions counted
+    pictures: int | None  # training images; None if the image folder does not exist yet
+    seen: int  # images over the whole run, counting repetitions
     step: Work
-    draws: int  # pictures that are drawn
-    drawing: Work  # of each
+    draws: int  # sample images that are generated
+    drawing: Work  # the work of each sample image
     notes: Sequence[str] = field(default=())
 
     @property
     def largest(self) -> Phase:
-        """The phase that decides which card the run fits."""
+        """The phase with the most device memory, which decides the card that the run needs."""
         return max(self.phases, key=lambda phase: phase.device_bytes)
 
     def phase(self, name: str) -> Phase:
-        """The phase of this name."""
+        """Returns the phase called `name`."""
         return next(phase for phase in self.phases if phase.name == name)
 
     def seconds(self, rate: float) -> tuple[float, float]:
-        """Of a step, and of all steps with the drawings, at `rate` TFLOP/s."""
+        """Returns the seconds of one step, and of all steps and sample images, at `rate` TFLOP/s."""
         step = self.step.seconds(rate)
         return step, self.steps * step + self.draws * self.drawing.seconds(rate)

@@ -1,4 +1,7 @@
-"""The pictures of a run that is planned: how many, and their sizes, as far as they are there."""
+"""The number and sizes of a run's images, for its plan.
+
+If the folder of images does not exist yet, the plan assumes square images.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,28 +17,29 @@ from halfbyte.trainer.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class PlannedPictures:
-    """What a plan takes from the pictures."""
+    """The facts about the images that a plan needs."""
 
-    count: int | None  # those that are trained on; None: unknown
-    sizes: frozenset[Size]  # those that are trained at, in pixels
-    held_out_sizes: frozenset[Size]  # those that are measured at
+    count: int | None  # training images; None if unknown
+    sizes: frozenset[Size]  # sizes of training images, in pixels
+    held_out_sizes: frozenset[Size]  # sizes of validation images, in pixels
     notes: tuple[str, ...]
 
     @property
     def largest(self) -> Size:
-        """The largest size that is trained at."""
+        """The largest size of a training image."""
         return largest_size(self.sizes)
 
     @property
     def largest_held_out(self) -> Size:
-        """The largest size that is measured at."""
+        """The largest size of a validation image."""
         return largest_size(self.held_out_sizes)
 
 
 def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
-    """The pictures of a recipe; where they are not there yet, the square alone.
+    """Returns the facts about a recipe's images; without an image folder, only the square size.
 
-    Raises DataError where as many are held out as there are, or where some are held out and trained on.
+    Raises:
+        DataError: all images are held out, or an image is both held out and trained on.
     """
     data, validation = recipe.data, recipe.validation
     square = frozenset({(data.resolution, data.resolution)})
@@ -57,9 +61,9 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
 
 
 def _read(setting: str, path: Path, caption_prefix: str) -> tuple[list[Sample] | None, tuple[str, ...]]:
-    """The samples of a folder, or why there are none."""
+    """Returns the samples of a folder, or None with a note that says why it cannot be read."""
     if not path.exists():
-        return None, (f"{setting}: {path} is not there; planned at data.resolution",)
+        return None, (f"{setting}: {path} does not exist; planned at data.resolution",)
     try:
         return read_samples(path, caption_prefix, is_decoded=lambda _: True), ()
     except DataError as error:
@@ -72,5 +76,5 @@ def _sizes(samples: Sequence[Sample], cropping: Cropping) -> frozenset[Size]:
 
 
 def largest_size(sizes: Iterable[Size]) -> Size:
-    """The one with the largest area."""
+    """Returns the size with the largest area."""
     return max(sizes, key=lambda size: (size[0] * size[1], size))

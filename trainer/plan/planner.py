@@ -1,6 +1,7 @@
-"""What a run will take, told before anything is loaded: device and host memory by phase, steps, time.
+"""Predicts a run before anything is loaded: device and host memory by phase, steps and time.
 
-From configurations and shapes alone, on any machine; the step is rehearsed (`rehearsal`), the rest is counted.
+Needs only configurations and shapes, and works on any machine. The training step comes from a dry run
+(`dry_run`); everything else is computed from shapes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,10 +40,14 @@ from halfbyte.trainer.recipe.recipe import Recipe
 
 
 class Planner:
-    """Plans of one recipe and of what it could be instead; what two have in common is rehearsed once."""
+    """Plans a recipe and its variants; variants that share a dry run reuse its result."""
 
     def __init__(self, recipe: Recipe, family: Family, notes: Sequence[str] = ()) -> None:
-        """`notes`: what there is to say of the family. Raises RecipeError for pictures that it cannot take."""
+        """Checks the image sizes; `notes` are lines about the family that every plan repeats.
+
+        Raises:
+            RecipeError: the model cannot take the recipe's image size.
+        """
         refuse_large(recipe, family)
         self.recipe = recipe
         self.family = family
@@ -55,21 +60,21 @@ class Planner:
 
     @cached_property
     def pictures(self) -> PlannedPictures:
-        """Those that are trained on and held out. Raises DataError, see `planned_pictures`."""
+        """The training and validation images. Raises DataError, see `planned_pictures`."""
         return planned_pictures(self.recipe, self.family)
 
     def size(self, recipe: Recipe) -> Size:
-        """The largest size that is trained at, at the recipe's resolution, in pixels."""
+        """Returns the largest size of a training image at the recipe's resolution, in pixels."""
         return self._at_resolution(recipe, self.pictures.largest)
 
     def _at_resolution(self, recipe: Recipe, size: Size) -> Size:
-        """A size of the planner's recipe at the resolution of another."""
+        """Returns `size` of the planner's recipe, or the square of `recipe`'s resolution if that differs."""
         if recipe.data.resolution == self.recipe.data.resolution:
             return size
         return (recipe.data.resolution, recipe.data.resolution)
 
     def plan(self, recipe: Recipe | None = None) -> RunPlan:
-        """The plan of the recipe, or of another that differs in what `plan_fit` changes."""
+        """Returns the plan of the planner's recipe, or of a variant with settings that `changes` may change."""
         recipe = recipe or self.recipe
         size = self.size(recipe)
         step = self.step(recipe)
@@ -95,12 +100,15 @@ class Planner:
         )
 
     def fits(self, recipe: Recipe, budget: int) -> bool:
-        """Whether each phase of the recipe's plan takes `budget` bytes at most; no step is rehearsed needlessly."""
-        known = max(phase.device_bytes for phase in self._without_steps(recipe))
-        return known <= budget and self.plan(recipe).largest.device_bytes <= budget
+        """Returns True if every phase of the recipe's plan fits `budget` bytes.
+
+        Checks the phases without a dry run first, because a dry run takes longest.
+        """
+        without_steps = max(phase.device_bytes for phase in self._without_steps(recipe))
+        return without_steps <= budget and self.plan(recipe).largest.device_bytes <= budget
 
     def _without_steps(self, recipe: Recipe) -> list[Phase]:
-        """The phases that need no rehearsed step: those ahead of the training, and the export."""
+        """Returns the phases that need no dry run: the three before training, and the export as the last."""
         return [
             self._encode_texts(recipe),
             self._encode_pictures(self._largest_encoded(recipe)),
@@ -109,9 +117,10 @@ class Planner:
         ]
 
     def step(self, recipe: Recipe) -> RehearsedStep:
-        """One micro-batch of the recipe at its largest size."""
+        """Returns the dry run of one micro-batch at the recipe's largest image size."""
         if recipe.train.cuda_graphs and not self._more_than_recorded(recipe):
-            # Recorded it finds no gradients, and the peak of the one that does is below what the recording adds to it.
+            # A recorded step starts without gradients. The eager step that does find accumulated gradients
+            # peaks below the memory that recording adds, so it never decides the phase's peak.
             recipe = _without_accumulation(recipe)
         train, size = recipe.train, self.size(recipe)
         key = (
@@ -126,7 +135,7 @@ class Planner:
         return self._steps[key]
 
     def _prediction(self, recipe: Recipe, batch_size: int, size: Size) -> RehearsedStep:
-        """A forward alone."""
+        """Returns the dry run of a forward without a backward."""
         key = (*self._layers(recipe), batch_size, size)
         if key not in self._predictions:
             self._predictions[key] = self.rehearsal(recipe).prediction(batch_size, *size)
@@ -139,7 +148,7 @@ class Planner:
         return self._at_resolution(recipe, largest_size(sizes))
 
     def rehearsal(self, recipe: Recipe) -> Rehearsal:
-        """The recipe's layers on meta. Raises RecipeError where they are none of the model's."""
+        """Returns the recipe's layers on meta. Raises RecipeError, see `Rehearsal`."""
         key = self._layers(recipe)
         if key not in self._rehearsals:
             self._rehearsals[key] = Rehearsal(recipe, self.family)
@@ -156,11 +165,11 @@ class Planner:
         )
 
     def training_bytes(self, recipe: Recipe) -> int:
-        """Bytes that tensors take at the peak of a training step: what most changes are about."""
+        """Returns the bytes of all tensors at the peak of a training step, which most changes reduce."""
         return self._train(recipe, self.step(recipe)).allocated
 
     def _kept(self, recipe: Recipe) -> dict[str, int]:
-        """What stays on the device throughout the training."""
+        """Returns the memory that stays on the device for all of training, by kind."""
         rehearsal = self.rehearsal(recipe)
         held = rehearsal.held
         optimizer = recipe.optimizer.memory(rehearsal.shapes)
@@ -170,13 +179,13 @@ class Planner:
         return {**parts, "cuBLAS workspace": PRODUCTS_BYTES}
 
     def _recorded(self, recipe: Recipe) -> dict[str, int]:
-        """What CUDA graphs hold from the second step to the last."""
+        """Returns the memory that CUDA graphs hold from the second step to the last, by kind."""
         if not recipe.train.cuda_graphs:
             return {}
         within = self.step(_without_accumulation(recipe)).peak.by_kind
         memory = sum(within.get(kind, 0) for kind in (BLOCK_KEEPS, WORKING, INSIDE, GRADIENTS))
         memory += min(memory, RECORDED_GAPS)
-        # cuBLAS has a workspace for the stream of the recording too.
+        # cuBLAS has another workspace for the stream that the graphs are recorded on.
         return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held[ADAPTERS]}
 
     def _train(self, recipe: Recipe, step: RehearsedStep) -> Phase:
@@ -184,28 +193,30 @@ class Planner:
         optimizer = recipe.optimizer.memory(self.rehearsal(recipe).shapes)
         held = {**kept, **recorded, GRADIENTS: kept[ADAPTERS]}
         moments: list[Mapping[str, int]] = [{**held, "within the optimizer": optimizer.working}]
-        # All sizes run once ahead of the first recording; those beyond the most run beside what is recorded.
-        beside = recorded if self._more_than_recorded(recipe) else {}
-        moments.append({**kept, **beside, **step.peak.by_kind})
+        # Every image size runs once eagerly before the first recording. With more sizes than graphs are kept
+        # for, the rest go on running eagerly, on top of the recorded graphs' memory.
+        graphs = recorded if self._more_than_recorded(recipe) else {}
+        moments.append({**kept, **graphs, **step.peak.by_kind})
         if recorded and recipe.train.grad_accumulation > 1:
             moments.append({**held, GRADIENTS: 2 * kept[ADAPTERS]})
         if recipe.validation.wanted:
-            # Before the first step and behind the last at least, when the last one's gradients are there.
+            # Validation runs at least before the first and after the last step; the last step's gradients
+            # still exist.
             measured = self._at_resolution(recipe, self.pictures.largest_held_out)
             moments.append({**held, **_working(self._prediction(recipe, recipe.train.batch_size, measured))})
         largest = max(moments, key=lambda parts: sum(parts.values()))
         return Phase("step", largest, {"activations put aside": step.host, **self._on_host_from_then(recipe)})
 
     def _more_than_recorded(self, recipe: Recipe) -> bool:
-        """Whether pictures come in more sizes than CUDA graphs are kept of."""
+        """Returns True if there are more image sizes than CUDA graphs are kept for."""
         return recipe.data.aspect_buckets and len(self.pictures.sizes) > MOST_SHAPES
 
     def _on_host(self, recipe: Recipe) -> dict[str, int]:
-        """What stays in the host's memory from loading to the end."""
+        """Returns the host memory that stays in use from loading to the end of the run."""
         return {"packed blocks, page-locked": self.rehearsal(recipe).visitors.host_bytes}
 
     def _on_host_from_then(self, recipe: Recipe) -> dict[str, int]:
-        """The same from the first step on."""
+        """Returns the host memory that stays in use from the first step to the end of the run."""
         return {**self._on_host(recipe), "libraries and compiled kernels": STARTED_BYTES}
 
     def _encode_texts(self, recipe: Recipe) -> Phase:
@@ -228,7 +239,8 @@ class Planner:
     def _load(self, recipe: Recipe) -> Phase:
         rehearsal = self.rehearsal(recipe)
         held = {kind: nbytes for kind, nbytes in rehearsal.held.items() if kind != ADAPTERS}
-        # The largest weight as it is stored, its copy in the compute dtype, and the next ones under way.
+        # Three copies of the largest weight, of 2 bytes per element: as stored, in the compute dtype, and the
+        # next weight that arrives meanwhile; and the chunks that are read ahead.
         arriving = 3 * rehearsal.largest_weight * 2 + _READ_AHEAD
         host = {"read ahead": READING_BYTES, **self._on_host(recipe)}
         return Phase("load and quantize", {**held, "weights on their way": arriving}, host)
@@ -244,7 +256,7 @@ class Planner:
         parts = {
             **kept,
             **(self._recorded(recipe) if sample.every else {}),
-            # The last step's, until the next one is in its backward.
+            # The last step's gradients exist until the next step's backward.
             GRADIENTS: kept[ADAPTERS] if sample.every else 0,
             "weights that train, put aside": kept[ADAPTERS] if self._averages(recipe) else 0,
             "vae": weights,
@@ -261,7 +273,7 @@ class Planner:
         return self._decoders[key]
 
     def _guided(self, recipe: Recipe) -> int:
-        """How many predictions a sampling step takes: two with classifier-free guidance."""
+        """Returns the number of predictions in a sampling step: two with classifier-free guidance, else one."""
         nothing = torch.empty(0, device="meta")
         text = TextEmbedding(nothing, nothing)
         free = "negative_prompt_embeds" in self.family.sampling_inputs(text, text)
@@ -275,7 +287,8 @@ class Planner:
         kept = self._kept(recipe)
         held = self.rehearsal(recipe).held
         base = sum(nbytes for kind, nbytes in held.items() if kind != ADAPTERS)
-        # The adapter as it is written and as it is read back; a shard of the base at a time.
+        # The adapter twice, once as it is written and once as it is read back; the base is written shard by
+        # shard.
         host = {ADAPTERS: 2 * held[ADAPTERS], **self._on_host_from_then(recipe)}
         if recipe.output.export_base and recipe.quant.type != "none":
             host["a shard of the base"] = min(base, _SHARD)
@@ -288,9 +301,9 @@ def _without_accumulation(recipe: Recipe) -> Recipe:
 
 
 def _working(step: RehearsedStep) -> dict[str, int]:
-    """What a step without a backward takes for as long as it computes."""
+    """Returns the memory that a forward uses only while it computes, by kind."""
     return {kind: step.peak.by_kind.get(kind, 0) for kind in (WORKING, INSIDE)}
 
 
-_READ_AHEAD = 2 * READING_THREADS * CHUNK_BYTES
-_SHARD = 5 * 10**9
+_READ_AHEAD = 2 * READING_THREADS * CHUNK_BYTES  # bytes; two chunks per reading thread are in flight
+_SHARD = 5 * 10**9  # bytes of a file

@@ -1,4 +1,4 @@
-"""The shapes of published models: configurations without weights, for a plan where the Hub gives none."""
+"""Configurations of published models, so that a plan works without access to the Hub."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _FLUX_SCHNELL = {**FLUX_DEV, "guidance_embeds": False}
 
 
 def _joint(blocks: int, positions: int, *, qk_norm: str | None, dual: int = 0) -> Config:
-    """SD3's transformer, which is as many heads wide as it has blocks."""
+    """Returns the configuration of an SD3 transformer, which has as many attention heads as blocks."""
     return {
         "_class_name": "SD3Transformer2DModel",
         "sample_size": 128,
@@ -97,11 +97,11 @@ _T5: Config = {
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What of a pipeline decides memory and time."""
+    """The configurations of a pipeline that decide its memory and time."""
 
     transformer: Config
     vae: Config
-    texts: Mapping[str, tuple[str, Config]]  # by component: transformers' class and its configuration
+    texts: Mapping[str, tuple[str, Config]]  # component -> (class name in transformers, configuration)
     scheduler: Config
 
 
@@ -128,11 +128,11 @@ PUBLISHED: Mapping[str, Pipeline] = {
     "stabilityai/stable-diffusion-3.5-medium": _sd3(SD35_MEDIUM),
     "stabilityai/stable-diffusion-3.5-large": _sd3(SD35_LARGE),
 }
-"""By the Hub's name, in diffusers' layout."""
+"""Repository on the Hub, in diffusers' layout -> its configurations."""
 
 
 def write_configurations(folder: Path, name: str) -> Path:
-    """A pipeline folder of the published model `name`, without weights: all that a plan reads."""
+    """Writes the configurations of the published model `name` into `folder`, and returns it."""
     pipeline = PUBLISHED[name]
     index = {"transformer": ("diffusers", pipeline.transformer["_class_name"])}
     parts = {"transformer": pipeline.transformer, "vae": pipeline.vae}

@@ -1,4 +1,4 @@
-"""Where an adapter is that a run starts from or pictures are drawn with, if it is not simply a file or folder."""
+"""Finds the adapter that a setting names: a file, a folder, a run, or a Hub repository."""
 
 import logging
 import tempfile
@@ -20,9 +20,12 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def adapter_at(path: Path) -> Iterator[Path]:
-    """The file or folder with the adapter that `lora.init_from` names, as long as it is read.
+    """Provides the file or folder that `lora.init_from` names; it may exist only inside the context.
 
-    Of a run that did not end it is the newest checkpoint's. Raises RecipeError, or HubError.
+    For a run without an exported adapter, that is a copy of its newest complete checkpoint's.
+
+    Raises:
+        RecipeError, HubError: there is no adapter.
     """
     run, reference = RunFolder(path), HubReference.of(path)
     if reference is not None:
@@ -30,7 +33,7 @@ def adapter_at(path: Path) -> Iterator[Path]:
     elif not (run.adapter / ADAPTER_FILE).is_file() and folders(run.checkpoints):
         with tempfile.TemporaryDirectory() as copies:
             log.info(
-                "%s has no adapter yet; its %s is taken",
+                "%s has no exported adapter yet; using its checkpoint %s",
                 path,
                 copy_adapter(run.checkpoints, None, Path(copies)),
             )
@@ -40,9 +43,10 @@ def adapter_at(path: Path) -> Iterator[Path]:
 
 
 def require_adapter(path: Path) -> str | None:
-    """The commit of the Hub repository that `lora.init_from` names; None where it names none.
+    """Checks that `lora.init_from` names an adapter; returns its commit on the Hub, or None.
 
-    Raises RecipeError or HubError where there is no adapter.
+    Raises:
+        RecipeError, HubError: there is no adapter.
     """
     try:
         with adapter_at(path) as found:
@@ -53,17 +57,20 @@ def require_adapter(path: Path) -> str | None:
 
 
 def download_adapter(name: str, revision: str | None) -> Path:
-    """The snapshot of a Hub repository, named by its commit, with the adapter in it and nothing more.
+    """Downloads only the adapter of a repository; returns its folder, whose name is the commit.
 
-    Raises RecipeError where it holds none under a name that diffusers or PEFT give it, HubError.
+    Raises:
+        RecipeError: the repository has no adapter under the file names of diffusers or PEFT.
+        HubError: the download failed.
     """
     folder = download(name, revision, (ADAPTER_FILE, PEFT_CONFIG))
     if not (folder / ADAPTER_FILE).is_file():
         folder = download(name, folder.name, (PEFT_FILE, PEFT_CONFIG))
         if not (folder / PEFT_FILE).is_file():
             raise RecipeError(
-                f"{name}: holds neither a pipeline (model_index.json) nor an adapter ({ADAPTER_FILE} or {PEFT_FILE}); a"
-                f" file of another name is taken from a folder: hf download {name} FILE --local-dir FOLDER"
+                f"{name}: holds neither a pipeline (model_index.json) nor an adapter ({ADAPTER_FILE} or {PEFT_FILE})."
+                f" If its adapter has another file name, download it and name the folder: hf download {name} FILE"
+                " --local-dir FOLDER"
             )
-    log.info("the adapter is %s at %s", name, folder.name)
+    log.info("using the adapter %s at commit %s", name, folder.name)
     return folder

@@ -1,8 +1,8 @@
-"""Checkpoints: the adapter, the optimizer and the position, whole or not there at all.
+"""Checkpoints: atomic snapshots of the adapter, the optimizer and the position in the run.
 
-A checkpoint is a folder that is written beside its final name, synced to disk and renamed into place. Its
-manifest holds the SHA-256 of every file. No pickle: tensors are safetensors, the rest is JSON. Random state is
-not saved, for there is none (see `randomness`).
+A checkpoint is a folder that is written next to its final place, synced to disk and then renamed, so it is
+either complete or absent. Its manifest has the SHA-256 of every file. Nothing is pickled: tensors are
+safetensors, and the rest is JSON. There is no random state to save (see `randomness`).
 """
 
 import json
@@ -34,23 +34,23 @@ TRAINED_FILE = "trained_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is, in units that do not depend on what has to be redone."""
+    """The progress of a run, in units that do not depend on the number of processes."""
 
     step: int  # optimizer steps
-    micro_batches: int  # global micro-batches
-    global_batch: int  # samples in one global micro-batch
+    micro_batches: int  # micro-batches; all processes together take one
+    global_batch: int  # samples in one micro-batch, over all processes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds, on the CPU."""
+    """The contents of a checkpoint; all tensors are on the CPU."""
 
     folder: Path
     position: Position
-    adapter: dict[str, Tensor]  # the weights that train
-    optimizer: dict[str, Any]  # as torch's Optimizer.state_dict(), keyed by parameter names
-    scaler: dict[str, Any]  # the gradient scaler's, empty but for float16
-    average: dict[str, Tensor] | None = None  # of the weights, where a user is to see one in their place
+    adapter: dict[str, Tensor]  # the trained weights
+    optimizer: dict[str, Any]  # torch's Optimizer.state_dict(), but keyed by parameter names
+    scaler: dict[str, Any]  # state of the gradient scaler; empty unless the run is in float16
+    average: dict[str, Tensor] | None = None  # the average of the weights that users see; None without one
 
 
 def save_checkpoint(
@@ -61,10 +61,10 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     scaler: Mapping[str, Any],
 ) -> Path:
-    """Writes `root/step-NNNNNN`; after a crash at any point either all of it is there or none.
+    """Writes `root/step-NNNNNN` atomically: after a crash at any point, it is complete or absent.
 
-    write_adapter: writes ADAPTER_FILE into the folder it is given, and TRAINED_FILE where that is an average and
-    other weights train. optimizer: see `Checkpoint`.
+    write_adapter: writes ADAPTER_FILE into the given folder; if that is an average, also the trained weights
+    as TRAINED_FILE. optimizer, scaler: see `Checkpoint`.
     """
     target = root / f"step-{position.step:06d}"
     with work_folder(target) as work:
@@ -85,52 +85,60 @@ def save_checkpoint(
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files are what its manifest says; damaged ones are named in a warning."""
+    """Reads the newest undamaged checkpoint, and warns about damaged ones; None if there is none."""
     for folder in sorted(folders(root), key=_step, reverse=True):
         fault = _fault(folder)
         if fault is None:
             return _read(folder)
-        log.warning("checkpoint %s is damaged (%s); looking for an older one", folder, fault)
+        log.warning("checkpoint %s is damaged (%s); trying an older one", folder, fault)
     return None
 
 
 def folders(root: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Returns the folders of all finished checkpoints, oldest first."""
     if not root.is_dir():
         return []
     return sorted((p for p in root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=_step)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep`."""
+    """Deletes all but the newest `keep` checkpoints."""
     for folder in folders(root)[:-keep]:
         shutil.rmtree(folder)
 
 
 def _names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Of its parameters, as its state numbers them."""
+    """Returns the names of an optimizer's parameters, in the order in which its state numbers them."""
     return [name for group in optimizer.param_groups for name in group["param_names"]]
 
 
 def named_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer of named parameters under their names, which, unlike numbers, fit or visibly do not."""
+    """Returns the state of an optimizer of named parameters, keyed by their names.
+
+    torch numbers the parameters, so the state of another model could be loaded unnoticed. Names make that an
+    error.
+    """
     state, names = optimizer.state_dict(), _names(optimizer)
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Puts a saved state back; raises ValueError when it belongs to other parameters, or groups them otherwise."""
+    """Restores a saved state into an optimizer.
+
+    Raises:
+        ValueError: the state has other parameters, or has them in other groups.
+    """
     names = _names(optimizer)
     number = {name: i for i, name in enumerate(names)}
     listed = [name for group in saved["param_groups"] for name in group["params"]]
     if sorted(listed) != sorted(names):
-        raise ValueError("the saved optimizer belongs to other parameters")
+        raise ValueError("the saved optimizer has other parameters")
     own = [group["param_names"] for group in optimizer.param_groups]
     theirs = [group["params"] for group in saved["param_groups"]]
     if [sorted(group) for group in own] != [sorted(group) for group in theirs]:
         raise ValueError(
-            f"the saved optimizer has its parameters in other groups: {_sizes(theirs)}, where this one has"
+            f"the saved optimizer groups its parameters differently: it has {_sizes(theirs)}, but this run has"
             f" {_sizes(own)}"
         )
     groups = [{**group, "params": [number[n] for n in group["params"]]} for group in saved["param_groups"]]
@@ -192,39 +200,39 @@ def _step(folder: Path) -> int:
     return int(match.group(1))
 
 
-log = logging.getLogger(__name__)
-
-_MANIFEST = "manifest.json"
-
-
 def copy_adapter(checkpoints: Path, step: int | None, copies: Path) -> str:
-    """Copies a checkpoint's adapter into a folder, whole by its checksum; gives the checkpoint's name.
+    """Copies a checkpoint's adapter into `copies`, checks it, and returns the checkpoint's name.
 
-    Without `step` the newest that is whole. Raises RecipeError where there is none.
+    step: the checkpoint to use; None for the newest undamaged one.
+
+    Raises:
+        RecipeError: there is no such checkpoint, or it is damaged.
     """
     saved = folders(checkpoints)
     names = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in saved)
     if not saved:
         raise RecipeError(
-            f"{checkpoints.parent}: has no checkpoint yet; the first comes after checkpoint.every steps"
+            f"{checkpoints.parent}: has no checkpoint yet; the first is saved after checkpoint.every steps"
         )
     if step is not None:
         saved = [folder for folder in saved if folder.name == f"step-{step:06d}"]
         if not saved:
-            raise RecipeError(f"--checkpoint: {checkpoints.parent} has none of step {step}; it has {names}")
+            raise RecipeError(
+                f"--checkpoint: {checkpoints.parent} has no checkpoint of step {step}; it has {names}"
+            )
     for folder in reversed(saved):
         fault = _copy_whole(folder, copies / ADAPTER_FILE)
         if fault is None:
             return folder.name
-        log.warning("checkpoint %s cannot be used: %s", folder, fault)
-    raise RecipeError(f"{checkpoints}: {saved[-1].name} is damaged, and there is no other to take")
+        log.warning("cannot use checkpoint %s: %s", folder, fault)
+    raise RecipeError(f"{checkpoints}: {saved[-1].name} is damaged, and there is no other checkpoint to use")
 
 
 def _copy_whole(folder: Path, copy: Path) -> str | None:
-    """What is wrong with the checkpoint, None where the copy is whole."""
+    """Copies a checkpoint's adapter; returns what is wrong with it, or None."""
     try:
         wanted = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[ADAPTER_FILE]
         shutil.copyfile(folder / ADAPTER_FILE, copy)
     except (OSError, ValueError, KeyError) as error:
-        return f"it is not whole: {error}"
+        return f"it is incomplete: {error}"
     return None if sha256_file(copy) == wanted else f"{ADAPTER_FILE} does not match its checksum"

@@ -1,4 +1,4 @@
-"""A run's folder: what is where, and whether a run may write into it."""
+"""The folder of a run: its layout, and the check that a run may write into it."""
 
 import logging
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from halfbyte.trainer.run_folder.checkpoint import folders, newest
 
 log = logging.getLogger(__name__)
 
-# Settings that change how a run is watched and kept, not what it computes.
+# Prefixes of settings that a resumed run may change freely: they affect what a run reports and stores, not
+# its results.
 _FREE = (
     "output.",
     "sample.",
@@ -21,7 +22,8 @@ _FREE = (
     "model.cache_base",
     "train.steps",
 )
-# Those that decide where and how it is computed, and change its results by rounding.
+# Settings that a resumed run may change with a warning: they decide where and how the run computes, and
+# change its results only by rounding.
 HOW_IT_IS_COMPUTED = (
     "model.stream_text_encoder",
     "train.gradient_checkpointing",
@@ -35,33 +37,33 @@ HOW_IT_IS_COMPUTED = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names inside `output.dir`."""
+    """The paths inside `output.dir`."""
 
     root: Path
 
     @property
     def recipe(self) -> Path:
-        """The recipe as it was run, defaults and overrides filled in."""
+        """The recipe of the run, with all defaults and overrides filled in."""
         return self.root / "recipe.yaml"
 
     @property
     def pin(self) -> Path:
-        """Which base the run was started on, see `pinned_base`."""
+        """The exact base that the run was started on, see `pinned_base`."""
         return self.root / "base.json"
 
     @property
     def checkpoints(self) -> Path:
-        """A folder a checkpoint."""
+        """The folder with one subfolder per checkpoint."""
         return self.root / "checkpoints"
 
     @property
     def samples(self) -> Path:
-        """Sample pictures."""
+        """The folder of the sample images."""
         return self.root / "samples"
 
     @property
     def comparison(self) -> Path:
-        """Before and after, in one picture."""
+        """The sheet that compares the sample images before and after training."""
         return self.root / "samples.png"
 
     @property
@@ -76,53 +78,60 @@ class RunFolder:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether something of the run is left that its settings belong to: a whole checkpoint, or what it exported."""
+        """True if the run has an undamaged checkpoint or an exported adapter, so that its settings are fixed."""
         return newest(self.checkpoints) is not None or self.adapter.is_dir()
 
 
 def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
-    """Checks that the run may write here; changes nothing. Raises RecipeError when it may not.
+    """Checks that the run may write into `folder`; changes nothing.
 
-    A run that is resumed may be computed otherwise, which is told; before its first checkpoint it may be another one.
+    A resumed run may change how it computes, with a warning. Before its first checkpoint it may change any
+    setting.
+
+    Raises:
+        RecipeError: the folder is not empty and not a run, holds a run that is not resumed, or the recipe
+            changes settings that a resumed run must keep.
     """
     root = folder.root
     if root.exists() and not root.is_dir():
-        raise RecipeError(f"output.dir: {root} is a file; name a folder")
+        raise RecipeError(f"output.dir: {root} is a file; expected a folder")
     holds_run = folder.recipe.is_file()
     if not holds_run:
         if root.is_dir() and any(root.iterdir()):
             raise RecipeError(
-                f"output.dir: {root} is not empty and holds no run; name a new folder: output.dir=runs/other"
+                f"output.dir: {root} is not empty and not the folder of a run; choose a new folder, such as"
+                " output.dir=runs/other"
             )
         return
     if not resume:
         saved = folders(folder.checkpoints)
         state = f"its last checkpoint is {saved[-1].name}" if saved else "it has no checkpoint yet"
         raise RecipeError(
-            f"output.dir: {root} holds another run ({state}). Go on with it: --resume. Or name a new folder:"
-            " output.dir=runs/other"
+            f"output.dir: {root} already holds a run ({state}). Continue it with --resume, or choose a new folder, such"
+            " as output.dir=runs/other"
         )
     if not folder.can_go_on:
-        return  # it starts at step 0, as whatever run it is now
+        return  # nothing was trained yet: the run starts at step 0, with any settings
     before = load_written(folder.recipe)
     changed = [line for line in differences(before, recipe) if not line.startswith(_FREE)]
-    otherwise = [line for line in changed if line.startswith(HOW_IT_IS_COMPUTED)]
-    if len(otherwise) < len(changed):
+    rounding_only = [line for line in changed if line.startswith(HOW_IT_IS_COMPUTED)]
+    if len(rounding_only) < len(changed):
         raise RecipeError(
-            f"--resume: these settings differ from the run's own recipe, {folder.recipe}, and would make it another"
-            " run:\n  " + "\n  ".join(line for line in changed if line not in otherwise)
+            f"--resume: these settings differ from the run's recipe, {folder.recipe}, and would change its results. Set"
+            " them back, or start a new run with another output.dir:\n  "
+            + "\n  ".join(line for line in changed if line not in rounding_only)
         )
-    if otherwise:
+    if rounding_only:
         log.warning(
-            "--resume: computed otherwise from here on, so that it goes on as before up to rounding: %s",
-            ", ".join(otherwise),
+            "--resume: these settings change how the run computes; its results stay the same up to rounding: %s",
+            ", ".join(rounding_only),
         )
     steps = before.train.steps, recipe.train.steps
     last = min(steps) - 1
     rates = [recipe.lr_schedule.factor(last, total) for total in steps]
     if rates[0] != rates[1]:
         log.warning(
-            "--resume: with train.steps %d instead of %d the %s schedule takes another course: at step %d the rate is"
+            "--resume: with train.steps %d instead of %d the %s schedule changes: at step %d the rate is"
             " %.3g of optimizer.lr instead of %.3g",
             *reversed(steps),
             recipe.lr_schedule.name,

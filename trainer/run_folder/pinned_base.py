@@ -1,6 +1,7 @@
-"""The very base that a run was started on: it goes on, is exported and drawn with on no other.
+"""Pins the base that a run was started on, so that resume, export and sampling use exactly that base.
 
-A recipe names a repository, whose main branch moves, or a folder, whose files may be written over.
+A recipe names a repository, whose main branch moves, or a folder, whose files may be overwritten. The pin has
+the commits and the digests of the files.
 """
 
 import json
@@ -28,23 +29,23 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 Commits = Mapping[str, str]
-"""Of Hub repositories, by the settings that name them."""
+"""Setting that names a Hub repository -> the repository's commit."""
 
 INIT_FROM = "lora.init_from"
 
 
 @dataclass(frozen=True)
 class PinnedBase:
-    """What tells a base from all others."""
+    """The identity of a base: commits of Hub repositories, and digests of local files."""
 
-    commits: Commits  # and that of the adapter that the run started from
-    transformer: str | None  # digest of the weights; None where a commit names them
-    text_encoder: str | None  # digest of a T5 that was given apart, in a folder
-    rest: str | None  # digest of the encoders, the VAE and the scheduler; None where a commit names them
+    commits: Commits  # includes the commit of the adapter that the run started from
+    transformer: str | None  # digest of the weights; None if a commit identifies them
+    text_encoder: str | None  # digest of a separate T5 in a local folder
+    rest: str | None  # digest of the encoders, the VAE and the scheduler; None if a commit identifies them
 
 
 def base_of(family: Family, digests: FileDigests) -> PinnedBase:
-    """The base that a family was opened at; files whose digests are not remembered are read."""
+    """Returns the identity of an opened family; reads files whose digests are not known yet."""
     source, transformer, t5 = family.source, family.transformer, family.t5
     rest = [part for part in family.components(own_t5=t5.is_own) if part != "transformer"]
     return PinnedBase(
@@ -56,9 +57,9 @@ def base_of(family: Family, digests: FileDigests) -> PinnedBase:
 
 
 def pin_base(run: RunFolder, family: Family, digests: FileDigests, commits: Commits) -> None:
-    """Writes into the run's folder what it is trained on, unless it goes on as it was started.
+    """Writes the identity of the base into the run's folder, unless a resumed run has it already.
 
-    commits: what `find_commits` gave.
+    commits: the result of `find_commits`.
     """
     if run.pin.exists() and run.can_go_on:
         return
@@ -67,15 +68,21 @@ def pin_base(run: RunFolder, family: Family, digests: FileDigests, commits: Comm
 
 
 def pinned_commits(run: RunFolder) -> Commits:
-    """Those that the run was started on; none of a new run. Raises RecipeError where that cannot be read."""
+    """Returns the commits that the run was started on; empty for a new run.
+
+    Raises:
+        RecipeError: the pin cannot be read.
+    """
     return _read(run.pin).commits if run.pin.is_file() and run.can_go_on else {}
 
 
 def find_commits(run: RunFolder, model: ModelSection, init_from: Path | None) -> Commits:
-    """The commits that a recipe's repositories are read at: those that the run was started on, or else the newest.
+    """Returns the commits of a recipe's repositories: those of the run's start, else the newest.
 
-    Configurations are fetched to know, and the adapter; what is wrong with what the recipe names is told before
-    anything else is. Raises HubError and RecipeError, see `Family.describe` and `require_adapter`.
+    Downloads the configurations and the adapter, so that a wrong name in the recipe fails first.
+
+    Raises:
+        HubError, RecipeError: see `Family.describe` and `require_adapter`.
     """
     pinned = pinned_commits(run)
     _refuse_others(run, pinned, model)
@@ -88,19 +95,19 @@ def find_commits(run: RunFolder, model: ModelSection, init_from: Path | None) ->
 
 
 def started_from(run: RunFolder, init_from: Path | None) -> HubPart | None:
-    """The adapter of the Hub that the run was started from; None where it was none, or its commit is not known."""
+    """Returns the Hub adapter that the run was started from; None if there was none or it is unknown."""
     reference, commit = HubReference.of(init_from), pinned_commits(run).get(INIT_FROM)
     return None if reference is None or commit is None else HubPart(reference.name, commit)
 
 
 def at_commit(named: Path, commit: str | None) -> Path:
-    """A repository at a commit, where there is one; whatever else is named, as it is."""
+    """Returns a Hub repository at `commit`; a local path, or a repository without a commit, unchanged."""
     reference = HubReference.of(named)
     return named if reference is None or commit is None else reference.at(commit)
 
 
 def at_commits(model: ModelSection, commits: Commits) -> ModelSection:
-    """The model, its repositories at the commits."""
+    """Returns the model section with its repositories at `commits`."""
     own = {
         field: at_commit(named, commits.get(f"model.{field}"))
         for field, named in (("transformer", model.transformer), ("text_encoder", model.text_encoder))
@@ -117,10 +124,14 @@ def open_base(
     commits: Commits | None = None,
     max_sequence_length: int | None = None,
 ) -> Family:
-    """The family at the base that the run was started on, or at the one that `model` names where it is a new run.
+    """Opens the base that the run was started on, or for a new run the base that `model` names.
 
-    commits: what `find_commits` gave; None: the run's. max_sequence_length: instead of the model's. Raises HubError,
-    and RecipeError where the base is not there, or is another one now.
+    commits: the result of `find_commits`; None for the run's pinned commits. max_sequence_length: overrides
+    the model's.
+
+    Raises:
+        HubError: the Hub does not give the base.
+        RecipeError: the base does not exist, or its files have changed since the run was started.
     """
     pinned = _read(run.pin) if run.pin.is_file() and run.can_go_on else None
     if commits is None:
@@ -137,12 +148,12 @@ def open_base(
     if pinned is not None:
         _require(pinned, base_of(family, digests), run, model)
     elif run.can_go_on:
-        log.warning("%s: %s is missing; the base is taken as it is now", run.root, run.pin.name)
+        log.warning("%s: %s is missing; using the base in its current state", run.root, run.pin.name)
     return family
 
 
 def _refuse_others(run: RunFolder, pinned: Commits, model: ModelSection) -> None:
-    """Raises RecipeError where the model names another commit than the run was started on."""
+    """Raises RecipeError if the model section names another commit than the run was started on."""
     named = [(PIPELINE, "model.revision", model.path, model.revision, "null")]
     for field, path in (("transformer", model.transformer), ("text_encoder", model.text_encoder)):
         reference = HubReference.of(path)
@@ -153,13 +164,13 @@ def _refuse_others(run: RunFolder, pinned: Commits, model: ModelSection) -> None
         commit = pinned.get(setting)
         if commit is not None and revision != commit and _COMMIT.fullmatch(revision or ""):
             raise RecipeError(
-                f"{field}: got {revision}, but {run.root} was started on {name} at {commit}; expected that commit, or"
+                f"{field}: got {revision}, but {run.root} was started on {name} at {commit}; set that commit, or"
                 f" {nothing}"
             )
 
 
 def _require(pinned: PinnedBase, found: PinnedBase, run: RunFolder, model: ModelSection) -> None:
-    """Raises RecipeError where the base found is not the pinned one."""
+    """Raises RecipeError if the base found differs from the pinned one."""
 
     def differs(digest: str, setting: str) -> bool:
         of = (pinned.commits.get(setting), found.commits.get(setting))
@@ -176,19 +187,20 @@ def _require(pinned: PinnedBase, found: PinnedBase, run: RunFolder, model: Model
     named = getattr(model, own)
     where = f"model.path: {model.path}" if named is None else f"model.{own}: {named}"
     raise RecipeError(
-        f"{where}: {changed} is not what {run.root} was started on ({run.pin}). Put the former files back; or start a"
-        f" new run on the new ones from this one's adapter: lora.init_from={run.root} output.dir=runs/other"
+        f"{where}: {changed} changed since {run.root} was started on it ({run.pin}). Put the old files back, or start a"
+        f" new run on the new files from this run's adapter: lora.init_from={run.root} output.dir=runs/other"
     )
 
 
 def _read(file: Path) -> PinnedBase:
     try:
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if "revision" in facts:  # as it was written when model.path alone could be a repository
+        if "revision" in facts:  # the older format, in which only model.path could be a repository
             revision = facts.pop("revision")
             facts |= {"commits": {} if revision is None else {PIPELINE: revision}, "text_encoder": None}
         return PinnedBase(**facts)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(
-            f"{file}: cannot be read: {error}; without this file the run's base is taken as it is now"
+            f"{file}: cannot be read: {error}. Without this file the run would use the base in its current state;"
+            " delete it to allow that"
         ) from error

@@ -1,4 +1,10 @@
-"""What happens around the training step: metrics, checkpoints, samples, stopping."""
+"""Callbacks around the training step: validation, metrics, checkpoints, sample images and interruption.
+
+Lightning calls the callbacks in the order of the trainer's list, which `loop.train` builds: Interruption,
+WarmUp, Averager, Validator, MetricsRecorder, Checkpointer, Sampler. After each optimizer step the order
+matters: the average is updated before anything uses it, the validation loss is known before its row of
+metrics is written, and the Checkpointer knows if the run is about to stop.
+"""
 
 import math
 import signal
@@ -21,59 +27,70 @@ from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.training.module import DiffusionModule
 from halfbyte.trainer.training.validation import Validation
 
-# The scale begins at 2**16 and is halved each time: by then it is gone, and it is not the scale.
+# Overflows in a row that a float16 run survives. torch's gradient scaler starts at 2**16 and halves its scale
+# at each overflow: after 24 the scale is 2**-8, so the scale is not the reason for the next one.
 _MOST_OVERFLOWS = 24
 _STOPPED = (
-    "the run is stopped and earlier checkpoints are kept. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or"
+    "the run stops and keeps its earlier checkpoints. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or"
     " compute_dtype: bfloat16 instead of float16"
 )
 
 
 class StepCallback(Callback):
-    """A callback that acts between optimizer steps; Lightning's own hooks count micro-batches."""
+    """A callback that acts after each optimizer step.
+
+    Lightning's `on_train_batch_end` runs after every micro-batch. With gradient accumulation only each
+    `accumulate_grad_batches`-th micro-batch ends with an optimizer step.
+    """
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Called once after each optimizer step, in every process."""
+        """Runs once after each optimizer step, in every process."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook."""
+        """Calls `on_step_end` after the last micro-batch of an optimizer step."""
+        # A resumed run counts `batch_idx` from 0 again. Checkpoints are only written between optimizer steps,
+        # so the modulo stays right.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.on_step_end(trainer, pl_module)
 
 
 class WarmUp(Callback):
-    """Runs once what steps need before the first; stands before everything that measures.
+    """Runs the warm-up of CUDA graphs once before the first step; comes before all callbacks that measure.
 
-    By then the optimizer is built, and has moved the parameters if it moves them: recordings read them where they are.
+    At this point the optimizer exists. That matters because a joined optimizer moves the parameters to new
+    addresses when it is built, and recorded graphs read them at fixed addresses.
     """
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.run = run
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook."""
+        """Runs the warm-up."""
         self.run()
 
 
 class Averager(StepCallback):
-    """Keeps the average of the weights; stands before everything that looks at it."""
+    """Updates the average of the weights; comes before all callbacks that use it."""
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """See `StepCallback`."""
+        """Adds the new weights to the average."""
         module.weights.update(module.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook: what is exported is the average to the bit that the last checkpoint has, which it might
-        not be once Lightning has moved the model to the CPU."""
+        """Puts the average into the model for good, so that the export has it.
+
+        Done here and not after `Trainer.fit`: the average must be bitwise identical to the last checkpoint's,
+        and may not be once Lightning has moved the model to the CPU.
+        """
         pl_module.weights.apply_average()
 
 
 class Validator(StepCallback):
-    """Measures the loss on held-out pictures: before the first step, every so often, and after the last.
+    """Measures the loss on held-out images: before the first step, every `every` steps, and after the last.
 
-    Stands before the Recorder, which writes the number beside the step's own.
+    Comes before the MetricsRecorder, which writes the validation loss into the row of the same step.
     """
 
     def __init__(
@@ -92,17 +109,17 @@ class Validator(StepCallback):
         self.last_step = last_step
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook: the base alone, as the adapters start."""
+        """Measures step 0, the model before any training; a resumed run has measured it already."""
         if pl_module.step == 0:
             self.measure(pl_module)
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """See `StepCallback`."""
+        """Measures after every `every`-th step and after the last one."""
         if module.step == self.last_step or (self.every and module.step % self.every == 0):
             module.validation_loss = self.measure(module)
 
     def measure(self, module: DiffusionModule) -> float:
-        """Measures now; every process must call it."""
+        """Measures the loss now and returns it; every process must call this."""
         with module.weights.swapped_in():
             measured = self.validation.measure(module.step)
         if self.writer is not None:
@@ -113,7 +130,7 @@ class Validator(StepCallback):
 
 
 class MetricsRecorder(StepCallback):
-    """Writes metrics, shows progress, and stops a run whose loss is no number."""
+    """Writes metrics, shows progress, and stops a run whose loss or gradients are NaN or infinite."""
 
     def __init__(
         self,
@@ -136,12 +153,13 @@ class MetricsRecorder(StepCallback):
         self.last: StepMetrics | None = None
         self._since = 0
         self._started = 0.0
-        self._overflows = 0  # rows in a row
+        self._overflows = 0  # consecutive rows of metrics with an overflow
         self._tolerated = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook."""
-        # What overflows in float16 is a step that the gradient scaler leaves out, to go on with a smaller scale.
+        """Starts the clock."""
+        # In float16 the gradient scaler skips a step whose gradients overflow, and lowers its scale: no
+        # reason to stop. Only a plugin with a scaler has a state.
         self._tolerated = _MOST_OVERFLOWS if trainer.precision_plugin.state_dict() else 0
         if self.progress is not None:
             self.progress.restart()
@@ -149,11 +167,17 @@ class MetricsRecorder(StepCallback):
         self._since = pl_module.step
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """See `StepCallback`."""
+        """Writes a row of metrics after every `every`-th step, the last step and each validation.
+
+        Raises:
+            HalfbyteError: the loss is NaN or infinite, or the gradient norm is for too many rows in a row.
+        """
         step = module.step
+        # One loss per micro-batch of this step.
         losses, module.losses = module.losses, []
         validation_loss, module.validation_loss = module.validation_loss, None
         if step % self.every and step != self.last_step and validation_loss is None:
+            # No `.item()` in steps without a row: it would wait for the GPU.
             if self.progress is not None:
                 self.progress.advance(step)
             return
@@ -183,14 +207,18 @@ class MetricsRecorder(StepCallback):
 
 
 def _peak_bytes(module: DiffusionModule, device: torch.device) -> int:
-    """What a recorded step computes in is taken throughout, and counts as allocated only while it is recorded."""
+    """Returns the peak of the run's device memory so far, in bytes.
+
+    With CUDA graphs (`forward_fn`) it is the reserved memory: the pool of a graph counts as allocated only
+    while the graph is recorded, but stays in use for the whole run.
+    """
     if module.forward_fn is not None:
         return torch.cuda.max_memory_reserved(device)
     return torch.cuda.max_memory_allocated(device)
 
 
 class Checkpointer(StepCallback):
-    """Saves at optimizer boundaries, every so often and at the end; puts the optimizer back at the start."""
+    """Saves checkpoints after optimizer steps, and restores the optimizer of a resumed run."""
 
     def __init__(
         self,
@@ -212,15 +240,19 @@ class Checkpointer(StepCallback):
         self.resume = resume
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook: optimizers exist, nothing has run. Raises RecipeError for a state that fits no more."""
+        """Restores optimizer, average and gradient scaler, after Lightning has built the optimizer.
+
+        Raises:
+            RecipeError: the saved state does not fit this optimizer.
+        """
         if self.resume is None:
             return
         try:
             checkpoint.restore_optimizer(trainer.optimizers[0], self.resume.optimizer)
         except ValueError as error:
             raise RecipeError(
-                f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote it: go on"
-                " with that one, or start a new run from its weights:"
+                f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote the"
+                " checkpoint: resume with that version, or start a new run from its weights:"
                 f" lora.init_from={self.resume.folder / ADAPTER_FILE} output.dir=runs/other"
             ) from error
         if self.resume.average is not None:
@@ -229,22 +261,21 @@ class Checkpointer(StepCallback):
             trainer.precision_plugin.load_state_dict(self.resume.scaler)
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """See `StepCallback`."""
+        """Saves after every `every`-th step, after the last one, and when the run is to stop."""
         step = module.step
         if step % self.every == 0 or step == self.last_step or trainer.should_stop:
             self.save(trainer, module)
 
     def save(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Saves now; every process must call it.
+        """Saves a checkpoint now and deletes old ones; every process must call this.
 
-        Raises HalfbyteError where the weights are no numbers any more, as they may be since the last row of metrics:
-        a checkpoint of them would push out the good ones.
+        Raises:
+            HalfbyteError: the adapter has NaN or infinite values, which the last row of metrics may not show
+                yet. A checkpoint of such weights would replace a good one.
         """
         weights = trained_parameters(module.denoiser).values()
         if not torch.stack([parameter.isfinite().all() for parameter in weights]).all():
-            raise HalfbyteError(
-                f"step {module.step}: the adapter holds values that are not finite; {_STOPPED}"
-            )
+            raise HalfbyteError(f"step {module.step}: the adapter has values that are not finite; {_STOPPED}")
         if self.world.is_leader:
             accumulation = int(trainer.accumulate_grad_batches)
             position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
@@ -260,7 +291,7 @@ class Checkpointer(StepCallback):
 
 
 def _write_adapters(module: DiffusionModule, folder: str) -> None:
-    """What a user is to see under the usual name; beside it, where it is an average, the weights that train."""
+    """Writes the adapter that users see; if that is an average, also the trained weights."""
     pipeline_class = module.family.pipeline_class
     with module.weights.swapped_in():
         save_adapter(module.denoiser, pipeline_class, folder)
@@ -269,7 +300,7 @@ def _write_adapters(module: DiffusionModule, folder: str) -> None:
 
 
 class Sampler(StepCallback):
-    """Draws the recipe's prompts every so often; the run itself draws them before and after."""
+    """Generates sample images every `every` steps; `run` generates the first and the last ones."""
 
     def __init__(self, world: World, draw: Callable[[int], object], *, every: int, last_step: int) -> None:
         self.world = world
@@ -278,7 +309,7 @@ class Sampler(StepCallback):
         self.last_step = last_step
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """See `StepCallback`."""
+        """Generates images in the leader process; the other processes wait."""
         if self.every and module.step % self.every == 0 and module.step != self.last_step:
             if self.world.is_leader:
                 module.denoiser.eval()
@@ -289,10 +320,11 @@ class Sampler(StepCallback):
 
 
 class Interruption(StepCallback):
-    """Turns Ctrl-C and SIGTERM into a stop at the next optimizer boundary, in every process at once.
+    """Turns Ctrl-C and SIGTERM into a stop after the current optimizer step, in every process at once.
 
-    Before the first step, and when asked twice, they end the run where it is. Stands before all others: what those do
-    ahead of training can take minutes, and the Checkpointer saves when the run is to stop.
+    Before the first step, and at the second signal, the run ends immediately. Comes before all other
+    callbacks, for two reasons: their work before training can take minutes and must be interruptible, and the
+    Checkpointer must see that the run is to stop.
     """
 
     def __init__(self, world: World) -> None:
@@ -303,27 +335,27 @@ class Interruption(StepCallback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Lightning's hook; after it has set its own handlers, which would end the run with exit code 0."""
+        """Replaces Lightning's signal handlers, which would end the run with exit code 0."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook: from here on there is a step to finish."""
+        """Notes that a step has begun, which a signal now lets finish."""
         self._stepping = True
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """See `StepCallback`."""
+        """Stops all processes if any of them got a signal."""
         if any_process(self.world, self.signal is not None):
             self.stopped = True
             trainer.should_stop = True
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Lightning's hook."""
+        """Puts the former signal handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
-    def _note(self, number: int, _: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         if self.signal is not None or not self._stepping:
             raise KeyboardInterrupt
         self.signal = number

@@ -1,4 +1,4 @@
-"""The training of a run: the Lightning loop with everything that watches it."""
+"""The training loop of a run: Lightning's Trainer with the module, the data and the callbacks."""
 
 import logging
 import signal
@@ -44,28 +44,34 @@ from halfbyte.trainer.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
-_WHEN_FULL = "in training; the last checkpoint is whole"
-_WHEN_FULL_DRAWING = "in drawing pictures; the last checkpoint is whole"
+_WHEN_FULL = "during training; the last checkpoint is complete"
+_WHEN_FULL_SAMPLING = "while generating sample images; the last checkpoint is complete"
 _PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 
 
 class WhenFull(Protocol):
-    """Guards work against a full device: raises OutOfMemory with advice."""
+    """Returns a context that turns an out-of-memory error into OutOfMemory with advice."""
 
     def __call__(self, when: str, *phases: str) -> AbstractContextManager[None]:
-        """when: follows "the device ran out of memory". phases: of the plan, that the work within belongs to."""
+        """Returns the context.
+
+        when: completes the sentence "the device ran out of memory". phases: the names of the plan's phases
+        that the work inside the context belongs to.
+        """
 
 
 @dataclass(frozen=True)
 class Finished:
-    done: bool
+    """The state of a run after `train`."""
+
+    done: bool  # False if it was interrupted
     step: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run has ready when its steps begin."""
+    """Everything that the training loop needs."""
 
     recipe: Recipe
     family: Family
@@ -73,21 +79,23 @@ class Training:
     prepared: Prepared
     denoiser: nn.Module
     folder: RunFolder
-    saved: checkpoint.Checkpoint | None  # what it goes on from
+    saved: checkpoint.Checkpoint | None  # the checkpoint that the run resumes from
     sampler: PictureSampler
     console: Console
     when_full: WhenFull
 
     @property
     def first_step(self) -> int:
-        """How many steps are behind it."""
+        """The number of optimizer steps done before this start."""
         return self.saved.position.step if self.saved else 0
 
 
 def train(training: Training) -> Finished:
-    """Takes the steps that are left, with pictures, validation and checkpoints on the way.
+    """Takes the remaining steps, with validation, checkpoints and sample images in between.
 
-    Raises OutOfMemory where the device is full; a KeyboardInterrupt goes through.
+    Raises:
+        OutOfMemory: the device is full.
+        KeyboardInterrupt: the run was interrupted before its first step, or twice.
     """
     recipe, world, saved = training.recipe, training.world, training.saved
     first_step, last_step = training.first_step, recipe.train.steps
@@ -97,7 +105,7 @@ def train(training: Training) -> Finished:
         for line in recipe.optimizer.advice():
             log.warning(line)
     writer = MetricsWriter(training.folder.root, first_step) if world.is_leader else None
-    shown = (
+    progress = (
         Progress(training.console, "training", total=last_step, done=first_step) if world.is_leader else None
     )
     interruption = Interruption(world)
@@ -105,7 +113,7 @@ def train(training: Training) -> Finished:
         interruption,
         *([] if graphed is None else [WarmUp(lambda: _warm_up(graphed, training))]),
         Averager(),
-        *_watching(training, writer, shown),
+        *_watching(training, writer, progress),
     ]
     trainer = _trainer(training, callbacks)
     began = time.perf_counter()
@@ -114,17 +122,19 @@ def train(training: Training) -> Finished:
             full = training.when_full(_WHEN_FULL, "step")
             loader = training.prepared.loader(recipe, world, first_step * recipe.train.grad_accumulation)
             with full, warnings.catch_warnings():
-                # The cache is read faster than a worker process could hand it over.
+                # Lightning recommends worker processes, but handing batches over would take longer than
+                # reading them.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
                 with _interrupts_raised():
                     trainer.fit(module, loader)
     finally:
         if graphed is not None:
-            graphed.release()  # the last pictures need the memory
-        if shown is not None:
-            shown.close()
+            graphed.release()  # frees the graphs' memory for the last sample images
+        if progress is not None:
+            progress.close()
         if writer is not None:
             writer.close()
+    # With no steps left, `Averager.on_train_end` has not run.
     if first_step >= last_step and saved is not None and saved.average is not None:
         load_adapter_state(training.denoiser, saved.average)
     done = first_step >= last_step or not interruption.stopped or module.step >= last_step
@@ -149,18 +159,20 @@ def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionMod
     )
 
 
-def _watching(training: Training, writer: MetricsWriter | None, shown: Progress | None) -> Iterator[Callback]:
-    """What measures, records, saves and draws, in the order in which it is called."""
+def _watching(
+    training: Training, writer: MetricsWriter | None, progress: Progress | None
+) -> Iterator[Callback]:
+    """Yields the callbacks that measure, record, save and sample, in the order of their calls."""
     recipe, world = training.recipe, training.world
     last_step, global_batch = recipe.train.steps, recipe.train.batch_size * world.size
     if training.prepared.held_out:
         every = recipe.validation.every
         validation = validation_of(recipe, training.family, world, training.prepared, training.denoiser)
-        yield Validator(validation, writer, shown, every=every, last_step=last_step)
+        yield Validator(validation, writer, progress, every=every, last_step=last_step)
     yield MetricsRecorder(
         world,
         writer,
-        shown,
+        progress,
         rate=recipe.optimizer.rate,
         samples_per_step=global_batch * recipe.train.grad_accumulation,
         every=recipe.output.log_every,
@@ -177,7 +189,7 @@ def _watching(training: Training, writer: MetricsWriter | None, shown: Progress 
     )
 
     def draw(step: int) -> None:
-        with training.when_full(_WHEN_FULL_DRAWING, "sample"):
+        with training.when_full(_WHEN_FULL_SAMPLING, "sample"):
             training.sampler.draw(step)
 
     yield Sampler(world, draw, every=recipe.sample.every, last_step=last_step)
@@ -186,7 +198,7 @@ def _watching(training: Training, writer: MetricsWriter | None, shown: Progress 
 def validation_of(
     recipe: Recipe, family: Family, world: World, prepared: Prepared, denoiser: nn.Module
 ) -> Validation:
-    """The recipe's validation of a denoiser, on the pictures that are held out."""
+    """Returns the recipe's validation of `denoiser` on the held-out images."""
     return Validation(
         family,
         denoiser,
@@ -201,7 +213,7 @@ def validation_of(
 
 
 def _trainer(training: Training, callbacks: list[Callback]) -> Trainer:
-    """Lightning's loop alone: it neither saves nor logs nor shows anything."""
+    """Returns Lightning's Trainer with its own checkpoints, logging and progress bar turned off."""
     world, train = training.world, training.recipe.train
     return Trainer(
         accelerator="cuda" if world.device.type == "cuda" else "cpu",
@@ -223,7 +235,10 @@ def _trainer(training: Training, callbacks: list[Callback]) -> Trainer:
 
 @contextmanager
 def _interrupts_raised() -> Iterator[None]:
-    """Lets KeyboardInterrupt through: Lightning ignores SIGINT from then on and exits, with code 1 and no message."""
+    """Raises KeyboardInterrupt in place of Lightning's exit.
+
+    On KeyboardInterrupt Lightning ignores SIGINT from then on, and exits with code 1 and no message.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -235,7 +250,7 @@ def _interrupts_raised() -> Iterator[None]:
 
 
 def records_graphs(recipe: Recipe, world: World) -> bool:
-    """Whether steps run as CUDA graphs here."""
+    """Returns True if the run's steps run as CUDA graphs: the recipe asks for them, and the device is CUDA."""
     return recipe.train.cuda_graphs and world.device.type == "cuda"
 
 
@@ -257,7 +272,7 @@ def _warm_up(graphed: GraphedDenoiser, training: Training) -> None:
 
 
 def _weights(recipe: Recipe) -> Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], TrainedWeights]:
-    """What makes the average that the recipe asks for, of the weights that train."""
+    """Returns the function that builds the recipe's average of the weights: EMA, or the optimizer's own."""
     ema = recipe.ema
     if ema.decay is None:
         return recipe.optimizer.weights

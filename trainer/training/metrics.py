@@ -1,4 +1,4 @@
-"""The run's numbers: metrics.csv, validation.csv and TensorBoard, whole across resumes."""
+"""Metrics of a run: metrics.csv, validation.csv and TensorBoard, continuous across resumes."""
 
 import csv
 import io
@@ -16,28 +16,31 @@ VALIDATION = "validation.csv"
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step."""
+    """The metrics of one optimizer step; a row of metrics.csv."""
 
     step: int
     loss: float  # mean over the step's micro-batches and processes
     lr: float
     grad_norm: float  # before clipping
     samples_per_second: float
-    memory_gib: float  # peak allocated on the device so far, reserved with CUDA graphs; 0 on the CPU
-    validation_loss: float | None = None  # None where it was not measured
+    memory_gib: float  # peak of allocated device memory so far (reserved with CUDA graphs); 0 on the CPU
+    validation_loss: float | None = None  # None if it was not measured after this step
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The loss on the held-out pictures after a step, see `validation`."""
+    """The loss on the held-out images after a step, see `validation`; a row of validation.csv."""
 
     step: int
-    loss: float  # mean over pictures and noise levels
-    by_sigma: Mapping[float, float]  # noise level -> mean over pictures
+    loss: float  # mean over images and noise levels
+    by_sigma: Mapping[float, float]  # noise level -> mean over images
 
 
 class MetricsWriter:
-    """Appends rows; rows after the step a run resumes at are dropped first, for they will be made again."""
+    """Appends rows of metrics.
+
+    First drops the rows after the step that a run resumes at, because they will be written again.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Adds a row; it is in the file when this returns."""
+        """Appends a row to metrics.csv, and flushes it to the file."""
         row = asdict(metrics)
         self._rows.writerow(row)
         self._file.flush()
@@ -62,7 +65,7 @@ class MetricsWriter:
                 self._board.add_scalar(f"train/{name}", value, metrics.step)
 
     def write_validation(self, measured: Measurement) -> None:
-        """Adds a row to validation.csv; it is in the file when this returns."""
+        """Adds a row to validation.csv, and writes it to the file."""
         self._measurements.append(measured)
         self._write_validation()
         self._board.add_scalar("validation/loss", measured.loss, measured.step)
@@ -70,12 +73,12 @@ class MetricsWriter:
             self._board.add_scalar(f"validation/sigma_{sigma:g}", loss, measured.step)
 
     def close(self) -> None:
-        """Flushes and closes all."""
+        """Flushes and closes the files."""
         self._file.close()
         self._board.close()
 
     def _write_validation(self) -> None:
-        """The whole file, for it is short: its columns are known with its first row alone."""
+        """Writes the whole file: it is short, and its columns are only known with the first row."""
         path = self._folder / VALIDATION
         if not self._measurements:
             path.unlink(missing_ok=True)
@@ -88,7 +91,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The rows of a metrics.csv; floats come back to the bit. A row cut short by a crash is left out."""
+    """Reads a metrics.csv; floats are bitwise identical to those written. Skips a row that a crash cut short."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as stream:
@@ -102,7 +105,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 
 
 def read_validation(path: Path) -> list[Measurement]:
-    """The rows of a validation.csv, which is never cut short; none where there is no file."""
+    """Reads a validation.csv, which is written atomically; returns no rows if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as stream:

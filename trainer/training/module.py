@@ -24,7 +24,7 @@ from halfbyte.trainer.recipe.sections import ObjectiveSection
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized: the expectation over sigma of weight(sigma) * loss(prediction, noise - x0)."""
+    """The training objective: the expectation over sigma of weight(sigma) * loss(prediction, noise - x0)."""
 
     timesteps: TimestepScheme
     shift: Shift
@@ -34,13 +34,13 @@ class Objective:
 
     @classmethod
     def of(cls, section: ObjectiveSection) -> Self:
-        """The one that a recipe asks for."""
+        """Returns the objective of a recipe's section."""
         return cls(section.timesteps, section.shift, section.weighting, section.loss, section.guidance_scale)
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A point on the path from data to noise for each sample, and the velocity there."""
+    """One point on the path from data to noise for each sample, with the velocity at that point."""
 
     noisy: Tensor  # (B, C, H/8, W/8) fp32: (1 - sigma) x0 + sigma noise
     target: Tensor  # (B, C, H/8, W/8) fp32: noise - x0
@@ -48,7 +48,19 @@ class NoisyBatch:
 
 
 class DiffusionModule(LightningModule):
-    """The denoiser with its adapters, the objective, and the optimizer as functions of (seed, position)."""
+    """One training step: the denoiser with its adapters, the objective and the optimizer.
+
+    All random numbers are functions of the seed and a sample's position in the run, so no random state is
+    saved.
+
+    One optimizer step takes `accumulate_grad_batches` micro-batches. Lightning calls, in this order:
+
+    - for every micro-batch: `training_step`; `zero_grad`, before the first backward only; then the backward
+      of the loss divided by the number of micro-batches.
+    - after the last backward: unscaling of the gradients (float16 only), `on_before_optimizer_step`,
+      `configure_gradient_clipping` and `optimizer.step`.
+    - for every micro-batch: `on_train_batch_end` of the callbacks, see `callbacks.StepCallback`.
+    """
 
     def __init__(
         self,
@@ -66,11 +78,15 @@ class DiffusionModule(LightningModule):
         | None = None,
         forward_fn: Callable[..., Any] | None = None,
     ) -> None:
-        """`build_weights` makes the average that is used in place of the weights that train; `forward_fn` is called
-        in place of the denoiser, see `GraphedDenoiser`."""
+        """Puts the denoiser into training mode.
+
+        lr_factor: optimizer step, counted from 0 -> factor of the learning rate. build_weights: makes the
+        average of the weights that samples and checkpoints use; None for no average. forward_fn: called
+        instead of the denoiser, see `GraphedDenoiser`.
+        """
         super().__init__()
         self.family = family
-        self.denoiser = denoiser.train()  # adapters' dropout; Lightning leaves the mode as it is
+        self.denoiser = denoiser.train()  # enables the adapters' dropout; Lightning does not change the mode
         self.forward_fn = forward_fn
         self.objective = objective
         self.build_optimizer = build_optimizer
@@ -82,39 +98,46 @@ class DiffusionModule(LightningModule):
         self.seed = seed
         self.first_step = first_step
         self.grad_norm: Tensor | None = None
-        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
-        self.validation_loss: float | None = None  # where it was measured after the last optimizer step
-        # The frozen base is the same in every process already: DDP need neither broadcast nor watch it.
+        self.losses: list[Tensor] = []  # one loss per micro-batch since the last optimizer step
+        self.validation_loss: float | None = None  # None unless it was measured after the last optimizer step
+        # DDP must not broadcast or track the frozen base: it is identical in every process already.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, p in self.named_parameters() if not p.requires_grad
         ] + [name for name, _ in self.named_buffers()]
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, those before a resume included."""
+        """Optimizer steps done, including the steps before a resume."""
         return self.first_step + int(self.trainer.global_step)
 
     def corrupt(self, batch: Batch) -> NoisyBatch:
-        """Draws latent, noise and sigma for each sample from its position in the run."""
+        """Draws latent x0, noise and sigma, and mixes them: (1 - sigma) x0 + sigma noise."""
         shape = batch.latent_mean.shape[1:]
+        # Latents are drawn from the VAE's posterior, then noise and sigma: each from its own keyed generator,
+        # so a sample gets the same numbers whatever batch or process it is in.
         draw = {name: self.normal(name, batch) for name in ("posterior", "noise")}
         u = [uniform(self.seed, "timestep", p) for p in batch.positions]
         latents = self.family.scale_latents(batch.latent_mean + batch.latent_std * draw["posterior"])
+        # u is float64, because the quantile functions of the timestep schemes are steep near 0 and 1.
         sigma = self.objective.timesteps.sigmas(torch.tensor(u, dtype=torch.float64))
         sigma = self.objective.shift.apply(sigma, self.family.image_tokens(shape[1], shape[2]))
+        # Rounded to values that the model's input can hold, so that noise level and timestep agree exactly.
         sigma = self.family.representable(sigma, self.compute_dtype).to(latents.device)
         weight = sigma[:, None, None, None]
         noise = draw["noise"]
         return NoisyBatch((1 - weight) * latents + weight * noise, noise - latents, sigma)
 
     def normal(self, purpose: str, batch: Batch) -> Tensor:
-        """Standard normal numbers of the shape of the batch's latents, on their device, keyed by the samples."""
+        """Returns standard normal noise, (B, C, H/8, W/8) fp32, keyed by purpose and sample.
+
+        Drawn on the CPU, so that every device trains with the same numbers.
+        """
         shape = batch.latent_mean.shape[1:]
         drawn = [torch.randn(shape, generator=generator(self.seed, purpose, p)) for p in batch.positions]
         return torch.stack(drawn).to(batch.latent_mean.device)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The objective on one micro-batch: a scalar, fp32."""
+        """Computes the objective of one micro-batch: an fp32 scalar."""
         point = self.corrupt(batch)
         text = TextEmbedding(
             batch.prompt_embeds.to(self.compute_dtype), batch.pooled_prompt_embeds.to(self.compute_dtype)
@@ -130,20 +153,29 @@ class DiffusionModule(LightningModule):
         return (self.objective.weighting.weights(point.sigma) * per_sample).mean()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        """Lightning's hook."""
-        # Dropout draws from torch's global generators; seeded here, they need not be saved.
+        """Computes the loss of one micro-batch; Lightning runs the backward.
+
+        Lightning divides the loss by the number of micro-batches before the backward, so the accumulated
+        gradient is that of their mean.
+        """
+        # Dropout uses torch's global generators. Seeding them here by position means that checkpoints need
+        # not save their state.
         torch.manual_seed(key(self.seed, "dropout", *batch.positions))
         loss = self.loss(batch)
+        # Undivided, for the metrics. Kept on the device: reading the value would wait for the GPU.
         self.losses.append(loss.detach())
         return loss
 
     def cpu(self) -> Self:
-        """Stays where it is. Lightning calls this when training ends: the base would be copied to the host, 6 GB of
-        it, and the last samples drawn with a model that is no longer on their device."""
+        """Does nothing and leaves the model on its device.
+
+        Lightning calls `cpu()` when training ends. That would copy the base, 6 GB, to the host, and the last
+        sample images would be generated with a model that is no longer on their device.
+        """
         return self
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Lightning's hook."""
+        """Builds the optimizer over the trained parameters, and the average of the weights if there is one."""
         parameters = trained_parameters(self.denoiser)
         optimizer = self.build_optimizer(list(parameters.items()))
         if self.build_weights is not None:
@@ -151,13 +183,23 @@ class DiffusionModule(LightningModule):
         return optimizer
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Lightning's hook: clips by the norm over all adapters, and keeps the norm for the metrics."""
+        """Clips the gradients by their norm over all adapters, and keeps that norm for the metrics.
+
+        Lightning calls this once per optimizer step, on the accumulated gradients. In float16 they are
+        unscaled by then, so the bound applies to their true size.
+        """
+        # An infinite bound clips nothing, but computes the norm.
         parameters = list(trained_parameters(self.denoiser).values())
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, bound).detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lightning's hook: the learning rate is a function of the step alone, so it has no state to save."""
+        """Sets the learning rate; Lightning calls this once per optimizer step, before clipping.
+
+        The rate depends only on the step, so there is no scheduler state to save.
+        """
+        # `base_lr` is in the parameter group, so a checkpoint saves it with the optimizer. Without it a
+        # resumed run would multiply the factor with an `lr` that already contains one.
         for group in optimizer.param_groups:
             base = group.setdefault("base_lr", float(group["lr"]))
             group["lr"] = base * self.lr_factor(self.step)
@@ -170,7 +212,10 @@ def training_module(
     dtype: torch.dtype,
     kind: type[DiffusionModule] = DiffusionModule,
 ) -> DiffusionModule:
-    """The recipe's training step, outside of a run."""
+    """Returns the recipe's training step for use outside a run: without schedule, average or CUDA graphs.
+
+    kind: the class to build, `DiffusionModule` or a subclass.
+    """
     return kind(
         family,
         denoiser,

@@ -1,4 +1,4 @@
-"""What a run says of itself: the settings that decide the result before it, where everything is after it."""
+"""The summary that a run prints before training: every setting that decides the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,32 +16,34 @@ from halfbyte.trainer.runtime.world import World
 
 @dataclass(frozen=True)
 class Opening:
-    """What is known when training is about to start."""
+    """The facts about a run that are known right before training."""
 
     recipe: Recipe
     family: Family
     world: World
     trained: TrainedLayers
-    quant: QuantRecipe | None  # how the base is held; None: in the compute dtype
+    quant: QuantRecipe | None  # the base's quantization; None: not quantized, in the compute dtype
     quantized_layers: int
     footprint: int  # bytes of the frozen base
-    streamed: int  # those of them that stay in the host's memory
+    streamed: int  # bytes of the base that stay in host memory
     pictures: int
-    views: int  # cached crops and mirrors of them
+    views: int  # cached crops and mirrored copies of the images
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
     attention: AttentionChoice
-    held_out: int  # pictures that validation measures
+    held_out: int  # validation images
 
 
 def opening_lines(opening: Opening) -> list[tuple[str, str]]:
-    """Label and text for each thing that decides the result; nothing that matters is left to a guess."""
+    """Returns a label and a text for each setting that decides the result, including defaults."""
     recipe, family, trained = opening.recipe, opening.family, opening.trained
     dtype = recipe.quant.compute_dtype
     if opening.quant is None:
         base = f"not quantized, {dtype}"
     else:
         base = f"{opening.quant.describe()}; {opening.quantized_layers} layers, computed in {dtype}"
-    where = f", {memory_size(opening.streamed)} of it streamed from host memory" if opening.streamed else ""
+    where = (
+        f", of which {memory_size(opening.streamed)} is streamed from host memory" if opening.streamed else ""
+    )
     objective = recipe.objective
     tokens = sorted(
         {family.image_tokens(h // family.vae_scale, w // family.vae_scale) for w, h in opening.sizes}
@@ -58,7 +60,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ),
         (
             "data",
-            f"{opening.pictures} pictures, {opening.views} views, sizes"
+            f"{opening.pictures} images, {opening.views} views, sizes"
             f" {', '.join(f'{w}x{h}' for w, h in opening.sizes)}",
         ),
         ("validation", _validation_plan(recipe, opening.held_out)),
@@ -70,18 +72,18 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ("weighting", f"{objective.weighting.describe()}; loss {objective.loss.describe()}"),
         ("guidance", family.describe_guidance(objective.guidance_scale)),
         ("optimizer", f"{recipe.optimizer.describe()}; schedule {recipe.lr_schedule.describe()}"),
-        ("seen", _seen_weights(recipe)),
+        ("weights", f"{_evaluated_weights(recipe)}, in validation, samples and exports"),
         (
             "run",
             f"{train.steps} steps of {step} samples ({train.batch_size} x {train.grad_accumulation} micro-batches"
             f" x {_processes(world)}), about"
-            f" {train.steps * step / max(1, opening.pictures):.1f} passes over the pictures, seed {train.seed}",
+            f" {train.steps * step / max(1, opening.pictures):.1f} passes over the images, seed {train.seed}",
         ),
     ]
 
 
 def _blocks(recipe: Recipe, quant: QuantRecipe | None) -> str:
-    """How the blocks run, and what they keep for the backward."""
+    """Describes how the blocks run, and the checkpointing mode that really applies."""
     train, lora = recipe.train, recipe.lora
     by_layer = {
         "train.fused_blocks: false": not train.fused_blocks,
@@ -93,17 +95,17 @@ def _blocks(recipe: Recipe, quant: QuantRecipe | None) -> str:
     reasons = [setting for setting, holds in by_layer.items() if holds]
     asked = train.gradient_checkpointing
     if not reasons:
-        return f"each as one function; checkpointing {asked}"
-    kept = asked if asked in ("none", "full") else f"full, which {asked} is layer by layer"
+        return f"each block as one function; checkpointing {asked}"
+    kept = asked if asked in ("none", "full") else f"full, because {asked} needs fused blocks"
     return f"layer by layer ({', '.join(reasons)}); checkpointing {kept}"
 
 
 def _launches(recipe: Recipe, world: World) -> str:
-    """How a step's kernels get to the device."""
+    """Describes how a step's kernels are launched."""
     if not recipe.train.cuda_graphs:
         return "kernel by kernel (train.cuda_graphs: false)"
     if world.device.type != "cuda":
-        return f"operation by operation: train.cuda_graphs means nothing on {world.device.type}"
+        return f"operation by operation: train.cuda_graphs has no effect on {world.device.type}"
     return "as CUDA graphs, recorded at the first step of each size"
 
 
@@ -111,33 +113,33 @@ def _adapter_kind(recipe: Recipe) -> str:
     lora = recipe.lora
     kind = ("rs" if lora.rslora else "") + ("DoRA" if lora.dora else "LoRA")
     patterns = {**lora.rank_pattern, **lora.alpha_pattern}
-    return f"{kind} (otherwise at {', '.join(patterns)})" if patterns else kind
+    return f"{kind} (other rank or alpha for {', '.join(patterns)})" if patterns else kind
 
 
-def _seen_weights(recipe: Recipe) -> str:
-    """What validation, samples and exports are made with."""
+def _evaluated_weights(recipe: Recipe) -> str:
+    """Describes the weights that validation, sample images and exports use."""
     if recipe.ema.decay is not None:
-        return f"the moving average of the adapter, decay {recipe.ema.decay:g} a step"
-    return "the average that the optimizer keeps" if recipe.optimizer.averages else "the weights that train"
+        return f"the moving average of the adapter, decay {recipe.ema.decay:g} per step"
+    return "the optimizer's average of the weights" if recipe.optimizer.averages else "the trained weights"
 
 
 def _validation_plan(recipe: Recipe, held_out: int) -> str:
-    """What is measured, and when."""
+    """Describes what validation measures, and when."""
     if not held_out:
-        return "none: no pictures are held out (validation.path or validation.held_out)"
+        return "none: no images are held out (set validation.path or validation.held_out)"
     every = recipe.validation.every
     levels = ", ".join(f"{sigma:g}" for sigma in recipe.validation.sigmas)
-    when = f"every {every} steps, before and after" if every else "before and after"
-    return f"{held_out} pictures that are not trained on, at sigma {levels}, {when}"
+    when = f"every {every} steps, and before and after training" if every else "before and after training"
+    return f"{held_out} held-out images, at sigma {levels}, {when}"
 
 
 def _shift_note(opening: Opening, tokens: Sequence[int]) -> str:
-    """What becomes of sigma 0.5 at the run's sizes, beside what the model's own scheduler is set to."""
+    """Describes the shift's effect on sigma 0.5 at the run's image sizes, and the model's own shift."""
     middle = torch.tensor([0.5], dtype=torch.float64)
-    shown = sorted({tokens[0], tokens[-1]})
+    extremes = sorted({tokens[0], tokens[-1]})
     moved = ", ".join(
         f"{float(opening.recipe.objective.shift.apply(middle, count)):.3f} at {count} image tokens"
-        for count in shown
+        for count in extremes
     )
     scheduler = opening.family.scheduler_config
     if scheduler.get("use_dynamic_shifting"):

@@ -1,4 +1,4 @@
-"""What a run learned: the change in numbers, and one picture that shows it."""
+"""The result of a finished run: the change in validation loss, a sheet of sample images, and summary.json."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ from halfbyte.trainer.training.metrics import VALIDATION, Measurement, read_vali
 
 @dataclass(frozen=True)
 class LevelChange:
-    """What training did to the validation loss at one noise level."""
+    """The validation loss at one noise level, before and after training."""
 
     sigma: float
     base: float
@@ -30,7 +30,7 @@ class LevelChange:
 
 @dataclass(frozen=True)
 class ValidationChange:
-    """What training did to the validation loss: `base` is step 0, the model with its adapter as it starts."""
+    """The validation loss before and after training; `base` is step 0, with the untrained adapter."""
 
     pictures: int
     base: float
@@ -39,13 +39,14 @@ class ValidationChange:
     by_sigma: Sequence[LevelChange]
 
 
-_TRAINING_PICTURES = 48  # decoded for the sheet at most: more than fit beside the longest list of prompts
-_LONGER_SIDE = 512  # pixels, to which they are reduced before they wait in memory
+# Training images decoded for the sheet at most; even with the most prompts it has room for fewer.
+_TRAINING_PICTURES = 48
+_LONGER_SIDE = 512  # pixels; decoded images are reduced to it, to save host memory
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The end of a run beside its beginning; each part is None where there was nothing to compare."""
+    """The comparison of the last step with step 0; a part is None if there was nothing to compare."""
 
     validation: ValidationChange | None
     pictures: PictureChange | None
@@ -55,9 +56,12 @@ class Learned:
 def what_was_learned(
     name: str, step: int, prepared: Prepared, sampler: PictureSampler, folder: RunFolder
 ) -> Learned:
-    """Compares step 0 with `step`, both measured and drawn already, and writes the sheet, headed by `name`.
+    """Compares step 0 with `step` and writes the sheet of sample images, with `name` as its heading.
 
-    Raises DataError where a picture changed since the run began.
+    Both steps must have been measured and sampled already.
+
+    Raises:
+        DataError: a training image changed since the run began.
     """
     measured = read_validation(folder.root / VALIDATION)
     validation = validation_change(measured, len(prepared.held_out))
@@ -71,7 +75,11 @@ def what_was_learned(
     if pictures is not None:
         heading.append(picture_result(pictures))
     sheet = contact_sheet(
-        heading, _columns(step, drawn), _rows(drawn), _shown(prepared.samples), of=len(prepared.samples)
+        heading,
+        _columns(step, drawn),
+        _rows(drawn),
+        _training_images(prepared.samples),
+        of=len(prepared.samples),
     )
     sheet.save(folder.comparison)
     return Learned(validation, pictures, folder.comparison)
@@ -92,8 +100,8 @@ def _has_references(drawn: Sequence[Drawn]) -> bool:
     return any(one.reference is not None for one in drawn)
 
 
-def _shown(samples: Sequence[Sample]) -> list[Image.Image]:
-    """Training pictures from all over the list, reduced."""
+def _training_images(samples: Sequence[Sample]) -> list[Image.Image]:
+    """Returns reduced training images, evenly spaced over the list of samples."""
     step = -(-len(samples) // _TRAINING_PICTURES)
     pictures = [decode(sample_bytes(sample)) for sample in samples[::step]]
     for picture in pictures:
@@ -102,7 +110,7 @@ def _shown(samples: Sequence[Sample]) -> list[Image.Image]:
 
 
 def validation_change(measured: Sequence[Measurement], pictures: int) -> ValidationChange | None:
-    """From the rows of validation.csv; None where nothing was measured at step 0 or after it."""
+    """Compares the rows of step 0 and the last step; None if one of them was not measured."""
     if len(measured) < 2 or measured[0].step != 0:
         return None
     base, trained = measured[0], measured[-1]
@@ -117,10 +125,10 @@ def validation_change(measured: Sequence[Measurement], pictures: int) -> Validat
 
 @dataclass(frozen=True)
 class Closing:
-    """What a finished run left, as summary.json holds it."""
+    """The results of a finished run, in the form of summary.json."""
 
     steps: int
-    seconds: float  # of training alone
+    seconds: float  # of training only
     first_loss: float | None  # mean over the first tenth of the logged steps
     last_loss: float | None
     adapter: Path
@@ -129,11 +137,11 @@ class Closing:
     samples: Path | None
     metrics: Path
     validation: ValidationChange | None
-    pictures: PictureChange | None  # towards sample.references
+    pictures: PictureChange | None  # change of the distance to sample.references
 
 
 def closing_lines(closing: Closing) -> list[tuple[str, str]]:
-    """Label and text for each thing a user looks for after a run."""
+    """Returns a label and a text for each result that users look for after a run."""
     lines = [("trained", f"{closing.steps} steps in {closing.seconds:.0f} s")]
     if closing.first_loss is not None and closing.last_loss is not None:
         lines.append(
@@ -154,7 +162,7 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
     if closing.samples is not None:
         lines.append(("samples", str(closing.samples)))
     if closing.pictures is not None:
-        lines.append(("pictures", picture_result(closing.pictures)))
+        lines.append(("images", picture_result(closing.pictures)))
     lines.append(
         (
             "metrics",
@@ -167,21 +175,21 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
 
 
 def validation_result(change: ValidationChange) -> str:
-    """One line, without the levels."""
+    """Returns the change of the validation loss as one line, without the noise levels."""
     return (
         f"loss {change.base:.4f} -> {change.trained:.4f} ({change.change_percent:+.1f} %) on {change.pictures}"
-        " pictures that were not trained on"
+        " held-out images"
     )
 
 
 def picture_result(change: PictureChange) -> str:
-    """One line."""
+    """Returns the change of the distance to the reference images as one line."""
     return (
-        f"distance from {change.pictures} reference pictures {change.base.rmse:.3f} -> {change.trained.rmse:.3f}"
-        f" (RMSE of colours in 0 to 1), structural similarity {change.base.ssim:.3f} -> {change.trained.ssim:.3f}"
+        f"distance from {change.pictures} reference images {change.base.rmse:.3f} -> {change.trained.rmse:.3f}"
+        f" (RMSE of colors in 0 to 1), structural similarity {change.base.ssim:.3f} -> {change.trained.ssim:.3f}"
     )
 
 
 def write_summary(closing: Closing, path: Path) -> None:
-    """The same as JSON."""
+    """Writes the results as summary.json."""
     write_file(path, json.dumps(asdict(closing), indent=1, default=str) + "\n")

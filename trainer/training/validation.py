@@ -1,11 +1,13 @@
-"""The loss on held-out pictures at fixed noise: a number that falls as a run learns, and only then.
+"""The validation loss: the error on held-out images at fixed noise, which changes only when the model does.
 
-A training loss jumps from step to step, because each step draws other pictures, noise and noise levels. Here all
-three are fixed: every picture is measured at each level of a list, with noise that depends on nothing but the
-picture's bytes and the level. So the number is the same for every seed, step, base and number of processes, and two
-of them differ by what was learned alone. It is the plain squared error of the velocity, averaged over pictures and
-levels, whatever loss, weighting and density a run trains with: that runs with different objectives compare is worth
-more than that the number resembles the training loss.
+The training loss jumps from step to step, because each step draws different images, noise and noise levels.
+Validation fixes all three: it measures every held-out image at each noise level of a list, with noise that
+depends only on the image's bytes and the level. The noise is therefore the same for every seed, step, base
+and number of processes, and two validation losses differ only by what the model has learned.
+
+The loss is the plain squared error of the velocity, averaged over images and levels, whatever loss, weighting
+and timestep density the run trains with. It need not resemble the training loss, but runs with different
+objectives can be compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,15 +31,15 @@ from halfbyte.trainer.training.metrics import Measurement
 
 @dataclass(frozen=True)
 class Point:
-    """One picture at one noise level."""
+    """One image at one noise level."""
 
-    number: int  # in the order of pictures, then of levels
+    number: int  # position in the list of all images, each at all levels
     view: View
-    sigma: float  # as the recipe says it
+    sigma: float  # as written in the recipe
 
 
 class Validation:
-    """Held-out pictures, and the loss on them at a step of the run."""
+    """Measures the loss on the held-out images at any step of the run."""
 
     def __init__(
         self,
@@ -52,7 +54,10 @@ class Validation:
         batch_size: int,
         world: World,
     ) -> None:
-        """`pictures` reads the views' latents and captions, none of them dropped."""
+        """Sorts the points into batches.
+
+        pictures: reads the latents and captions of the views, without caption dropout.
+        """
         self.family = family
         self.denoiser = denoiser
         self.pictures = pictures
@@ -62,21 +67,21 @@ class Validation:
         self.world = world
         grid = [(view, sigma) for view in views for sigma in self.sigmas]
         points = [Point(number, view, sigma) for number, (view, sigma) in enumerate(grid)]
-        # Cut before they are shared out: what stands in a batch, and so each rounding, is the same for any number
-        # of processes.
+        # Batches are formed first and then distributed. Each batch has the same content for any number of
+        # processes, and rounds in the same way.
         self._batches = list(_batches(points, batch_size))
         self._count = len(points)
 
     @property
     def count(self) -> int:
-        """Pictures."""
+        """The number of held-out images."""
         return self._count // len(self.sigmas)
 
     @torch.no_grad()
     def predictions(self) -> Iterator[tuple[list[Point], Tensor, Tensor]]:
-        """This process's points in batches, each with the model's velocity and the true one, (B, C, h, w) fp32.
+        """Yields this process's batches: points, predicted and true velocity, (B, C, h, w) fp32.
 
-        Draws nothing from torch's own generators, and leaves the denoiser in the mode it was in.
+        Uses none of torch's global generators, and restores the denoiser's training or evaluation mode.
         """
         training = self.denoiser.training
         self.denoiser.eval()  # no dropout
@@ -85,16 +90,17 @@ class Validation:
         self.denoiser.train(training)
 
     def measure(self, step: int) -> Measurement:
-        """The loss now; every process must call it, and all get the same number.
+        """Measures the loss now; every process must call this, and all get the same result.
 
-        Raises HalfbyteError where the loss is no number.
+        Raises:
+            HalfbyteError: the loss is NaN or infinite.
         """
         losses = torch.zeros(self._count, dtype=torch.float64)
         for points, velocity, target in self.predictions():
             per_point = F.mse_loss(velocity, target, reduction="none").flatten(1).mean(1)
             losses[[point.number for point in points]] = per_point.double().cpu()
         if self.world.size > 1:
-            # Each is computed by one process and zero in the others, so the sum is exact.
+            # Every loss is computed by one process and zero in all others, so the sum is exact.
             torch.distributed.all_reduce(losses)
         by_sigma = losses.reshape(-1, len(self.sigmas)).mean(0).tolist()
         measured = Measurement(step, losses.mean().item(), dict(zip(self.sigmas, by_sigma, strict=True)))
@@ -110,25 +116,26 @@ class Validation:
         batch = collate([self.pictures[Entry(point.number, point.view)] for point in points]).to(device)
         latents = self.family.scale_latents(batch.latent_mean)  # (B, C, h, w) fp32
         noise = torch.stack([self._noise(point, latents.shape[1:]) for point in points]).to(device)
-        # To bf16, in which a model may be told sigma: every compute dtype then measures the same levels.
+        # Rounded to bf16, because the model may get sigma in bf16. Every compute dtype then measures the same
+        # levels.
         sigma = torch.tensor([point.sigma for point in points], device=device).bfloat16().float()
         weight = sigma[:, None, None, None]
         noisy = (1 - weight) * latents + weight * noise
         text = TextEmbedding(batch.prompt_embeds.to(dtype), batch.pooled_prompt_embeds.to(dtype))
-        # As a training step computes: the adapters are fp32, and products run in the compute dtype.
+        # Same precision as a training step: the adapters are fp32, and products run in the compute dtype.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             velocity = self.family.predict(self.denoiser, noisy.to(dtype), sigma, text, self.guidance_scale)
         return velocity.float(), noise - latents
 
     @staticmethod
     def _noise(point: Point, shape: torch.Size) -> Tensor:
-        """(C, h, w) fp32."""
+        """Returns the noise of one point, (C, h, w) fp32, keyed by the image's bytes and the noise level."""
         source = generator(0, f"validation/{point.view.sample.sha256}/{point.sigma:g}")
         return torch.randn(shape, generator=source)
 
 
 def _batches(points: Sequence[Point], batch_size: int) -> Iterator[list[Point]]:
-    """Points in batches of one size of picture."""
+    """Yields batches of points whose images have the same size."""
 
     def size(point: Point) -> tuple[int, int]:
         return point.view.width, point.view.height

@@ -1,4 +1,4 @@
-"""rsLoRA, DoRA, ranks and alphas by pattern: gradients against float64, and the loss of a fixed batch falls."""
+"""rsLoRA, DoRA, ranks and alphas by pattern: gradients match float64, and the loss falls."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def family(mini_flux):
 
 
 def base(family, quant_type="nf4"):
-    # Activations of int8 layers are rounded to 8 bits but for outliers: at a low bar all are outliers.
+    # int8 layers round activations to 8 bits, except outliers. With a low threshold all values are outliers.
     recipe = QuantRecipe(
         quant_type=quant_type, double_quant=True, compute_dtype=torch.float32, llm_int8_threshold=1e-6
     )
@@ -103,7 +103,7 @@ def batch_for(family):
 
 
 def in_float64(family, quant_type, variant, state):
-    """The same weights, dequantized into plain linears, under PEFT's own layers."""
+    """Returns the same weights in float64, dequantized into plain linear layers with PEFT's own adapters."""
     denoiser = base(family, quant_type)
     for name, layer in list(denoiser.named_modules()):
         if isinstance(layer, QuantizedLayer):
@@ -120,7 +120,7 @@ def in_float64(family, quant_type, variant, state):
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def started(request, family):
-    """A model whose adapter has moved a little, so that A has a gradient."""
+    """A model whose adapter is no longer at its start, so that A has a gradient."""
     quant_type, variant = VARIANTS[request.param]
     denoiser = adapt(family, base(family, quant_type), variant)
     draws = torch.Generator().manual_seed(7)
@@ -133,7 +133,7 @@ def started(request, family):
     return quant_type, variant, denoiser
 
 
-def test_gradients_match_pefts_in_float64(family, started):
+def test_gradients_match_those_of_peft_in_float64(family, started):
     quant_type, variant, denoiser = started
     batch = batch_for(family)
     loss = module_of(family, denoiser).loss(batch)
@@ -181,7 +181,7 @@ def test_patterns_set_rank_alpha_and_scale(family):
         alpha = 2 if name.endswith(("attn.to_q", "attn.to_k")) else 8
         assert down.shape[0] == rank, name
         assert scales[name] == pytest.approx(alpha / rank**0.5), name
-        # diffusers' gaussian start: a standard deviation of 1 / rank, here the layer's own.
+        # diffusers' gaussian initialization: a standard deviation of 1 / rank, with the layer's own rank.
         assert float(down.detach().std()) == pytest.approx(1 / rank, rel=0.25), name
     assert {down.shape[0] for down in layers.values()} == {2, 4, 6}
 
@@ -189,8 +189,8 @@ def test_patterns_set_rank_alpha_and_scale(family):
 @pytest.mark.parametrize(
     ("patterns", "kept"), [({"to_q": 2, "attn.to_q": 8}, False), ({"attn.to_q": 2, "to_k": 8}, True)]
 )
-def test_files_keep_which_pattern_came_first(family, tmp_path, patterns, kept):
-    """diffusers sorts them when it writes."""
+def test_files_keep_the_order_of_patterns(family, tmp_path, patterns, kept):
+    """diffusers sorts the patterns when it writes a file."""
     trained = adapt(family, base(family), LoraVariant(rank_pattern=patterns, alpha_pattern=patterns))
     save_adapter(trained, family.pipeline_class, str(tmp_path))
     config = read_saved(tmp_path / ADAPTER_FILE).config
@@ -214,27 +214,27 @@ def test_files_keep_which_pattern_came_first(family, tmp_path, patterns, kept):
 def test_a_pattern_that_matches_nothing_is_named(family, setting):
     denoiser = base(family)
     # The embedder is a linear layer, but has no adapter.
-    with pytest.raises(RecipeError, match=rf"lora\.{setting}: 'x_embedder' matches no layer.*attn"):
+    with pytest.raises(RecipeError, match=rf"lora\.{setting}: 'x_embedder' .*attn"):
         adapt(family, denoiser, LoraVariant(**{setting: {"x_embedder": 2}}))
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "found"),
     [
-        (["to_q", "to_kk"], "'to_kk' matches no layer"),
-        (["attn.to_out"], r"'attn\.to_out' matches transformer_blocks\.0\.attn\.to_out, a ModuleList"),
-        (r".*\.to_kk", r"to_kk' matches no layer"),
-        (".*", r"'\.\*' matches pos_embed, a FluxPosEmbed"),
+        (["to_q", "to_kk"], "'to_kk' .*no layer"),
+        (["attn.to_out"], r"'attn\.to_out' .*transformer_blocks\.0\.attn\.to_out, a ModuleList"),
+        (r".*\.to_kk", r"to_kk' .*no layer"),
+        (".*", r"'\.\*' .*pos_embed, a FluxPosEmbed"),
     ],
 )
-def test_a_target_that_is_no_linear_layer_is_named(family, targets, said):
-    """PEFT trains without a name that fits nothing, where others of the list do."""
-    with pytest.raises(RecipeError, match=rf"lora\.targets: .*{said}; accepted: all-linear.*such as .*attn"):
+def test_a_target_that_is_not_a_linear_layer_is_named(family, targets, found):
+    """PEFT ignores a target that matches nothing if another one of the list matches."""
+    with pytest.raises(RecipeError, match=rf"lora\.targets: .*{found}.*accepted: all-linear.*attn"):
         adapt(family, base(family), LoraVariant(), targets=targets)
 
 
-def test_a_model_without_values_takes_dora(family):
-    """As a plan needs it, which knows shapes alone."""
+def test_dora_can_be_added_on_meta(family):
+    """A plan needs this, because it has only shapes."""
     with torch.device("meta"):
         denoiser = family.denoiser_class.from_config(family.denoiser_config)
     trained = add_lora(
@@ -247,9 +247,9 @@ def test_a_model_without_values_takes_dora(family):
         seed=1,
         variant=LoraVariant(dora=True),
     )
-    lengths = [module for module in denoiser.modules() if isinstance(module, RowMagnitudes)]
-    assert len(lengths) == trained.layers
-    assert all(one.weight.is_meta for one in lengths)
+    magnitudes = [module for module in denoiser.modules() if isinstance(module, RowMagnitudes)]
+    assert len(magnitudes) == trained.layers
+    assert all(one.weight.is_meta for one in magnitudes)
 
 
 def test_dora_starts_as_the_base_and_refuses_rows_of_zeros(family):
@@ -258,10 +258,10 @@ def test_dora_starts_as_the_base_and_refuses_rows_of_zeros(family):
     with torch.no_grad():
         before, after = (module_of(family, model).loss(batch) for model in (bare, denoiser))
     assert torch.allclose(before, after, rtol=1e-5)
-    lengths = [module for module in denoiser.modules() if isinstance(module, RowMagnitudes)]
-    assert all(torch.allclose(one.weight**2, one.base_squares) for one in lengths)
+    magnitudes = [module for module in denoiser.modules() if isinstance(module, RowMagnitudes)]
+    assert all(torch.allclose(one.weight**2, one.base_squares) for one in magnitudes)
     layer = denoiser.transformer_blocks[0].attn.to_q
-    nn.init.normal_(layer.lora_B["default"].weight)  # an adapter that starts elsewhere
+    nn.init.normal_(layer.lora_B["default"].weight)  # an adapter that changes the weight from the start
     keep_lengths(denoiser, "default")
     adapted = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
     assert torch.allclose(layer.lora_magnitude_vector["default"].weight, adapted.norm(dim=1), rtol=1e-4)
@@ -270,5 +270,5 @@ def test_dora_starts_as_the_base_and_refuses_rows_of_zeros(family):
     weight = layer.dequantize(torch.float32)
     weight[3] = 0
     layer.quantize(weight)
-    with pytest.raises(RecipeError, match=r"lora\.dora: transformer_blocks\.0\.attn\.to_q has rows of zeros"):
+    with pytest.raises(RecipeError, match=r"lora\.dora: transformer_blocks\.0\.attn\.to_q .*zeros"):
         adapt(family, broken, LoraVariant(dora=True))

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments: bitsandbytes and fp32 AdamW as judges, and the kernel against the reference."""
+"""AdamW with 8-bit moments, compared with bitsandbytes and fp32 AdamW, and the kernel with the reference."""
 
 import bitsandbytes
 import pytest
@@ -23,7 +23,7 @@ def moments_of(count):
 
 
 def drawn(shape, seed, spread=0.0):
-    """Normal numbers, over `spread` decades."""
+    """Returns normal numbers whose magnitudes spread over `spread` decades."""
     draws = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=draws) * 10 ** (-spread * torch.rand(shape, generator=draws))
 
@@ -32,17 +32,18 @@ def named(device="cpu"):
     return [(str(i), torch.nn.Parameter(drawn(shape, i).to(device))) for i, shape in enumerate(SHAPES)]
 
 
-def test_the_codes_are_bitsandbytes():
+def test_the_codes_equal_those_of_bitsandbytes():
     mean, square = codes(CPU)
     assert torch.equal(mean, bitsandbytes.functional.create_dynamic_map(signed=True))
     assert torch.equal(square, bitsandbytes.functional.create_dynamic_map(signed=False))
 
 
-def test_steps_are_bitsandbytes():
-    """But for values halfway between codes; gradients are of one size, so that it rounds no moment to zero."""
+def test_steps_match_those_of_bitsandbytes():
+    """Values halfway between two codes may differ. Gradients have similar sizes, so bitsandbytes rounds none
+    to zero."""
     count = 4 * BLOCK
     ours, theirs = drawn(count, 0), drawn(count, 0)
-    moments, held = moments_of(count), moments_of(count)
+    moments, theirs_state = moments_of(count), moments_of(count)
     mean_codes, square_codes = codes(CPU)
     for number in range(1, 6):
         gradient = drawn(count, 100 + number)
@@ -52,8 +53,8 @@ def test_steps_are_bitsandbytes():
             "adam",
             gradient.clone(),
             theirs,
-            held.mean,
-            held.square,
+            theirs_state.mean,
+            theirs_state.square,
             *SETTINGS["betas"],
             0.0,
             0.0,
@@ -62,26 +63,28 @@ def test_steps_are_bitsandbytes():
             SETTINGS["lr"],
             mean_codes,
             square_codes,
-            held.mean_scale,
-            held.square_scale,
+            theirs_state.mean_scale,
+            theirs_state.square_scale,
             SETTINGS["weight_decay"],
             1.0,
             False,
         )
         for one, other, table in (
-            (moments.mean, held.mean, mean_codes),
-            (moments.square, held.square, square_codes),
+            (moments.mean, theirs_state.mean, mean_codes),
+            (moments.square, theirs_state.square, square_codes),
         ):
             assert (one != other).float().mean() < 0.01
-            # Codes lie at most so far apart; near zero, where they are dense, a rounding may cross several.
+            # The largest gap between codes. Near zero, where codes are dense, a rounding error may cross
+            # several.
             assert (table[one.int()] - table[other.int()]).abs().max() < 0.015
-        assert torch.allclose(moments.mean_scale, held.mean_scale, rtol=1e-5)
-        assert torch.allclose(moments.square_scale, held.square_scale, rtol=1e-5)
+        assert torch.allclose(moments.mean_scale, theirs_state.mean_scale, rtol=1e-5)
+        assert torch.allclose(moments.square_scale, theirs_state.square_scale, rtol=1e-5)
     assert (ours - theirs).norm() < 2e-3 * (ours - drawn(count, 0)).norm()
 
 
-def test_the_way_is_that_of_fp32():
-    """Over many steps of steady and noisy gradients; rounding the moments costs a few percent of the way."""
+def test_parameters_move_like_those_of_fp32_adamw():
+    """Takes many steps of steady and noisy gradients; rounding the moments costs a few percent of the
+    distance."""
     ours, theirs = named(), named()
     optimizers = AdamW8bit(ours, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
     for number in range(40):
@@ -91,12 +94,13 @@ def test_the_way_is_that_of_fp32():
                 parameter.grad = steady + drawn(parameter.shape, 1000 * index + number)
             optimizer.step()
     for index, ((_, one), (_, other)) in enumerate(zip(ours, theirs, strict=True)):
-        way = other - drawn(other.shape, index)
-        assert (one - other).norm() < 0.05 * way.norm(), SHAPES[index]
+        distance = other - drawn(other.shape, index)
+        assert (one - other).norm() < 0.05 * distance.norm(), SHAPES[index]
 
 
-def test_a_second_moment_never_vanishes_under_a_first():
-    """One large gradient sets the block's scale; a small one passes, and only its mean remains."""
+def test_the_second_moment_does_not_round_to_zero_before_the_first():
+    """A large gradient sets the block's scale, and a small one appears once: its mean must not be divided by
+    eps."""
     parameter, moments = torch.zeros(BLOCK), moments_of(BLOCK)
     gradient = torch.zeros(BLOCK)
     gradient[0] = 1.0
@@ -107,7 +111,7 @@ def test_a_second_moment_never_vanishes_under_a_first():
     assert parameter.abs().max() < 0.1
 
 
-def test_a_parameter_without_a_gradient_stays():
+def test_a_parameter_without_a_gradient_does_not_move():
     parameters = named()
     optimizer = AdamW8bit(parameters, **SETTINGS)
     for _, parameter in parameters[1:]:
@@ -120,7 +124,7 @@ def test_a_parameter_without_a_gradient_stays():
 
 
 @pytest.mark.gpu
-def test_the_kernel_is_the_reference():
+def test_the_kernel_matches_the_reference():
     ours, theirs = named("cuda"), named()
     optimizers = AdamW8bit(ours, **SETTINGS), AdamW8bit(theirs, **SETTINGS)
     for number in range(6):
@@ -135,5 +139,5 @@ def test_the_kernel_is_the_reference():
                 left, right = optimizers[0].state[one][name].cpu(), optimizers[1].state[other][name]
                 assert (left != right).float().mean() <= 0.01
     for index, ((_, one), (_, other)) in enumerate(zip(ours, theirs, strict=True)):
-        way = other - drawn(other.shape, index)
-        assert (one.cpu() - other).norm() < 1e-3 * way.norm(), SHAPES[index]
+        distance = other - drawn(other.shape, index)
+        assert (one.cpu() - other).norm() < 1e-3 * distance.norm(), SHAPES[index]

@@ -1,4 +1,4 @@
-"""Optimizers over joined parameters take the library's steps, and notice when they cannot."""
+"""Optimizers over joined parameters take the same steps as the library's, and detect what they cannot join."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("slice_p", [1, 5])
-def test_prodigys_steps_are_the_librarys(slice_p):
+def test_prodigy_takes_the_librarys_steps(slice_p):
     ours, theirs = parameters(), parameters()
     choice = Prodigy(name="prodigy", d0=1e-3, slice_p=slice_p)
     library = ProdigyOptimizer(
@@ -54,11 +54,11 @@ def test_prodigys_steps_are_the_librarys(slice_p):
     one, other = walk(ours, choice.build(ours)), walk(theirs, library)
     if slice_p == 1:
         assert_close(one, other)
-    else:  # it is every fifth number of the whole there, of each parameter here
+    else:  # ours takes every fifth value of the joined tensor, the library every fifth of each parameter
         assert all(torch.allclose(x, y, atol=0.3) for x, y in zip(one, other, strict=True))
 
 
-def test_adafactors_steps_are_the_librarys_where_shapes_differ():
+def test_adafactor_takes_the_librarys_steps_if_all_shapes_differ():
     shapes = [(4, 48), (40, 4), (24,), (6, 50)]
     ours, theirs = parameters(shapes), parameters(shapes)
     choice = Adafactor(name="adafactor", lr=1e-2)
@@ -67,7 +67,8 @@ def test_adafactors_steps_are_the_librarys_where_shapes_differ():
 
 
 def test_a_stack_keeps_rows_and_columns_of_each_matrix():
-    """With no update clipped, what is of one shape does what it does alone; vectors have no rows and columns."""
+    """Without clipping, stacked matrices take the same steps as separate ones; vectors have no rows and
+    columns."""
     ours, theirs = parameters(), parameters()
     choice = Adafactor(name="adafactor", lr=1e-2, clip=100.0)
     library = torch.optim.Adafactor(theirs, lr=1e-2, eps=(None, 1.0), d=100.0, weight_decay=0.01)
@@ -96,15 +97,15 @@ def test_parameters_in_another_order_are_refused():
     give_gradients(named, 0)
     optimizer.step()
     saved = checkpoint.named_optimizer_state(optimizer)
-    turned = parameters()[::-1]
-    with pytest.raises(ValueError, match="another order"):
-        checkpoint.restore_optimizer(Prodigy(name="prodigy").build(turned), saved)
+    reordered = parameters()[::-1]
+    with pytest.raises(ValueError, match="order"):
+        checkpoint.restore_optimizer(Prodigy(name="prodigy").build(reordered), saved)
 
 
-def test_a_parameter_that_was_moved_away_is_noticed():
+def test_a_parameter_whose_data_was_replaced_is_detected():
     named = parameters()
     optimizer = Prodigy(name="prodigy").build(named)
     give_gradients(named, 0)
     named[0][1].data = named[0][1].data.clone()
-    with pytest.raises(AssertionError, match="has left"):
+    with pytest.raises(AssertionError, match="joined"):
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Each optimizer: it learns, goes on after a checkpoint to the bit, and holds the state it says."""
+"""Each optimizer learns, resumes bitwise identically from a checkpoint, and has its declared state."""
 
 import math
 
@@ -18,7 +18,7 @@ from halfbyte.trainer.optim.optimizers import (
 )
 from halfbyte.trainer.run_folder import checkpoint
 
-# With the fp32 numbers of state that each says it holds a parameter, of large matrices.
+# Each choice with its declared state for large matrices, in fp32 values per parameter.
 CHOICES = {
     "adamw": (AdamW(name="adamw", lr=1e-2), 2.0),
     "adamw_8bit": (AdamW8Bit(name="adamw_8bit", lr=1e-2), 0.508),
@@ -31,22 +31,21 @@ each_choice = pytest.mark.parametrize("choice", [choice for choice, _ in CHOICES
 
 RANK, INPUTS, OUTPUTS = 4, 48, 40
 
-
-LENGTHS = "layer.lora_magnitude_vector.default.weight"
+MAGNITUDE = "layer.lora_magnitude_vector.default.weight"
 
 
 class Toy:
-    """y = m * B A x, B at zero: a layer's update, fitted to another one of the same rank."""
+    """y = m * B A x, with B starting at zero: an adapter that is fitted to a random layer."""
 
     def __init__(self, choice, device="cpu", saved=None):
-        """`saved` is a checkpoint: as in a run, its weights are there before the optimizer is."""
+        """Loads the weights of the checkpoint `saved` before the optimizer is built, as a run does."""
         draws = torch.Generator().manual_seed(3)
         self.x = torch.randn(64, INPUTS, generator=draws).to(device)
         self.y = self.x @ torch.randn(INPUTS, OUTPUTS, generator=draws).to(device) / INPUTS**0.5
         down = torch.randn(RANK, INPUTS, generator=draws) / RANK
         self.parameters = {
             "layer.lora_A": torch.nn.Parameter(down.to(device)),
-            LENGTHS: torch.nn.Parameter(torch.ones(OUTPUTS, device=device)),
+            MAGNITUDE: torch.nn.Parameter(torch.ones(OUTPUTS, device=device)),
             "layer.lora_B": torch.nn.Parameter(torch.zeros(OUTPUTS, RANK, device=device)),
         }
         for name, value in saved.adapter.items() if saved else ():
@@ -56,8 +55,8 @@ class Toy:
             checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
 
     def loss(self):
-        a, lengths, b = self.parameters.values()
-        return ((self.x @ a.t() @ b.t() * lengths - self.y) ** 2).mean()
+        a, magnitude, b = self.parameters.values()
+        return ((self.x @ a.t() @ b.t() * magnitude - self.y) ** 2).mean()
 
     def steps(self, count, first=0):
         for step in range(first, first + count):
@@ -66,7 +65,7 @@ class Toy:
             loss.backward()
             for group in self.optimizer.param_groups:
                 base = group.setdefault("base_lr", group["lr"])
-                group["lr"] = base * (step + 1) / 8  # a schedule of the rate
+                group["lr"] = base * (step + 1) / 8  # a learning-rate schedule
             self.optimizer.step()
         return self
 
@@ -81,7 +80,7 @@ class Toy:
         )
 
 
-def test_every_optimizer_is_among_them():
+def test_all_optimizers_are_tested():
     assert {choice.name for choice, _ in CHOICES.values()} == set(OPTIMIZERS.classes)
 
 
@@ -95,7 +94,7 @@ def test_it_learns(choice):
 
 
 @each_choice
-def test_it_goes_on_after_a_checkpoint_to_the_bit(choice, tmp_path):
+def test_it_resumes_bitwise_identically(choice, tmp_path):
     whole = Toy(choice).steps(6)
     Toy(choice).steps(3).save(tmp_path)
     resumed = Toy(choice, saved=checkpoint.newest(tmp_path)).steps(3, first=3)
@@ -105,8 +104,8 @@ def test_it_goes_on_after_a_checkpoint_to_the_bit(choice, tmp_path):
 
 
 @each_choice
-def test_what_it_saves_is_that_very_state(choice, tmp_path):
-    """So that it could be written again, a bit further on, by a run that was resumed."""
+def test_a_restored_state_is_saved_again_unchanged(choice, tmp_path):
+    """A resumed run writes the state again in its next checkpoint."""
     toy = Toy(choice).steps(3)
     first = toy.save(tmp_path / "first")
     again = Toy(choice, saved=checkpoint.newest(tmp_path / "first")).save(tmp_path / "again")
@@ -115,7 +114,7 @@ def test_what_it_saves_is_that_very_state(choice, tmp_path):
 
 
 @pytest.mark.parametrize(("choice", "numbers"), CHOICES.values(), ids=list(CHOICES))
-def test_its_state_is_what_it_says(choice, numbers):
+def test_its_state_has_the_declared_size(choice, numbers):
     shapes = [(8, 256), (256, 8), (8, 250), (300,), (8, 256), (300,)]
     parameters = [(str(index), torch.nn.Parameter(torch.randn(shape))) for index, shape in enumerate(shapes)]
     optimizer = choice.build(parameters)
@@ -134,39 +133,39 @@ def test_its_state_is_what_it_says(choice, numbers):
 
 
 @each_choice
-def test_the_lengths_of_doras_rows_do_not_decay(choice):
-    """They begin as the base's own: nearer to zero is no nearer to the base."""
+def test_dora_magnitudes_do_not_decay(choice):
+    """They start at the norms of the base's rows, so decay towards zero would move them away from the base."""
     toy = Toy(choice.model_copy(update={"weight_decay": 0.5}))
     before = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
     for step in range(4):
         for group in toy.optimizer.param_groups:
-            assert (group["weight_decay"] == 0) == (LENGTHS in group["param_names"])
-        a, lengths, b = toy.parameters.values()
-        a.grad, lengths.grad, b.grad = (
+            assert (group["weight_decay"] == 0) == (MAGNITUDE in group["param_names"])
+        a, magnitude, b = toy.parameters.values()
+        a.grad, magnitude.grad, b.grad = (
             1e-12 * before["layer.lora_A"],
             torch.zeros(OUTPUTS),
             torch.ones_like(b),
         )
         toy.optimizer.step()
-        assert torch.allclose(toy.parameters[LENGTHS], before[LENGTHS], rtol=1e-7), step
+        assert torch.allclose(toy.parameters[MAGNITUDE], before[MAGNITUDE], rtol=1e-7), step
     assert toy.parameters["layer.lora_A"].norm() < before["layer.lora_A"].norm()
 
 
-def test_adafactors_rate_is_a_plain_one():
-    """Its own is relative to the weights, and B starts at zero."""
+def test_adafactors_rate_does_not_depend_on_the_weights():
+    """torch's default is relative to the weights, and B starts at zero."""
     toy = Toy(Adafactor(name="adafactor", lr=1e-2, weight_decay=0.0))
     toy.steps(1, first=7)
     moved = toy.parameters["layer.lora_B"].detach().square().mean().sqrt()
     assert 0.5e-2 < float(moved) <= 1.01e-2
 
 
-def test_adafactor_says_the_rate_that_it_took():
+def test_adafactor_reports_the_rate_it_used():
     choice = Adafactor(name="adafactor", lr=0.6, weight_decay=0.0)
     toy = Toy(choice)
     for step, rate in enumerate((0.6, 0.6, 3**-0.5, 4**-0.5), 1):
         before = toy.parameters["layer.lora_B"].detach().clone()
         toy.parameters["layer.lora_A"].grad = torch.zeros(RANK, INPUTS)
-        toy.parameters[LENGTHS].grad = torch.zeros(OUTPUTS)
+        toy.parameters[MAGNITUDE].grad = torch.zeros(OUTPUTS)
         toy.parameters["layer.lora_B"].grad = torch.full((OUTPUTS, RANK), (-1.0) ** step)
         toy.optimizer.step()
         assert choice.rate(toy.optimizer) == pytest.approx(rate)
@@ -175,7 +174,7 @@ def test_adafactor_says_the_rate_that_it_took():
         )
 
 
-def test_prodigy_finds_its_rate_and_says_so():
+def test_prodigy_estimates_its_rate_and_reports_it():
     choice = Prodigy(name="prodigy")
     toy = Toy(choice)
     toy.steps(1, first=7)
@@ -185,7 +184,7 @@ def test_prodigy_finds_its_rate_and_says_so():
     assert choice.rate(toy.optimizer) > 1e-4
 
 
-def test_prodigy_is_warned_about_another_optimizers_rate(capsys):
+def test_prodigy_warns_about_another_optimizers_rate(capsys):
     assert Prodigy(name="prodigy").advice() == []
     (line,) = Prodigy(name="prodigy", lr=1e-4).advice()
     assert "0.0001" in line
@@ -195,7 +194,7 @@ def test_prodigy_is_warned_about_another_optimizers_rate(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_schedule_free_shows_its_average_and_trains_on():
+def test_schedule_free_swaps_its_average_in_and_trains_on():
     choice = ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)
     toy, undisturbed = Toy(choice).steps(4), Toy(choice).steps(4)
     weights = choice.weights(toy.parameters, toy.optimizer)
@@ -203,7 +202,8 @@ def test_schedule_free_shows_its_average_and_trains_on():
     trained = {name: parameter.detach().clone() for name, parameter in toy.parameters.items()}
     with weights.swapped_in():
         for name, parameter in toy.parameters.items():
-            # y = (1 - beta) z + beta x, x the average and y the weights that train (Defazio et al. 2024, eq. 3)
+            # y = (1 - beta) z + beta x, x the average and y the weights that train (Defazio et al. 2024, eq.
+            # 3)
             z = toy.optimizer.state[parameter]["z"]
             expected = (trained[name] - (1 - 0.9) * z) / 0.9
             assert torch.allclose(parameter, expected, atol=1e-6)
@@ -211,11 +211,11 @@ def test_schedule_free_shows_its_average_and_trains_on():
     toy.steps(2, first=4)
     undisturbed.steps(2, first=4)
     for name, parameter in toy.parameters.items():
-        assert parameter.equal(undisturbed.parameters[name]), "a look changed what trains"
+        assert parameter.equal(undisturbed.parameters[name]), "swapping the average in changed the training"
 
 
-def test_schedule_free_averages_with_the_warmups_rates():
-    """The library's own warm-up and the schedule's are one: both weigh the average by the rate."""
+def test_schedule_free_weights_the_average_by_the_warmup_rates():
+    """A warm-up from our schedule equals the library's own: both weight the average by the rate."""
     ours = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2)).steps(8)
     theirs = Toy(ScheduleFreeAdamW(name="schedule_free_adamw", lr=3e-2))
     for group in theirs.optimizer.param_groups:
@@ -231,7 +231,7 @@ def test_schedule_free_averages_with_the_warmups_rates():
 
 @pytest.mark.gpu
 @each_choice
-def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
+def test_cuda_takes_the_cpus_steps_and_resumes_bitwise_identically(choice, tmp_path):
     whole, cpu = Toy(choice, "cuda").steps(6), Toy(choice).steps(6)
     for one, other in zip(whole.parameters.values(), cpu.parameters.values(), strict=True):
         assert torch.allclose(one.cpu(), other, atol=5e-3)
@@ -245,7 +245,8 @@ def test_cuda_takes_the_cpus_steps_and_resumes_to_the_bit(choice, tmp_path):
 @pytest.mark.gpu
 @each_choice
 def test_scaled_gradients_are_unscaled_first(choice):
-    """As float16 trains: what is clipped has its true size, and a step with infinite gradients is left out."""
+    """As in float16 training: clipping sees unscaled gradients, and a step with infinite gradients is
+    skipped."""
     scaled, plain = Toy(choice, "cuda"), Toy(choice, "cuda")
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     scaler.scale(scaled.loss()).backward()

@@ -1,4 +1,4 @@
-"""The rate over a run: each schedule's shape, as a function of the step alone."""
+"""The shape of each learning-rate schedule over a run."""
 
 import math
 
@@ -30,17 +30,17 @@ def test_every_schedule_warms_up_to_the_full_rate(name):
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES.classes))
-def test_only_what_says_so_falls(name):
+def test_a_schedule_falls_if_it_declares_so(name):
     schedule = SCHEDULES[name](name=name)
     assert (factors(schedule)[-1] < 0.1) == schedule.falls
 
 
 @pytest.mark.parametrize("name", [n for n, c in SCHEDULES.classes.items() if issubclass(c, FallingSchedule)])
 def test_a_falling_schedule_ends_at_its_share(name):
-    plain, lifted = SCHEDULES[name](name=name), SCHEDULES[name](name=name, end=0.25)
+    plain, raised = SCHEDULES[name](name=name), SCHEDULES[name](name=name, end=0.25)
     assert plain.after_warmup(1 - 1e-9) == pytest.approx(0, abs=1e-6)
     for step, factor in enumerate(factors(plain)):
-        assert lifted.factor(step, STEPS) == pytest.approx(0.25 + 0.75 * factor)
+        assert raised.factor(step, STEPS) == pytest.approx(0.25 + 0.75 * factor)
 
 
 def test_the_shapes():

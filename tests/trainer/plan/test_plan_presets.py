@@ -1,4 +1,4 @@
-"""The recipes for cards of a size: by the plan each fits its card in every phase, and uses what it has."""
+"""The recipes for a card's size: by its plan, each fits its card and uses most of its memory."""
 
 import re
 from pathlib import Path
@@ -24,9 +24,9 @@ def test_there_are_presets() -> None:
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_what_a_preset_does_not_name_is_the_full_recipes(path: Path) -> None:
-    """As its head says."""
-    (full,) = re.findall(r"What is not named here is as in (\w+)\.yaml", path.read_text())
+def test_a_preset_differs_from_the_full_recipe_only_where_it_says(path: Path) -> None:
+    """The comment at the top of each preset promises this."""
+    (full,) = re.findall(r"Settings not given here are as in (\w+)\.yaml", path.read_text())
     written = yaml.load(path.read_text(), Loader=RecipeLoader)
     for line in differences(load_recipe(FOLDER / f"{full}.yaml"), load_recipe(path)):
         section, field = line.split(":")[0].split(".")[:2]
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_fits_its_card(path: Path, models: dict[str, Path]) -> None:
-    """With pictures drawn as well: their prompts are the user's, and take nothing from the rest."""
+    """With sample images too, because users add their own prompts."""
     model, card = path.stem.rsplit("_", 1)
     budget = int(card.removesuffix("gb")) * GIB
     recipe = load_recipe(path, [f"model.path={models[model]}", "sample.prompts=[a dog]"])

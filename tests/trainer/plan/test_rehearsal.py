@@ -1,4 +1,4 @@
-"""A step rehearsed on meta tensors beside the same step with values: what is kept, what is alive, what is computed."""
+"""A dry run on meta tensors compared with the real step: kept memory, live memory and work."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ from halfbyte.trainer.training.module import training_module
 
 from runs import write_recipe
 
-SIDE = 96  # pixels
+SIDE = 96  # pixels of the images
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def batch_for(recipe: Recipe, family: Family) -> Batch:
 
 
 class SavedBytes:
-    """Storages that autograd keeps, parameters apart."""
+    """Counts the storages that autograd keeps, except parameters."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
@@ -87,14 +87,14 @@ class SavedBytes:
         ("train.gradient_checkpointing=full", "lora.targets=attention", "train.fused_blocks=false"),
     ],
 )
-def test_a_rehearsed_step_holds_what_a_step_holds(
+def test_a_dry_step_uses_the_memory_of_a_real_step(
     folders: dict[str, Any], family_name: str, settings: tuple[str, ...]
 ) -> None:
-    """Over an unquantized fp32 base, whose products are made alike on every device."""
+    """With an unquantized fp32 base, whose operations are the same on every device."""
     recipe = load_recipe(folders[family_name], [*settings, "quant.type=none", "train.grad_accumulation=1"])
     family = opened(recipe)
     rehearsal = Rehearsal(recipe, family)
-    foretold = rehearsal.step(recipe, SIDE, SIDE)
+    predicted = rehearsal.step(recipe, SIDE, SIDE)
 
     denoiser = load_base(family, None, device=torch.device("cpu"), dtype=torch.float32)
     add_adapters(recipe, family, denoiser)
@@ -114,33 +114,33 @@ def test_a_rehearsed_step_holds_what_a_step_holds(
         live.restart()
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             loss = module.loss(batch)
-        assert live.name_rest("kept") == pytest.approx(foretold.kept, rel=0.02)
+        assert live.name_rest("kept") == pytest.approx(predicted.kept, rel=0.02)
         if "train.fused_blocks=false" not in settings:
-            # Autograd's own list lacks what blocks keep beside it, rope's tables above all.
-            assert 0.85 * foretold.kept <= saved.nbytes <= 1.01 * foretold.kept
+            # Autograd's list lacks the tensors that blocks keep themselves, above all the RoPE tables.
+            assert 0.85 * predicted.kept <= saved.nbytes <= 1.01 * predicted.kept
         for parameter in adapters:
             parameter.grad = None
         loss.backward()
-    assert foretold.peak.nbytes == pytest.approx(live.peak.nbytes, rel=0.03)
+    assert predicted.peak.nbytes == pytest.approx(live.peak.nbytes, rel=0.03)
     gradients = sum(allocated(parameter.grad.nbytes) for parameter in adapters if parameter.grad is not None)
     assert rehearsal.held[ADAPTERS] == gradients
 
 
 @pytest.mark.parametrize("family_name", ["flux", "sd3"])
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
-def test_the_base_takes_what_it_is_foretold(folders: dict[str, Any], family_name: str, quant: str) -> None:
+def test_the_base_uses_the_predicted_memory(folders: dict[str, Any], family_name: str, quant: str) -> None:
     recipe = load_recipe(folders[family_name], [f"quant.type={quant}", "quant.compute_dtype=bfloat16"])
     family = opened(recipe)
     held = Rehearsal(recipe, family).held
     denoiser: Any = load_base(family, quant_recipe(recipe), device=torch.device("cpu"), dtype=torch.bfloat16)
     real = denoiser.get_memory_footprint()
-    # Every tensor is rounded up to 512 bytes, and the miniature has many small ones.
+    # Every tensor is rounded up to 512 bytes, and the miniature model has many small tensors.
     tensors = 7 * len(list(denoiser.parameters()))
     assert 0 <= sum(nbytes for kind, nbytes in held.items() if kind != ADAPTERS) - real <= 512 * tensors
     assert any(kind.startswith("packed") for kind in held)
 
 
-def test_what_is_kept_shrinks_and_work_grows_with_checkpointing(folders: dict[str, Any]) -> None:
+def test_checkpointing_keeps_less_and_computes_more(folders: dict[str, Any]) -> None:
     steps = {}
     recipe = load_recipe(folders["flux"], ["quant.compute_dtype=bfloat16"])
     rehearsal = Rehearsal(recipe, opened(recipe))
@@ -161,7 +161,7 @@ def test_what_is_kept_shrinks_and_work_grows_with_checkpointing(folders: dict[st
 
 
 @pytest.mark.parametrize("family_name", ["flux", "sd3"])
-def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], family_name: str) -> None:
+def test_streamed_blocks_leave_two_buffers_on_the_device(folders: dict[str, Any], family_name: str) -> None:
     settings = ["quant.compute_dtype=bfloat16", "train.gradient_checkpointing=none"]
     recipe = load_recipe(folders[family_name], settings)
     streamed = load_recipe(folders[family_name], [*settings, "train.stream_blocks=true"])
@@ -173,7 +173,7 @@ def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], 
     assert visiting.visitors.host_bytes == stream.host_bytes
     assert visiting.held[VISITING] == pytest.approx(stream.device_bytes, abs=2 * 512)
     rest = {kind: nbytes for kind, nbytes in visiting.held.items() if kind != VISITING}
-    # What lies on the host is as much, but for the ends of tensors and the tables that all layers share.
+    # The host holds the same bytes, except for the padding of tensors and the tables that all layers share.
     layers = sum(isinstance(module, QuantizedLayer) for module in visiting.denoiser.modules())
     moved = sum(all_there.held.values()) - sum(rest.values())
     assert moved == pytest.approx(stream.host_bytes, abs=2048 * layers)
@@ -183,8 +183,8 @@ def test_streamed_blocks_leave_two_rooms_on_the_device(folders: dict[str, Any], 
 
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
-def test_a_rehearsal_makes_no_values(folders: dict[str, Any], init: str) -> None:
-    """An adapter of a high rank would take the host's memory, and minutes to draw."""
+def test_a_dry_run_allocates_no_values(folders: dict[str, Any], init: str) -> None:
+    """Initializing an adapter of high rank would fill the host's memory and take minutes."""
     recipe = load_recipe(folders["flux"], ["lora.rank=2048", f"lora.init={init}"])
     family, on_cpu, called = opened(recipe), LiveBytes("cpu"), _Operations()
     with on_cpu, called:
@@ -194,8 +194,8 @@ def test_a_rehearsal_makes_no_values(folders: dict[str, Any], init: str) -> None
     assert not called.names & {"aten::normal_", "aten::uniform_"}
 
 
-def test_a_rehearsed_step_draws_nothing(folders: dict[str, Any]) -> None:
-    """The noise of a huge batch would take more than the host has."""
+def test_a_dry_step_draws_no_random_numbers(folders: dict[str, Any]) -> None:
+    """The noise of a huge batch would not fit into host memory."""
     recipe = load_recipe(folders["flux"], ["train.batch_size=100"])
     rehearsal, called = Rehearsal(recipe, opened(recipe)), _Operations()
     with called:
@@ -205,7 +205,7 @@ def test_a_rehearsed_step_draws_nothing(folders: dict[str, Any]) -> None:
 
 
 class _Operations(TorchDispatchMode):
-    """Notes the names of all that torch dispatches."""
+    """Records the names of all operations that torch dispatches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_second_rehearsal_is_the_first(folders: dict[str, Any]) -> None:
+def test_a_second_dry_step_equals_the_first(folders: dict[str, Any]) -> None:
     recipe = load_recipe(folders["sd3"])
     rehearsal = Rehearsal(recipe, opened(recipe))
     assert rehearsal.step(recipe, SIDE, SIDE) == rehearsal.step(recipe, SIDE, SIDE)
@@ -241,7 +241,7 @@ def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
     assert live.now == 0
 
 
-def test_live_bytes_adds_what_a_kernel_takes_inside() -> None:
+def test_live_bytes_adds_the_temporary_memory_of_a_kernel() -> None:
     live = LiveBytes()
     with live:
         query = torch.empty(1, 100, 2, 64, dtype=torch.bfloat16, device="meta")
@@ -259,7 +259,7 @@ def test_a_four_bit_product_over_many_rows_dequantizes_its_weight() -> None:
 
 
 @pytest.mark.parametrize(("rows", "shares"), [(4096, 8), (100, 4)])
-def test_gelus_gradients_are_summed_in_shares_of_the_rows(rows: int, shares: int) -> None:
+def test_gelu_gradients_have_a_partial_sum_per_share_of_the_rows(rows: int, shares: int) -> None:
     width, gb, xa = 256, 16, 8
     live = LiveBytes()
     with live:
@@ -271,7 +271,7 @@ def test_gelus_gradients_are_summed_in_shares_of_the_rows(rows: int, shares: int
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.classes))
-def test_an_optimizer_keeps_what_it_says(name: str) -> None:
+def test_an_optimizer_keeps_its_declared_state(name: str) -> None:
     shapes = [(16, 320), (640, 16), (16, 320), (640,), (16, 96)]
     draws = torch.Generator().manual_seed(0)
     parameters = [

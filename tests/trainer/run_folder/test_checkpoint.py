@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and give back every bit."""
+"""Checkpoints are complete or absent, and restore bitwise identical state."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def save(root, step, steps=3):
     )
 
 
-def test_what_is_saved_comes_back_to_the_bit(tmp_path):
+def test_a_checkpoint_restores_bitwise_identical_state(tmp_path):
     save(tmp_path, 3)
     parameters, optimizer = trained()
     saved = checkpoint.newest(tmp_path)
@@ -56,7 +56,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("name", [ADAPTER_FILE, "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, damage):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, name, damage):
     save(tmp_path, 3)
     newer = save(tmp_path, 4)
     file = newer / name
@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, caplog, name, dam
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_files_are_as_open_as_the_umask_says(tmp_path, umask):
+def test_file_modes_follow_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
         folder = save(tmp_path, 3)
@@ -84,7 +84,7 @@ def test_files_are_as_open_as_the_umask_says(tmp_path, umask):
     assert set(modes.values()) == {0o666 & ~umask}
 
 
-def test_a_crash_before_the_rename_leaves_the_older_one(tmp_path):
+def test_a_crash_before_the_rename_leaves_the_older_checkpoint(tmp_path):
     save(tmp_path, 3)
 
     def write_and_die(folder):
@@ -103,7 +103,7 @@ def test_a_crash_before_the_rename_leaves_the_older_one(tmp_path):
     assert checkpoint.newest(tmp_path).position.step == 3
 
 
-def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_all_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     synced, events = os.fsync, []
     renamed = Path.rename
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd).st_ino) or synced(fd))
@@ -131,7 +131,7 @@ def test_another_models_optimizer_is_refused(tmp_path):
     save(tmp_path, 3)
     parameters, _ = trained()
     optimizer = torch.optim.AdamW(zip(("x", "y"), parameters.values(), strict=True))
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="parameters"):
         checkpoint.restore_optimizer(optimizer, checkpoint.newest(tmp_path).optimizer)
 
 

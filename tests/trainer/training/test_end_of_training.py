@@ -1,4 +1,4 @@
-"""Where the model is when training ends: still on its device, for the last samples and the export."""
+"""The model stays on its device when training ends, for the last sample images and the export."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from rich.console import Console
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
-from halfbyte.trainer.training import loop as fitting
+from halfbyte.trainer.training import loop
 from halfbyte.trainer.training.module import DiffusionModule
 
 from runs import run_here, write_recipe
@@ -18,7 +18,7 @@ def test_lightning_does_not_move_the_model_when_training_ends(mini_flux, tmp_pat
     stay = DiffusionModule.cpu
 
     def noted(module):
-        # On meta nothing could be moved, and nn.Module.cpu would raise.
+        # Meta tensors cannot be moved, so nn.Module.cpu would raise.
         device = next(module.denoiser.to("meta").parameters()).device
         called.append((device, next(stay(module).denoiser.parameters()).device))
         raise KeyboardInterrupt
@@ -33,14 +33,14 @@ def test_lightning_does_not_move_the_model_when_training_ends(mini_flux, tmp_pat
 @pytest.mark.gpu
 def test_a_run_on_the_gpu_ends_with_samples_and_the_base_there(mini_flux, tmp_path, monkeypatch):
     devices = []
-    fit = fitting.train
+    train = loop.train
 
     def noted(training):
-        finished = fit(training)
+        finished = train(training)
         devices.extend({parameter.device.type for parameter in training.denoiser.parameters()})
         return finished
 
-    monkeypatch.setattr("halfbyte.trainer.run.fit", noted)
+    monkeypatch.setattr("halfbyte.trainer.run.train", noted)
     recipe = load_recipe(write_recipe(tmp_path, mini_flux), ["quant.compute_dtype=bfloat16"])
     assert run(recipe, read_world({}), console=Console(quiet=True), resume=False)
     assert devices == ["cuda"]

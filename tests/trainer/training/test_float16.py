@@ -1,4 +1,4 @@
-"""Training in float16: gradients that overflow are steps that are left out, not the end of the run."""
+"""Training in float16: a step whose gradients overflow is skipped and does not end the run."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from runs import run_here, write_recipe
 
 
 class Scaled(MixedPrecision):
-    """Lightning's own, whose scaler runs on the CPU as well; its autocast in float16 does not."""
+    """Lightning's plugin without autocast: its scaler works on the CPU, but autocast to float16 does not."""
 
     def forward_context(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
@@ -31,11 +31,11 @@ def scaled(monkeypatch: pytest.MonkeyPatch, init_scale: float) -> None:
     monkeypatch.setattr(fit, "Trainer", trainer)
 
 
-def test_a_scale_that_is_too_high_costs_steps_and_not_the_run(
+def test_a_scale_that_is_too_high_skips_steps_without_ending_the_run(
     mini_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path, mini_flux)
-    scaled(monkeypatch, 3.3e38)  # fp32 ends at 3.4e38, and this weighting makes gradients of more than one
+    scaled(monkeypatch, 3.3e38)  # fp32's maximum is 3.4e38, and this weighting gives gradients above 1
     quiet = ("objective.weighting={name: sigma_sqrt}", "sample.prompts=[]", "output.export_base=false")
     run = run_here(recipe, "train.steps=16", *quiet)
     rows = read_metrics(run / "metrics.csv")
@@ -45,7 +45,7 @@ def test_a_scale_that_is_too_high_costs_steps_and_not_the_run(
     assert all(math.isfinite(row.loss) for row in rows)
 
 
-def test_a_norm_that_stays_no_number_ends_the_run(
+def test_a_norm_that_stays_infinite_ends_the_run(
     mini_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path, mini_flux)
@@ -55,5 +55,5 @@ def test_a_norm_that_stays_no_number_ends_the_run(
         "configure_gradient_clipping",
         lambda module, *_, **__: setattr(module, "grad_norm", torch.tensor(float("inf"))),
     )
-    with pytest.raises(HalfbyteError, match=r"step 25: .* gradient norm inf; the run is stopped"):
+    with pytest.raises(HalfbyteError, match=r"step 25: .* inf\b.*optimizer\.lr"):
         run_here(recipe, "train.steps=40", "train.grad_accumulation=1", "sample.prompts=[]")

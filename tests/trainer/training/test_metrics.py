@@ -7,7 +7,7 @@ def row(step, loss=1 / 3):
     return StepMetrics(step, loss, 1e-4, 0.1, 12.5, 0.0)
 
 
-def test_rows_come_back_to_the_bit(tmp_path):
+def test_rows_are_read_back_bitwise_identical(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(row(1))
     writer.write(row(2, 0.1 + 0.2))
@@ -15,7 +15,7 @@ def test_rows_come_back_to_the_bit(tmp_path):
     assert read_metrics(tmp_path / "metrics.csv") == [row(1), row(2, 0.1 + 0.2)]
 
 
-def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
+def test_a_resumed_run_drops_the_rows_it_will_write_again(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in range(1, 6):
         writer.write(row(step))
@@ -26,7 +26,7 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
     assert [(r.step, r.loss) for r in read_metrics(tmp_path / "metrics.csv")][2:] == [(3, 1 / 3), (4, 9.0)]
 
 
-def test_a_row_cut_by_a_crash_is_left_out(tmp_path):
+def test_a_row_cut_short_by_a_crash_is_skipped(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(row(1))
     writer.close()

@@ -26,7 +26,8 @@ SETTINGS = [
 
 
 def in_float64(family, dtype):
-    """The same model with plain linears that hold the dequantized weights, all in float64, and PEFT's layers."""
+    """Returns the same model in float64, with plain linear layers of the dequantized weights and PEFT's
+    adapters."""
     denoiser = adapted(family, dtype=dtype, fused=False)
     for name, layer in list(denoiser.named_modules()):
         if isinstance(layer, Linear4bit):
@@ -51,7 +52,7 @@ def test_adapter_gradients_match_float64(request, family_class, fixture, setting
 
     reference = in_float64(family, torch.float32)
     module = module_of(family, reference, torch.float32)
-    # Sigma is rounded as in the fp32 run; everything after it is float64.
+    # Built with fp32, so that sigma is rounded as in the fp32 run; everything after it is float64.
     module.compute_dtype = torch.float64
     expected = module.loss(batch)
     expected.backward()
@@ -60,7 +61,7 @@ def test_adapter_gradients_match_float64(request, family_class, fixture, setting
     wanted = trained_parameters(reference)
     for name, parameter in trained_parameters(denoiser).items():
         difference = (parameter.grad - wanted[name].grad).norm()
-        # SD3's last block makes queries of the text that nothing reads: their gradient is exactly zero.
+        # SD3's last block computes text queries that nothing uses: their gradient is exactly zero.
         assert difference <= 2e-4 * wanted[name].grad.norm(), name
 
 
@@ -72,7 +73,8 @@ def gradients(module, batch, autocast=False):
 
 
 def test_bf16_gradients_are_as_good_as_plain_linears(mini_flux):
-    """bf16 itself costs more here than 4 bits do: the judge is nn.Linear over the same weights."""
+    """bf16 causes more error here than 4 bits, so the comparison is with nn.Linear over the same weights in
+    bf16."""
     family = family_at(mini_flux, Flux)
     batch = batch_for(family)
     ours = gradients(module_of(family, adapted(family, dtype=torch.bfloat16), torch.bfloat16), batch, True)
@@ -82,14 +84,14 @@ def test_bf16_gradients_are_as_good_as_plain_linears(mini_flux):
     theirs = gradients(module_of(family, plain, torch.bfloat16), batch, True)
     exact_module = module_of(family, in_float64(family, torch.bfloat16), torch.bfloat16)
     point = exact_module.corrupt(batch)
-    exact_module.corrupt = lambda _: point  # the sigma that bf16 can be told
+    exact_module.corrupt = lambda _: point  # the same sigma, which bf16 can represent
     exact_module.compute_dtype = torch.float64
     exact = gradients(exact_module, batch)
     assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm()
     assert (ours - theirs).norm() < 0.05 * exact.norm()
 
 
-def test_a_sample_draws_by_its_position_alone(mini_flux):
+def test_a_samples_noise_depends_only_on_its_position(mini_flux):
     family = family_at(mini_flux, Flux)
     module = module_of(family, nn.Linear(1, 1), torch.bfloat16)
     both = module.corrupt(batch_for(family, positions=(4, 9)))
@@ -112,7 +114,7 @@ def test_the_path_and_its_velocity(mini_flux):
     family = family_at(mini_flux, Flux)
     module = module_of(family, nn.Linear(1, 1), torch.float32)
     point = module.corrupt(batch_for(family))
-    # x_t + (1 - sigma) v = noise and x_t - sigma v = x0, whose mean and spread the VAE's config sets.
+    # x_t + (1 - sigma) v = noise and x_t - sigma v = x0; the VAE's config sets the mean and scale of x0.
     sigma = point.sigma[:, None, None, None]
     noise = point.noisy + (1 - sigma) * point.target
     latents = point.noisy - sigma * point.target
@@ -125,8 +127,8 @@ def test_the_path_and_its_velocity(mini_flux):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(("family_class", "fixture"), [(Flux, "mini_flux"), (SD3, "mini_sd3")])
-def test_cuda_gradients_are_the_cpus(request, family_class, fixture, settings):
-    """What attention, kernels and autocast make of a step there: a wrong backward is far off, or NaN."""
+def test_cuda_gradients_match_the_cpus(request, family_class, fixture, settings):
+    """Covers attention, kernels and autocast on CUDA: a wrong backward would be far off, or NaN."""
     join(read_world({}))
     family = family_at(request.getfixturevalue(fixture), family_class)
     steps = []

@@ -1,4 +1,4 @@
-"""The loss on held-out pictures: fixed, whatever else a run does, and without a trace in what it trains."""
+"""The validation loss: independent of the rest of the run, and without any effect on training."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ ALONE = read_world({"ACCELERATE_USE_CPU": "true"})
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, mini_flux):
-    """A family, the views of six pictures, and a reader of their cache."""
+    """A family, the views of six images, and a reader of their cache."""
     folder = tmp_path_factory.mktemp("validation")
     samples = read_samples(write_pictures(folder / "pictures"))
     family = Flux.open(str(mini_flux), None, 24)
@@ -74,7 +74,8 @@ def validation(prepared, denoiser, *, batch_size=4, world=ALONE, dtype=torch.flo
 
 
 def test_the_loss_is_the_squared_error_of_the_velocity_at_the_level(prepared, denoiser):
-    """One picture at one level, from the definition: x_t = (1 - sigma) x0 + sigma noise, target noise - x0."""
+    """Checks one image at one level against the definition: x_t = (1 - sigma) x0 + sigma noise, target noise
+    - x0."""
     family, views, pictures = prepared
     one = validation(prepared, denoiser, views=views[:1])
     measured = one.measure(7)
@@ -96,7 +97,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity_at_the_level(prepared, de
     assert measured.loss == pytest.approx(sum(losses.values()) / 3, rel=1e-5)
 
 
-def test_noise_is_standard_normal_and_differs_between_pictures_and_levels(prepared, denoiser):
+def test_noise_is_standard_normal_and_differs_between_images_and_levels(prepared, denoiser):
     points = [point for batch in validation(prepared, denoiser)._batches for point in batch]
     noise = torch.stack([Validation._noise(point, torch.Size((16, 8, 8))).flatten() for point in points])
     assert noise.mean().abs() < 0.02
@@ -105,12 +106,12 @@ def test_noise_is_standard_normal_and_differs_between_pictures_and_levels(prepar
     assert (cosine - torch.eye(len(points))).abs().max() < 0.15
 
 
-def test_measuring_repeats_to_the_bit_and_leaves_mode_and_random_state(prepared, denoiser):
+def test_measuring_is_repeatable_and_keeps_mode_and_random_state(prepared, denoiser):
     measuring = validation(prepared, denoiser)
     torch.manual_seed(3)
     state = torch.get_rng_state()
     first, second = measuring.measure(0), measuring.measure(0)
-    assert first == second, "dropout would differ"
+    assert first == second, "dropout is active"
     assert torch.get_rng_state().equal(state)
     assert all(module.training for module in denoiser.modules())
     assert all(parameter.grad is None for parameter in denoiser.parameters())
@@ -120,7 +121,7 @@ def test_measuring_repeats_to_the_bit_and_leaves_mode_and_random_state(prepared,
     denoiser.train()
 
 
-def test_processes_share_the_pictures_and_get_one_number(prepared, denoiser, monkeypatch):
+def test_processes_share_the_images_and_get_the_same_loss(prepared, denoiser, monkeypatch):
     alone = validation(prepared, denoiser).measure(0)
     parts = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda losses: parts.append(losses.clone()))
@@ -130,12 +131,12 @@ def test_processes_share_the_pictures_and_get_one_number(prepared, denoiser, mon
         ranks.append(validation(prepared, denoiser, world=world))
         ranks[-1].measure(0)
     together = torch.stack(parts)
-    assert ((together != 0).sum(0) == 1).all(), "each picture and level in exactly one process"
-    assert (together != 0).any(1).all(), "each process has a share"
+    assert ((together != 0).sum(0) == 1).all(), "each image and level belongs to exactly one process"
+    assert (together != 0).any(1).all(), "each process has work"
     assert together.sum(0).mean().item() == alone.loss
 
 
-def test_a_change_of_the_adapter_changes_the_number_and_the_batch_does_not(prepared, denoiser):
+def test_the_loss_depends_on_the_adapter_and_not_on_the_batch(prepared, denoiser):
     before = validation(prepared, denoiser).measure(0).loss
     assert validation(prepared, denoiser, batch_size=1).measure(0).loss == pytest.approx(before, rel=1e-5)
     assert validation(prepared, denoiser, dtype=torch.bfloat16).measure(0).loss == pytest.approx(
@@ -148,16 +149,16 @@ def test_a_change_of_the_adapter_changes_the_number_and_the_batch_does_not(prepa
     parameter.data = kept
 
 
-def test_a_loss_that_is_no_number_is_told(prepared, denoiser):
+def test_a_nan_loss_is_an_error(prepared, denoiser):
     parameter = next(iter(trained_parameters(denoiser).values()))
     kept = parameter.data.clone()
     parameter.data[0, 0] = float("nan")
-    with pytest.raises(HalfbyteError, match="step 12: the validation loss is nan"):
+    with pytest.raises(HalfbyteError, match=r"step 12: .*nan"):
         validation(prepared, denoiser).measure(12)
     parameter.data = kept
 
 
-def test_pictures_are_set_aside_by_their_contents(tmp_path):
+def test_images_are_held_out_by_their_contents(tmp_path):
     samples = read_samples(write_pictures(tmp_path / "pictures"))
     train, held = set_aside(samples, 2)
     assert (len(train), len(held)) == (PICTURES - 2, 2)
@@ -169,7 +170,7 @@ def test_pictures_are_set_aside_by_their_contents(tmp_path):
     assert len(again) == PICTURES - 2
     assert sorted(s.path.name for s in held_again) == sorted([*(s.path.name for s in held), "zz.png"])
     assert set_aside(samples, 0) == (samples, [])
-    with pytest.raises(DataError, match=r"validation\.held_out: got 6.*at most 5"):
+    with pytest.raises(DataError, match=r"validation\.held_out: got 6\b.*\b5\b"):
         set_aside(samples, PICTURES)
 
 
@@ -182,10 +183,10 @@ def measured_run(tmp_path_factory, mini_flux):
     return run_here(write_recipe(folder, mini_flux), *HELD_OUT, "lora.dropout=0.1")
 
 
-def test_a_run_says_how_much_it_learned(measured_run):
+def test_a_run_reports_its_validation_loss(measured_run):
     rows = read_validation(measured_run / "validation.csv")
     assert [row.step for row in rows] == [0, 2, 4]
-    assert rows[0].loss > rows[-1].loss, "the gradients on the toy fall together"
+    assert rows[0].loss > rows[-1].loss, "training the toy model lowers the validation loss"
     for row in rows:
         assert list(row.by_sigma) == [0.1, 0.3, 0.5, 0.7, 0.9]
         assert row.loss == pytest.approx(sum(row.by_sigma.values()) / 5)
@@ -200,8 +201,8 @@ def test_a_run_says_how_much_it_learned(measured_run):
     assert summary["by_sigma"][2]["trained"] == rows[-1].by_sigma[0.5]
 
 
-def test_held_out_pictures_are_not_trained_on(measured_run, mini_flux, tmp_path):
-    """Taking them out of the folder by hand gives the same training."""
+def test_held_out_images_are_not_trained_on(measured_run, mini_flux, tmp_path):
+    """Moving them out of the folder by hand gives the same training."""
     recipe = write_recipe(tmp_path, mini_flux)
     _, held = set_aside(read_samples(tmp_path / "pictures"), 2)
     (tmp_path / "apart").mkdir()
@@ -216,7 +217,7 @@ def test_held_out_pictures_are_not_trained_on(measured_run, mini_flux, tmp_path)
     assert mine[-1] == theirs[-1]
 
 
-def test_a_run_with_validation_has_the_bits_of_one_without(measured_run, mini_flux, tmp_path):
+def test_validation_does_not_change_training(measured_run, mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     for sample in set_aside(read_samples(tmp_path / "pictures"), 2)[1]:
         sample.path.unlink()
@@ -234,11 +235,11 @@ def assert_same_training(one, other):
     assert all(left[name].equal(right[name]) for name in left)
 
 
-def test_resuming_keeps_the_base_and_repeats_the_rest_to_the_bit(measured_run, mini_flux, tmp_path):
+def test_resuming_keeps_step_0_and_repeats_the_rest_bitwise(measured_run, mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     run_here(recipe, *HELD_OUT, "lora.dropout=0.1", "train.steps=2")
     with (tmp_path / "run" / "validation.csv").open("a") as stream:
-        stream.write("3,9,9,9,9,9,9\n")  # of a step that the crash undid
+        stream.write("3,9,9,9,9,9,9\n")  # a row of a step that the crash lost
     folder = run_here(recipe, *HELD_OUT, "lora.dropout=0.1", resume=True)
     assert read_validation(folder / "validation.csv") == read_validation(measured_run / "validation.csv")
     assert_same_training(measured_run, folder)
@@ -246,7 +247,7 @@ def test_resuming_keeps_the_base_and_repeats_the_rest_to_the_bit(measured_run, m
     assert one["validation"] == other["validation"]
 
 
-def test_two_processes_measure_what_one_does(mini_flux, tmp_path):
+def test_two_processes_measure_the_same_as_one(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     settings = (*HELD_OUT, "train.steps=2", "sample.prompts=[]", "output.export_base=false")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -258,33 +259,33 @@ def test_two_processes_measure_what_one_does(mini_flux, tmp_path):
     assert [row.loss for row in pair] == pytest.approx([row.loss for row in one], rel=1e-5)
 
 
-def test_a_picture_in_both_folders_is_refused(mini_flux, tmp_path):
+def test_an_image_in_both_folders_is_refused(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     shutil.copytree(tmp_path / "pictures", tmp_path / "apart")
-    with pytest.raises(DataError, match=r"apart/picture0\.png: is in validation\.path and, as .*picture0"):
+    with pytest.raises(DataError, match=r"apart/picture0\.png: .*validation\.path.*picture0"):
         run_here(recipe, f"validation.path={tmp_path / 'apart'}")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "setting"),
     [
         (["validation.every=5"], "validation.every"),
         (["validation.held_out=2", "validation.path=."], "validation.held_out"),
-        (["validation.held_out=2", "validation.sigmas=[0.5, 0.5]"], "each noise level once"),
+        (["validation.held_out=2", "validation.sigmas=[0.5, 0.5]"], "validation.sigmas"),
         (["validation.held_out=2", "validation.sigmas=[0.5, 1.5]"], "validation.sigmas"),
         (["validation.held_out=2", "validation.sigmas=[]"], "validation.sigmas"),
         (["validation.path=./nowhere"], "nowhere"),
         (["validation.held_out=-1"], "validation.held_out"),
     ],
 )
-def test_mistakes_in_the_section_are_named(mini_flux, tmp_path, settings, said):
+def test_mistakes_in_the_section_are_named(mini_flux, tmp_path, settings, setting):
     recipe = write_recipe(tmp_path, mini_flux)
-    with pytest.raises(HalfbyteError, match=said.replace(".", r"\.").replace("[", r"\[")):
+    with pytest.raises(HalfbyteError, match=setting.replace(".", r"\.")):
         run_here(recipe, *settings)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_columns_of_validation_csv_are_its_levels(measured_run):
+def test_the_columns_of_validation_csv_are_the_noise_levels(measured_run):
     with (measured_run / "validation.csv").open() as stream:
         assert next(csv.reader(stream)) == ["step", "loss", "0.1", "0.3", "0.5", "0.7", "0.9"]
