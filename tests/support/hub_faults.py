@@ -1,26 +1,27 @@
-"""What goes wrong with a request to the loopback Hub, and with which."""
+"""Faults of the loopback Hub: which request fails, and how."""
 
 import re
 from dataclasses import dataclass, field
 
-# A status; "page": a gateway's, in HTML; "stall": no answer for long; "drop": none to a request that is not done;
-# "lose": none to one that is; "cut": half of an answer's body.
+# An HTTP status, or one of: "page", an HTML error page of a gateway; "stall", no response for a long time;
+# "drop", no response, and the request is not carried out; "lose", no response, but the request is carried
+# out; "cut", only half of the response's body.
 Kind = int | str
 
 
 @dataclass
 class Faults:
-    """Counts requests, and says which of them goes wrong and how."""
+    """Counts requests and decides which of them fails, and how."""
 
     kind: Kind | None = None
-    at: int = -1  # the request, counted from 0
-    again: bool = False  # also every later request with the same method and path
-    headers: dict[str, str] = field(default_factory=dict)  # of a refusal
-    requests: list[str] = field(default_factory=list)  # "METHOD path", as they come
-    met: str | None = None
+    at: int = -1  # the number of the request that fails, counted from 0
+    again: bool = False  # later requests with the same method and path fail, too
+    headers: dict[str, str] = field(default_factory=dict)  # added to an error response
+    requests: list[str] = field(default_factory=list)  # "METHOD path" of all requests so far
+    met: str | None = None  # the request that failed
 
     def of(self, request: str) -> Kind | None:
-        """What happens to this request."""
+        """Records the request and returns its fault, if any."""
         number = len(self.requests)
         self.requests.append(request)
         if number == self.at:
@@ -31,12 +32,12 @@ class Faults:
 
 @dataclass
 class Matching(Faults):
-    """As `Faults`, of the first request that a pattern fits: downloads ask for files in any order."""
+    """Faults for the first request that matches a pattern, because downloads request files in any order."""
 
     pattern: str = ""
 
     def of(self, request: str) -> Kind | None:
-        """What happens to this request."""
+        """Records the request and returns its fault, if any."""
         if self.met is None and re.search(self.pattern, request):
             self.at = len(self.requests)
         return super().of(request)

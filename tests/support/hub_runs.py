@@ -1,4 +1,4 @@
-"""A run that was trained from a loopback Hub, for the tests of pushes."""
+"""Trains runs from a base on a loopback Hub, for the tests of pushes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ license_link: LICENSE.md
 
 @dataclass
 class PushedTo:
-    """A Hub with a base, somebody who may write, and a process that runs commands against it."""
+    """A Hub with a base, an account that may write, and a worker process that runs commands against it."""
 
     hub: State
     worker: PushWorker
@@ -37,7 +37,7 @@ class PushedTo:
 
 @contextmanager
 def hub_with_base(folder: Path, base: Path) -> Iterator[PushedTo]:
-    """The base is `mini_flux` or the like, as repository BASE with a card of its own."""
+    """Serves a Hub with the pipeline in folder `base` as repository BASE, which gets its own model card."""
     store = Store(accounts={TOKEN: account("ann", orgs={"we": "write", "readers": "read"})})
     repository = store.add(Repository.of_folder(BASE, base))
     tree = dict(repository.tree)
@@ -48,7 +48,7 @@ def hub_with_base(folder: Path, base: Path) -> Iterator[PushedTo]:
 
 
 def train(to: PushedTo, *overrides: str, name: str = "dog") -> Path:
-    """Trains a few steps of the base on the Hub; returns the run's folder."""
+    """Trains a few steps with the base on the Hub and returns the run's folder."""
     recipe = write_recipe(to.folder, Path("./base"), name=name)
     answer = to.worker.run("train", str(recipe), f"model.path={BASE}", *overrides)
     assert answer.code == 0, answer.output

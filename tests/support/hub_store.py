@@ -1,4 +1,4 @@
-"""What a Hub keeps: repositories of commits, each a whole tree, and large files by their SHA-256."""
+"""The store of the loopback Hub: repositories with commits, each a complete tree, and large files by SHA-256."""
 
 import base64
 import hashlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FIRST = "0123456789abcdef0123456789abcdef01234567"  # the commit of a repository that is served from a folder
-LARGE = (".safetensors", ".png")  # as .gitattributes and the Hub's own look at a file have it
+LARGE = (".safetensors", ".png")  # stored as large files, like on the Hub
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """git's name for it: of a large file, for the pointer that git has in its place."""
+        """The git blob id. For a large file, the id of the LFS pointer that git stores instead."""
         text = self.content
         if self.large:
             text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(text)}\n".encode()
@@ -40,7 +40,7 @@ Tree = dict[str, Blob]
 
 @dataclass
 class Repository:
-    """Commits, the newest last; a branch has no other way back than git's."""
+    """A repository: a list of commits with their trees, the newest last."""
 
     name: str
     kind: str = "model"
@@ -50,7 +50,7 @@ class Repository:
 
     @classmethod
     def of_folder(cls, name: str, folder: Path, *, gated: bool = False, kind: str = "model") -> "Repository":
-        """One commit with the folder's files."""
+        """Creates a repository with one commit of the folder's files."""
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         tree = {
             path.relative_to(folder).as_posix(): Blob(path.read_bytes(), path.suffix in LARGE)
@@ -60,7 +60,7 @@ class Repository:
 
     @classmethod
     def new(cls, name: str, *, private: bool = False, kind: str = "model") -> "Repository":
-        """As the Hub makes one: with a first commit."""
+        """Creates a repository like the Hub does, with a first commit."""
         repository = cls(name, kind, private)
         repository.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", large=False)})
         return repository
@@ -74,13 +74,13 @@ class Repository:
         return self.commits[-1][1]
 
     def at(self, revision: str) -> tuple[str, Tree] | None:
-        """The commit of a revision, by branch or id."""
+        """Returns the commit id and tree of a revision, given as branch or commit id."""
         if revision == "main":
             return self.commits[-1]
         return next((commit for commit in self.commits if commit[0] == revision), None)
 
     def commit(self, tree: Tree) -> str:
-        """Adds a commit; its id follows from what it holds and comes after."""
+        """Adds a commit, whose id is a hash of its content and its parent. Returns the id."""
         digest = hashlib.sha1(self.head.encode() if self.commits else self.name.encode())
         for path, blob in sorted(tree.items()):
             digest.update(f"{path}:{blob.oid}\n".encode())
@@ -90,10 +90,10 @@ class Repository:
 
 @dataclass
 class Store:
-    """All of a Hub."""
+    """The complete data of a Hub."""
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)  # by kind and name
-    accounts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # whoami's answer by token
+    accounts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # the response of whoami, by token
     large: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, repository: Repository) -> Repository:
@@ -104,7 +104,7 @@ class Store:
         return self.repositories["model", name]
 
     def apply(self, tree: Tree, operation: Mapping[str, Any]) -> None:
-        """One line of a commit. Raises KeyError for a large file that was never uploaded."""
+        """Applies one operation of a commit. Raises KeyError for a large file that was never uploaded."""
         key, value = operation["key"], operation["value"]
         if key == "file":
             tree[value["path"]] = Blob(base64.b64decode(value["content"]), large=False)
@@ -117,11 +117,11 @@ class Store:
 
 
 def account(name: str, *, role: str = "write", orgs: Mapping[str, str] | None = None, **rights: Any) -> Any:
-    """What whoami says: `orgs` are names with this account's role in each."""
+    """Returns the response of whoami. `orgs` maps organizations to the account's role in them."""
     token = {"displayName": "test", "role": role, **rights}
     return {
         "type": "user",
         "name": name,
-        "orgs": [{"type": "org", "name": org, "roleInOrg": part} for org, part in (orgs or {}).items()],
+        "orgs": [{"type": "org", "name": org, "roleInOrg": role} for org, role in (orgs or {}).items()],
         "auth": {"type": "access_token", "accessToken": token},
     }

@@ -1,8 +1,8 @@
-"""Stock diffusers with bitsandbytes on the CPU: the judge of our files; and our layers in the place of bitsandbytes.
+"""Runs stock diffusers with bitsandbytes on the CPU as a reference for our files, or with our layers instead.
 
-diffusers refuses bitsandbytes without a GPU by a check alone; with the check taken out, everything else of it
-runs here. The judge loads in eval mode; where the CPU has AVX-512, bitsandbytes' eval forward repacks weights in
-place and rounds otherwise, so compare outputs after `.train()`.
+diffusers rejects bitsandbytes without a GPU, but only by a check. Without the check, everything else works on
+the CPU. Models load in eval mode. On a CPU with AVX-512, bitsandbytes' eval forward repacks weights in place
+and rounds differently, so compare outputs after `.train()`.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class _EightBit(_OnCpu, BnB8BitDiffusersQuantizer):
 
 @contextmanager
 def stock_bitsandbytes_on_cpu() -> Iterator[None]:
-    """Within it, stock `from_pretrained` takes quantized folders and BitsAndBytesConfig on this machine."""
+    """Lets stock `from_pretrained` load quantized folders, and quantize with BitsAndBytesConfig, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", _FourBit)
         patch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_8bit", _EightBit)
@@ -48,7 +48,7 @@ def stock_bitsandbytes_on_cpu() -> Iterator[None]:
 
 @contextmanager
 def our_layers_on_cpu() -> Iterator[None]:
-    """Within it, stock `from_pretrained` of diffusers and transformers builds our layers, on the CPU unless told."""
+    """Lets stock `from_pretrained` of diffusers and transformers build our layers, on the CPU by default."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (diffusers_auto, transformers_auto):
             for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):

@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface that speaks what the real client says to it; for tests alone."""
+"""A Hub for tests on the loopback interface, which implements the requests that the real client makes."""
 
 import json
 import threading
@@ -21,19 +21,20 @@ XET_EXPIRES = 2**33  # seconds since 1970
 
 @dataclass
 class State:
-    """What a server works on; a test may change it between requests."""
+    """The state of a server. A test may change it between requests."""
 
     store: Store
     faults: Faults = field(default_factory=Faults)
-    leaks: list[str] = field(default_factory=list)  # requests with a token in the address or the body
+    leaks: list[str] = field(default_factory=list)  # paths of requests with a token in the URL or the body
     endpoint: str = ""
-    xet: str | None = None  # where the storage of large files is said to be; none for the plain protocol
+    xet: str | None = None  # the URL that the Hub gives for Xet storage; None: the plain protocol
 
 
 class _Hub(BaseHTTPRequestHandler):
     state: State
     protocol_version = "HTTP/1.1"
-    # Head and body in one packet: an answer in two waits 40 ms for the first to be acknowledged.
+    # Send header and body in one packet. In two packets, the second waits 40 ms for the acknowledgment of the
+    # first.
     wbufsize = -1
     disable_nagle_algorithm = True
 
@@ -71,14 +72,14 @@ class _Hub(BaseHTTPRequestHandler):
             self._send(b"<html>Bad Gateway</html>", 502, {"Content-Type": "text/html"})
             return
         if isinstance(fault, int):
-            self._refuse(fault, "", "as the test wants it", self.state.faults.headers)
+            self._refuse(fault, "", "requested by the test", self.state.faults.headers)
             return
         self.lost = fault == "lose"
         if path.startswith("/api/"):
             self._api(path.removeprefix("/api/").split("/"))
         elif path.startswith("/upload/"):
             self.state.store.large[path.removeprefix("/upload/")] = self.body
-            # The address is signed; a token is none of the storage's business.
+            # The URL is signed, so the client must not send its token to the storage.
             assert "Authorization" not in self.headers
             self._send(b"")
         elif path.endswith(".git/info/lfs/objects/batch"):
@@ -139,14 +140,14 @@ class _Hub(BaseHTTPRequestHandler):
         elif action in ("preupload", "commit") and not self._owns(repository.name):
             self._refuse(403, "", "no right to write")
         elif action in ("xet-read-token", "xet-write-token"):
-            said = {"casUrl": self.state.xet, "accessToken": "xet", "exp": XET_EXPIRES}
-            about = {
+            content = {"casUrl": self.state.xet, "accessToken": "xet", "exp": XET_EXPIRES}
+            headers = {
                 "X-Xet-Cas-Url": str(self.state.xet),
                 "X-Xet-Access-Token": "xet",
                 "X-Xet-Token-Expiration": str(XET_EXPIRES),
                 "Content-Type": "application/json",
             }
-            self._send(json.dumps(said).encode(), headers=about)
+            self._send(json.dumps(content).encode(), headers=headers)
         elif action == "preupload":
             self._preupload(repository)
         elif action == "commit":
@@ -155,29 +156,29 @@ class _Hub(BaseHTTPRequestHandler):
             self._json([_entry(path, blob) for path, blob in found[1].items()])
         else:
             files = [{"rfilename": path} for path in found[1]]
-            about = {"id": repository.name, "sha": found[0], "private": repository.private, "siblings": files}
-            self._json(about)
+            info = {"id": repository.name, "sha": found[0], "private": repository.private, "siblings": files}
+            self._json(info)
 
-    def _create(self, asked: Mapping[str, Any]) -> None:
+    def _create(self, request: Mapping[str, Any]) -> None:
         account = self._account()
-        name = f"{asked['organization'] or (account or {}).get('name')}/{asked['name']}"
-        kind = asked.get("type", "model")
+        name = f"{request['organization'] or (account or {}).get('name')}/{request['name']}"
+        kind = request.get("type", "model")
         if not self._owns(name):
             self._refuse(403, "", f"no right to create a {kind} under that name")
         elif (kind, name) in self.state.store.repositories:
             self._json({"error": "You already created this repo", "url": self._url(name)}, 409)
         else:
-            private = asked.get("visibility") == "private"
+            private = request.get("visibility") == "private"
             self.state.store.add(Repository.new(name, private=private, kind=kind))
             self._json({"url": self._url(name), "name": name})
 
     def _preupload(self, repository: Repository) -> None:
         answers = []
         for file in json.loads(self.body)["files"]:
-            there = repository.tree.get(file["path"])
+            existing = repository.tree.get(file["path"])
             mode = "lfs" if file["path"].endswith(LARGE) else "regular"
             answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
-            answers.append(answer | ({} if there is None else {"oid": there.etag}))
+            answers.append(answer | ({} if existing is None else {"oid": existing.etag}))
         self._json({"files": answers})
 
     def _batch(self, path: str) -> None:
@@ -186,11 +187,11 @@ class _Hub(BaseHTTPRequestHandler):
             return
         objects = []
         for wanted in json.loads(self.body)["objects"]:
-            # Another host, as the Hub's storage is.
+            # Another host, because the Hub's storage is on another host, too.
             host = self.state.endpoint.replace("127.0.0.1", "localhost")
-            address = f"{host}/upload/{wanted['oid']}?X-Signature=secret"
-            there = wanted["oid"] in self.state.store.large
-            objects.append(wanted | ({} if there else {"actions": {"upload": {"href": address}}}))
+            url = f"{host}/upload/{wanted['oid']}?X-Signature=secret"
+            exists = wanted["oid"] in self.state.store.large
+            objects.append(wanted | ({} if exists else {"actions": {"upload": {"href": url}}}))
         self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, repository: Repository) -> None:
@@ -201,8 +202,8 @@ class _Hub(BaseHTTPRequestHandler):
         tree = dict(repository.tree)
         for operation in operations:
             self.state.store.apply(tree, operation)
-        made = repository.commit(tree)
-        self._json({"commitUrl": f"{self._url(repository.name)}/commit/{made}", "commitOid": made})
+        commit = repository.commit(tree)
+        self._json({"commitUrl": f"{self._url(repository.name)}/commit/{commit}", "commitOid": commit})
 
     def _file(self, name: str, revision: str, file: str) -> None:
         repository = self.state.store.repositories.get(("model", name))
@@ -216,16 +217,16 @@ class _Hub(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": found[0]})
         else:
             blob = found[1][file]
-            about = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": found[0]}
+            headers = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": found[0]}
             if blob.large and self.state.xet is not None:
-                about["X-Xet-Hash"] = blob.sha256
-                about["X-Xet-Refresh-Route"] = (
+                headers["X-Xet-Hash"] = blob.sha256
+                headers["X-Xet-Refresh-Route"] = (
                     f"{self.state.endpoint}/api/models/{name}/xet-read-token/{found[0]}"
                 )
             start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
             if start:
-                about["Content-Range"] = f"bytes {start}-{len(blob.content) - 1}/{len(blob.content)}"
-            self._send(blob.content[start:], 206 if start else 200, about)
+                headers["Content-Range"] = f"bytes {start}-{len(blob.content) - 1}/{len(blob.content)}"
+            self._send(blob.content[start:], 206 if start else 200, headers)
 
     def _url(self, name: str) -> str:
         return f"{self.state.endpoint}/{name}"
@@ -247,8 +248,8 @@ class _Hub(BaseHTTPRequestHandler):
             self.close_connection |= self.cut
 
     def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        said = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
-        self._send(json.dumps({"error": message}).encode(), status, said | dict(headers or {}))
+        own = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
+        self._send(json.dumps({"error": message}).encode(), status, own | dict(headers or {}))
 
 
 def _entry(path: str, blob: Blob) -> dict[str, Any]:
@@ -260,12 +261,12 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 @contextmanager
 def serving(store: Store) -> Iterator[State]:
-    """A Hub over the store, which pushes change."""
+    """Serves the store as a Hub. Pushes change the store."""
     state = State(store)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"state": state}))
     server.daemon_threads = True
     state.endpoint = f"http://127.0.0.1:{server.server_port}"
-    # A short poll, for shutdown waits for it.
+    # A short poll interval, because shutdown waits for it.
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -278,7 +279,7 @@ def serving(store: Store) -> Iterator[State]:
 
 @contextmanager
 def hub(repositories: dict[str, Path], gated: set[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
-    """Serves `owner/name` -> folder; gives the endpoint and the list of requests as they come."""
+    """Serves folders by `owner/name`. Yields the endpoint and the growing list of requests."""
     store = Store()
     for name, folder in repositories.items():
         store.add(Repository.of_folder(name, folder, gated=name in gated))

@@ -1,4 +1,4 @@
-"""Folders as stock diffusers, transformers and bitsandbytes publish quantized parts of a pipeline."""
+"""Writes quantized parts of a pipeline in the way stock diffusers, transformers and bitsandbytes publish them."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def write_package(pipeline: Path, folder: Path, *, transformer: str, t5: str) -> None:
-    """`transformer/` and `text_encoder_2/` of a FLUX pipeline, each of a kind of KINDS."""
+    """Quantizes `transformer/` and `text_encoder_2/` of a FLUX pipeline, each with a kind of KINDS."""
     with stock_bitsandbytes_on_cpu():
         FluxTransformer2DModel.from_pretrained(
             pipeline,
@@ -33,7 +33,7 @@ def write_package(pipeline: Path, folder: Path, *, transformer: str, t5: str) ->
 
 
 def write_t5(source: Path, folder: Path, kind: str) -> None:
-    """A T5 of a kind of KINDS."""
+    """Quantizes a T5 with a kind of KINDS."""
     with stock_bitsandbytes_on_cpu():
         T5EncoderModel.from_pretrained(
             source,
@@ -44,6 +44,6 @@ def write_t5(source: Path, folder: Path, kind: str) -> None:
 
 
 def with_halved_norms(content: bytes) -> bytes:
-    """A T5's file with other weights, which loads as it did."""
+    """Changes the weights of a T5's file, which stays loadable."""
     tensors = load(content)
     return save({n: t / 2 if n.endswith("norm.weight") else t for n, t in tensors.items()}, {"format": "pt"})

@@ -1,6 +1,7 @@
-"""`halfbyte` commands in one process beside the test, against a loopback Hub: the client reads its endpoint once.
+"""Runs `halfbyte` commands against a loopback Hub in a separate process.
 
-As a program: answers a line of JSON, the arguments of a command, by one with its exit code, output and waits.
+The process is necessary because the client reads its endpoint only once. As a program, it reads the arguments
+of a command as a line of JSON and writes its exit code, output and waits as another line.
 """
 
 import json
@@ -20,18 +21,21 @@ ORDERS = "orders: "
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command did."""
+    """The result of a command."""
 
-    code: int
-    output: str  # stdout and stderr
-    waits: list[float]  # seconds that it would have slept between attempts
+    code: int  # exit code
+    output: str  # stdout, stderr and log lines
+    waits: list[float]  # seconds that the command would have slept between retries
 
 
 class PushWorker:
-    """The process; a context manager."""
+    """The worker process, as a context manager."""
 
     def __init__(self, endpoint: str, home: Path, token: str | None, *, xet: bool = False) -> None:
-        """With `xet` large files go by that protocol, whose client tries once instead of for minutes."""
+        """Starts the process.
+
+        With `xet`, large files use Xet storage, whose client tries once and not for minutes.
+        """
         env = environment() | {
             "HF_ENDPOINT": endpoint,
             "HF_HOME": str(home),
@@ -56,7 +60,7 @@ class PushWorker:
         )
 
     def run(self, *arguments: str, token: str | None = None) -> Answer:
-        """`halfbyte ARGUMENTS`, with another HF_TOKEN where one is given ("" for none)."""
+        """Runs `halfbyte ARGUMENTS`. A `token` replaces HF_TOKEN; "" means no token."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"arguments": arguments, "token": token}) + "\n")
@@ -87,7 +91,7 @@ def _serve() -> None:
     from halfbyte.trainer.hub import client as hub_client
 
     waits: list[float] = []
-    # A test need not wait for what passes at once.
+    # Record the waits without sleeping, because the loopback Hub's faults end at once.
     time.sleep = waits.append
     hub_client.STALLED = 1.5
     for line in sys.stdin:
@@ -95,17 +99,17 @@ def _serve() -> None:
         waits.clear()
         if order["token"] is not None:
             os.environ["HF_TOKEN"] = order["token"]
-        # Whatever is logged goes where the command writes.
+        # Add everything that is logged to the output.
         runner = CliRunner()
         logging.lastResort = None
-        heard = _Heard()
+        collector = _LogCollector()
         for name in ("", "huggingface_hub"):
-            logging.getLogger(name).addHandler(heard)
+            logging.getLogger(name).addHandler(collector)
         client_logging.disable_propagation()
         result = runner.invoke(app, order["arguments"])
         for name in ("", "huggingface_hub"):
-            logging.getLogger(name).removeHandler(heard)
-        output = result.output + "".join(f"log: {text}\n" for text in heard.lines)
+            logging.getLogger(name).removeHandler(collector)
+        output = result.output + "".join(f"log: {text}\n" for text in collector.lines)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             output += f"CRASHED: {result.exception!r}"
         print(
@@ -113,7 +117,7 @@ def _serve() -> None:
         )
 
 
-class _Heard(logging.Handler):
+class _LogCollector(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []

@@ -1,4 +1,4 @@
-"""The commands: `train RECIPE [key=value ...]`, and those of `halfbyte`."""
+"""Command-line applications: registers every command of `halfbyte`, and the standalone `train`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
 from halfbyte.trainer.recipe.schema import json_schema_text
 from halfbyte.trainer.runtime.sizes import file_size
 
-# As plain text: rich would read the [defaults] in options' descriptions as its markup, and show none of them.
+# Plain text: rich would treat the [defaults] in the option help as markup and hide them.
 app = typer.Typer(
     help="QLoRA fine-tuning of FLUX and SD3.",
     add_completion=False,
@@ -30,14 +30,14 @@ train_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, ri
 
 def schema_command(
     output: Annotated[
-        Path | None, typer.Argument(help="A file to write; without it the schema is printed.")
+        Path | None, typer.Argument(help="The file to write. Without it, the schema is printed.")
     ] = None,
 ) -> None:
-    """Write the recipe's JSON Schema, for editors.
+    """Write the JSON Schema of recipes for use in an editor.
 
-    They complete and check recipes with it.
+    Editors use the schema to complete settings and to check recipes.
 
-    Exit codes: 0 done, 2 a file that cannot be written.
+    Exit codes: 0 done, 2 the file cannot be written.
     """
     text = json_schema_text()
     if output is None:
@@ -47,23 +47,26 @@ def schema_command(
             try:
                 write_file(output, text)
             except OSError as error:
-                raise RecipeError(f"{output}: cannot be written: {error.strerror}") from error
+                raise RecipeError(f"{output}: cannot write the schema: {error.strerror}") from error
 
 
 def cache_command(
     folder: Annotated[
-        Path, typer.Option(help="The recipe's data.cache_dir; without it the default one.")
+        Path, typer.Option(help="The cache folder, as set by data.cache_dir in a recipe.")
     ] = DEFAULT_FOLDER,
     clear_kinds: Annotated[
         list[str] | None,
-        typer.Option("--clear", help="Delete all of a kind: latents, texts, bases or digests."),
+        typer.Option(
+            "--clear",
+            help="Delete all entries of one kind: latents, texts, bases or digests. Can be repeated.",
+        ),
     ] = None,
 ) -> None:
-    """List what is kept between runs and its size, or delete it.
+    """List the cached files and their sizes, or delete them.
 
-    What is deleted the next run makes again.
+    The next run that needs a deleted entry creates it again.
 
-    Exit codes: 0 done, 2 a kind that there is not.
+    Exit codes: 0 done, 2 unknown kind, or entries that cannot be deleted.
     """
     root = folder.expanduser()
     with reported_errors():

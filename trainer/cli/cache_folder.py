@@ -1,4 +1,4 @@
-"""What the cache folder holds, and getting rid of it."""
+"""Lists and deletes the entries of the cache folder."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ KINDS = ("latents", "texts", "bases", "digests")
 
 @dataclass(frozen=True)
 class Holding:
-    """All that one kind of entry takes."""
+    """The number and total size of the cached files of one kind."""
 
     kind: str
     files: int
@@ -22,7 +22,7 @@ class Holding:
 
 
 def holdings(folder: Path) -> tuple[Holding, ...]:
-    """What each kind takes; nothing where there is no such folder."""
+    """Returns the number and size of the files of each kind. A folder that does not exist counts as empty."""
     listed = []
     for kind in KINDS:
         sizes = [file.stat().st_size for file in (folder / kind).rglob("*") if file.is_file()]
@@ -31,7 +31,7 @@ def holdings(folder: Path) -> tuple[Holding, ...]:
 
 
 def bases(folder: Path) -> tuple[str, ...]:
-    """A line for each packed base: what it is of, what it takes, where it is from and how it is packed."""
+    """Returns one line per packed base: its entry, model class, size, source and quantization."""
     lines = []
     for manifest in sorted((folder / "bases").glob("*/manifest.json")):
         try:
@@ -39,24 +39,28 @@ def bases(folder: Path) -> tuple[str, ...]:
             settings = read["settings"]
             nbytes = sum(file["bytes"] for file in read["files"].values())
             quant = QuantRecipe.of_json(settings["quant"]).describe()
-            # Entries of older versions do not say it.
+            # Entries of older versions have no source.
             source = read.get("source", "unknown source")
             lines.append(
                 f"{manifest.parent.name}  {settings['model']}  {file_size(nbytes)}  {source}  {quant}"
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            lines.append(f"{manifest.parent.name}  damaged; the next start that needs it makes it anew")
+            lines.append(f"{manifest.parent.name}  damaged; rebuilt by the next run that needs it")
     return tuple(lines)
 
 
 def clear(folder: Path, kind: str) -> Holding:
-    """Deletes all entries of a kind; gives what they took. Raises RecipeError for an unknown kind."""
+    """Deletes all entries of a kind and returns their number and size.
+
+    Raises:
+        RecipeError: The kind is unknown, or its folder cannot be deleted.
+    """
     if kind not in KINDS:
         raise RecipeError(f"--clear: got {kind!r}, accepted: {', '.join(KINDS)}")
-    taken = next(holding for holding in holdings(folder) if holding.kind == kind)
+    deleted = next(holding for holding in holdings(folder) if holding.kind == kind)
     if (folder / kind).is_dir():
         try:
             shutil.rmtree(folder / kind)
         except OSError as error:
-            raise RecipeError(f"--clear: {folder / kind} cannot be deleted: {error}") from error
-    return taken
+            raise RecipeError(f"--clear: cannot delete {folder / kind}: {error}") from error
+    return deleted

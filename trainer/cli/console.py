@@ -1,4 +1,4 @@
-"""What all commands share: how they fail, what they log, and quiet libraries."""
+"""Shared behavior of all commands: error reports with exit codes, logging, and quiet library imports."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.interrupts import INTERRUPTED, ended_at_once
+from halfbyte.trainer.cli.interrupts import INTERRUPTED, exit_on_interrupt
 from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
 from halfbyte.trainer.recipe.document import Document
 from halfbyte.trainer.runtime.world import World
@@ -19,18 +19,19 @@ from halfbyte.trainer.runtime.world import World
 
 @dataclass
 class Command:
-    """What a command knows of its run when it fails; filled in as it goes."""
+    """Context for reporting a command's error. The command fills it in as it runs."""
 
     world: World | None = None
     document: Document | None = None
-    """The recipe as it was read: messages about its settings get file and line."""
+    """The recipe's source. With it, error messages about a setting get file and line."""
 
 
 @contextmanager
 def reported_errors() -> Iterator[Command]:
-    """The one way a command fails: an error within becomes one message on standard error, and its exit code.
+    """Turns an error into one message on standard error and the error's exit code.
 
-    Several processes of a machine report once, but for a full device, which can be the device of one process.
+    Every command runs inside it. Only the first process of each machine prints the message. Out of memory is
+    the exception: each process that runs out prints it, because its GPU may be the only one that is full.
     """
     command = Command()
     try:
@@ -44,11 +45,12 @@ def reported_errors() -> Iterator[Command]:
 
 @contextmanager
 def library_imports() -> Iterator[None]:
-    """For imports that take seconds: libraries stay quiet, and Ctrl-C ends the command at once.
+    """Wraps a command's slow imports: silences the libraries and lets Ctrl-C end the command at once.
 
-    They stand within commands, after the recipe has been read, so a recipe with a mistake fails at once.
+    Commands import inside their function, after they have read the recipe, so an invalid recipe fails without
+    delay.
     """
-    with ended_at_once():
+    with exit_on_interrupt():
         quieten_libraries()
         yield
 
@@ -60,7 +62,10 @@ def _exit(world: World | None, message: str, code: int) -> NoReturn:
 
 
 def configure_logging(world: World) -> None:
-    """Our own log from the leading process, warnings alone from everybody else's."""
+    """Shows halfbyte's INFO log on rank 0 and its errors on other ranks.
+
+    Other packages log warnings and errors.
+    """
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -68,8 +73,9 @@ def configure_logging(world: World) -> None:
 
 
 def quieten_libraries() -> None:
-    """Progress and notes of the libraries would stand between the lines that matter."""
-    # Without a GPU bitsandbytes wants a package of kernels when diffusers imports it; nothing here computes with it.
+    """Turns off the libraries' progress bars, notes and known warnings, so a command's own output stays readable."""
+    # Without a GPU, bitsandbytes complains about missing kernels when diffusers imports it. halfbyte computes
+    # nothing with bitsandbytes.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -77,12 +83,12 @@ def quieten_libraries() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    # Imported first: Lightning sets its own levels and handlers when it is.
+    # Import Lightning before setting the levels: its import sets its own levels and handlers.
     import lightning.pytorch
 
     for name in (lightning.pytorch.__name__, "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Lightning wraps the model for DDP on a stream of its own, and torch remarks on it at every start.
+    # Lightning wraps the model for DDP on a separate stream, and torch warns about that at every start.
     warnings.filterwarnings("ignore", message=".*AccumulateGrad node's stream.*")

@@ -1,4 +1,4 @@
-"""`halfbyte export` and `halfbyte push`."""
+"""The commands `halfbyte export` and `halfbyte push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,35 +11,38 @@ from halfbyte.trainer.runtime.world import read_world
 
 
 def export_command(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a finished or unfinished run.")],
     checkpoint: Annotated[
-        int | None, typer.Option(help="Export the checkpoint of this step; without it the newest.")
+        int | None, typer.Option(help="The step of the checkpoint to export. [the newest]")
     ] = None,
     formats: Annotated[
         str | None,
         typer.Option(
-            "--format", help="Of diffusers, comfyui and kohya, with commas; without it as the recipe says."
+            "--format",
+            help="One or more of diffusers, comfyui and kohya, separated by commas. [the recipe's output.formats]",
         ),
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Also the quantized transformer.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also export the quantized transformer.")] = False,
     merged: Annotated[
         bool,
-        typer.Option("--merged", help="Also the transformer with the adapter merged in, quantized again."),
+        typer.Option(
+            "--merged", help="Also export the transformer with the adapter merged in and quantized again."
+        ),
     ] = False,
     text_encoder: Annotated[
-        bool, typer.Option("--text-encoder", help="Also T5, the large text encoder, in NF4.")
+        bool, typer.Option("--text-encoder", help="Also export T5, the large text encoder, in NF4.")
     ] = False,
     self_check: Annotated[
-        bool, typer.Option(help="Have stock diffusers load the export and compare predictions.")
+        bool, typer.Option(help="Load the export in stock diffusers and compare its predictions with ours.")
     ] = True,
 ) -> None:
-    """Export a run's adapter, for diffusers, PEFT, ComfyUI, kohya.
+    """Export an adapter for diffusers, PEFT, ComfyUI and kohya.
 
-    The checkpoint of a run's last step goes to adapter/, transformer/ and merged/ in the run's folder, any other to
-    the same folders below exports/step-N.
+    The checkpoint of the run's last step is exported to adapter/, transformer/ and merged/ in the run's
+    folder. Any other checkpoint is exported to the same folders in exports/step-N.
 
-    Exit codes: 0 done, 2 run, checkpoint or option, 6 out of memory, 7 the export failed its own check,
-    130 interrupted.
+    Exit codes: 0 done, 2 run, checkpoint or option error, 6 out of memory, 7 the export failed its
+    self-check, 130 interrupted.
     """
     with reported_errors() as command:
         world = command.world = read_world()
@@ -59,41 +62,45 @@ def push_command(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     repo: Annotated[
         str | None,
-        typer.Option(help="The Hub repository, as owner/name; without it the recipe's output.push_to_hub."),
+        typer.Option(help="The Hub repository, as owner/name. [the recipe's output.push_to_hub]"),
     ] = None,
     private: Annotated[
         bool | None,
         typer.Option(
             "--private/--public",
-            help="How the repository is made where there is none; without it by output.hub_private.",
+            help="Visibility of a repository that the push creates. [the recipe's output.hub_private]",
         ),
     ] = None,
     checkpoint: Annotated[
-        int | None, typer.Option(help="Push what `halfbyte export --checkpoint` wrote of this step instead.")
+        int | None,
+        typer.Option(help="Push the export of this step, written by `halfbyte export --checkpoint`."),
     ] = None,
     base: Annotated[
         bool | None,
         typer.Option(
             "--base/--no-base",
-            help="With the quantized base, or without and the one there deleted. [if exported; one there is kept]",
+            help="--base pushes the quantized base. --no-base pushes none and deletes an earlier push's base from the"
+            " repository. [push it if it was exported, and keep one that is in the repository]",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="List the files with their sizes and what is deleted there, print the card, and send nothing.",
+            help="List the files to upload with their sizes and the files to delete, print the model card, and upload"
+            " nothing.",
         ),
     ] = False,
 ) -> None:
     """Push a run to the Hub, with a model card, in one commit.
 
-    Adapter, quantized base, samples and card are sent, no training pictures and no paths of this machine. The
-    repository is made, private, where there is none. A push that was interrupted goes on where it was when it is
-    repeated. Of what is there, only files that an earlier push wrote and nobody has changed since are deleted, and a
-    card that was written by hand is kept.
+    Uploads the adapter, the quantized base, samples and the model card. Training images and local paths are
+    never uploaded. A repository that does not exist is created; it is private unless --public or
+    output.hub_private: false is set. To continue an interrupted push, run the command again: files that are
+    already uploaded are not sent twice. The push deletes only files that an earlier push wrote and that have
+    not changed since, and it keeps a model card that was written by hand.
 
-    Exit codes: 0 done, 2 run or option, 4 Hub, 130 interrupted.
+    Exit codes: 0 done, 2 run or option error, 4 Hub error, 130 interrupted.
     """
     with reported_errors():
         with library_imports():

@@ -1,4 +1,4 @@
-"""Ctrl-C while libraries are imported."""
+"""Ends a command cleanly when Ctrl-C arrives while libraries are still being imported."""
 
 import os
 import signal
@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended."""
+"""The exit code of a command ended by Ctrl-C."""
 
 
 @contextmanager
-def ended_at_once() -> Iterator[None]:
-    """Within it Ctrl-C ends the process in one line, without an exception; for imports, before there is work to keep.
+def exit_on_interrupt() -> Iterator[None]:
+    """Makes Ctrl-C end the process at once with one line of output.
 
-    What is imported does not pass exceptions on: numpy's start turns KeyboardInterrupt into an ImportError that torch
-    swallows, pybind11's aborts the process (numpy 2.4, torch 2.13).
+    Use it only around imports, before there is work to save. KeyboardInterrupt does not survive these
+    imports: numpy's initialization turns it into an ImportError that torch swallows, and pybind11's aborts
+    the process (numpy 2.4, torch 2.13).
     """
-    # Whoever has it ignored, or handles it, goes on doing so.
+    # Keep a handler that the caller installed, or SIG_IGN.
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return

@@ -1,20 +1,21 @@
-"""The entry points: `train RECIPE [key=value ...]`, and `halfbyte` with everything else.
+"""Entry points of the `train` and `halfbyte` scripts.
 
-What takes seconds to import, torch above all, is imported where Ctrl-C ends the command as it does later on.
+Some imports take seconds, torch most of all. They run inside `exit_on_interrupt`, so Ctrl-C ends the command
+with one line and exit code 130 while it is still importing.
 """
 
-from halfbyte.trainer.cli.interrupts import ended_at_once
+from halfbyte.trainer.cli.interrupts import exit_on_interrupt
 
 
 def train() -> None:
-    """The `train` script."""
-    with ended_at_once():
+    """Runs the `train` script."""
+    with exit_on_interrupt():
         from halfbyte.trainer.cli.app import train_app
     train_app()
 
 
 def main() -> None:
-    """The `halfbyte` script."""
-    with ended_at_once():
+    """Runs the `halfbyte` script."""
+    with exit_on_interrupt():
         from halfbyte.trainer.cli.app import app
     app()

@@ -1,4 +1,4 @@
-"""`halfbyte quantize`: its options, and how it ends."""
+"""The commands `halfbyte quantize` and `halfbyte quant-report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,26 +12,30 @@ from halfbyte.trainer.runtime.world import read_world
 
 
 def quantize_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: its model, quant and data sections count.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe. Its model, quant and data sections are used.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings by dotted name, e.g. quant.scale_search=mse.")
+        list[str] | None, typer.Argument(help="Settings to override, e.g. quant.scale_search=mse.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="A new folder for the transformer.")] = Path("transformer-nf4"),
+    output: Annotated[Path, typer.Option(help="A new folder for the quantized transformer.")] = Path(
+        "transformer-nf4"
+    ),
     samples: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Calibrate on so many samples of the recipe's pictures: round weights so that what layers give comes"
-            " out right. 0: round each weight to the nearest, which needs no pictures.",
+            help="Number of calibration samples from the recipe's images. Weights are rounded so that each layer's"
+            " output stays close to the unquantized layer's. 0 rounds each weight to the nearest code and needs no"
+            " images.",
         ),
     ] = 256,
 ) -> None:
-    """Write a quantized transformer, calibrated on pictures.
+    """Write a quantized transformer, calibrated on images.
 
-    The recipe's transformer on the recipe's pictures, to train on with model.transformer.
+    Quantizes the recipe's transformer, calibrated on the recipe's images. To train on the result, set
+    model.transformer to its folder.
 
-    Exit codes: 0 done, 2 recipe, model or folder, 3 pictures, 4 Hub, 5 launch environment, 6 out of memory,
-    130 interrupted.
+    Exit codes: 0 done, 2 recipe, model or folder error, 3 data error, 4 Hub error, 5 launch environment
+    error, 6 out of memory, 130 interrupted.
     """
     with reported_errors() as command:
         world = read_world()
@@ -45,30 +49,36 @@ def quantize_command(
 
 
 def quant_report_command(
-    model: Annotated[
-        Path, typer.Argument(help="A pipeline folder, or that of a transformer or text encoder.")
-    ],
-    component: Annotated[str, typer.Option(help="Which part of the pipeline.")] = "transformer",
+    model: Annotated[Path, typer.Argument(help="The folder of a pipeline, a transformer or a text encoder.")],
+    component: Annotated[str, typer.Option(help="The part of the pipeline to measure.")] = "transformer",
     scheme: Annotated[
-        str, typer.Option(help="What the skip list is for: nf4, 'nf4 mse', fp4 or int8.")
+        str, typer.Option(help="The quantization to suggest a skip list for: nf4, 'nf4 mse', fp4 or int8.")
     ] = "nf4",
     threshold: Annotated[
         float | None,
-        typer.Option(min=0, help="Suggest a skip list of the layers with a larger relative error, e.g. 0.1."),
+        typer.Option(
+            min=0,
+            help="Suggest a skip list: the layers whose relative error is larger than this, e.g. 0.1.",
+        ),
     ] = None,
     sample: Annotated[
-        int, typer.Option(min=0, help="Weights measured a layer, in whole rows spread evenly; 0: all.")
+        int,
+        typer.Option(
+            min=0,
+            help="Number of weights to measure per layer, as whole rows spread evenly. 0 measures all weights.",
+        ),
     ] = 4_000_000,
-    worst: Annotated[int, typer.Option(min=0, help="How many of the worst layers are shown.")] = 20,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst layers to show.")] = 20,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the report, of every layer, to this file.")
+        Path | None,
+        typer.Option("--json", help="Also write the report to this file, with every layer."),
     ] = None,
 ) -> None:
-    """Measure what quantization costs each layer.
+    """Measure the quantization error of each layer.
 
-    NF4, FP4, int8 and searched scales side by side, to choose quant.skip by numbers.
+    Compares NF4, FP4, int8 and searched scales, so you can choose quant.skip from measured errors.
 
-    Exit codes: 0 done, 2 wrong folder or option, 130 interrupted.
+    Exit codes: 0 done, 2 folder or option error, 130 interrupted.
     """
     with reported_errors():
         with library_imports():

@@ -1,4 +1,4 @@
-"""`halfbyte sample`: its options, and how it ends."""
+"""The command `halfbyte sample`: its options and exit codes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,86 +16,123 @@ def sample_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A run's folder; an adapter's file or folder, of diffusers, PEFT, ComfyUI or kohya, or its Hub"
-            " repository (owner/name or owner/name@revision); or a pipeline, a folder or a Hub repository, to draw"
-            " without an adapter."
+            help="One of: the folder of a run; a LoRA file or folder in the format of diffusers, PEFT, ComfyUI or"
+            " kohya; the Hub repository of an adapter (owner/name or owner/name@revision); or a pipeline, as a folder"
+            " or Hub repository, to generate without an adapter."
         ),
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="What to draw; may be given again. Without it a run's own prompts."),
+        typer.Option(
+            "--prompt", help="The text to generate from. Can be repeated. [the run's sample.prompts]"
+        ),
     ] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="More prompts, one a line.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A text file with more prompts, one per line.")
+    ] = None,
     strength: Annotated[
-        str | None, typer.Option(help="The adapter's, one or several with commas: 0 is the base alone. [1]")
+        str | None,
+        typer.Option(
+            help="Adapter strength, or several separated by commas. 0 generates with the base only. [1]"
+        ),
     ] = None,
     seed: Annotated[
         str | None,
         typer.Option(
-            help="Of the noise, one or several with commas, for every prompt. [a run: as it drew its own; else 0]"
+            help="Noise seed, or several separated by commas; each is used for every prompt."
+            " [the seeds of the run's own samples, else 0]"
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="So many seeds, from --seed on.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [the run's, else 28]")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="As the pipeline takes it. [the run's, else 3.5]")
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of consecutive seeds, starting at --seed.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. [the run's, else 1024]")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels. [the run's, else 1024]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of sampling steps. [the run's, else 28]")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(min=0, help="Guidance scale, passed to the pipeline unchanged. [the run's, else 3.5]"),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Image width in pixels. [the run's, else 1024]")] = None,
+    height: Annotated[int | None, typer.Option(help="Image height in pixels. [the run's, else 1024]")] = None,
     checkpoint: Annotated[
-        int | None, typer.Option(min=0, help="Of a run: the checkpoint of this step. [the newest]")
+        int | None, typer.Option(min=0, help="For a run: the step of the checkpoint to use. [the newest]")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="A new folder. [pictures/001 and so on, in the run's folder or here]")
+        Path | None,
+        typer.Option(
+            help="A new folder for the images."
+            " [pictures/001, pictures/002 and so on, in the run's folder or the current folder]"
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="An adapter's base: a folder or a Hub repository. [as PEFT's file says]"),
+        typer.Option(
+            help="For an adapter: its base model, as a folder or Hub repository."
+            " [the base named in adapter_config.json]"
+        ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="A commit, tag or branch of the Hub repository.")
+        str | None, typer.Option(help="The commit, tag or branch of the Hub repository to use.")
     ] = None,
     quant: Annotated[
         str | None,
-        typer.Option(help="The transformer: nf4, int8 or none. [as the run or as stored, else nf4]"),
+        typer.Option(
+            help="Quantization of the transformer: nf4, int8 or none. [the run's, or as stored, else nf4]"
+        ),
     ] = None,
     text_encoder_quant: Annotated[
-        str | None, typer.Option(help="T5: auto, none, int8 or nf4. [the run's, else auto]")
+        str | None,
+        typer.Option(help="Quantization of T5: auto, none, int8 or nf4. [the run's, else auto]"),
     ] = None,
     max_sequence_length: Annotated[
-        int | None, typer.Option(min=1, max=512, help="T5 tokens. [the run's, else the model's]")
+        int | None,
+        typer.Option(min=1, max=512, help="Maximum number of T5 tokens. [the run's, else the model's]"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16 or float32. [the run's, else bfloat16, on the CPU float32]"),
+        typer.Option(
+            help="Compute dtype: bfloat16, float16 or float32."
+            " [the run's, else bfloat16, or float32 on the CPU]"
+        ),
     ] = None,
     offload: Annotated[
         str,
         typer.Option(
-            help="none: text encoders, transformer and VAE on the device one after the other; model or sequential:"
-            " in host memory, each model or each layer on the device while it computes."
+            help="none: load text encoders, transformer and VAE onto the device one after another. model or"
+            " sequential: keep the models in host memory and move each model (model) or each layer (sequential) to the"
+            " device while it computes."
         ),
     ] = "none",
     device_map: Annotated[
-        str | None, typer.Option(help="Spread each model: auto (devices, then host memory) or balanced.")
+        str | None,
+        typer.Option(
+            help="Spread each model over several devices: auto (fill the devices in order, then host memory) or"
+            " balanced."
+        ),
     ] = None,
     compiled: Annotated[
         bool,
         typer.Option(
             "--compile",
-            help="On a GPU, record the transformer's forward as a CUDA graph; where it cannot be (--offload, int8), or"
-            " on a CPU, compile its blocks: slow to start, then faster.",
+            help="Start slower, then generate faster. On a GPU, record the transformer's forward as a CUDA graph. On a"
+            " CPU, or where recording is not possible (--offload, int8), compile the transformer's blocks.",
         ),
     ] = False,
     cache: Annotated[
-        Path | None, typer.Option(help="For embeddings and packed bases. [the run's, else ~/.cache/halfbyte]")
+        Path | None,
+        typer.Option(
+            help="Cache folder for text embeddings and packed bases. [the run's, else ~/.cache/halfbyte]"
+        ),
     ] = None,
 ) -> None:
-    """Draw pictures with a run or an adapter, and a grid of them.
+    """Generate images with a run or an adapter, and a grid of them.
 
-    Over the quantized base, at several strengths and seeds.
+    The images come from the quantized base with the adapter, for every combination of prompt, strength and
+    seed.
 
-    Exit codes: 0 done, 2 source, model or option, 4 Hub, 6 out of memory, 130 interrupted (what was drawn is kept).
+    Exit codes: 0 done, 2 source, model or option error, 4 Hub error, 6 out of memory, 130 interrupted
+    (finished images are kept).
     """
     with reported_errors() as command:
         request = SampleRequest(

@@ -1,4 +1,4 @@
-"""`halfbyte train` and `halfbyte plan`."""
+"""The commands `halfbyte train` and `halfbyte plan`."""
 
 import gc
 from pathlib import Path
@@ -15,32 +15,38 @@ from halfbyte.trainer.runtime.world import leave, read_world
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/flux_mini.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, e.g. recipes/flux_mini.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings by dotted name, e.g. train.steps=10.")
+        list[str] | None, typer.Argument(help="Settings to override, e.g. train.steps=10.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in output.dir from its last checkpoint.")
+        bool, typer.Option("--resume", help="Resume the run in output.dir from its newest checkpoint.")
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Tell what the run would take, as `halfbyte plan` does, and stop.")
+        bool,
+        typer.Option(
+            "--plan", help="Predict memory and time like `halfbyte plan`, then stop without training."
+        ),
     ] = False,
     fit: Annotated[
         str | None,
-        typer.Option(help="With --plan: choose settings that fit a card of this memory, e.g. 8GB."),
+        typer.Option(
+            help="With --plan: choose settings that fit a card by its name, such as 8GB (8 GiB of memory);"
+            " 8GiB means the same."
+        ),
     ] = None,
 ) -> None:
-    """Train a LoRA as the recipe says.
+    """Train a LoRA from a recipe.
 
-    Exit codes: 0 done, 2 recipe or model, 3 data, 4 Hub, 5 launch environment, 6 out of memory,
-    7 export that failed its check, 130 interrupted.
+    Exit codes: 0 done, 2 recipe or model error, 3 data error, 4 Hub error, 5 launch environment error,
+    6 out of memory, 7 the export failed its self-check, 130 interrupted.
     """
     if plan:
         plan_command(recipe, overrides, fit)
         return
     with reported_errors() as command:
         if fit is not None:
-            raise RecipeError("--fit: it chooses settings and trains nothing; add --plan")
+            raise RecipeError("--fit: chooses settings and does not train; use it together with --plan")
         world = command.world = read_world()
         try:
             configure_logging(world)
@@ -48,7 +54,8 @@ def train_command(
             with library_imports():
                 from halfbyte.trainer.run import run
 
-            # Half a million objects of the libraries, which every full collection would go through again.
+            # The libraries leave half a million objects, which every full garbage collection would scan
+            # again.
             gc.freeze()
             finished = run(
                 settings, world, console=Console(quiet=not world.is_leader, soft_wrap=True), resume=resume
@@ -60,21 +67,25 @@ def train_command(
 
 
 def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/flux_lora.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, e.g. recipes/flux_lora.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings by dotted name, e.g. train.batch_size=2.")
+        list[str] | None, typer.Argument(help="Settings to override, e.g. train.batch_size=2.")
     ] = None,
     fit: Annotated[
-        str | None, typer.Option(help="Choose settings that fit a card of this memory, e.g. 8GB.")
+        str | None,
+        typer.Option(
+            help="Choose settings that fit a card by its name, such as 8GB (8 GiB of memory); 8GiB means the same."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Tell what a run will take: memory by phase, steps, time.
+    """Predict a run's memory by phase, its steps and its time.
 
-    Nothing is loaded and no GPU is needed. Where the Hub gives no configurations of a well-known model, those are
-    planned that it was published with.
+    Loads no weights and needs no GPU. If the Hub does not provide the configuration files of a well-known
+    model, the plan uses the configurations that the model was published with.
 
-    Exit codes: 0 done, 2 recipe or model, or nothing fits the card, 3 data, 4 Hub, 130 interrupted.
+    Exit codes: 0 done, 2 recipe or model error, or no settings fit the card, 3 data error, 4 Hub error, 130
+    interrupted.
     """
     with reported_errors() as command:
         settings, command.document = load_document(recipe, overrides or [], pictures_needed=False)

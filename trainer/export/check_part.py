@@ -1,4 +1,4 @@
-"""The part of a model that an export's self-check loads: all of a small one, of a large one some blocks."""
+"""Selects the part of a model that the self-check compares: all of a small model, some blocks of a large one."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,24 +23,24 @@ from halfbyte.quant.load.serialize import (
 from halfbyte.trainer.adapters.saved import LoraLayer
 from halfbyte.trainer.families.family import Family
 
-_WHOLE_BYTES = 2 * 10**8  # a model up to this size is compared whole
+_WHOLE_BYTES = 2 * 10**8  # models up to this size are compared completely
 _SHARD_BYTES = 2 * 10**9
 
 
 def is_large(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a model of these tensors is compared in part."""
+    """Returns True if a model of these tensors is so large that only a part of it is compared."""
     return sum(tensor.nbytes for tensor in tensors.values()) > _WHOLE_BYTES
 
 
 @dataclass(frozen=True)
 class ComparedPart:
-    """The part of the model that is compared."""
+    """The part of the model to compare."""
 
     config: Mapping[str, Any]
     blocks: Mapping[str, str] | None  # block -> its name in the part; None: the whole model
 
     def name(self, name: str, all_blocks: Sequence[str]) -> str | None:
-        """What a tensor or layer is called in the part; None where it is not in it."""
+        """Returns the name that a tensor or layer has in the part, or None if the part does not contain it."""
         if self.blocks is None:
             return name
         for block in all_blocks:
@@ -51,11 +51,11 @@ class ComparedPart:
 
 
 def part_of(family: Family, denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> ComparedPart:
-    """What of the denoiser is compared, `layers` being those with an adapter."""
+    """Selects the part of the denoiser to compare. `layers` are the layers with an adapter."""
     config = plain_config(family.denoiser_config)
     if not is_large(base_tensors(denoiser)):
         return ComparedPart(config, None)
-    # Of each kind the block with the most adapters: a run may train few of them.
+    # From each kind, take the block with the most adapters, because a run may train only a few blocks.
     chosen = [
         max(kind, key=lambda block: sum(path.startswith(f"{block}.") for path in layers))
         for kind in family.block_kinds()
@@ -70,34 +70,37 @@ def part_of(family: Family, denoiser: nn.Module, layers: Mapping[str, LoraLayer]
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's configuration without how it is quantized and where it came from."""
+    """Returns a model's configuration without its quantization and its source."""
     return {
         key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")
     }
 
 
 def quant_recipe_of(denoiser: nn.Module) -> QuantRecipe | None:
-    """How the denoiser's base is quantized."""
+    """Returns the quantization of the denoiser's base, or None if it is not quantized."""
     model: Any = denoiser
     stored = model.config.get("quantization_config")
     return None if stored is None else read_quantization_config(stored, "the model")
 
 
 def quantized_config(config: Mapping[str, Any], recipe: QuantRecipe) -> dict[str, Any]:
-    """The configuration of a model that is quantized so."""
+    """Returns the configuration with the quantization added."""
     return dict(config) | {"quantization_config": quantization_config(recipe)}
 
 
 def base_groups(
     denoiser: nn.Module, kept: ComparedPart, every: Sequence[str]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """The part's weights dequantized, and as they are held, a weight with its statistics."""
+    """Returns the part's tensors twice: dequantized to fp32, and as stored.
+
+    A stored weight and its statistics are in one group. `every` lists all blocks of the model.
+    """
     packed = {
         f"{path.removesuffix('.base_layer')}.weight": module
         for path, module in denoiser.named_modules()
         if isinstance(module, QuantizedLayer)
     }
-    held: dict[str, dict[str, Tensor]] = {}
+    stored: dict[str, dict[str, Tensor]] = {}
     plain: list[dict[str, Tensor]] = []
     for name, tensor in base_tensors(denoiser).items():
         own = kept.name(name, every)
@@ -105,16 +108,16 @@ def base_groups(
             continue
         statistic = split_statistic(name)
         group = name if statistic is None or statistic[0] not in packed else statistic[0]
-        held.setdefault(group, {})[own] = tensor
+        stored.setdefault(group, {})[own] = tensor
         if name in packed:
             plain.append({own: packed[name].dequantize(torch.float32)})
         elif group == name:
             plain.append({own: tensor.float()})
-    return plain, list(held.values())
+    return plain, list(stored.values())
 
 
 def write_part(folder: Path, config: Mapping[str, Any], groups: list[dict[str, Tensor]]) -> None:
-    """Writes a model's folder, a group of tensors never parted."""
+    """Writes a model's folder. The tensors of a group are never split over two files."""
     folder.mkdir()
     write_file(folder / CONFIG_FILE, json.dumps(config))
     write_weights(groups, folder, max_shard_bytes=_SHARD_BYTES)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: adapter and quantized base, written beside their places, checked, then put there."""
+"""Exports a run's adapter and models: writes them to work folders, checks them, then moves them into place."""
 
 import json
 import shutil
@@ -50,46 +50,47 @@ _WEIGHTS = tuple(file.removesuffix(".safetensors") for file in (WEIGHTS_FILE, TE
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What is written."""
+    """The parts to export, and the facts to record with them."""
 
-    name: str  # of the files that ComfyUI and kohya show by their names
-    formats: tuple[LoraFormat, ...] | None  # None: all that can hold the adapter
-    base: bool
-    check: bool
-    step: int  # whose adapter it is
-    quant: QuantRecipe | None  # how the base is held that it was trained on
-    merged: bool = False  # also the base with the adapter merged in
-    text_encoder: torch.device | None = None  # also T5, in NF4, quantized there
-    started_from: HubPart | None = None  # the adapter of the Hub that training started from
+    name: str  # base name of the files for ComfyUI and kohya, which list adapters by file name
+    formats: tuple[LoraFormat, ...] | None  # None: all formats that can represent the adapter
+    base: bool  # export the quantized base
+    check: bool  # check the export in stock diffusers
+    step: int  # training step of the adapter
+    quant: QuantRecipe | None  # quantization of the base during training
+    merged: bool = False  # export the base with the adapter merged in
+    text_encoder: torch.device | None = None  # export T5 in NF4, quantized on this device
+    started_from: HubPart | None = None  # the Hub adapter that training started from
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what was proven of it."""
+    """The exported files and the results of their self-check."""
 
     adapter: Path
     formats: tuple[LoraFormat, ...]
     base: Path | None
     check: SelfCheck | None
     merged: Path | None = None
-    survivals: tuple[Survival, ...] = ()  # of the layers that were merged
+    survivals: tuple[Survival, ...] = ()  # one for each merged layer
     text_encoder: Path | None = None
 
 
 def export_trained(
     family: Family, denoiser: nn.Module, folder: RunFolder, settings: ExportSettings
 ) -> Exported:
-    """Exports the adapters that are on `denoiser`, and its base.
+    """Exports the adapters on `denoiser` and its base.
 
-    Raises ExportError when what would be exported is not what was trained or stock diffusers does not take it; what
-    was exported before is then untouched.
+    Raises:
+        ExportError: The export differs from the trained weights, or stock diffusers cannot load it. An
+            earlier export then stays unchanged.
     """
     with work_folder(folder.adapter) as work:
         save_adapter(denoiser, family.pipeline_class, str(work))
         try:
             adapter = read_saved(work / ADAPTER_FILE)
         except RecipeError as error:
-            raise ExportError(f"export: what training left is no whole adapter: {error}") from error
+            raise ExportError(f"export: the trained adapter is incomplete: {error}") from error
         _check_written(work / ADAPTER_FILE, adapter.tensors, adapter_state(denoiser))
         return _export(family, denoiser, adapter, folder, work, settings)
 
@@ -101,9 +102,10 @@ def export_saved(
     folder: RunFolder,
     settings: ExportSettings,
 ) -> Exported:
-    """Exports the adapter of a file as diffusers writes it, a checkpoint's; see `export_trained`.
+    """Exports the adapter of a checkpoint, a file in the format of diffusers, like `export_trained`.
 
-    denoiser: the base without adapters, for what needs one: its own export, merging, which changes it, and the check.
+    `denoiser` is the base without adapters. It is needed to export the base, to merge (which changes it), and
+    for the self-check.
     """
     adapter = read_saved(adapter_file)
     with work_folder(folder.adapter) as work:
@@ -112,7 +114,7 @@ def export_saved(
 
 
 def is_quantized(denoiser: nn.Module) -> bool:
-    """Whether the denoiser holds a quantized base, which can be exported."""
+    """Returns True if the denoiser has a quantized base, which can be exported."""
     model: Any = denoiser
     return "quantization_config" in model.config
 
@@ -125,7 +127,7 @@ def _export(
     work: Path,
     settings: ExportSettings,
 ) -> Exported:
-    """Writes everything beside its place, has it checked, and only then puts it there."""
+    """Writes everything to work folders, checks it, and only then moves it into place."""
     formats = formats_for(adapter, settings.formats)
     source = family.source
     base = None if source.revision is None else (source.name, source.revision)
@@ -133,7 +135,7 @@ def _export(
     write_provenance(family, settings.step, settings.quant, settings.started_from, work)
     check = survivals = None
     with ExitStack() as works:
-        built = {folder.adapter: work}
+        built = {folder.adapter: work}  # final folder -> work folder
 
         def build(place: Path) -> Path:
             built[place] = works.enter_context(work_folder(place))
@@ -192,7 +194,7 @@ def _write_merged(denoiser: nn.Module, adapter: SavedAdapter, folder: Path) -> l
 
 
 def _is_ours(name: str, path: str) -> bool:
-    """Whether an earlier export wrote the file at `path` of an exported folder, so that it goes with that."""
+    """Returns True if an export writes a file of this relative path, so the file is replaced and not kept."""
     return (
         path in _OURS
         or path in [file_name(name, kind) for kind in FORMATS]
@@ -205,33 +207,33 @@ def _check_written(file: Path, written: Mapping[str, Tensor], trained: Mapping[s
     wrong += [name for name in trained.keys() & written.keys() if not written[name].equal(trained[name])]
     if wrong:
         raise ExportError(
-            f"export: {file} is not what was trained: {len(wrong)} entries differ, first {wrong[0]}; the last"
-            " checkpoint is whole"
+            f"export: {file} differs from the trained adapter in {len(wrong)} entries, the first is {wrong[0]}; the"
+            " last checkpoint is complete"
         )
 
 
-_SHOWN = 5  # layers that kept the least
+_SHOWN = 5  # number of layers to list, those that kept the smallest part of their update
 
 
 def merge_lines(survivals: Sequence[Survival], folder: Path) -> list[str]:
-    """What to tell of a merge."""
-    lines = [f"merged: {folder} ({total(survivals):.0%} of the update survived, see {MERGE_REPORT})"]
+    """Returns the lines to print about a merge."""
+    lines = [f"merged: {folder} ({total(survivals):.0%} of the update remains, see {MERGE_REPORT})"]
     faint = sorted((s for s in survivals if s.kept < FAINT), key=lambda survival: survival.kept)
     if faint:
         lines.append(
-            f"warning: {len(faint)} of {len(survivals)} layers kept less than {FAINT:.0%} of their update; use the"
-            " adapter beside the base instead, which loses nothing. The least:"
+            f"warning: {len(faint)} of {len(survivals)} layers kept less than {FAINT:.0%} of their update. Use the base"
+            " and the adapter as separate files, which loses nothing. The worst layers:"
         )
         lines += [
-            f"  {survival.layer}: {survival.kept:.0%} kept, error {survival.error:.0%} of an update of"
-            f" {survival.relative:.2%} of the weight"
+            f"  {survival.layer}: kept {survival.kept:.0%}, error {survival.error:.0%} (the update is"
+            f" {survival.relative:.2%} of the weight)"
             for survival in faint[:_SHOWN]
         ]
     return lines
 
 
 def exported_lines(exported: Exported) -> list[str]:
-    """What to tell of an export."""
+    """Returns the lines to print about an export."""
     lines = [f"adapter: {exported.adapter.parent} ({', '.join(exported.formats)})"]
     if exported.base is not None:
         lines.append(f"base: {exported.base}")
@@ -241,13 +243,13 @@ def exported_lines(exported: Exported) -> list[str]:
         lines += merge_lines(exported.survivals, exported.merged)
     check = exported.check
     if check is None:
-        lines.append("not checked: the self-check is off")
+        lines.append("not checked: the self-check is turned off")
         return lines
     lines.append("checked in stock diffusers:")
     lines += [f"  {part}" for part in check.checked]
     lines += [f"warning: {part}" for part in check.unread]
     lines += [f"not checked: {part}" for part in check.left_out]
-    lines.append(f"the adapter moves the prediction by {check.moved:.2%}")
+    lines.append(f"the adapter changes the prediction by {check.moved:.2%}")
     if check.moved == 0:
-        lines.append("warning: an adapter that moves nothing has not been trained")
+        lines.append("warning: the adapter has no effect on the output")
     return lines

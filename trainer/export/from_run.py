@@ -1,7 +1,7 @@
-"""`halfbyte export`: the files of a run, or of one of its checkpoints, which may still be training.
+"""Implements `halfbyte export`: exports a checkpoint of a run, which may still be training.
 
-The run's folder is only read, but for what is exported into it. A checkpoint's adapter is copied first and held
-against its checksum, for a run that goes on deletes old checkpoints.
+Apart from the exported files, nothing in the run's folder changes. The checkpoint's adapter is copied first
+and verified by its checksum, because a run that is still training deletes old checkpoints.
 """
 
 import tempfile
@@ -29,34 +29,39 @@ from halfbyte.trainer.runtime.device_memory import when_full
 from halfbyte.trainer.runtime.world import World
 
 _WHEN_FULL = (
-    "the device ran out of memory, and earlier exports are as they were; without a GPU (CUDA_VISIBLE_DEVICES= ahead of"
-    " the command) the same is exported, more slowly"
+    "the device ran out of memory; earlier exports are unchanged. Put CUDA_VISIBLE_DEVICES= before the command to"
+    " export the same files on the CPU, which is slower"
 )
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What of a run is exported."""
+    """The parts of a run to export."""
 
     step: int | None = None  # None: the newest checkpoint
-    formats: Sequence[LoraFormat] | None = None  # None: as the recipe says
-    base: bool = False
-    merged: bool = False
-    text_encoder: bool = False  # T5, in NF4
-    check: bool = True
+    formats: Sequence[LoraFormat] | None = None  # None: the recipe's output.formats
+    base: bool = False  # the quantized transformer
+    merged: bool = False  # the transformer with the adapter merged in
+    text_encoder: bool = False  # T5 in NF4
+    check: bool = True  # check the export in stock diffusers
 
 
 @when_full(lambda: _WHEN_FULL)
 def export_run(root: Path, request: ExportRequest, world: World, console: Console) -> Exported:
-    """Exports into the run's folder where the checkpoint is that of its last step, else into `exports/STEP` there.
+    """Exports a checkpoint of the run at `root`.
 
-    Raises RecipeError where `root` is no run or has no such checkpoint, ExportError as `export_trained` does,
-    OutOfMemory.
+    The checkpoint of the last step is exported into the run's folder, any other checkpoint into exports/STEP
+    there.
+
+    Raises:
+        RecipeError: `root` is not a run, has no such checkpoint, or cannot be exported as requested.
+        ExportError: See `export_trained`.
+        OutOfMemory: The device or the host is full.
     """
     run = RunFolder(root)
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{root}: holds no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
+            f"{root}: contains no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
         )
     recipe = load_written(run.recipe)
     with tempfile.TemporaryDirectory() as copies:
@@ -69,7 +74,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         try:
             adapter = read_saved(adapter_file)
         except RecipeError as error:
-            # Read from a copy, whose path says nothing.
+            # The error names the temporary copy, so add the path of the checkpoint.
             raise RecipeError(f"{run.checkpoints / checkpoint}: {error}") from error
         _check_request(request, recipe, family)
         formats = recipe.output.formats if request.formats is None else tuple(request.formats)
@@ -93,13 +98,13 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
 
 
 def _check_request(request: ExportRequest, recipe: Recipe, family: Family) -> None:
-    """Raises RecipeError for what the run's base does not have, before anything is loaded."""
-    held = base_recipe(recipe, family)
-    for asked, option, instead in (
-        (request.base, "--base", "it is the model that the recipe names"),
+    """Rejects options that the run's base does not support, before anything is loaded. Raises RecipeError."""
+    quant = base_recipe(recipe, family)
+    for requested, option, advice in (
+        (request.base, "--base", "use the model that the recipe names"),
         (request.merged, "--merged", "merge the adapter with diffusers' fuse_lora, which is exact"),
     ):
-        if asked and held is None:
-            raise RecipeError(f"{option}: the run's base is not quantized (quant.type: none); {instead}")
+        if requested and quant is None:
+            raise RecipeError(f"{option}: the run's base is not quantized (quant.type: none); {advice}")
     if request.text_encoder:
         check_text_encoder(family.t5)

@@ -1,7 +1,7 @@
-"""An adapter merged into its base: added to the dequantized weights in fp32, which are then quantized again.
+"""Merges an adapter into its base: adds it to the dequantized weights in fp32 and quantizes them again.
 
-4 bits are coarse. Most of a small update moves no weight to the next code and is lost; what is left of it shows in
-the scales. So each merge measures what became of the update.
+4 bits are coarse. A small update moves few weights to another code and is mostly lost; what remains of it is
+in the scales. Each merge therefore measures how much of the update is kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,32 +15,36 @@ from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.trainer.adapters.saved import LoraLayer
 from halfbyte.trainer.errors import RecipeError
 
-FAINT = 0.5  # an update of which less survived is warned about
+FAINT = 0.5  # warn about layers that keep a smaller part of their update
 
 
 @dataclass(frozen=True)
 class Survival:
-    """What became of one layer's update U, the stored weight having changed by C."""
+    """The part of one layer's update that a merge keeps.
+
+    W is the weight before the merge, U the update, and C the actual change of the stored weight.
+    """
 
     layer: str
     relative: float  # |U| / |W|
-    kept: float  # <C, U> / <U, U>: 1 where all of it is there
+    kept: float  # <C, U> / <U, U>: 1 if the update is kept completely
     error: float  # |C - U| / |U|
     energy: float  # <U, U>
 
 
 @torch.no_grad()
 def merge(denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> list[Survival]:
-    """Adds the updates to the weights of `denoiser`, which must have no adapters on it, in place.
+    """Adds the updates to the weights of `denoiser` in place. `denoiser` must have no adapters.
 
-    Raises RecipeError where a layer is not there or of another shape, before anything is changed.
+    Raises:
+        RecipeError: A layer does not exist or has another shape. Raised before anything changes.
     """
     found = {path: _layer(denoiser, path, layer) for path, layer in layers.items()}
     return [_merged(path, found[path], layer) for path, layer in layers.items()]
 
 
 def total(survivals: Sequence[Survival]) -> float:
-    """<C, U> / <U, U> over all layers."""
+    """Computes <C, U> / <U, U> over all layers."""
     energy = sum(survival.energy for survival in survivals)
     return sum(survival.kept * survival.energy for survival in survivals) / energy if energy else 1.0
 
@@ -48,10 +52,12 @@ def total(survivals: Sequence[Survival]) -> float:
 def _layer(denoiser: nn.Module, path: str, layer: LoraLayer) -> nn.Linear:
     module = dict(denoiser.named_modules()).get(path)
     if not isinstance(module, nn.Linear):
-        raise RecipeError(f"merge: the model has no linear layer {path}; the adapter is of another model")
+        raise RecipeError(
+            f"merge: the model has no linear layer {path}; expected an adapter of the same model"
+        )
     expected, got = (module.out_features, module.in_features), (len(layer.up), layer.down.shape[1])
     if expected != got:
-        raise RecipeError(f"merge: {path}: the layer is {expected}, the adapter is for one of {got}")
+        raise RecipeError(f"merge: {path}: the layer has shape {expected}, the adapter's update {got}")
     return module
 
 
@@ -61,6 +67,7 @@ def _merged(path: str, module: nn.Linear, layer: LoraLayer) -> Survival:
     update = layer.scale * (layer.up.to(device, torch.float32) @ layer.down.to(device, torch.float32))
     merged = before + update
     if layer.lengths is not None:
+        # DoRA: rescale each output row to its trained magnitude.
         merged *= (layer.lengths.to(device, torch.float32) / merged.norm(dim=1))[:, None]
         update = merged - before
     _store(module, merged, path)
@@ -87,7 +94,8 @@ def _store(module: nn.Linear, weight: Tensor, path: str) -> None:
         module.quantize(weight, f"{path}.weight")
         quantized = module.weight.quant_state
         assert quantized is not None
-        # The file says in what the weight was before, and stock layers dequantize to that.
+        # Keep the dtype that the weight had before quantization. It is stored in the file, and stock layers
+        # dequantize to it.
         module.weight.quant_state = replace(quantized, dtype=dtype)
     elif isinstance(module, QuantizedLayer):
         module.quantize(weight, f"{path}.weight")

@@ -1,4 +1,4 @@
-"""What an export says of where it comes from: the base with its revision and licence, and what the base lost."""
+"""Records the origin of an export: the base with its revision and license, and the base's quantization error."""
 
 import json
 import logging
@@ -25,29 +25,29 @@ from halfbyte.trainer.runtime.version import halfbyte_version
 log = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "halfbyte.json"
-"""Beside the adapter, and at the top of a repository that this trainer has pushed to."""
+"""Stored next to the adapter, and at the top of a repository that halfbyte has pushed to."""
 BASE_ERROR_FILE = "quantization_error.json"
-"""Beside the quantized base."""
+"""Stored next to the quantized base."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of an exported adapter."""
+    """The origin of an exported adapter."""
 
-    halfbyte: str  # the version that exported it
+    halfbyte: str  # the halfbyte version that exported it
     step: int
-    pipeline: str  # diffusers' classes
-    transformer: str
-    base_model: str | None  # a Hub repository; None for a folder, whose path is nobody's business
-    revision: str | None  # the commit that was trained on
-    own_transformer: bool  # whether the transformer was given apart from base_model (model.transformer)
+    pipeline: str  # diffusers class of the pipeline
+    transformer: str  # diffusers class of the transformer
+    base_model: str | None  # a Hub repository; None for a local folder, whose path stays private
+    revision: str | None  # the base's commit during training
+    own_transformer: bool  # the transformer did not come from base_model (model.transformer)
     max_sequence_length: int  # T5 tokens
-    licence: Licence | None  # of the base, by its own card
-    quant: QuantRecipe | None  # how the base was held; None: in the compute dtype
-    own_text_encoder: bool = False  # whether T5 was given apart from base_model (model.text_encoder)
-    # Those given apart, by the pipeline's names of them.
+    licence: Licence | None  # license of the base, according to its model card
+    quant: QuantRecipe | None  # quantization of the base during training; None: in the compute dtype
+    own_text_encoder: bool = False  # T5 did not come from base_model (model.text_encoder)
+    # The components from other Hub repositories, by their names in the pipeline.
     parts: Mapping[str, HubPart] = field(default_factory=dict)
-    started_from: HubPart | None = None  # the adapter, where it was one of the Hub (lora.init_from)
+    started_from: HubPart | None = None  # the Hub adapter that training started from (lora.init_from)
 
 
 def write_provenance(
@@ -78,7 +78,11 @@ def write_provenance(
 
 
 def read_provenance(file: Path) -> Provenance:
-    """Raises RecipeError where there is none, or another file."""
+    """Reads the provenance of an exported adapter.
+
+    Raises:
+        RecipeError: The file does not exist, or an export of this version did not write it.
+    """
     facts = _read(file)
     try:
         licence, quant = facts.pop("licence"), facts.pop("quant")
@@ -92,19 +96,19 @@ def read_provenance(file: Path) -> Provenance:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecipeError(
-            f"{file}: not written by an export of this version; export the run again"
+            f"{file}: was not written by an export of this version; export the run again"
         ) from error
 
 
 def write_base_error(family: Family, denoiser: nn.Module, folder: Path) -> None:
-    """Measures what quantization cost the base, and writes that into its folder.
+    """Measures the quantization error of the base and writes it into the base's folder.
 
-    Nothing is written where that cannot be known: the source was quantized already.
+    Writes nothing if the source was already quantized, because the error is then unknown.
     """
     try:
         error = _base_error(family, denoiser)
     except (OSError, ValueError) as problem:
-        log.warning("what quantization cost the base is not measured: %s", problem)
+        log.warning("cannot measure the quantization error of the base: %s", problem)
         return
     if error is None:
         return
@@ -123,7 +127,10 @@ def _base_error(family: Family, denoiser: nn.Module) -> BaseError | None:
 
 
 def read_base_error(folder: Path) -> BaseError | None:
-    """What `write_base_error` wrote into the folder, None where it wrote nothing. Raises RecipeError."""
+    """Reads the quantization error from the base's folder.
+
+    Returns None if there is no file. Raises RecipeError.
+    """
     file = folder / BASE_ERROR_FILE
     if not file.is_file():
         return None
@@ -131,7 +138,7 @@ def read_base_error(folder: Path) -> BaseError | None:
         return BaseError(**_read(file))
     except TypeError as error:
         raise RecipeError(
-            f"{file}: not written by an export of this version; export the run again"
+            f"{file}: was not written by an export of this version; export the run again"
         ) from error
 
 
@@ -146,7 +153,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _hub_part(component: Component) -> HubPart | None:
-    """The component's repository and commit; None for a local one."""
+    """Returns the repository and commit of a component, or None for a local one."""
     if component.revision is None:
         return None
     return HubPart(component.name, component.revision, component.subfolder)

@@ -1,10 +1,11 @@
-"""An export proves itself before anyone is told that it is done: stock diffusers loads it, in a fresh process.
+"""Checks an export before it is put in place: stock diffusers loads it and must give the same predictions.
 
-Our side of the comparison are our own layers over the same weights, in fp32, where both sides agree to rounding; stock
-diffusers also loads in bf16, within a wider bound. The files of an exported model are held against what was in memory
-bit by bit. A large model is loaded and compared on one block of each kind and what is around the blocks, so that 24 GB
-of FLUX need 3; names, ranks and scales are always counted on the whole. See `stock_check` and
-`stock_text_encoder_check` for the other side.
+Our predictions come from our own layers with the same weights in fp32, where both sides agree to rounding.
+Stock diffusers also loads the export in bf16, with a wider bound. The files of an exported model must be
+bitwise identical to the model in memory. Of a large model, only one block of each kind and the layers outside
+the blocks are loaded and compared, so 24 GB of FLUX need 3 GB. Names, ranks and scales are always checked on
+the complete model. The programs that run in the fresh process are `stock/check_transformer.py` and
+`stock/check_text_encoder.py`.
 """
 
 import importlib.util
@@ -50,31 +51,37 @@ from halfbyte.trainer.families.family import Family
 _PROGRAM = Path(__file__).parent / "stock" / "check_transformer.py"
 _TEXT_PROGRAM = Path(__file__).parent / "stock" / "check_text_encoder.py"
 _TIMEOUT = 1800  # seconds
-# Of the relative error of a prediction in fp32. bitsandbytes dequantizes to the dtype that the weight had before it
-# was quantized, and takes int8's inputs through fp16.
+# Bounds of the relative error of a prediction in fp32. bitsandbytes dequantizes to the dtype that the weight
+# had before quantization, and it converts int8's inputs to fp16.
 _BOUNDS = {"plain": 1e-3, "nf4": 1e-2, "fp4": 1e-2, "int8": 5e-2}
-# The same where stock diffusers computes in bf16, whose products are known to 0.4 %, through a few blocks.
+# The bound if stock diffusers computes in bf16: each product is off by up to 0.4 %, which adds up over a few
+# blocks.
 _BOUND_BF16 = 1e-1
-# A part of the effect that fp32 may lose in the prediction it is a difference of.
+# Rounding noise of an fp32 prediction, relative to its size. The adapter's effect is a difference of two
+# predictions.
 _NOISE = 1e-5
-_PROBE = (8, 24)  # side of the latent in pixels, tokens of text
+_PROBE = (8, 24)  # side of the latent in latent pixels, number of text tokens
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What was proven of an export."""
+    """The results of an export's self-check."""
 
-    checked: tuple[str, ...]
-    left_out: tuple[str, ...]
-    unread: tuple[str, ...]  # layers that stock diffusers does not read of a format
-    moved: float  # by the adapter, of the prediction at the checked input
+    checked: tuple[str, ...]  # the checks that passed
+    left_out: tuple[str, ...]  # the checks that were not possible
+    unread: tuple[str, ...]  # layers that stock diffusers does not read in a format
+    moved: float  # effect of the adapter on the prediction, relative to the prediction
 
 
 class StockCheck:
-    """Collects what is exported of a run, and has stock diffusers and transformers load all of it."""
+    """Collects the parts of an export, then has stock diffusers and transformers load and check all of them."""
 
     def __init__(self, family: Family, denoiser: nn.Module, adapter: SavedAdapter, work: Path) -> None:
-        """work: an empty folder for what the other process reads; denoiser: the base, with or without adapters."""
+        """Prepares the check of `adapter`.
+
+        `denoiser` is the base, with or without adapters. `work` is an empty folder for the files that the
+        other process reads.
+        """
         self._family, self._work, self._adapter = family, work, adapter
         self._device = next(denoiser.parameters()).device
         self._layers = _as_trained(denoiser, adapter.layers())
@@ -88,13 +95,13 @@ class StockCheck:
         self._left_out: list[str] = []
         self._text_encoder: dict[str, Any] | None = None
         if self._kept.blocks is not None:
-            self._left_out.append(f"predictions of other blocks than {', '.join(self._kept.blocks)}")
+            self._left_out.append(f"predictions of blocks other than {', '.join(self._kept.blocks)}")
 
     def add_adapter(
         self, denoiser: nn.Module, folder: Path, formats: Sequence[LoraFormat], *, name: str
     ) -> None:
-        """The adapter's files in `folder`, see `lora_formats`, on the base that `denoiser` holds now."""
-        # diffusers' file is always there, and is what is pushed.
+        """Adds the adapter's files in `folder`, to be compared on the current base of `denoiser`."""
+        # The file for diffusers is always exported, and a push uploads it.
         for kind in dict.fromkeys(("diffusers", *formats)):
             self._files[kind] = str((folder / file_name(name, kind)).resolve())
         if "diffusers" in formats:
@@ -114,12 +121,13 @@ class StockCheck:
             self._add(recipe.quant_type, place, recipe.quant_type, kinds=["diffusers"])
 
     def add_denoiser(self, name: str, denoiser: nn.Module, folder: Path, *, adapted: bool) -> None:
-        """What `denoiser` was exported as into `folder`; raises ExportError where the files are something else.
+        """Adds a model exported to `folder`. With `adapted`, it is compared with the adapter on it.
 
-        adapted: whether the adapter belongs on it.
+        Raises:
+            ExportError: The files differ from `denoiser`.
         """
         check_written_denoiser(folder, denoiser)
-        self._checked.append(f"{name}/: every tensor and setting as in memory")
+        self._checked.append(f"{name}/: every tensor and setting is identical to the model in memory")
         recipe = quant_recipe_of(denoiser)
         assert recipe is not None
         if not self._has_bitsandbytes():
@@ -134,9 +142,13 @@ class StockCheck:
         self._add(f"exported {name}/", place, name, kinds=kinds, bf16=True)
 
     def add_text_encoder(self, written: WrittenTextEncoder, folder: Path) -> None:
-        """T5, exported into `folder`; raises ExportError where the files are not what was in memory."""
+        """Adds a T5 exported to `folder`.
+
+        Raises:
+            ExportError: The files differ from the model in memory.
+        """
         check_written(folder, written.tensors, written.config, TEXT_WEIGHTS_FILE)
-        self._checked.append("T5: every tensor and setting as in memory")
+        self._checked.append("T5: every tensor and setting is identical to the model in memory")
         if not self._has_bitsandbytes():
             return
         place = folder.resolve()
@@ -144,7 +156,7 @@ class StockCheck:
             place = self._work / "text_encoder"
             place.mkdir()
             write_first_block(written, place)
-            self._left_out.append("the encoding of other blocks of T5 than the first")
+            self._left_out.append("the encoding of T5's blocks other than the first")
         model = load_text_encoder(T5EncoderModel, place, None, dtype=torch.bfloat16, device=self._device)
         tokens = torch.arange(_PROBE[1])[None] % written.config["vocab_size"]
         with torch.no_grad():
@@ -158,7 +170,11 @@ class StockCheck:
         }
 
     def result(self) -> SelfCheck:
-        """Runs the checks. Raises ExportError with every key and bound that fails."""
+        """Runs the checks.
+
+        Raises:
+            ExportError: A check failed. The message lists every wrong key and every exceeded bound.
+        """
         save_file(self._expected, self._work / "expected.safetensors")
         save_file(dict(self._adapter.tensors), self._work / "trained.safetensors")
         family, layers = self._family, self._layers
@@ -191,12 +207,12 @@ class StockCheck:
         )
 
     def _present(self) -> dict[str, str]:
-        """Adapted layer -> its name in the part that is compared, as far as it is there."""
+        """Maps each adapted layer in the compared part to its name there."""
         named = ((path, self._kept.name(path, self._every)) for path in self._layers)
         return {path: own for path, own in named if own is not None}
 
     def _predict(self, name: str, folder: Path, recipe: QuantRecipe | None, *, adapted: bool) -> None:
-        """Adds our own predictions over the weights in a folder, in fp32."""
+        """Computes our own predictions with the weights of a folder in fp32, and stores them under `name`."""
         recipe = None if recipe is None else replace(recipe, compute_dtype=torch.float32)
         cls = self._family.denoiser_class
         model = load_quantized(cls, folder, recipe, dtype=torch.float32, device=self._device)
@@ -215,7 +231,10 @@ class StockCheck:
         kinds: list[str],
         bf16: bool = False,
     ) -> None:
-        """A base for stock diffusers; `expected` names our predictions, `kinds` the files that go on it."""
+        """Adds a base for stock diffusers to load.
+
+        `expected` names our predictions, `kinds` the adapter files to load onto the base.
+        """
         bound = _BOUND_BF16 if bf16 else _BOUNDS[name]
         self._bases.append(
             {
@@ -232,9 +251,11 @@ class StockCheck:
     def _has_bitsandbytes(self) -> bool:
         if importlib.util.find_spec("bitsandbytes") is not None:
             return True
-        lacking = "loading what is quantized, for which stock diffusers needs bitsandbytes"
-        if lacking not in self._left_out:
-            self._left_out.append(lacking)
+        missing = (
+            "loading quantized models, because bitsandbytes is not installed and stock diffusers needs it"
+        )
+        if missing not in self._left_out:
+            self._left_out.append(missing)
         return False
 
     def _run(self, program: Path, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,7 +266,7 @@ class StockCheck:
 
 
 def _as_trained(denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """With the scales that the adapters on the denoiser trained with, where they are on it."""
+    """Returns the layers with the scales from training, which the adapters on the denoiser have, if there are any."""
     modules = dict(denoiser.named_modules())
     found = {}
     for path, layer in layers.items():
@@ -255,7 +276,7 @@ def _as_trained(denoiser: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[st
 
 
 def _inputs(family: Family) -> dict[str, Tensor]:
-    """What the family would call the denoiser with, at a small fixed input."""
+    """Returns the keyword arguments with which the family calls the denoiser for a small fixed input."""
     side, tokens = _PROBE
     config, draws = family.denoiser_config, torch.Generator().manual_seed(0)
     noisy = torch.randn(1, family.vae_config["latent_channels"], side, side, generator=draws)
@@ -263,13 +284,13 @@ def _inputs(family: Family) -> dict[str, Tensor]:
         torch.randn(1, tokens, config["joint_attention_dim"], generator=draws),
         torch.randn(1, config["pooled_projection_dim"], generator=draws),
     )
-    called = _Called()
-    family.predict(called, noisy, torch.tensor([0.5]), text, 1.0)
-    return {key: tensor.contiguous() for key, tensor in called.inputs.items() if isinstance(tensor, Tensor)}
+    recorder = _InputRecorder()
+    family.predict(recorder, noisy, torch.tensor([0.5]), text, 1.0)
+    return {key: tensor.contiguous() for key, tensor in recorder.inputs.items() if isinstance(tensor, Tensor)}
 
 
-class _Called(nn.Module):
-    """Stands where the denoiser would, and notes what it is called with."""
+class _InputRecorder(nn.Module):
+    """Takes the place of the denoiser and records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,12 +309,12 @@ def _prediction(model: Any, inputs: Mapping[str, Tensor], device: torch.device) 
 
 
 def _adapt(model: Any, layers: Mapping[str, LoraLayer], *, dora: bool) -> None:
-    """Our own adapted layers with these weights."""
+    """Adds our own adapted layers with these weights to the model."""
     config = LoraConfig(
         r=1,
         lora_alpha=1,
         target_modules=list(layers),
-        # A pattern fits ends of names: from the start only itself.
+        # PEFT matches a pattern against the end of a name. The ^ makes it match only the full name.
         rank_pattern={f"^{path}": layer.rank for path, layer in layers.items()},
         alpha_pattern={f"^{path}": layer.scale * layer.rank for path, layer in layers.items()},
         use_dora=dora,
@@ -310,7 +331,7 @@ def _adapt(model: Any, layers: Mapping[str, LoraLayer], *, dora: bool) -> None:
 
 
 def _answer(program: Path, job: Path, answer_file: Path) -> dict[str, Any]:
-    # -P: the program's own folder has names in it that must not hide other packages.
+    # -P keeps the program's folder off sys.path, so its files cannot shadow other packages.
     command = [sys.executable, "-P", str(program), str(job)]
     try:
         done = subprocess.run(
@@ -321,12 +342,12 @@ def _answer(program: Path, job: Path, answer_file: Path) -> dict[str, Any]:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
     except subprocess.TimeoutExpired as error:
-        raise ExportError(f"export: the self-check took longer than {_TIMEOUT} s and was ended") from error
+        raise ExportError(f"export: the self-check was stopped after {_TIMEOUT} s") from error
     if done.returncode != 0:
         last = "\n  ".join(done.stderr.strip().splitlines()[-8:])
         raise ExportError(
-            "export: stock diffusers could not load the export; nothing was put in place, and the checkpoints are whole"
-            f" (halfbyte export RUN --no-self-check exports them unchecked):\n  {last}"
+            "export: stock diffusers could not load the export; nothing was exported, and the checkpoints are complete"
+            f" (to export without the check: halfbyte export RUN --no-self-check):\n  {last}"
         )
     answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
     return answer

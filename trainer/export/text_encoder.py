@@ -1,4 +1,4 @@
-"""The large text encoder, T5, packed in NF4 as the folder that stock transformers reads with bitsandbytes."""
+"""Exports the large text encoder, T5, in NF4, as a folder that stock transformers loads with bitsandbytes."""
 
 import json
 from collections.abc import Mapping
@@ -29,28 +29,33 @@ _BLOCKS = "encoder.block."
 
 @dataclass(frozen=True)
 class WrittenTextEncoder:
-    """What the files of an exported T5 hold."""
+    """The tensors and the configuration of an exported T5."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
 
 
 def check_text_encoder(t5: Component) -> None:
-    """Raises RecipeError where the T5 is none that can be quantized."""
+    """Checks that the T5 can be quantized.
+
+    Raises:
+        RecipeError: Its configuration cannot be read, or it is already quantized.
+    """
     try:
         config = read_config(t5.path)
     except ValueError as error:
         raise RecipeError(f"{t5.setting}: {error}") from error
     if "quantization_config" in config:
         raise RecipeError(
-            f"--text-encoder: {t5.path} is quantized already; use it as it is, and export without --text-encoder"
+            f"--text-encoder: {t5.path} is already quantized; use it unchanged, and export without --text-encoder"
         )
 
 
 def write_text_encoder(t5: Component, folder: Path, device: torch.device) -> WrittenTextEncoder:
-    """Quantizes the T5 on `device` and writes it into `folder`, which is empty.
+    """Quantizes the T5 on `device` and writes it into the empty `folder`.
 
-    Raises RecipeError where it is damaged, or quantized already.
+    Raises:
+        RecipeError: The T5 is damaged or already quantized.
     """
     check_text_encoder(t5)
     recipe = QuantRecipe("nf4", compute_dtype=torch.bfloat16)
@@ -63,7 +68,7 @@ def write_text_encoder(t5: Component, folder: Path, device: torch.device) -> Wri
     written: set[int] = set()
     for name, tensor in model.state_dict().items():
         statistic = split_statistic(name)
-        # The embedding is in the state under two names.
+        # state_dict() lists the shared embedding under two names.
         if statistic is None and tensor.data_ptr() in written:
             continue
         written.add(tensor.data_ptr())
@@ -75,7 +80,7 @@ def write_text_encoder(t5: Component, folder: Path, device: torch.device) -> Wri
 
 
 def write_first_block(written: WrittenTextEncoder, folder: Path) -> None:
-    """Writes a T5 of the first block alone into `folder`, which is empty."""
+    """Writes a T5 with only the first block into the empty `folder`."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in written.tensors.items():
         if not name.startswith(_BLOCKS) or name.startswith(f"{_BLOCKS}0."):

@@ -1,4 +1,4 @@
-"""Whether the files of an exported model are what was in memory: key by key, bit by bit, tensor after tensor."""
+"""Verifies that the files of an exported model are bitwise identical to the model in memory."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,11 @@ _SHOWN = 5
 
 
 def check_written_denoiser(folder: Path, denoiser: nn.Module) -> None:
-    """Raises ExportError where the files in `folder` are not the quantized `denoiser`, without its adapters."""
+    """Checks that the files in `folder` hold exactly the quantized base of `denoiser`, without its adapters.
+
+    Raises:
+        ExportError: See `check_written`.
+    """
     model: Any = denoiser
     config = json.loads(model.to_json_string())
     recipe = read_quantization_config(config["quantization_config"], type(model).__name__)
@@ -28,7 +32,11 @@ def check_written_denoiser(folder: Path, denoiser: nn.Module) -> None:
 def check_written(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], weights_file: str = WEIGHTS_FILE
 ) -> None:
-    """Raises ExportError, naming the keys, where a folder's files have others than these tensors and settings."""
+    """Checks that a folder's files hold exactly these tensors and settings.
+
+    Raises:
+        ExportError: The files cannot be read, or tensors or settings differ. The message names the keys.
+    """
     try:
         written = read_config(folder)
         wrong = [
@@ -39,21 +47,21 @@ def check_written(
         with ShardedWeights(folder, weights_file) as weights:
             present = set(weights.names)
             wrong += sorted(present ^ tensors.keys())
-            # One tensor at a time: the model may fill the device, and the files the host.
+            # Compare one tensor at a time: the model may fill the device, and its files the host memory.
             wrong += [
                 name
                 for name in weights.names
                 if name in tensors and not _same(weights.read(name), tensors[name])
             ]
     except ValueError as error:
-        raise ExportError(f"export: what was just written cannot be read: {error}") from error
+        raise ExportError(f"export: cannot read the exported files: {error}") from error
     if wrong:
         more = ", ..." if len(wrong) > _SHOWN else ""
         raise ExportError(
-            f"export: {folder.name.removeprefix('.').removesuffix('.tmp')}/ is not what was in memory: {len(wrong)}"
-            f" entries differ: {', '.join(wrong[:_SHOWN])}{more}; nothing was put in place"
+            f"export: {folder.name.removeprefix('.').removesuffix('.tmp')}/ differs from the model in memory in"
+            f" {len(wrong)} entries: {', '.join(wrong[:_SHOWN])}{more}; nothing was exported"
         )
 
 
-def _same(written: Tensor, held: Tensor) -> bool:
-    return written.dtype == held.dtype and written.to(held.device).equal(held)
+def _same(written: Tensor, original: Tensor) -> bool:
+    return written.dtype == original.dtype and written.to(original.device).equal(original)

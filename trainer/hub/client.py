@@ -1,4 +1,4 @@
-"""The Hub's client as it is used here: quiet where nobody watches, and never waiting for ever."""
+"""Configures the Hub client: a timeout for stalled connections, no signed URLs in logs, optional progress bars."""
 
 import logging
 import re
@@ -8,29 +8,32 @@ from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 STALLED = 300.0
-"""Seconds without a byte after which a connection counts as dropped; the client itself would wait on."""
+"""Seconds without data after which a connection counts as dropped. The client's default has no limit."""
 
 _QUERY = re.compile(r"\?\S+")
 
 
 def prepare_client(*, bars: bool) -> None:
-    """Settles how the client connects, what of an address it logs, and whether it may draw bars of transfers."""
+    """Sets the client's timeout and strips query strings from the URLs it logs.
+
+    Without `bars`, hides progress bars.
+    """
     huggingface_hub.set_client_factory(_client)
     if not bars:
         disable_progress_bars()
     for handler in logging.getLogger("huggingface_hub").handlers:
-        if not any(isinstance(one, _WithoutQueries) for one in handler.filters):
+        if not any(isinstance(existing, _WithoutQueries) for existing in handler.filters):
             handler.addFilter(_WithoutQueries())
 
 
-def _client():  # type: ignore[no-untyped-def]  # of the library that the client speaks HTTP with, see `hub_answers`
+def _client():  # type: ignore[no-untyped-def]  # returns a client of httpx or httpx2, see HTTP_ERROR in `failures`
     client = default_client_factory()
     client.timeout = STALLED
     return client
 
 
 class _WithoutQueries(logging.Filter):
-    """Addresses for uploads carry a signature."""
+    """Removes the query strings of URLs from log records, because upload URLs carry a signature."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = _QUERY.sub("", record.getMessage()), ()

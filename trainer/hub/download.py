@@ -1,4 +1,4 @@
-"""Files of a repository on the Hub, in the client's cache: fetched patiently, and told where they cannot be."""
+"""Downloads files of a Hub repository into the client's cache, with retries and clear errors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,19 @@ from halfbyte.trainer.hub.failures import hub_errors, page, status_of, tokens_pa
 
 
 class NoSuchRevision(HubError):
-    """The repository is there, the revision is not."""
+    """The repository exists, but the revision does not."""
 
 
 def download(name: str, revision: str | None, wanted: Sequence[str], ignored: Sequence[str] = ()) -> Path:
-    """The folder of a snapshot, named by its commit, that holds the files whose paths fit a pattern of `wanted`.
+    """Downloads the files that match a pattern of `wanted` and returns the snapshot's folder.
 
-    What the client's cache holds whole is taken from there where the Hub cannot be reached. A fault that may pass is
-    waited for; what is there by then is not fetched again, and no half file is ever seen in the folder.
+    The folder is named by its commit. Retries temporary failures without fetching finished files again; the
+    folder never holds a partial file. If the Hub cannot be reached, uses the client's cache if it holds all
+    of the files.
 
-    Raises HubError.
+    Raises:
+        NoSuchRevision: The repository has no such revision.
+        HubError: The download failed for another reason.
     """
     prepare_client(bars=True)
     with hub_errors(f"downloading {name}", name, "read"):
@@ -41,20 +44,21 @@ def download(name: str, revision: str | None, wanted: Sequence[str], ignored: Se
             )
         except GatedRepoError as error:
             raise HubError(
-                f"{name} is gated: accept its licence at {page(name)}, then log in with `hf auth login` or set HF_TOKEN"
+                f"{name} is gated: accept its license at {page(name)}, then log in with `hf auth login` or set HF_TOKEN"
             ) from error
         except RevisionNotFoundError as error:
             raise NoSuchRevision(f"{name} has no revision {revision!r}; see {page(name)}/commits") from error
         except RepositoryNotFoundError as error:
-            # Without a login the Hub says 401 of what is not there.
+            # Without a login, the Hub responds with 401 for a repository that does not exist.
             raise HubError(
-                f"no repository {name} on the Hub, or a private one that you may not read (it answered"
-                f" {status_of(error)}): log in with `hf auth login` or set HF_TOKEN, with a token of {tokens_page()}; a"
-                " local folder starts with ./, ../, ~ or /"
+                f"the Hub has no repository {name}, or it is private and you may not read it (status"
+                f" {status_of(error)}); log in with `hf auth login` or set HF_TOKEN, with a token from {tokens_page()}."
+                " The path of a local folder must start with ./, ../, ~ or /"
             ) from error
         except LocalEntryNotFoundError as error:
             if not isinstance(error.__cause__, OfflineModeIsEnabled):
                 raise
             raise HubError(
-                f"{name} is not (wholly) in the local Hub cache, and HF_HUB_OFFLINE is set; unset it, or name a folder"
+                f"the local Hub cache does not hold all files of {name}, and HF_HUB_OFFLINE is set; unset it, or name a"
+                " local folder"
             ) from error

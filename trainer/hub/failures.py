@@ -1,4 +1,4 @@
-"""What the Hub answers when it does not do what was asked: tried again, or told with the page to open."""
+"""Handles failed Hub requests: retries temporary failures, and explains the others in one HubError."""
 
 import importlib
 import json
@@ -24,44 +24,56 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The client's HTTP library: httpx below huggingface_hub 2, httpx2 from there on.
+# The client's HTTP library is httpx before huggingface_hub 2 and httpx2 from version 2 on.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _HTTP: Any = importlib.import_module(HTTP_ERROR.__module__.partition(".")[0])
 _DROPPED = (_HTTP.TimeoutException, _HTTP.NetworkError, _HTTP.RemoteProtocolError)
-_PASSING = (408, 429, 500, 502, 503, 504)  # as the client has it for the calls that it repeats itself
+_TEMPORARY = (408, 429, 500, 502, 503, 504)  # the statuses that the client itself retries
 
-_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds
-_LONGEST = 900.0
-_SHOWN = 300  # characters of what the Hub says
-_QUERY = re.compile(r"(https?://[^\s?]+)\?[^\s)]*")  # an address for files is signed there
+_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry
+_LONGEST_WAIT = 900.0  # seconds
+_MAX_CHARACTERS = 300  # of a message that is quoted from the Hub
+_QUERY = re.compile(r"(https?://[^\s?]+)\?[^\s)]*")  # the query string of a file's URL holds its signature
 
 Access = Literal["read", "write"]
 
 
 def with_retries(call: Callable[[], T]) -> T:
-    """The result of a call that the client makes once, made again where a fault may pass.
+    """Calls the Hub, retrying up to four times while the failure may be temporary, and returns the result.
 
-    The client repeats uploads and listings by itself, and that of Xet storage whatever it does, for minutes; who am I,
-    what is there, create, commit and much of a download the client does not.
+    Waits 1, 2, 4 and 8 seconds between the attempts, or as long as the Hub asks for, up to 900 seconds. The
+    last failure is raised unchanged.
+
+    Use it for calls that the client does not retry: whoami, repository information, create, commit and most
+    of a download. The client retries uploads and listings, and the Xet storage client retries everything for
+    minutes.
     """
     for pause in _PAUSES:
         try:
             return call()
         except (HTTP_ERROR, OSError, json.JSONDecodeError) as error:
-            met = _met(error)
-            wait = _wait(met, pause)
+            cause = _cause(error)
+            wait = _wait(cause, pause)
             if wait is None:
                 raise
-            log.warning("the Hub: %s; again in %g s", _described(met), wait)
+            log.warning("the Hub: %s; retrying in %g s", _described(cause), wait)
             time.sleep(wait)
     return call()
 
 
 @contextmanager
 def hub_errors(doing: str, repository: str | None = None, access: Access = "write") -> Iterator[None]:
-    """Within it, whatever the client raises becomes one HubError: what was being done, what is wrong, what to do.
+    """Converts every error that the Hub client raises in the block into one HubError.
 
-    access: what is wanted of the repository.
+    The message states what the trainer was doing (`doing`), what went wrong and what to do.
+
+    Args:
+        doing: The start of the message, such as "downloading owner/name".
+        repository: The repository, as owner/name, whose page the message links to.
+        access: The access that the block needs to the repository.
+
+    Raises:
+        HubError: The block raised an error of the client. A HubError from the block passes unchanged.
     """
     try:
         yield
@@ -69,63 +81,63 @@ def hub_errors(doing: str, repository: str | None = None, access: Access = "writ
         raise
     except LocalTokenNotFoundError as error:
         raise HubError(
-            f"{doing}: not logged in to the Hub; make a token that may write at {tokens_page()}, then log in with"
-            " `hf auth login` or set HF_TOKEN"
+            f"{doing}: not logged in to the Hub; create a token with write access at {tokens_page()}, then log in"
+            " with `hf auth login` or set HF_TOKEN"
         ) from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"{doing}: HF_HUB_OFFLINE is set; unset it to reach the Hub") from error
     except (RuntimeError, LocalEntryNotFoundError) as error:
-        # The client wraps what happens to an upload, and to a download of what it has not either.
+        # The client wraps the errors of uploads, and of downloads of files that are not in its cache.
         if isinstance(error.__cause__, (OSError, HTTP_ERROR, ValueError)):
             with hub_errors(doing, repository, access):
                 raise error.__cause__ from None
         if isinstance(error, LocalEntryNotFoundError):
             raise HubError(f"{doing}: {_clean(str(error))}") from error
-        # Xet storage's client, which knows no finer kinds.
+        # The Xet storage client raises a plain RuntimeError for every failure.
         raise HubError(
             f"{doing}: the transfer failed: {_clean(str(error))}; check the connection and try again, or set"
-            " HF_HUB_DISABLE_XET=1 to go without Xet storage"
+            " HF_HUB_DISABLE_XET=1 to transfer without Xet storage"
         ) from error
     except (OSError, HTTP_ERROR, ValueError, KeyError) as error:
         raise HubError(f"{doing}: {_described(error)}{_advice(error, repository, access)}") from error
 
 
 def tokens_page() -> str:
-    """Where tokens are made and given rights."""
+    """Returns the URL of the page where tokens are created and edited."""
     return f"{constants.ENDPOINT}/settings/tokens"
 
 
 def page(repository: str, kind: str = "model") -> str:
-    """The page of a repository."""
+    """Returns the URL of a repository's page."""
     return f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{repository}"
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error came with."""
+    """Returns the HTTP status of an error, or None if there was no response."""
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
 
 
-def _met(error: Exception) -> Exception:
-    """What the client met with: it wraps that where the files are not in its cache either."""
+def _cause(error: Exception) -> Exception:
+    """Returns the failure itself: the client wraps it when the files are not in its cache either."""
     cause = error.__cause__
     return cause if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, Exception) else error
 
 
 def _wait(error: Exception, pause: float) -> float | None:
-    """Seconds until it is worth trying again: what the Hub asks for, else `pause`; None: it is not."""
-    # The client raises an OSError of no number where a file has not the length that was announced.
+    """Returns the seconds to wait before a retry: as the Hub asks for, else `pause`. None: do not retry."""
+    # The client raises an OSError without errno when a file's length differs from the announced length.
     if isinstance(error, (*_DROPPED, json.JSONDecodeError)) or (type(error) is OSError and not error.errno):
         return pause
-    if status_of(error) not in _PASSING:
+    if status_of(error) not in _TEMPORARY:
         return None
-    asked = _asked_for(error)
-    wait = pause if asked is None else asked + 1.0
-    return wait if wait <= _LONGEST else None
+    requested = _requested_wait(error)
+    wait = pause if requested is None else requested + 1.0
+    return wait if wait <= _LONGEST_WAIT else None
 
 
-def _asked_for(error: Exception) -> float | None:
-    """Seconds that the Hub's answer says to wait, by Retry-After or its rate limit."""
+def _requested_wait(error: Exception) -> float | None:
+    """Returns the seconds to wait according to the response's Retry-After or rate limit headers, if any."""
     headers = error.response.headers  # type: ignore[attr-defined]
     retry_after = headers.get("Retry-After", "")
     if retry_after.isdigit():
@@ -137,58 +149,63 @@ def _asked_for(error: Exception) -> float | None:
 def _described(error: Exception) -> str:
     status = status_of(error)
     if status is not None:
-        said = getattr(error, "server_message", None)
-        return f"the Hub answered {status}" + (f" ({_clean(said)})" if said else "")
+        message = getattr(error, "server_message", None)
+        return f"the Hub responded with status {status}" + (f" ({_clean(message)})" if message else "")
     if isinstance(error, UnicodeEncodeError):
-        return "the token holds characters that no token has"
+        return "the token contains characters that are not allowed in a token"
     if isinstance(error, json.JSONDecodeError | KeyError):
-        return "the Hub's answer could not be understood"
+        return "the Hub's response has an unexpected format"
     if isinstance(error, HTTP_ERROR):
-        # Without its text, which may quote headers, and the token is in one.
-        return f"no answer from {constants.ENDPOINT} ({type(error).__name__})"
+        # Leave out the error's text: it may quote the request headers, and one of them holds the token.
+        return f"no response from {constants.ENDPOINT} ({type(error).__name__})"
     return _clean(str(error)) or type(error).__name__
 
 
 def _advice(error: Exception, repository: str | None, access: Access) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return f": see {tokens_page()}, then `hf auth login` or HF_TOKEN"
+        return f"; get the token from {tokens_page()}, then log in with `hf auth login` or set HF_TOKEN"
     status = status_of(error)
-    where = constants.ENDPOINT if repository is None else page(repository)
-    if status is not None and status < 500 and _asked_elsewhere(error):
-        # Where files are kept, at an address that holds for a while.
-        again = (
-            "push again, and what is uploaded" if access == "write" else "start again, and what is downloaded"
+    url = constants.ENDPOINT if repository is None else page(repository)
+    if status is not None and status < 500 and _is_file_storage(error):
+        # File storage uses signed URLs that expire after a while.
+        return (
+            "; push again: files that are already uploaded are not sent twice"
+            if access == "write"
+            else "; start again: files that are already downloaded are not fetched twice"
         )
-        return f"; {again} already is not sent twice"
     if status == 401:
-        return f"; the token is not valid (any longer): see {tokens_page()}, then `hf auth login` or HF_TOKEN"
+        return (
+            f"; the token is invalid or has expired: create a token at {tokens_page()}, then log in with"
+            " `hf auth login` or set HF_TOKEN"
+        )
     if status == 403:
-        return f"; give the token the right to {access} there at {tokens_page()}, or see {where}"
+        return f"; give the token {access} access to the repository at {tokens_page()}, or see {url}"
     if status in (404, 410):
-        return f"; see whether it is there, and yours to {access}: {where}"
+        return f"; check that it exists and that you have {access} access: {url}"
     if status in (409, 412):
-        return f"; something else changed it at the same time: see {where}, and try again"
+        return f"; the repository changed at the same time: see {url}, and try again"
     if status == 429:
-        asked = _asked_for(error)
+        requested = _requested_wait(error)
         return "; too many requests: try again " + (
-            "later" if asked is None else f"in {asked / 60:.0f} minutes"
+            "later" if requested is None else f"in {requested / 60:.0f} minutes"
         )
     if status is not None and status >= 500:
-        return "; trouble at the Hub (https://status.huggingface.co): try again later"
+        return "; the Hub has a problem (see https://status.huggingface.co): try again later"
     if status is None and isinstance(error, (HTTP_ERROR, ConnectionError)):
         return "; check the connection and try again"
-    # What the machine itself refuses is no matter of the Hub's.
-    return "" if getattr(error, "errno", None) else f"; see {where}"
+    # An errno comes from this machine, such as a full disk. The Hub's page would not help.
+    return "" if getattr(error, "errno", None) else f"; see {url}"
 
 
-def _asked_elsewhere(error: Exception) -> bool:
+def _is_file_storage(error: Exception) -> bool:
+    """Returns True if the failed request went to file storage and not to the Hub's API."""
     return not str(error.response.request.url).startswith(constants.ENDPOINT)  # type: ignore[attr-defined]
 
 
 def _clean(text: str) -> str:
-    """One line that ends somewhere and holds neither a token nor a signature."""
+    """Returns the text as one line of limited length without the token and without signatures of URLs."""
     token = get_token()
     if token:
         text = text.replace(token, "(token)")
     text = _QUERY.sub(r"\1", " ".join("".join(c if c.isprintable() else " " for c in text).split()))
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "…"

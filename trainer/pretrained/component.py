@@ -1,4 +1,4 @@
-"""One of the base's models: the pipeline's own, or one that `model.transformer` or `model.text_encoder` names."""
+"""Locates one component of the base: the pipeline's own, or one set by model.transformer or model.text_encoder."""
 
 import glob
 from dataclasses import dataclass
@@ -20,28 +20,32 @@ PIPELINE = "model.path"
 
 @dataclass(frozen=True)
 class Component:
-    """Where a model is, in diffusers' or transformers' layout."""
+    """The location of a model in the layout of diffusers or transformers."""
 
-    setting: str  # the recipe's field that names it
+    setting: str  # the recipe's setting that names it
     name: str  # a Hub repository, or a path
-    path: Path  # its folder; of a transformer also the one file
-    weights_file: str  # what its weights are called where one file holds them
+    path: Path  # its folder; a transformer may also be a single file
+    weights_file: str  # the name of the weights file of an unsharded model
     revision: str | None = None  # the commit of the Hub repository
-    subfolder: str | None = None  # in that repository
+    subfolder: str | None = None  # the model's folder in that repository
 
     @property
     def is_own(self) -> bool:
-        """Whether it was given apart from the pipeline."""
+        """True if a separate setting names it, so it is not the pipeline's own."""
         return self.setting != PIPELINE
 
     @property
     def file(self) -> Path | None:
-        """The one file that it is; None for a folder."""
+        """The path of a single-file model; None for a folder."""
         return self.path if self.path.is_file() else None
 
     def require_weights(self) -> None:
-        """Fetches those of a Hub repository that are not here. Raises HubError, and RecipeError where some are missing
-        or damaged, by the files' headers."""
+        """Downloads missing weights from the Hub, then checks the headers of all weight files.
+
+        Raises:
+            HubError: The download failed.
+            RecipeError: Weight files are missing or damaged.
+        """
         try:
             if self.revision is not None and self.is_own:
                 self._fetch(self.revision)
@@ -60,7 +64,11 @@ class Component:
         download(self.name, commit, [prefix + glob.escape(file) for file in files])
 
     def fingerprint(self, digests: FileDigests) -> str:
-        """What tells its weights from all others; files whose digests are not remembered are read, Hub's are not."""
+        """Returns a string that identifies the weights.
+
+        A Hub model is identified by its commit. Local files are identified by their digests, and files whose
+        digests are not remembered are read.
+        """
         if self.revision is not None:
             named = f"{self.name}@{self.revision}:{self.subfolder or ''}"
             return sha256_of(named)
@@ -74,16 +82,20 @@ class Component:
 
 
 def pipelines_component(source: ModelSource, component: str, weights_file: str) -> Component:
-    """The pipeline's own."""
+    """Returns the pipeline's own component."""
     return Component(
         PIPELINE, source.name, source.folder / component, weights_file, source.revision, component
     )
 
 
 def find_component(setting: str, named: Path, component: str, weights_file: str) -> Component:
-    """The component that a setting names: of a Hub repository its configuration is fetched, and no weights.
+    """Finds the component that a setting names.
 
-    Raises HubError, and RecipeError where none is there, or one that is quantized in a way that is not read.
+    For a Hub repository, downloads its configuration but no weights.
+
+    Raises:
+        HubError: The download failed.
+        RecipeError: There is no such component, or its quantization is not supported.
     """
     try:
         reference = HubReference.of(named)
@@ -95,8 +107,8 @@ def find_component(setting: str, named: Path, component: str, weights_file: str)
             return Component(setting, str(named), named, weights_file)
         else:
             raise RecipeError(
-                f"{named}: no such file or folder; where it was moved, write its new place into the recipe (a run's is"
-                " recipe.yaml in its own folder)"
+                f"{named}: no such file or folder; if it was moved, write its new path into the recipe (for an existing"
+                " run, recipe.yaml in the run's folder)"
             )
         stored_quantization(found.path)
     except HalfbyteError as error:
@@ -115,7 +127,7 @@ def _on_hub(setting: str, reference: HubReference, component: str, weights_file:
         if (path / CONFIG_FILE).is_file():
             return Component(setting, reference.name, path, weights_file, folder.name, subfolder)
     raise RecipeError(
-        f"{reference.name} at {folder.name[:12]}: holds neither {component}/{CONFIG_FILE} nor {CONFIG_FILE}; expected a"
-        f" repository with {component}/, or a model's own. What else it holds is taken from a folder: hf download"
-        f" {reference.name} --local-dir FOLDER"
+        f"{reference.name} at {folder.name[:12]}: has neither {component}/{CONFIG_FILE} nor {CONFIG_FILE}; expected a"
+        f" repository with {component}/, or the repository of a single model. To use other files of the repository,"
+        f" download them with `hf download {reference.name} --local-dir FOLDER` and name the local path"
     )

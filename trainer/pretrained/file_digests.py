@@ -1,4 +1,4 @@
-"""Digests of large files, remembered by path, size and time of change, so that a file is read for one once."""
+"""Remembers the digests of large files by path, size and modification time, so each file is hashed only once."""
 
 import logging
 import os
@@ -14,13 +14,16 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class FileDigests:
-    """The digests that a folder remembers; several processes may use one folder."""
+    """A folder that remembers digests. Several processes may share one folder."""
 
     def __init__(self, memo: Path) -> None:
         self._memo = memo
 
     def of(self, file: Path) -> str:
-        """The digest of a file's content, read if it is not remembered. Raises OSError."""
+        """Returns the digest of a file's content.
+
+        Reads the file if its digest is not remembered. Raises OSError.
+        """
         status = file.stat()
         known = self._remembered(file, status)
         if known is not None:
@@ -30,11 +33,11 @@ class FileDigests:
         return digest
 
     def known(self, file: Path) -> str | None:
-        """The digest if it is remembered for the file as it is now."""
+        """Returns the remembered digest of the file in its current state, or None."""
         return self._remembered(file, file.stat())
 
     def remember(self, file: Path, status: os.stat_result, digest: str) -> None:
-        """Keeps the digest of a file that was as `status` says when reading it began, unless it has changed."""
+        """Stores the digest of a file, unless the file changed since reading began, when its stat was `status`."""
         if _identity(file, file.stat()) != _identity(file, status):
             return
         kept = self._kept(file, status)
@@ -42,14 +45,14 @@ class FileDigests:
             self._memo.mkdir(parents=True, exist_ok=True)
             write_file(kept, digest)
         except OSError as error:
-            log.warning("the digest of %s is not kept, and the next start reads it again: %s", file, error)
+            log.warning("cannot store the digest of %s, so the next run reads it again: %s", file, error)
 
     def _remembered(self, file: Path, status: os.stat_result) -> str | None:
         try:
             digest = self._kept(file, status).read_text()
         except OSError:
             return None
-        # A memo cut short by a crash is none.
+        # A crash can leave a truncated digest.
         return digest if _DIGEST.fullmatch(digest) else None
 
     def _kept(self, file: Path, status: os.stat_result) -> Path:

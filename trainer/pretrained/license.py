@@ -1,4 +1,7 @@
-"""The licence of a base, as its own model card states it; what the card does not say is not made up."""
+"""Reads the license of a base model from its model card.
+
+A fact that the card does not state stays unknown.
+"""
 
 import logging
 import re
@@ -18,7 +21,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,79}")
 
 @dataclass(frozen=True)
 class Licence:
-    """The three fields of a card's metadata."""
+    """The three license fields in the metadata of a model card."""
 
     license: str
     license_name: str | None = None
@@ -26,9 +29,10 @@ class Licence:
 
 
 def base_licence(folder: Path, repository: str | None, revision: str | None) -> Licence | None:
-    """From the card in a pipeline's folder; None where there is no card, or no licence in it.
+    """Reads the license from the model card in a pipeline's folder.
 
-    A link to a file beside the card is made one to that file in `repository` at `revision`, and left out without.
+    Returns None if there is no card, or no license in it. A relative link becomes a link to that file in
+    `repository` at `revision`. Without them, the link is left out.
     """
     facts = _front_matter(folder / CARD_FILE)
     identifier = facts.get("license")
@@ -49,7 +53,7 @@ def _front_matter(card: Path) -> dict[str, Any]:
         match = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig"))
         facts = yaml.safe_load(match.group(2)) if match else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        log.warning("%s: its licence cannot be read: %s", card, error)
+        log.warning("%s: cannot read the license: %s", card, error)
         return {}
     return facts if isinstance(facts, dict) else {}
 

@@ -1,7 +1,8 @@
-"""Packed bases on disk, so that a model is quantized once: later starts read a quarter of the bytes, ready packed.
+"""Caches packed bases on disk, so each model is quantized only once.
 
-An entry is a folder as stock diffusers reads it, with a manifest beside the weights. It is named by everything
-that its bytes follow from, and believed only if its files are those of the manifest, to the digest.
+Later runs read a quarter of the bytes, already packed. An entry is a folder that stock diffusers can read,
+plus a manifest. Its name is a hash of everything that determines its content. An entry is used only if its
+files match the digests in the manifest.
 """
 
 import fcntl
@@ -33,15 +34,15 @@ from halfbyte.trainer.runtime.sizes import file_size
 
 log = logging.getLogger(__name__)
 
-# Raised whenever quantization gives other bytes, or the manifest another content.
+# Increase it whenever quantization gives different bytes or the manifest changes.
 _FORMAT = 1
 _MANIFEST = "manifest.json"
-# Left free on the disk for checkpoints and the rest of the system.
+# Disk space to leave free for checkpoints and the rest of the system.
 _SPARE_BYTES = 10**9
 
 
 class BaseCache:
-    """One folder of packed bases; several processes may use it at once."""
+    """A folder of packed bases. Several processes may use it at the same time."""
 
     def __init__(self, folder: Path, digests: FileDigests) -> None:
         self._folder = folder
@@ -58,10 +59,14 @@ class BaseCache:
         progress: OnProgress | None = None,
         place: OnLayerLoaded | None = None,
     ) -> nn.Module:
-        """As `load_quantized` of the source's folder: the kept one, or made anew and kept for the next start.
+        """Loads the model like `load_quantized` does, from the cache if possible.
 
-        A cache that cannot be written is warned about, and no more. Raises ValueError where the source itself
-        cannot be loaded.
+        If the cache has no valid entry, quantizes the source and stores the result for the next run. A cache
+        that cannot be written only causes a warning. A source that is already quantized is loaded without the
+        cache.
+
+        Raises:
+            ValueError: The source cannot be loaded.
         """
         folder = source.path
         load = partial(load_quantized, model_cls, dtype=dtype, device=device, progress=progress, place=place)
@@ -71,7 +76,7 @@ class BaseCache:
             "format": _FORMAT,
             "model": model_cls.__name__,
             "dtype": str(dtype),
-            # The double-quantized scales of CPU and GPU may differ in the last step.
+            # CPU and GPU may compute double-quantized scales that differ in the last digit.
             "device": device.type,
             "quant": recipe.as_json(),
         }
@@ -80,15 +85,15 @@ class BaseCache:
         if fingerprint is not None and (entry := self._entry(settings, fingerprint)).is_dir():
             try:
                 model = self._read(entry, recipe, load)
-                log.info("the packed base is %s", entry)
+                log.info("loaded the packed base from the cache: %s", entry)
                 return model
             except (ValueError, OSError) as error:
-                log.warning("the packed base %s is damaged and made anew: %s", entry, error)
+                log.warning("the packed base %s is damaged and will be rebuilt: %s", entry, error)
                 damaged = _identity(entry)
         model = self._quantized(source, recipe, load)
         fingerprint = self._known_fingerprint(source)
         if fingerprint is None:
-            log.warning("the packed base is not kept: %s changed while it was read", folder)
+            log.warning("the packed base is not cached, because %s changed while it was read", folder)
         else:
             self._keep(model, self._entry(settings, fingerprint), settings, source, damaged)
         return model
@@ -98,7 +103,7 @@ class BaseCache:
         return self._folder / sha256_of(made_from)[:32]
 
     def _known_fingerprint(self, source: Component) -> str | None:
-        """What names the source's content, as far as that is known without reading its weights."""
+        """Returns a hash that identifies the source's content, or None if that needs its weights to be read."""
         if source.revision is not None:
             return source.fingerprint(self._digests)
         parts = []
@@ -113,7 +118,7 @@ class BaseCache:
         return sha256_of(b"".join(parts))
 
     def _quantized(self, source: Component, recipe: QuantRecipe, load: Callable[..., nn.Module]) -> nn.Module:
-        """The model from its source, whose digests are noted on the way: its bytes are read once for both."""
+        """Quantizes the source. Its digests are computed while it loads, so its bytes are read only once."""
         folder = source.path
         if source.revision is not None:
             return load(folder, recipe)
@@ -126,22 +131,22 @@ class BaseCache:
         )
 
     def _read(self, entry: Path, recipe: QuantRecipe, load: Callable[..., nn.Module]) -> nn.Module:
-        """The model of an entry. Raises ValueError where a file is not what the manifest says."""
+        """Loads the model of an entry. Raises ValueError if a file differs from the manifest."""
         files = _read_manifest(entry / _MANIFEST)
         for name, (size, _) in files.items():
             found = (entry / name).stat().st_size
             if found != size:
-                raise ValueError(f"{entry / name}: {found} bytes, not {size}")
+                raise ValueError(f"{entry / name}: got {found} bytes, expected {size}")
         read = {CONFIG_FILE: file_digest(entry / CONFIG_FILE)}
         model = load(
             entry,
-            # The files do not say how their scales were found.
+            # The files do not record how their scales were chosen.
             replace(recipe, scale_search=None),
             on_file=lambda file, digest: read.__setitem__(file.name, digest),
         )
         for name, digest in read.items():
             if name not in files or files[name][1] != digest:
-                raise ValueError(f"{entry / name}: its content is not what was written")
+                raise ValueError(f"{entry / name}: the content differs from the manifest")
         return model
 
     def _keep(
@@ -152,7 +157,10 @@ class BaseCache:
         source: Component,
         damaged: tuple[int, int] | None,
     ) -> None:
-        """Writes an entry, unless another process does or has; in place of a `damaged` one."""
+        """Writes an entry, replacing a `damaged` one.
+
+        Does nothing if another process wrote or is writing it.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with _lock(entry.with_name(f".{entry.name}.lock")) as locked:
@@ -162,15 +170,15 @@ class BaseCache:
                 needed = sum(tensor.nbytes for tensor in model.state_dict().values())
                 free = shutil.disk_usage(self._folder).free
                 if needed + _SPARE_BYTES > free:
-                    raise OSError(f"it takes {file_size(needed)}, and {file_size(free)} are left there")
+                    raise OSError(f"it needs {file_size(needed)}, and {file_size(free)} are free on the disk")
                 with work_folder(entry) as work:
                     save_quantized(model, work)
                     _write_manifest(work, settings, source)
                     put_in_place(work, entry)
-                log.info("the packed base is kept in %s (%.1f GB)", entry, needed / 1e9)
+                log.info("cached the packed base in %s (%.1f GB)", entry, needed / 1e9)
         except OSError as error:
             log.warning(
-                "the packed base is not kept in %s, and the next start quantizes again: %s",
+                "cannot cache the packed base in %s, so the next run quantizes again: %s",
                 self._folder,
                 error,
             )
@@ -183,7 +191,10 @@ def _identity(entry: Path) -> tuple[int, int]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Whether this process holds the lock, which goes with the process if that dies."""
+    """Tries to take a file lock and yields True if this process holds it.
+
+    The lock ends when the process ends.
+    """
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         try:
@@ -197,20 +208,21 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def _write_manifest(folder: Path, settings: dict[str, Any], source: Component) -> None:
-    # Read back, so that the digests are of what is there and not of what should be.
+    # Read the files back from disk, so the digests describe their actual content.
     files = {
         file.name: {"bytes": file.stat().st_size, "digest": file_digest(file)}
         for file in sorted(folder.iterdir())
     }
-    # The source for readers alone: what tells entries apart is its content, wherever that lies.
+    # The source is only information for people. Entries are identified by content, wherever the source is
+    # stored.
     manifest = {"settings": settings, "source": str(source), "files": files}
     write_file(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """Name -> size and digest of each file."""
+    """Reads the size and digest of each file, by name."""
     manifest = json.loads(path.read_text(encoding="utf-8"))
     try:
         return {name: (facts["bytes"], facts["digest"]) for name, facts in manifest["files"].items()}
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest") from error
+        raise ValueError(f"{path}: not a valid manifest") from error

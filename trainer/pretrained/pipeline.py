@@ -1,4 +1,4 @@
-"""Where a pipeline's weights are: a folder, or a snapshot of a Hub repository, with a digest for the cache."""
+"""Locates a pipeline, in a local folder or a Hub snapshot, and computes its fingerprint for the cache."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from halfbyte.trainer.hub.reference import is_folder, is_repository
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.license import CARD_FILE
 
-# The same weights again, 9.5 GB of T5 among them.
+# Copies of the same weights in another precision, 9.5 GB of them T5.
 _OTHER_PRECISIONS = ["*.fp16*"]
 
-_CONFIGURATIONS = ("config.json",)  # scheduler_config.json ends so as well
+_CONFIGURATIONS = ("config.json",)  # also matches scheduler_config.json
 _ALL = (".json", ".safetensors", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
 
@@ -25,39 +25,43 @@ _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
 class ModelSource:
     """A pipeline folder in diffusers' layout."""
 
-    name: str  # what the recipe calls it: a repository's name or a folder
+    name: str  # as in the recipe: a repository's name or a folder
     folder: Path
     revision: str | None  # the commit of a Hub snapshot; None for a folder
-    asked: str | None = None  # the revision that it was asked for by
+    asked: str | None = None  # the revision that the recipe asks for
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's configuration, without its weights."""
+        """Reads the configuration of a component."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return _read_json(self.folder / component / name)
 
     def pipeline_index(self) -> dict[str, Any]:
-        """model_index.json: the class of each component, as [library, name]."""
+        """Reads model_index.json, which gives the class of each component as [library, name]."""
         return _read_json(self.folder / "model_index.json")
 
     def require_class(self, denoiser: str) -> dict[str, Any]:
-        """model_index.json. Raises RecipeError where there is none, or one of another class of transformer."""
+        """Reads model_index.json and checks the class of the transformer.
+
+        Raises:
+            RecipeError: There is no model_index.json, or it names another class of transformer.
+        """
         index = self.folder / "model_index.json"
         if not index.is_file():
             raise RecipeError(
                 f"model.path: {self.name}: no model_index.json in {self.folder}; expected a pipeline folder in"
-                f" diffusers' layout (as DiffusionPipeline.save_pretrained writes it){self._instead()}"
+                f" diffusers' layout (as DiffusionPipeline.save_pretrained writes it){self._suggestion()}"
             )
         listed = _read_json(index)
         found = (listed.get("transformer") or [None, None])[1]
         if found not in (None, denoiser):
             raise RecipeError(
-                f"model.family: {self.name} holds a {found}, this family trains a {denoiser}; choose the family that"
-                " fits the model"
+                f"model.family: {self.name} has a {found}, but this family trains a {denoiser}; choose the family of"
+                " the model"
             )
         return listed
 
-    def _instead(self) -> str:
-        """What to write of a folder that is no pipeline, but holds a transformer, T5 or both."""
+    def _suggestion(self) -> str:
+        """Returns the settings to use for a folder that is not a pipeline but holds a transformer, a T5 or both."""
         named = self.name if self.asked is None else f"{self.name}@{self.asked}"
         settings, base = [], None
         for folder in (self.folder, *sorted(path for path in self.folder.iterdir() if path.is_dir())):
@@ -73,41 +77,46 @@ class ModelSource:
             return ""
         known = isinstance(base, str) and is_repository(base) and base != self.name
         return (
-            f". It holds a part of one: write {' and '.join(sorted(settings, reverse=True))}, and as model.path the"
-            f" pipeline that it belongs to, which has the rest{f': {base}' if known else ''}"
+            f". The folder holds only part of a pipeline: set {' and '.join(sorted(settings, reverse=True))}, and set"
+            f" model.path to the complete pipeline that it belongs to{f': {base}' if known else ''}"
         )
 
     def require(self, components: Sequence[str], denoiser: str, config_alone: Sequence[str] = ()) -> None:
-        """Raises RecipeError for another class of transformer, or naming every component the folder lacks."""
+        """Checks the class of the transformer and the files of the components.
+
+        Raises:
+            RecipeError: The transformer has another class, or components are missing. The message names all
+                of them.
+        """
         listed = self.require_class(denoiser)
         self._refuse_without(
             [part for part in components if not self._holds(part, listed, part in config_alone)], components
         )
 
     def require_listed(self, components: Sequence[str], denoiser: str) -> None:
-        """As `require`, by the pipeline's index alone."""
+        """Does the checks of `require` by the pipeline's index only."""
         listed = self.require_class(denoiser)
         self._refuse_without([part for part in components if not _is_listed(part, listed)], components)
 
     def _refuse_without(self, missing: Sequence[str], components: Sequence[str]) -> None:
         if missing:
             raise RecipeError(
-                f"model.path: {self.name}: lacks {', '.join(missing)}; a pipeline for training needs"
+                f"model.path: {self.name}: {', '.join(missing)} missing; a pipeline for training needs"
                 f" {', '.join(components)}"
             )
 
     def fingerprint(self, components: Sequence[str], memo: FileDigests) -> str:
-        """A digest of the components' files: what of the model a cache entry depends on.
+        """Returns a digest of the components' files, which identifies them in cache entries.
 
-        A Hub snapshot is named by its commit. A folder's files are read whole, those that `memo` does not know,
-        so that 10 GB of encoders are read for it once.
+        A Hub snapshot is identified by its commit. Files of a local folder are hashed, and `memo` remembers
+        their digests, so 10 GB of encoders are read only once.
         """
         if self.revision is not None:
             return sha256_of(f"{self.name}@{self.revision}:{','.join(components)}")
         lines = []
         for component in components:
             for file in sorted(path for path in (self.folder / component).rglob("*") if path.is_file()):
-                if file.name.startswith("."):  # a file manager's, which no loader reads
+                if file.name.startswith("."):  # a file manager's file, which no loader reads
                     continue
                 relative = file.relative_to(self.folder).as_posix()
                 lines.append(f"{relative}:{memo.of(file)}\n")
@@ -133,12 +142,18 @@ def resolve(
     denoiser: str,
     config_alone: Sequence[str] = (),
 ) -> ModelSource:
-    """Finds the pipeline; a Hub repository's needed components are downloaded (with the client's progress).
+    """Finds the pipeline and downloads the listed components of a Hub repository, with progress bars.
 
-    denoiser: the class of transformer that the pipeline must hold. config_alone: components whose weights are not
-    needed.
+    Args:
+        path: A local folder or a Hub repository.
+        revision: A branch, tag or commit of the Hub repository.
+        components: The components that the pipeline must have.
+        denoiser: The class of transformer that the pipeline must have.
+        config_alone: Components of which only the configuration is needed.
 
-    Raises RecipeError for a folder that is no such pipeline, HubError when the Hub refuses or is out of reach.
+    Raises:
+        RecipeError: The folder is not such a pipeline.
+        HubError: The Hub cannot be reached or denies access.
     """
     source = _find(path, revision, components, config_alone)
     source.require(components, denoiser, config_alone)
@@ -148,7 +163,7 @@ def resolve(
 def resolve_configurations(
     path: str, revision: str | None, components: Sequence[str], denoiser: str
 ) -> ModelSource:
-    """As `resolve`, for the components' configurations alone: a few small files, and no weights need be there."""
+    """Finds the pipeline like `resolve`, but needs only the configuration files of its components, not the weights."""
     try:
         source = _find(path, revision, components, components)
     except HubError as error:
@@ -162,9 +177,11 @@ def resolve_configurations(
 
 
 def transformer_class(path: str, revision: str | None) -> str | None:
-    """The class of a pipeline's transformer, by its index alone; None where it has no transformer.
+    """Returns the class of a pipeline's transformer according to its index, or None if it has no transformer.
 
-    Raises RecipeError for a folder that is no pipeline, HubError when the Hub refuses or is out of reach.
+    Raises:
+        RecipeError: The folder is not a pipeline.
+        HubError: The Hub cannot be reached or denies access.
     """
     source = _find(path, revision, (), ())
     if not (source.folder / "model_index.json").is_file():
@@ -174,28 +191,31 @@ def transformer_class(path: str, revision: str | None) -> str | None:
 
 
 def is_pipeline(name: str, revision: str | None) -> bool:
-    """Whether the Hub repository is a pipeline, by whether it has an index. Raises HubError."""
+    """Returns True if the Hub repository is a pipeline, that is, has a model_index.json. Raises HubError."""
     return (_download(name, revision, (), ()).folder / "model_index.json").is_file()
 
 
 def component_folder(path: Path, component: str) -> Path:
-    """The folder of one component of the pipeline at `path`, or `path` itself where it is a model's own folder.
+    """Returns the folder of a component in the pipeline at `path`.
 
-    Raises RecipeError for a folder that is neither.
+    If `path` is the folder of a model, returns `path` itself.
+
+    Raises:
+        RecipeError: The folder is neither, or the pipeline has no such component.
     """
     if not path.is_dir():
         raise RecipeError(
-            f"{path}: no such folder; expected a pipeline in diffusers' layout, or a model's folder"
+            f"{path}: no such folder; expected a pipeline in diffusers' layout, or the folder of a model"
         )
     if (path / "model_index.json").is_file() or (path / component).is_dir():
         if (path / component / "config.json").is_file():
             return path / component
-        held = sorted(folder.name for folder in path.iterdir() if (folder / "config.json").is_file())
-        raise RecipeError(f"{path}: has no component {component!r}; it has {', '.join(held) or 'none'}")
+        present = sorted(folder.name for folder in path.iterdir() if (folder / "config.json").is_file())
+        raise RecipeError(f"{path}: has no component {component!r}; it has {', '.join(present) or 'none'}")
     if not (path / "config.json").is_file():
         raise RecipeError(
-            f"{path}: holds neither a model_index.json nor a config.json; expected a pipeline in diffusers' layout,"
-            " or a model's folder"
+            f"{path}: has neither a model_index.json nor a config.json; expected a pipeline in diffusers' layout, or"
+            " the folder of a model"
         )
     return path
 
@@ -208,8 +228,8 @@ def _find(
         return ModelSource(path, folder, None)
     if is_folder(path):
         raise RecipeError(
-            f"model.path: {path}: no such folder; where it was moved, write its new place into the recipe (a run's is"
-            " recipe.yaml in its own folder)"
+            f"model.path: {path}: no such folder; if it was moved, write its new path into the recipe (for an existing"
+            " run, recipe.yaml in the run's folder)"
         )
     return _download(path, revision, components, config_alone)
 
@@ -217,7 +237,8 @@ def _find(
 def _download(
     name: str, revision: str | None, components: Sequence[str], config_alone: Sequence[str]
 ) -> ModelSource:
-    # Component folders only: FLUX's repository also holds the transformer again as one 24 GB file at its top.
+    # Download only component folders: FLUX's repository has the transformer a second time, as a 24 GB file at
+    # the top.
     wanted = ["model_index.json", "config.json", CARD_FILE]
     for part in components:
         endings = _CONFIGURATIONS if part in config_alone else _ALL

@@ -1,7 +1,7 @@
-"""A transformer in one file, by the names that its authors gave its layers: as BFL publishes FLUX, and ComfyUI.
+"""Loads a transformer from one file with its authors' layer names, like BFL's FLUX and ComfyUI's files.
 
-The file is streamed into diffusers' model, quantized on the way, in bf16 or in fp8 with a scale beside each weight.
-The model's configuration is the pipeline's.
+The file holds bf16, or fp8 with a scale for each weight. It is streamed into diffusers' model and quantized
+on the way. The model's configuration comes from the pipeline.
 """
 
 import json
@@ -26,11 +26,12 @@ from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
 log = logging.getLogger(__name__)
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-# Of fp8 weights: what they are multiplied by; scales of inputs are for products in fp8.
+# fp8 weights are multiplied by these scales. The scales of inputs are only for matrix products in fp8.
 _SCALES = (".scale_weight", ".weight_scale")
 _UNUSED = (".scale_input", ".input_scale")
 _MARKER = "scaled_fp8"
-# ComfyUI's newer files say of each quantized layer how it is, in JSON as bytes; these are a weight times its scale.
+# Newer ComfyUI files describe the quantization of each layer in a tensor of JSON bytes. In the accepted
+# formats, the layer's weight is the fp8 tensor times its scale.
 _DESCRIBED = ".comfy_quant"
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _SHOWN = 5
@@ -48,10 +49,13 @@ def load_single_file(
     progress: OnProgress | None = None,
     place: OnLayerLoaded | None = None,
 ) -> nn.Module:
-    """The model that `config` describes with the weights of `file`; see `load_quantized`.
+    """Builds the model that `config` describes and loads the weights of `file`, like `load_quantized`.
 
-    names: the layers as the file names them. Raises ValueError, naming the file, where tensors are missing, left over,
-    of another shape or quantized, before any is read.
+    `names` lists the layers with their names in the file.
+
+    Raises:
+        ValueError: Tensors are missing, unexpected, quantized or of the wrong shape. The message names the
+            file. The check runs before any weight is loaded.
     """
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     model = empty_model(model_cls, plain, file.parent, dtype)
@@ -76,7 +80,14 @@ def load_single_file(
 
 @contextmanager
 def original_weights(file: Path, names: Sequence[OriginalName]) -> Iterator[tuple[SingleFile, Finish]]:
-    """The tensors of a file by diffusers' names, and what makes diffusers' tensors of them; see `load_single_file`."""
+    """Opens a file and yields its tensors under diffusers' names, and a function that converts them.
+
+    The function multiplies fp8 weights by their scales and swaps the halves of layers that diffusers stores
+    the other way round.
+
+    Raises:
+        ValueError: See `load_single_file`.
+    """
     weights = SingleFile(file)
     with weights:
         scales = _rename(weights, file, names)
@@ -91,20 +102,22 @@ def original_weights(file: Path, names: Sequence[OriginalName]) -> Iterator[tupl
 
 
 def _rename(weights: SingleFile, file: Path, names: Sequence[OriginalName]) -> dict[str, Tensor]:
-    """Gives the weights diffusers' names; the scales by those names. Raises ValueError."""
+    """Renames the weights to diffusers' names. Returns the fp8 scales by those names. Raises ValueError."""
     present = set(weights.names)
     packed = next(
         (name for name in sorted(present) if ".quant_state." in name or name.endswith(".SCB")), None
     )
     if packed is not None:
         raise ValueError(
-            f"{file}: is quantized already ({packed}); accepted: bf16, fp16, fp32 or fp8, or a quantized folder in"
+            f"{file}: already quantized ({packed}); accepted: bf16, fp16, fp32 or fp8, or a quantized folder in"
             " diffusers' layout as the pipeline's own transformer"
         )
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in present)), "")
     own = {name.removeprefix(prefix): name for name in present if name.startswith(prefix)}
     if len(own) < len(present):
-        log.info("%s: %d tensors beside the transformer are left out", file, len(present) - len(own))
+        log.info(
+            "%s: ignored %d tensors that do not belong to the transformer", file, len(present) - len(own)
+        )
     for name in sorted(own):
         if name.endswith(_DESCRIBED):
             weight = own.get(name.removesuffix(_DESCRIBED) + ".weight")
@@ -124,33 +137,33 @@ def _rename(weights: SingleFile, file: Path, names: Sequence[OriginalName]) -> d
             if source is not None:
                 scale = weights.read(source).float()
                 scales |= _scales(file, original, scale)
-    strange = sorted(name for name in own if not name.endswith(_UNUSED) and name != _MARKER)
+    unexpected = sorted(name for name in own if not name.endswith(_UNUSED) and name != _MARKER)
     problems = [
         f"{len(found)} {what} ({', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''})"
-        for what, found in (("missing", missing), ("unexpected", strange))
+        for what, found in (("missing", missing), ("unexpected", unexpected))
         if found
     ]
     if problems:
         raise ValueError(
-            f"{file}: is not the transformer that the pipeline's transformer/config.json describes, by the names of"
-            f" its authors: {'; '.join(problems)}"
+            f"{file}: the tensors do not match the transformer that the pipeline's transformer/config.json describes"
+            f" (by its authors' layer names): {'; '.join(problems)}"
         )
     weights.rename(rows)
     return scales
 
 
 def _check_described(weights: SingleFile, file: Path, name: str, weight: str | None) -> None:
-    """Raises ValueError where a layer's description is not that of fp8, or its weight is something else."""
+    """Raises ValueError if a layer's description is not fp8, or its weight is stored in another dtype."""
     try:
         described = json.loads(bytes(weights.read(name).tolist()))
         kind = described.get("format")
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {name} does not say how the layer is quantized: {error}") from error
+        raise ValueError(f"{file}: {name} does not describe the layer's quantization: {error}") from error
     stored = "no weight" if weight is None else str(weights.stored(weight).dtype).removeprefix("torch.")
     if kind not in _FP8 or stored != kind:
         raise ValueError(
-            f"{file}: {name} says {kind!r}, and its weight is stored as {stored}; accepted: {' or '.join(_FP8)},"
-            " stored as such"
+            f"{file}: {name} says {kind!r}, and its weight is stored as {stored}; accepted: {' or '.join(_FP8)}, with a"
+            " weight of that dtype"
         )
 
 
@@ -170,7 +183,7 @@ def _parts(
 
 
 def _scales(file: Path, original: OriginalName, scale: Tensor) -> dict[str, Tensor]:
-    """One for the whole weight, or one a row."""
+    """Returns the scale of each part: a scalar for the whole weight, or one value per row, shape (rows, 1)."""
     rows = original.rows or (scale.numel(),)
     if scale.numel() == 1:
         return {f"{part}.weight": scale.reshape(()) for part in original.parts}

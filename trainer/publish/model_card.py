@@ -1,6 +1,7 @@
-"""The model card of a run: what it is, what it draws, how it was made and is used. Facts of the run alone.
+"""Writes the model card of a run: the adapter, its samples, how to use it and how it was trained.
 
-Prompts and captions are anybody's text: none of it can become markup, and no path of this machine is in a card.
+A card states only facts of the run. Prompts and captions are escaped, so they cannot become markup, and a
+card never contains a path of this machine.
 """
 
 import json
@@ -28,7 +29,7 @@ from halfbyte.trainer.run_folder.folder import RunFolder
 
 @dataclass(frozen=True)
 class ValidationSummary:
-    """The loss on pictures that were not trained on, before and after."""
+    """The loss on held-out images before and after training."""
 
     pictures: int
     base: float
@@ -37,19 +38,19 @@ class ValidationSummary:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Of one push."""
+    """The facts that the model card of one push is made from."""
 
     repository: str
     recipe: Recipe
     provenance: Provenance
-    names: tuple[str, ...]  # of the files beside the card
+    names: tuple[str, ...]  # the other files of the push
     pictures: tuple[SamplePicture, ...]
     base_error: BaseError | None
-    validation: ValidationSummary | None  # of a finished run
+    validation: ValidationSummary | None  # only for a finished run
 
 
 def model_card(facts: CardFacts) -> str:
-    """README.md of the repository; the same for the same facts."""
+    """Returns the repository's README.md. The same facts always give the same text."""
     has_base = any(name.startswith(f"{BASE}/") for name in facts.names)
     usage = Usage(facts.repository, facts.recipe, facts.provenance, has_base)
     parts = [
@@ -68,13 +69,15 @@ def model_card(facts: CardFacts) -> str:
 def _introduction(facts: CardFacts) -> str:
     base, revision = facts.provenance.base_model, facts.provenance.revision
     if base is None:
-        on = "a model that was a folder on the trainer's machine"
+        model = "a base model that was a local folder during training"
     else:
-        on = _at(HubPart(base, str(revision)))
-    text = f"A {_kind(facts.recipe)} for {on}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
-    text += _given_apart(facts.provenance)
+        model = _at(HubPart(base, str(revision)))
+    text = (
+        f"A {_kind(facts.recipe)} for {model}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
+    )
+    text += _other_sources(facts.provenance)
     if prompt := facts.recipe.data.caption_prefix.strip():
-        text += f"\nEvery caption began with: {escaped(prompt)}\n"
+        text += f"\nAll training captions start with: {escaped(prompt)}\n"
     return text
 
 
@@ -85,17 +88,17 @@ def _at(part: HubPart) -> str:
     )
 
 
-def _given_apart(provenance: Provenance) -> str:
-    """What came from elsewhere than the base."""
-    own = {"transformer": (provenance.own_transformer, "transformer", "as a folder or a file of its own")}
+def _other_sources(provenance: Provenance) -> str:
+    """Lists the parts that do not come from the base model."""
+    own = {"transformer": (provenance.own_transformer, "transformer", "a local folder or file")}
     t5 = next((name for name in provenance.parts if name != "transformer"), "text_encoder")
-    own[t5] = (provenance.own_text_encoder, "text encoder T5", "as a folder of its own")
+    own[t5] = (provenance.own_text_encoder, "text encoder T5", "a local folder")
     text = ""
-    for name, (is_own, called, how) in own.items():
+    for name, (is_own, title, origin) in own.items():
         if is_own:
             part = provenance.parts.get(name)
-            how = how if part is None else f"as that of {_at(part)}"
-            text += f"\nThe {called} was given apart from that model, {how}.\n"
+            origin = origin if part is None else _at(part)
+            text += f"\nThe {title} does not come from this base model, but from {origin}.\n"
     if provenance.started_from is not None:
         text += f"\nTraining started from the adapter {_at(provenance.started_from)}.\n"
     return text
@@ -105,19 +108,19 @@ def _samples(facts: CardFacts) -> str:
     if not facts.pictures:
         return ""
     rows = [
-        [escaped(picture.prompt), _shown(picture.base), _shown(picture.trained)] for picture in facts.pictures
+        [escaped(picture.prompt), _image(picture.base), _image(picture.trained)] for picture in facts.pictures
     ]
     sample = facts.recipe.sample
     return (
         "## Samples\n\n"
         + table(["prompt", "base", f"with the adapter, step {facts.provenance.step}"], rows)
-        + f"\nDrawn over the base as it was trained on ({escaped(_storage(facts))}), {sample.steps} steps,"
-        f" guidance {sample.guidance_scale:g}, {sample.width} x {sample.height}, seed {sample.seed} and upwards; base"
-        " and adapter from the same noise.\n"
+        + f"\nGenerated with the base as it was used in training ({escaped(_storage(facts))}): {sample.steps} steps,"
+        f" guidance scale {sample.guidance_scale:g}, {sample.width} x {sample.height} pixels, seeds from {sample.seed}"
+        " upward. Both images of a row start from the same noise.\n"
     )
 
 
-def _shown(picture: PushFile | None) -> str:
+def _image(picture: PushFile | None) -> str:
     return "" if picture is None else f"![]({picture.name})"
 
 
@@ -125,7 +128,7 @@ def _usage(usage: Usage, facts: CardFacts) -> str:
     needed = "diffusers transformers accelerate peft sentencepiece protobuf" + (
         " bitsandbytes" if usage.has_base or usage.provenance.parts else ""
     )
-    text = f"## Use\n\nWith `pip install {needed}`:\n\n{fenced(usage_sample(usage), 'python')}"
+    text = f"## Use\n\nAfter `pip install {needed}`:\n\n{fenced(usage_sample(usage), 'python')}"
     others = []
     if PEFT_FILE in facts.names:
         others.append(f"PEFT ({escaped(PEFT_FILE)})")
@@ -136,7 +139,9 @@ def _usage(usage: Usage, facts: CardFacts) -> str:
         files = [name for name in facts.names if name.startswith(f"{folder}/")]
         if files:
             others.append(f"{reader} ({', '.join(escaped(name) for name in files)})")
-    return text + (f"\nThe same adapter lies there for {', for '.join(others)}.\n" if others else "")
+    return text + (
+        f"\nThe repository also holds the same adapter for {', for '.join(others)}.\n" if others else ""
+    )
 
 
 def _training(facts: CardFacts) -> str:
@@ -144,51 +149,49 @@ def _training(facts: CardFacts) -> str:
     train, objective, lora = recipe.train, recipe.objective, recipe.lora
     rows = [
         ("steps", f"{facts.provenance.step} of {train.steps}"),
-        ("pictures a step and process", f"{train.batch_size} x {train.grad_accumulation} micro-batches"),
+        ("images per step and process", f"{train.batch_size} x {train.grad_accumulation} micro-batches"),
         ("resolution", f"{recipe.data.resolution}" + (" (buckets)" if recipe.data.aspect_buckets else "")),
         ("adapter", f"{_kind(recipe)}, rank {lora.rank}, alpha {lora.alpha:g}, targets {_targets(recipe)}"),
-        ("base in training", _storage(facts)),
+        ("base during training", _storage(facts)),
         ("optimizer", recipe.optimizer.describe()),
         ("learning rate schedule", recipe.lr_schedule.describe()),
         ("timesteps", objective.timesteps.describe()),
         ("shift", objective.shift.describe()),
         ("weighting", objective.weighting.describe()),
         ("loss", objective.loss.describe()),
-        ("guidance in training", f"{objective.guidance_scale:g}"),
+        ("guidance scale in training", f"{objective.guidance_scale:g}"),
         ("seed", f"{train.seed}"),
     ]
     text = "## Training\n\n" + table(["setting", ""], [[name, escaped(value)] for name, value in rows])
     if facts.provenance.quant != quant_recipe(recipe):
-        text += "\nThe base was quantized already, and the recipe's section `quant` did not apply.\n"
+        text += "\nThe base was already quantized, so the settings in section `quant` of the recipe were not used.\n"
     if (change := facts.validation) is not None:
         text += (
-            f"\nThe loss on {change.pictures} pictures that were not trained on went from {change.base:.4f} to"
-            f" {change.trained:.4f}, at fixed noise.\n"
+            f"\nThe loss on {change.pictures} held-out images changed from {change.base:.4f} to {change.trained:.4f},"
+            " measured at fixed noise.\n"
         )
     published = yaml.dump(
         published_settings(recipe), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=110
     )
     return (
-        f"{text}\n<details><summary>The whole recipe, without paths</summary>\n\n{fenced(published, 'yaml')}"
+        f"{text}\n<details><summary>The complete recipe, without local paths</summary>\n\n{fenced(published, 'yaml')}"
         "\n</details>\n"
     )
 
 
 def _base(facts: CardFacts) -> str:
-    held = "the base that the adapter was trained on" if facts.provenance.quant is not None else "the base"
-    text = (
-        f"## The quantized base\n\n`{BASE}/` is {held} ({escaped(_storage(facts))}), in bitsandbytes'"
-        " format.\n"
-    )
+    base = "the base that the adapter was trained on" if facts.provenance.quant is not None else "the base"
+    text = f"## Quantized base\n\n`{BASE}/` holds {base} ({escaped(_storage(facts))}), in the format of bitsandbytes.\n"
     if (error := facts.base_error) is not None:
-        how = (
-            f"all {error.weights:,} weights"
+        measured = (
+            f"all {error.weights:,} weights of the {error.layers} quantized layers"
             if error.measured == error.weights
-            else f"{error.measured:,} of the {error.weights:,} weights, in runs of rows from all over each layer"
+            else f"{error.measured:,} of the {error.weights:,} weights in the {error.layers} quantized layers, in"
+            " groups of rows spread over each layer"
         )
         text += (
-            f"\nQuantization error: {error.relative:.2%} (RMS of the difference to the weights it was made from,"
-            f" relative to their RMS; measured on {how} of its {error.layers} quantized layers).\n"
+            f"\nQuantization error: {error.relative:.2%}. This is the RMS difference from the original weights, divided"
+            f" by the RMS of the original weights, measured on {measured}.\n"
         )
     return text
 
@@ -199,13 +202,13 @@ def _licence(facts: CardFacts) -> str:
         return ""
     name = escaped(licence.license_name or licence.license)
     link = licence.license_link
-    # Between angle brackets only they, and line ends, are read.
-    shown = name if link is None or any(c in link for c in "<>\\ \n\r") else f"[{name}](<{link}>)"
-    return f"## Licence\n\nThat of the base: {shown}.\n"
+    # Inside angle brackets, only angle brackets, backslashes and line ends can end or change a link.
+    linked = name if link is None or any(c in link for c in "<>\\ \n\r") else f"[{name}](<{link}>)"
+    return f"## License\n\nSame as the base model: {linked}.\n"
 
 
 def published_settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without anything that names a file or folder of this machine, or where it was pushed."""
+    """Returns the recipe without local files and folders, and without the settings of the push."""
     published = recipe.dump()
     for section, settings in recipe:
         for field, value in settings:
@@ -233,7 +236,13 @@ def _storage(facts: CardFacts) -> str:
 
 
 def read_validation_summary(run: RunFolder, step: int) -> ValidationSummary | None:
-    """From the summary of a run that finished at the step; None where nothing was held out. Raises RecipeError."""
+    """Reads the validation losses from the summary of a run.
+
+    Returns None if the run did not finish at `step` or has no held-out images.
+
+    Raises:
+        RecipeError: The run's summary.json cannot be read.
+    """
     file = run.root / "summary.json"
     try:
         summary: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -244,11 +253,11 @@ def read_validation_summary(run: RunFolder, step: int) -> ValidationSummary | No
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{file}: not the summary of a run: {error}") from error
+        raise RecipeError(f"{file}: cannot be read as the summary of a run: {error}") from error
 
 
 def front_matter(facts: CardFacts) -> str:
-    """The YAML block at the top of the card; what is not known is not in it."""
+    """Returns the YAML metadata block of the card. Unknown facts are left out."""
     provenance, licence = facts.provenance, facts.provenance.licence
     more: dict[str, Any] = {}
     if provenance.base_model is not None:
@@ -278,7 +287,8 @@ def front_matter(facts: CardFacts) -> str:
         ],
         **more,
     )
-    # By our own dumper: the library's does not quote line breaks that only YAML knows.
+    # Use our own dumper. The library's dumper does not quote line breaks that only YAML treats as line
+    # breaks.
     written = yaml.dump(
         data.to_dict(), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=float("inf")
     )

@@ -1,4 +1,4 @@
-"""`halfbyte push`: a run's adapter, its quantized base and a card, as one commit of a repository on the Hub."""
+"""Implements `halfbyte push`: commits a run's adapter, quantized base, samples and model card to the Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,33 +23,37 @@ from halfbyte.trainer.runtime.sizes import file_size
 
 @dataclass(frozen=True)
 class PushRequest:
-    """What is pushed where; what is None is as the run's recipe says."""
+    """The options of a push. A repository or visibility of None is taken from the run's recipe."""
 
     run: Path
     repository: str | None = None
-    private: bool | None = None  # where the repository is made
-    step: int | None = None  # an exported checkpoint's instead of the finished run's
-    base: bool | None = None  # with the quantized base; None: where one was exported
+    private: bool | None = None  # only used if the push creates the repository
+    step: int | None = None  # push the export of this checkpoint; None: of the finished run
+    base: bool | None = None  # push the quantized base; None: push it if it was exported
 
 
 @dataclass(frozen=True)
 class Push:
-    """A push that is ready to go: every file is there and whole."""
+    """A push that is ready to upload: every file exists and is complete."""
 
     repository: str
     private: bool
     title: str  # of the commit
     files: tuple[PushFile, ...]
     card: str
-    drop_base: bool  # delete the base that an earlier push left
+    drop_base: bool  # delete the base of an earlier push
 
 
 def prepare_push(request: PushRequest) -> Push:
-    """Gathers the files and writes the card, without a word to the Hub. Raises RecipeError."""
+    """Collects the files and writes the model card without contacting the Hub.
+
+    Raises:
+        RecipeError: An option is invalid, or the run is incomplete or damaged.
+    """
     run = RunFolder(request.run)
     if not run.recipe.is_file():
         raise RecipeError(
-            f"{request.run}: holds no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
+            f"{request.run}: contains no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
         )
     recipe = load_written(run.recipe)
     repository = request.repository or recipe.output.push_to_hub
@@ -59,13 +63,13 @@ def prepare_push(request: PushRequest) -> Push:
     target = run if request.step is None else _exported(run, request.step)
     base = [] if request.base is False else base_files(target)
     if request.base and not base:
-        raise RecipeError(f"--base: {target.root} has no {BASE}/; export it: halfbyte export RUN --base")
+        raise RecipeError(f"--base: {target.root} has no {BASE}/; export it with: halfbyte export RUN --base")
     files = [*adapter_files(target), *base]
     provenance = read_provenance(target.adapter / PROVENANCE_FILE)
     step = provenance.step
     if request.step not in (None, step):
         raise RecipeError(
-            f"--checkpoint: {run.root} has no export of step {request.step}; make one: halfbyte export RUN"
+            f"--checkpoint: {run.root} has no export of step {request.step}; export it with: halfbyte export RUN"
             f" --checkpoint {request.step}"
         )
     pictures = tuple(sample_pictures(run, recipe.sample.prompts, step))
@@ -90,13 +94,17 @@ def prepare_push(request: PushRequest) -> Push:
 
 
 def _exported(run: RunFolder, step: int) -> RunFolder:
-    """Where `halfbyte export` puts the checkpoint of a step: that of the last step into the run itself."""
+    """Returns the folder of a checkpoint's export: the run itself for the last step, else exports/step-N."""
     folder = RunFolder(run.root / "exports" / f"step-{step:06d}")
     return folder if folder.root.is_dir() else run
 
 
 def check_push(repository: str) -> None:
-    """Raises HubError where a push there would fail by what can be known before: login, rights, name, and kind."""
+    """Checks the login, the token's permissions, and the repository's name and kind, without uploading.
+
+    Raises:
+        HubError: A push to the repository would fail.
+    """
     prepare_client(bars=True)
     require_writer(repository)
     remote = find_repository(repository)
@@ -105,7 +113,13 @@ def check_push(repository: str) -> None:
 
 
 def push(ready: Push, console: Console) -> None:
-    """Makes the repository hold the push, in one commit; what it holds already is not sent. Raises HubError."""
+    """Uploads the push in one commit.
+
+    Creates the repository if it does not exist. Files that it already has are not sent again.
+
+    Raises:
+        HubError: The Hub cannot be reached or rejects the push.
+    """
     prepare_client(bars=console.is_terminal)
     require_writer(ready.repository)
     remote = find_repository(ready.repository)
@@ -114,7 +128,8 @@ def push(ready: Push, console: Console) -> None:
         console.print(f"created {page(remote.name)} ({_visibility(remote.private)})", highlight=False)
     elif not remote.private and ready.private:
         console.print(
-            f"warning: {page(remote.name)} is there and public, and stays so; make it private in its settings",
+            f"warning: {page(remote.name)} already exists and stays public; to make it private, change its settings on"
+            " the Hub",
             highlight=False,
         )
     todo = change(ready.files, remote, drop_base=ready.drop_base)
@@ -126,22 +141,22 @@ def push(ready: Push, console: Console) -> None:
     total = sum(file.size for file in todo.add)
     made = commit(todo, remote, UploadLog(console, "uploading", total), title=ready.title)
     console.print(
-        f"pushed {len(todo.add)} files ({file_size(total)}), {todo.kept} were there, {len(todo.delete)} deleted:"
+        f"pushed {len(todo.add)} files ({file_size(total)}), {todo.kept} unchanged, {len(todo.delete)} deleted:"
         f" {page(remote.name)} at {made}",
         highlight=False,
     )
 
 
 def listing(ready: Push) -> list[str]:
-    """What would be pushed, line by line, and become of what is there; with the card at the end."""
+    """Returns the lines of a dry run: the files to push, the changes to existing files, and the model card."""
     width = max(len(file.name) for file in ready.files)
-    lines = [f"{page(ready.repository)} ({_visibility(ready.private)} where it is made)"]
+    lines = [f"{page(ready.repository)} ({_visibility(ready.private)} if the push creates it)"]
     lines += [f"  {file.name:<{width}} {file_size(file.size):>10}" for file in ready.files]
     total = sum(file.size for file in ready.files)
     return [
         *lines,
         *_outlook(ready),
-        f"{len(ready.files)} files, {file_size(total)}; nothing was sent",
+        f"{len(ready.files)} files, {file_size(total)}; nothing was uploaded",
         "",
         f"{CARD_FILE}:",
         ready.card,
@@ -153,7 +168,7 @@ def _outlook(ready: Push) -> tuple[str, ...]:
     try:
         return change(ready.files, find_repository(ready.repository), drop_base=ready.drop_base).notes
     except HubError as error:
-        return (f"as it stands the push would fail: {error}",)
+        return (f"the push would fail now: {error}",)
 
 
 def _visibility(private: bool) -> str:

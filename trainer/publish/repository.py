@@ -1,4 +1,4 @@
-"""A model repository on the Hub as a push sees it: what it holds, and one commit that makes it what it shall be."""
+"""Compares a model repository on the Hub with a push, and makes the one commit that updates it."""
 
 import json
 import tempfile
@@ -22,64 +22,67 @@ from halfbyte.trainer.runtime.progress import UploadLog
 
 @dataclass(frozen=True)
 class Digest:
-    """What the Hub may call a file's content by."""
+    """The digests by which the Hub may identify a file's content."""
 
     sha256: str
-    git: str | None = None  # None of a large file
+    git: str | None = None  # None for a large file
 
     @classmethod
     def of(cls, file: PushFile) -> "Digest":
-        """Of a file that is pushed."""
+        """Computes the digests of a file to push."""
         return cls(file.sha256, file.git_digest() if file.size < _LARGE else None)
 
-    def fits(self, there: RepoFile) -> bool:
-        """Whether the file in the repository has this content."""
-        return there.blob_id == self.git if there.lfs is None else there.lfs.sha256 == self.sha256
+    def fits(self, remote_file: RepoFile) -> bool:
+        """Returns True if the file in the repository has this content."""
+        lfs = remote_file.lfs
+        return remote_file.blob_id == self.git if lfs is None else lfs.sha256 == self.sha256
 
 
-_NEW = (
-    ".gitattributes",
-    CARD_FILE,
-)  # what a new repository holds, the second where a licence was chosen for it
-_LARGE = 10**7  # bytes; each file from here on is uploaded by itself and told
+# The files of a new repository. It has a card if a license was chosen when it was created.
+_NEW = (".gitattributes", CARD_FILE)
+# Bytes. The Hub stores no file of this size or larger in git itself, and a push uploads and reports each
+# separately.
+_LARGE = 10**7
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository at its newest commit."""
+    """The state of a repository at its newest commit."""
 
     name: str
     commit: str | None
     private: bool
     files: Mapping[str, RepoFile]
-    pushed: Mapping[str, Digest]  # what the last push wrote
-    blank_card: bool  # its README.md is metadata alone, as the Hub makes it
+    pushed: Mapping[str, Digest]  # the files that the last push wrote
+    blank_card: bool  # README.md holds only metadata, as the Hub creates it
 
     def holds_pushed(self, name: str) -> bool:
-        """Whether a push wrote the file, and nobody has changed it since."""
+        """Returns True if a push wrote the file and it has not changed since."""
         return name in self.files and name in self.pushed and self.pushed[name].fits(self.files[name])
 
 
 @dataclass(frozen=True)
 class RepoChange:
-    """What it takes to make a repository hold the files, and no others that an earlier push has left."""
+    """The additions and deletions that bring a repository to the state of a push."""
 
     add: tuple[PushFile, ...]
     delete: tuple[str, ...]
-    kept: int  # files that need not be sent
-    notes: tuple[str, ...]  # what becomes of what is there, line by line
+    kept: int  # files that the repository already has
+    notes: tuple[str, ...]  # lines about existing files that are deleted, overwritten or kept
 
     def __bool__(self) -> bool:
         return bool(self.add or self.delete)
 
 
 def find_repository(name: str) -> Remote | None:
-    """What is there under the name; None where nothing is.
+    """Returns the model repository of that name, or None if it does not exist.
 
-    Raises HubError where it is no model repository, or one that holds something that no push has put there.
+    Raises:
+        HubError: The name belongs to a dataset or space, the repository has been renamed, or it holds files
+            that no push wrote.
     """
     api = HfApi()
-    doing = f"push: what {name} holds"
+    doing = f"push: reading {name}"
     with hub_errors(doing, name):
         try:
             info = with_retries(lambda: api.model_info(name))
@@ -91,7 +94,7 @@ def find_repository(name: str) -> Remote | None:
             _refuse_other_kinds(api, name)
             return None
         if info.id.lower() != name.lower():
-            raise HubError(f"push: {name} is now called {info.id}; push to that name: {page(info.id)}")
+            raise HubError(f"push: {name} was renamed to {info.id}; push to the new name: {page(info.id)}")
         entries = (
             [] if info.sha is None else list(api.list_repo_tree(name, recursive=True, revision=info.sha))
         )
@@ -104,50 +107,62 @@ def find_repository(name: str) -> Remote | None:
     foreign = sorted(files.keys() - set(_NEW))
     if foreign and PROVENANCE_FILE not in files:
         raise HubError(
-            f"push: {name} holds something else ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}), which"
-            f" a push would overwrite; choose another name, or delete what is there: {page(name)}/tree/main"
+            f"push: {name} holds files that no push wrote ({', '.join(foreign[:3])}"
+            f"{', ...' if len(foreign) > 3 else ''}) and that a push would overwrite; choose another name, or delete"
+            f" the files: {page(name)}/tree/main"
         )
     return remote
 
 
 def _content(name: str, file: str, commit: str | None) -> bytes:
-    # Beside the client's cache, which would take the folder for a whole one.
+    # Not into the client's cache, where this one file would look like a complete snapshot.
     with tempfile.TemporaryDirectory() as cache:
         path = with_retries(lambda: hf_hub_download(name, file, revision=commit, cache_dir=cache))
         return Path(path).read_bytes()
 
 
 def require_write(remote: Remote) -> None:
-    """Asks the Hub itself whether the token may write there; raises HubError where it may not."""
-    with hub_errors(f"push: whether {remote.name} may be written to", remote.name):
+    """Asks the Hub to confirm that the token may write to the repository.
+
+    Raises:
+        HubError: The token may not write there.
+    """
+    with hub_errors(f"push: checking write access to {remote.name}", remote.name):
         with_retries(lambda: HfApi().auth_check(remote.name, write=True))
 
 
 def create(name: str, *, private: bool) -> Remote:
-    """Makes the repository; raises HubError."""
+    """Creates the repository and returns it.
+
+    Raises:
+        HubError: The repository cannot be created.
+    """
     with hub_errors(f"push: creating {name}", name):
         try:
             with_retries(lambda: HfApi().create_repo(name, private=private))
         except HfHubHTTPError as error:
             if status_of(error) != 409:
                 raise
-            # It is there by now: made by somebody else, or by a request whose answer was lost.
+            # It exists by now: somebody else created it, or a request of ours whose response was lost.
     remote = find_repository(name)
     if remote is None:
-        raise HubError(f"push: {name} was created, but cannot be found; see {page(name)}, and push again")
+        raise HubError(f"push: {name} was created but cannot be found; see {page(name)}, then push again")
     return remote
 
 
 def change(files: Sequence[PushFile], remote: Remote | None, *, drop_base: bool = False) -> RepoChange:
-    """What is still to be done; nothing that the repository holds already.
+    """Computes the files to add to and to delete from the repository.
 
-    Of what is there no more is deleted than an earlier push wrote and nobody has changed since; its quantized base only
-    for another one, or where that is asked for by `drop_base`. A card that was written by hand is kept.
+    Files that the repository already has are not sent. A file is deleted only if an earlier push wrote it and
+    it has not changed since. The base of an earlier push is deleted only if this push has a base too, or with
+    `drop_base`. A model card that was written by hand is kept.
     """
-    there = {} if remote is None else remote.files
+    existing = {} if remote is None else remote.files
     pushed = {} if remote is None else remote.pushed
     ours = {name for name in pushed if remote is not None and remote.holds_pushed(name)}
-    keeps_card = remote is not None and CARD_FILE in there and CARD_FILE not in ours and not remote.blank_card
+    keeps_card = (
+        remote is not None and CARD_FILE in existing and CARD_FILE not in ours and not remote.blank_card
+    )
     sent = [file for file in files if not (file.name == CARD_FILE and keeps_card)]
     names = {file.name for file in files}
     has_base = any(name.startswith(f"{BASE}/") for name in names)
@@ -156,28 +171,31 @@ def change(files: Sequence[PushFile], remote: Remote | None, *, drop_base: bool 
     record = {file.name: Digest.of(file) for file in sent if file.name != PROVENANCE_FILE}
     record |= {name: pushed[name] for name in staying if name in pushed}
     sent = [with_pushed(file, record) if file.name == PROVENANCE_FILE else file for file in sent]
-    add = tuple(file for file in sent if not _same(file, there.get(file.name)))
+    add = tuple(file for file in sent if not _same(file, existing.get(file.name)))
     delete = tuple(sorted(ours - names - base))
-    notes = [f"{name}: deleted, as an earlier push wrote it and this one has none" for name in delete]
+    notes = [f"{name}: deleted; an earlier push wrote it, and this push does not have it" for name in delete]
     notes += [
         f"{file.name}: overwritten, although it was changed by hand"
         for file in add
-        if file.name in pushed and file.name in there and file.name not in ours
+        if file.name in pushed and file.name in existing and file.name not in ours
     ]
     if keeps_card:
         notes.append(
-            f"{CARD_FILE}: kept as it was written by hand; delete it there to have it written by the push"
+            f"{CARD_FILE}: kept, because it was written by hand; to have the push write it, delete it on the Hub"
         )
     if base:
-        notes.append(f"{BASE}/: the quantized base of an earlier push is kept; --no-base deletes it")
+        notes.append(f"{BASE}/: kept from an earlier push; --no-base deletes it")
     return RepoChange(add, delete, len(sent) - len(add), tuple(notes))
 
 
 def commit(todo: RepoChange, remote: Remote, progress: UploadLog, *, title: str) -> str:
-    """Uploads what is not there, and puts all of it into one commit, whose id it returns. Raises HubError.
+    """Uploads the files and commits all changes of `todo` at once. Returns the id of the commit.
 
-    todo: by `change`. Nobody sees an uploaded file before the commit, and what an earlier, interrupted push has
-    uploaded is not sent again.
+    Uploaded files are not visible before the commit. Files that an interrupted push has already uploaded are
+    not sent again.
+
+    Raises:
+        HubError: An upload or the commit fails.
     """
     api = HfApi()
     with hub_errors(f"push: uploading to {remote.name}", remote.name):
@@ -186,7 +204,7 @@ def commit(todo: RepoChange, remote: Remote, progress: UploadLog, *, title: str)
     deletions = [CommitOperationDelete(name) for name in todo.delete]
     with hub_errors(f"push: the commit to {remote.name}", remote.name):
         try:
-            # With a parent no commit is made twice, also where the answer to the first was lost.
+            # parent_commit prevents a second commit when the response to the first one was lost.
             made = with_retries(
                 lambda: api.create_commit(
                     remote.name,
@@ -216,7 +234,10 @@ def _upload(
 
 
 def _committed_before(todo: RepoChange, remote: Remote, error: Exception) -> str:
-    """The newest commit, where it holds what was to be committed: then only the answer had been lost."""
+    """Returns the newest commit if it already has all changes. Raises `error` if it does not.
+
+    The commit has them if only the response to our commit request was lost.
+    """
     now = find_repository(remote.name)
     if now is None or now.commit is None:
         raise error
@@ -227,28 +248,30 @@ def _committed_before(todo: RepoChange, remote: Remote, error: Exception) -> str
     return now.commit
 
 
-def _same(file: PushFile, there: RepoFile | None) -> bool:
-    if there is None or there.size != file.size:
+def _same(file: PushFile, remote_file: RepoFile | None) -> bool:
+    if remote_file is None or remote_file.size != file.size:
         return False
-    return there.blob_id == file.git_digest() if there.lfs is None else there.lfs.sha256 == file.sha256
+    lfs = remote_file.lfs
+    return remote_file.blob_id == file.git_digest() if lfs is None else lfs.sha256 == file.sha256
 
 
 def _refuse_other_kinds(api: HfApi, name: str) -> None:
-    """A model could be made beside a dataset or space of that name, but is not what anybody means."""
+    """Raises HubError if the name belongs to a dataset or space.
+
+    The Hub would create a model of the same name, but that is hardly the user's intention.
+    """
     for kind in ("dataset", "space"):
         if with_retries(lambda kind=kind: api.repo_exists(name, repo_type=kind)):  # type: ignore[misc]
             raise HubError(
-                f"push: {name} is a {kind} ({page(name, kind)}); expected a model repository, or a name that is free"
+                f"push: {name} is a {kind} ({page(name, kind)}); expected a model repository or an unused name"
             )
 
 
 _FIELD = "pushed"
 
-_LARGE = 10**7  # bytes; the Hub keeps no file from here on in git itself
-
 
 def with_pushed(provenance: PushFile, pushed: Mapping[str, Digest]) -> PushFile:
-    """halfbyte.json as it is pushed: the adapter's, and the files that are the push's."""
+    """Returns halfbyte.json with the digests of the files that the push writes."""
     content = provenance.content if isinstance(provenance.content, bytes) else provenance.content.read_bytes()
     files = {
         name: {"sha256": digest.sha256} | ({} if digest.git is None else {"git": digest.git})
@@ -260,7 +283,10 @@ def with_pushed(provenance: PushFile, pushed: Mapping[str, Digest]) -> PushFile:
 
 
 def read_pushed(text: bytes) -> dict[str, Digest]:
-    """By name, from a repository's halfbyte.json; nothing where it does not say."""
+    """Reads the digests of the last push's files, by name, from a repository's halfbyte.json.
+
+    Empty if it has none.
+    """
     try:
         facts: Any = json.loads(text)
         return {name: Digest(entry["sha256"], entry.get("git")) for name, entry in facts[_FIELD].items()}

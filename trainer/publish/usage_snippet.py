@@ -1,4 +1,4 @@
-"""The code sample of a model card: what is pushed, used by stock diffusers."""
+"""Writes the code sample of a model card, which uses the pushed adapter with stock diffusers."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from halfbyte.trainer.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Usage:
-    """What the sample depends on."""
+    """The facts that the code sample is made from."""
 
     repository: str
     recipe: Recipe
@@ -19,7 +19,7 @@ class Usage:
 
 
 def usage_sample(usage: Usage) -> str:
-    """A Python program. The prompt is the first that was drawn in training, with its seed and settings."""
+    """Returns a Python program that generates the run's first sample again, with the same prompt, seed and settings."""
     provenance, dtype = usage.provenance, usage.recipe.quant.compute_dtype
     parts = _parts(usage)
     text_encoders = [name for name in parts if name != BASE]
@@ -43,12 +43,15 @@ def usage_sample(usage: Usage) -> str:
         ").to(device)\n"
         f"pipeline.load_lora_weights({_literal(usage.repository)}, weight_name={_literal(ADAPTER_FILE)})\n"
         + _call(usage.recipe, provenance.max_sequence_length)
-        + 'picture.save("picture.png")\n'
+        + 'image.save("image.png")\n'
     )
 
 
 def _parts(usage: Usage) -> dict[str, tuple[str, ...]]:
-    """What is not the base's: by the pipeline's names, the arguments that say where it is."""
+    """Returns the components that do not come from the base.
+
+    Maps each component's name in the pipeline to the `from_pretrained` arguments that locate it.
+    """
     parts = {}
     for name, part in usage.provenance.parts.items():
         subfolder = () if part.subfolder is None else (f"subfolder={_literal(part.subfolder)}",)
@@ -59,14 +62,16 @@ def _parts(usage: Usage) -> dict[str, tuple[str, ...]]:
 
 
 def _part(name: str, class_name: str, where: tuple[str, ...], dtype: str) -> str:
-    argument = "torch_dtype" if name == BASE else "dtype"  # diffusers' name, and transformers'
+    argument = (
+        "torch_dtype" if name == BASE else "dtype"
+    )  # diffusers calls it torch_dtype, transformers dtype
     arguments = ", ".join((*where, f"{argument}=torch.{dtype}"))
     return f"{name} = {class_name}.from_pretrained(\n    {arguments}\n)\n"
 
 
 def _base(provenance: Provenance) -> str:
     if provenance.base_model is None:
-        return '    "path/to/the/base",  # the pipeline that the adapter was trained on\n'
+        return '    "path/to/the/base",  # the pipeline that the adapter was trained with\n'
     return f"    {_literal(provenance.base_model)},\n"
 
 
@@ -74,7 +79,7 @@ def _call(recipe: Recipe, tokens: int) -> str:
     sample = recipe.sample
     prompt = sample.prompts[0] if sample.prompts else f"{recipe.data.caption_prefix}a picture"
     return (
-        "picture = pipeline(\n"
+        "image = pipeline(\n"
         f"    {_literal(prompt)},\n"
         f"    num_inference_steps={sample.steps},\n"
         f"    guidance_scale={sample.guidance_scale:g},\n"
@@ -87,6 +92,6 @@ def _call(recipe: Recipe, tokens: int) -> str:
 
 
 def _literal(text: str) -> str:
-    """Python's literal of the text, in one line of printable characters; in double quotes where it has no quotes."""
+    """Returns the text as a one-line Python literal of printable characters, in double quotes if it has no quotes."""
     literal = repr(text)
     return literal if '"' in text or "'" in text else f'"{literal[1:-1]}"'

@@ -1,7 +1,8 @@
-"""A recipe's transformer rounded for the recipe's pictures: what its layers get in training decides on their weights.
+"""Calibrates a quantized transformer: rounds its 4-bit weights for the inputs of its layers in training.
 
-The samples are those that the run itself begins with, captions and noise included. Noise levels are drawn alike over
-the whole range, whatever the run trains most: sampling goes through all of them.
+Calibration uses the first samples of the run itself, with the same captions and noise. Its timesteps are
+uniform over the whole range, whatever distribution the run trains with, because sampling goes through all of
+them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,9 @@ from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.progress import LazyProgress
 from halfbyte.trainer.training.module import DiffusionModule, training_module
 
-_HOST_BYTES = 2 * 10**9  # of second moments, where there is no device
-_DEVICE_SHARE = 0.4  # of the device's free memory: rounding a layer takes three times its moment besides
-# Sampling with classifier-free guidance asks for the empty caption half of the time.
+_HOST_BYTES = 2 * 10**9  # bytes of second moments on the CPU
+_DEVICE_SHARE = 0.4  # of the device's free memory; rounding a layer needs three times its moment in addition
+# With classifier-free guidance, half of the predictions in sampling use the empty caption.
 _LEAST_CAPTION_DROPOUT = 0.1
 
 
@@ -43,9 +44,12 @@ def calibrate_for(
     device: torch.device,
     console: Console,
 ) -> list[LayerFit]:
-    """Rounds the 4-bit layers of `denoiser` anew for `samples` of the recipe's; see `calibrate`.
+    """Rounds the 4-bit layers of `denoiser` again, calibrated on `samples` samples of the recipe.
 
-    original: the folder of the weights in full precision. Raises ValueError where layers get NaN or infinite inputs.
+    `original` is the folder of the weights in full precision. See `calibrate` for the method.
+
+    Raises:
+        ValueError: The inputs of a layer are NaN or infinite.
     """
     dtype = DTYPES[recipe.quant.compute_dtype]
     modules = list(_modules(recipe, family, denoiser, dtype))
@@ -53,7 +57,7 @@ def calibrate_for(
     denoiser.eval()
 
     def forward(module: DiffusionModule, entries: Sequence[Entry]) -> None:
-        # Read from the cache each time: all samples at once may be gigabytes.
+        # Read the samples from the cache for each forward: all of them together may be gigabytes.
         batch = collate([pictures[entry] for entry in entries]).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             module.loss(batch)
@@ -62,23 +66,25 @@ def calibrate_for(
     forwards = [
         partial(forward, module, entries) for module, entries in zip(cycle(modules), batches, strict=False)
     ]
-    shown = LazyProgress(console, "calibrating", "step")
+    progress = LazyProgress(console, "calibrating", "step")
     try:
         with ShardedWeights(original) as weights:
 
             def weight(path: str) -> Tensor:
-                # Rounded to the compute dtype first, as it is when it is quantized.
+                # Round to the compute dtype first, as quantization does.
                 return weights.read(f"{path}.weight").to(device, dtype)
 
-            return calibrate(denoiser, weight, forwards, moment_bytes=_room(device), progress=shown)
+            return calibrate(
+                denoiser, weight, forwards, moment_bytes=_moment_bytes(device), progress=progress
+            )
     finally:
-        shown.close()
+        progress.close()
 
 
 def _modules(
     recipe: Recipe, family: Family, denoiser: nn.Module, dtype: torch.dtype
 ) -> Iterator[DiffusionModule]:
-    """The training step at each guidance scale that the model will be told, where it is told any."""
+    """Yields the training module for each guidance scale that the model gets: in training and in sampling."""
     for scale in dict.fromkeys((recipe.objective.guidance_scale, recipe.sample.guidance_scale)):
         changed = {
             "timesteps": Uniform(name="uniform"),
@@ -89,8 +95,8 @@ def _modules(
         yield training_module(recipe.model_copy(update={"objective": objective}), family, denoiser, dtype)
 
 
-def _room(device: torch.device) -> int:
-    """Bytes of second moments that are held at a time."""
+def _moment_bytes(device: torch.device) -> int:
+    """Returns the limit in bytes for the second moments in memory at the same time."""
     if device.type != "cuda":
         return _HOST_BYTES
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""What quantizing a model costs each layer: relative error and size by scheme, to choose a skip list by numbers."""
+"""Measures each layer's quantization error and size for every scheme, as a basis for the skip list."""
 
 import math
 import re
@@ -26,18 +26,16 @@ from halfbyte.trainer.runtime.progress import OnProgress
 SCHEME_NAMES = tuple(scheme.name for scheme in SCHEMES)
 _BLOCK_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
-"""Called after each layer with (layers done, layers in all)."""
-
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer, or several together."""
+    """The measurements of one linear layer, or the sum over several layers."""
 
     name: str
     layers: int
-    parameters: int  # elements of the weights
-    nbytes: tuple[int, ...]  # in the order of SCHEMES
-    error: WeightError  # over the weights that were measured
+    parameters: int  # number of weights
+    nbytes: tuple[int, ...]  # quantized size for each scheme, in the order of SCHEMES
+    error: WeightError  # over the measured weights
 
     def __add__(self, other: "LayerReport") -> "LayerReport":
         return LayerReport(
@@ -51,28 +49,28 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The layers beyond an error, as a skip list."""
+    """A skip list of the layers whose error exceeds the threshold."""
 
     scheme: str
     threshold: float
     skip: SkipList
-    parameters: int  # that stay unquantized
-    nbytes: int  # of all linear weights, with those in bf16
+    parameters: int  # number of weights that stay unquantized
+    nbytes: int  # size of all linear weights, with the skipped layers in bf16
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """A model's linear layers, the worst under NF4 first."""
+    """The measurements of a model's linear layers, sorted by NF4 error with the largest first."""
 
     folder: Path
     model_class: str
-    sample: int  # weights measured a layer at most; 0: all
+    sample: int  # maximum number of measured weights per layer; 0: all
     layers: tuple[LayerReport, ...]
     suggestion: Suggestion | None
 
     @property
     def kinds(self) -> tuple[LayerReport, ...]:
-        """The layers of each kind together, a kind being a path without its block numbers; the biggest first."""
+        """Sums over layers of the same kind (the same path apart from block numbers), the largest first."""
         kinds: dict[str, LayerReport] = {}
         for layer in self.layers:
             kind = kind_of(layer.name)
@@ -82,9 +80,10 @@ class QuantReport:
 
     @property
     def total(self) -> LayerReport:
-        """All linear layers together."""
+        """The sum over all linear layers."""
         first, *rest = (
-            LayerReport("all", one.layers, one.parameters, one.nbytes, one.error) for one in self.layers
+            LayerReport("all", layer.layers, layer.parameters, layer.nbytes, layer.error)
+            for layer in self.layers
         )
         for layer in rest:
             first += layer
@@ -92,7 +91,7 @@ class QuantReport:
 
 
 def kind_of(path: str) -> str:
-    """`transformer_blocks.3.attn.to_out.0` -> `transformer_blocks.*.attn.to_out.*`."""
+    """Replaces numbers in a path: `transformer_blocks.3.attn.to_out.0` becomes `transformer_blocks.*.attn.to_out.*`."""
     return _BLOCK_NUMBER.sub(".*", path)
 
 
@@ -105,14 +104,24 @@ def quant_report(
     beyond: tuple[str, float] | None = None,
     progress: OnProgress | None = None,
 ) -> QuantReport:
-    """Measure the linear layers of a component of a pipeline folder, or of a model's own folder.
+    """Measures the linear layers of a transformer of diffusers or a text encoder of transformers.
 
-    That is a transformer of diffusers or a text encoder of transformers; of a T5 every layer is measured by every
-    scheme, though in 4 bits its `wo` stay unquantized. Weights are read one by one, and cast to bf16 as training
-    would. `sample` limits how many are measured of a layer, in whole rows spread evenly. `beyond` (scheme, relative
-    error) asks for a skip list of the layers that are worse, and of those that the scheme cannot hold. Raises
-    RecipeError for a folder that holds no such model, or one that is quantized or damaged, and where a text encoder
-    is to get a skip list.
+    Weights are read one by one and cast to bf16, as in training. For T5, every layer is measured with every
+    scheme, although its `wo` layers stay unquantized in 4 bits.
+
+    Args:
+        model: The folder of a pipeline or of the model itself.
+        component: The component to measure, if `model` is a pipeline.
+        device: The device to quantize on.
+        sample: The maximum number of weights to measure per layer, as whole rows spread evenly. 0 measures
+            all.
+        beyond: A scheme and a relative error. Asks for a skip list of the layers whose error is larger, or
+            that the scheme cannot represent.
+        progress: A callback for the number of finished layers.
+
+    Raises:
+        RecipeError: The folder has no such model, the model is quantized or damaged, or a skip list is
+            requested for a text encoder.
     """
     folder = component_folder(model, component)
     try:
@@ -122,8 +131,8 @@ def quant_report(
         if issubclass(model_class, PreTrainedModel):
             if beyond is not None:
                 raise ValueError(
-                    f"--threshold: {folder} holds a {model_class.__name__}, and text encoders are quantized without a"
-                    " skip list; leave it out"
+                    f"--threshold: {folder} holds a {model_class.__name__}, and text encoders have no skip list; leave"
+                    " the option out"
                 )
             empty, file = text_encoder_on_meta(model_class, folder, None, torch.bfloat16), TEXT_WEIGHTS_FILE
         else:
@@ -147,12 +156,12 @@ def _model_class(config: dict[str, Any], folder: Path) -> type[ModelMixin] | typ
     model_class = getattr(library, name, None) if isinstance(name, str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin | PreTrainedModel)):
         raise ValueError(
-            f"{folder / 'config.json'}: describes a {name!r}, expected _class_name to be a model of diffusers, such as"
-            " FluxTransformer2DModel, or architectures one of transformers, such as T5EncoderModel; to measure another"
-            " component of a pipeline name it with --component"
+            f"{folder / 'config.json'}: describes a {name!r}; expected _class_name to be a model of diffusers, such as"
+            " FluxTransformer2DModel, or architectures to be a model of transformers, such as T5EncoderModel. To"
+            " measure another component of a pipeline, set --component"
         )
     if config.get("quantization_config") is not None:
-        raise ValueError(f"{folder}: is quantized already; the report needs the model in full precision")
+        raise ValueError(f"{folder}: already quantized; the report needs the model in full precision")
     return model_class
 
 
@@ -166,7 +175,7 @@ def _measure(
     if missing:
         raise ValueError(f"{weights.folder}: {len(missing)} weights are missing, first {missing[0]}")
     reports: list[LayerReport] = []
-    # In the file's order, so that reading goes through it once.
+    # Read in the order of the file, so the file is read once from start to end.
     for name in (name for name in weights.names if name in linears):
         path, linear = linears[name]
         rows, columns = shape = (linear.out_features, linear.in_features)
@@ -188,13 +197,16 @@ def _measure(
 
 
 def _badness(layer: LayerReport, scheme: int) -> float:
-    """The error of a layer under a scheme, to order layers by: beyond any number where it cannot be held."""
+    """Returns a layer's error with a scheme, for sorting.
+
+    Infinite if the scheme cannot represent the layer.
+    """
     error = layer.error.relative()[scheme]
     return math.inf if error is None else error
 
 
 def _sampled(weight: Tensor, sample: int) -> Tensor:
-    """Every so many rows of a weight (N, K), so that about `sample` elements are left."""
+    """Selects evenly spaced rows of a weight (N, K), so that about `sample` elements remain."""
     step = -(-weight.numel() // sample) if sample else 1
     return weight[:: min(step, weight.shape[0])]
 
@@ -202,9 +214,9 @@ def _sampled(weight: Tensor, sample: int) -> Tensor:
 def _suggest(model: nn.Module, layers: Sequence[LayerReport], scheme: str, threshold: float) -> Suggestion:
     number = SCHEME_NAMES.index(scheme)
     skip = skip_list_for(model, {layer.name for layer in layers if _badness(layer, number) > threshold})
-    # Asked again of the code that converts: the list must mean what this report says.
-    meant = {path for match in skip_matches(model, skip.entries) for path in match.layers}
-    assert meant == set(skip.layers)
-    parameters = sum(layer.parameters for layer in layers if layer.name in meant)
-    nbytes = sum(2 * layer.parameters if layer.name in meant else layer.nbytes[number] for layer in layers)
+    # Check that the code that converts models expands the entries to the same layers.
+    skipped = {path for match in skip_matches(model, skip.entries) for path in match.layers}
+    assert skipped == set(skip.layers)
+    parameters = sum(layer.parameters for layer in layers if layer.name in skipped)
+    nbytes = sum(2 * layer.parameters if layer.name in skipped else layer.nbytes[number] for layer in layers)
     return Suggestion(scheme, threshold, skip, parameters, nbytes)

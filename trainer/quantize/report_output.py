@@ -1,4 +1,4 @@
-"""The quantization report as tables and as JSON."""
+"""Prints the quantization report as tables and writes it as JSON."""
 
 import json
 import sys
@@ -17,9 +17,9 @@ from halfbyte.trainer.runtime.progress import LazyProgress
 from halfbyte.trainer.runtime.sizes import memory_size
 
 _UNQUANTIZED = "bf16"
-# Column -> the scheme whose size it has; the 4-bit ones differ in error alone.
+# Size column -> its scheme. The 4-bit schemes have equal sizes and differ only in their errors.
 _SIZES = {"bf16": _UNQUANTIZED, "4 bits": "nf4", "int8": "int8"}
-_PIPED_WIDTH = 160  # a table that goes to a file or a pipe is not cut to the 80 columns of no terminal
+_PIPED_WIDTH = 160  # columns of a table that goes to a file or a pipe; rich would wrap it at 80
 
 
 def run_quant_report(
@@ -32,11 +32,15 @@ def run_quant_report(
     json_file: Path | None,
     progress_console: Console,
 ) -> None:
-    """Measures, prints and writes; RecipeError for a folder, a scheme or a file that cannot be used."""
+    """Measures a model, prints the report and writes it to `json_file`.
+
+    Raises:
+        RecipeError: The folder, the scheme or the JSON file is not usable.
+    """
     if beyond is not None and beyond[0] not in SCHEME_NAMES:
         raise RecipeError(f"--scheme: got {beyond[0]!r}, accepted: {', '.join(SCHEME_NAMES)}")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        raise RecipeError(f"--json: {json_file} cannot be written; expected a file in a folder that exists")
+        raise RecipeError(f"--json: cannot write {json_file}; expected a file in an existing folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     progress = LazyProgress(progress_console, "measuring", "layer")
     try:
@@ -51,8 +55,10 @@ def run_quant_report(
 
 
 def to_json(report: QuantReport) -> str:
-    """The report as a JSON object; errors are relative RMS errors, null where a scheme cannot hold a weight, and
-    sizes bytes."""
+    """Converts the report to a JSON object.
+
+    Errors are relative RMS errors, or null if a scheme cannot represent a weight. Sizes are in bytes.
+    """
 
     def fields(layer: LayerReport) -> dict[str, Any]:
         return {
@@ -92,10 +98,12 @@ def show(report: QuantReport, console: Console, worst: int) -> None:
     console.print(
         _table(f"{report.model_class}: {total.layers} linear layers", (*report.kinds, total), counted=True)
     )
-    shown = report.layers[:worst]
-    if shown:
-        console.print(_table(f"the {len(shown)} layers with the largest error in nf4", shown, counted=False))
-    measured = "all weights" if report.sample == 0 else f"about {report.sample:,} weights a layer"
+    layers = report.layers[:worst]
+    if layers:
+        console.print(
+            _table(f"the {len(layers)} layers with the largest error in nf4", layers, counted=False)
+        )
+    measured = "all weights" if report.sample == 0 else f"about {report.sample:,} weights per layer"
     console.print(
         f"relative RMS error of the weights in % ({measured}), and size on the device", highlight=False
     )
@@ -111,8 +119,8 @@ def _table(title: str, rows: Sequence[LayerReport], *, counted: bool) -> Table:
         table.add_column(number, justify="right", no_wrap=True)
     for row in rows:
         errors = ["n/a" if error is None else f"{100 * error:.2f}" for error in row.error.relative()]
-        held = dict(zip(SCHEME_NAMES, row.nbytes, strict=True)) | {_UNQUANTIZED: 2 * row.parameters}
-        sizes = [memory_size(held[name]) for name in _SIZES.values()]
+        nbytes = dict(zip(SCHEME_NAMES, row.nbytes, strict=True)) | {_UNQUANTIZED: 2 * row.parameters}
+        sizes = [memory_size(nbytes[name]) for name in _SIZES.values()]
         table.add_row(
             row.name, *([str(row.layers)] if counted else []), _count(row.parameters), *errors, *sizes
         )
@@ -126,13 +134,14 @@ def _show_suggestion(suggestion: Suggestion, console: Console) -> None:
         lines = [f"no layer has an error above {limit}: quant.skip: []"]
     else:
         lines = [
-            f"layers with an error above {limit}: {len(skip.layers)} can be skipped; then"
-            f" {_count(suggestion.parameters)} weights stay in bf16, and the linear weights take"
-            f" {memory_size(suggestion.nbytes)}",
+            f"layers with an error above {limit}: {len(skip.layers)} can be skipped. With them in bf16"
+            f" ({_count(suggestion.parameters)} weights), the linear weights use {memory_size(suggestion.nbytes)}",
             f"  quant.skip: [{', '.join(skip.entries)}]",
         ]
     for path, surplus in skip.out_of_reach.items():
-        lines.append(f"  {path} as well, but no entry means it alone: {path!r} would skip {surplus} more")
+        lines.append(
+            f"  not listed: {path}, because the entry {path!r} would also skip {surplus} other layers"
+        )
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

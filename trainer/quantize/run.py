@@ -1,4 +1,4 @@
-"""`halfbyte quantize`: the packed transformer of a recipe as a folder, for `model.transformer` and stock diffusers."""
+"""Implements `halfbyte quantize`: writes a recipe's packed transformer, for training and stock diffusers."""
 
 import json
 import shlex
@@ -29,38 +29,44 @@ from halfbyte.trainer.runtime.device_memory import when_full
 from halfbyte.trainer.runtime.world import World, join
 
 REPORT = "calibration.json"
-_SHOWN = 5  # layers that are furthest from what they gave
+_SHOWN = 5  # number of layers to list, those with the largest error
 _WHEN_FULL = (
-    "the device ran out of memory; try a smaller data.resolution, or train.batch_size=1. Nothing was written"
+    "the device ran out of memory; nothing was written. Use a smaller data.resolution, or train.batch_size=1"
 )
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written, and how near it is."""
+    """The result of a quantization."""
 
     folder: Path
-    layers: int  # that are quantized
-    nbytes: int  # of the transformer on a device
-    fits: list[LayerFit]  # empty where nothing was calibrated
+    layers: int  # number of quantized layers
+    nbytes: int  # memory of the transformer on a device
+    fits: list[LayerFit]  # output errors of the calibrated layers; empty without calibration
 
 
 def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: Console) -> Quantized:
-    """Writes the recipe's transformer, quantized as the recipe says and rounded for `samples` of its pictures, or 0.
+    """Quantizes the recipe's transformer into `folder`, calibrated on `samples` of its images.
 
-    Raises RecipeError, before anything is loaded, where `folder` holds something, the recipe asks for no 4 bits, or
-    the weights are not there in full precision; DataError for pictures that cannot be used; OutOfMemory.
+    With 0 samples, weights are rounded to the nearest code.
+
+    Raises:
+        RecipeError: Raised before anything is loaded: `folder` is not empty, the recipe does not quantize, or
+            the weights are not available in full precision.
+        LaunchError: There is more than one process.
+        DataError: The images cannot be used.
+        OutOfMemory: The device or the host is full.
     """
     settings = quant_recipe(recipe)
     if world.size > 1:
         raise LaunchError("halfbyte quantize runs in one process; start it without a launcher")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder}: holds something already; name a new folder")
+        raise RecipeError(f"{folder}: not empty; expected a new folder")
     if settings is None:
         raise RecipeError("quant.type: got none, expected nf4, fp4 or int8")
     if samples and settings.quant_type == "int8":
         raise RecipeError(
-            "quant.type: got int8, whose rounding knows no calibration; give --samples 0 or nf4"
+            "quant.type: got int8, which cannot be calibrated; set --samples 0, or quant.type to nf4 or fp4"
         )
     model = recipe.model
     family = FAMILIES[model.family].open(
@@ -69,7 +75,8 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
     original = _original(family)
     if samples and original is None:
         raise RecipeError(
-            f"model.transformer: {model.transformer} is one file; calibration reads folders in diffusers' layout"
+            f"model.transformer: got the single file {model.transformer}, but calibration needs a folder in diffusers'"
+            " layout; name such a folder, or set --samples 0"
         )
     join(world)
     with when_full(lambda: _WHEN_FULL):
@@ -89,11 +96,15 @@ def quantize(recipe: Recipe, folder: Path, samples: int, world: World, console: 
 def _quantized(
     recipe: Recipe, family: Family, original: Path | None, samples: int, world: World, console: Console
 ) -> tuple[Any, list[LayerFit]]:
-    """The transformer, and how its layers fit; `original` is the folder of its weights in full precision."""
+    """Returns the quantized transformer and the output errors of its layers.
+
+    `original` is the folder of the weights in full precision.
+    """
     prepared = prepare(recipe, family, world, console) if samples else None
     dtype = DTYPES[recipe.quant.compute_dtype]
     denoiser = load_base(family, quant_recipe(recipe), device=world.device, dtype=dtype, console=console)
-    keep_exact(family, denoiser, recipe.quant.exact)  # refuses before calibrating what runs would refuse
+    # Reject layer names that a run would reject before spending time on calibration.
+    keep_exact(family, denoiser, recipe.quant.exact)
     if prepared is None or original is None:
         return denoiser, []
     try:
@@ -115,33 +126,37 @@ def _quantized(
 
 
 def _write_exact(recipe: Recipe, denoiser: Any, original: Path | None, work: Path) -> None:
-    """Puts the exact weights beside the packed ones, which runs on the folder then find."""
+    """Writes the exact weights of quant.exact next to the packed ones, where runs on the folder find them."""
     packed = [path for path in recipe.quant.exact if isinstance(denoiser.get_submodule(path), QuantizedLayer)]
     if packed:
-        assert original is not None, "refused for single files"
+        assert original is not None, "quantize() rejects single files"
         with ShardedWeights(original) as weights:
             write_exact(packed, weights, work, DTYPES[recipe.quant.compute_dtype])
 
 
 def quantized_lines(quantized: Quantized) -> Iterator[str]:
-    """What to tell of it."""
+    """Yields the lines to print about the result."""
     yield f"{quantized.layers} layers, {quantized.nbytes / 2**20:,.1f} MiB: {quantized.folder}"
     fits = quantized.fits
     if fits:
         before, after = (torch.tensor([getattr(fit, end) for fit in fits]) for end in ("before", "after"))
         yield (
-            f"error of a layer's output, median of {len(fits)}: {before.median():.2%} rounded to the nearest,"
+            f"output error, median over {len(fits)} layers: {before.median():.2%} with rounding to nearest,"
             f" {after.median():.2%} calibrated ({REPORT})"
         )
         for fit in sorted(fits, key=lambda fit: -fit.after)[:_SHOWN]:
             yield f"  {fit.path}: {fit.before:.2%} -> {fit.after:.2%}"
-    # Absolute: owner/name would be a Hub repository's.
-    yield f"train on it: {shlex.quote(f'model.transformer={quantized.folder.absolute()}')}"
+    # An absolute path, because owner/name would name a Hub repository.
+    yield f"to train on it: {shlex.quote(f'model.transformer={quantized.folder.absolute()}')}"
 
 
 def _original(family: Family) -> Path | None:
-    """The folder of the weights in full precision; None where one file holds them. Raises RecipeError."""
+    """Returns the folder of the weights in full precision, or None for a single file.
+
+    Raises:
+        RecipeError: The weights are already quantized.
+    """
     folder = family.denoiser_folder
     if folder is not None and family.denoiser_config.get("quantization_config") is not None:
-        raise RecipeError(f"{folder}: is quantized already; name the model that it was made from")
+        raise RecipeError(f"{folder}: already quantized; name the model that it was made from")
     return folder

@@ -1,4 +1,4 @@
-"""Memory that is held for nothing."""
+"""Releases cached memory, and turns out-of-memory failures into OutOfMemory errors with advice."""
 
 import gc
 import re
@@ -11,29 +11,33 @@ from halfbyte.trainer.errors import OutOfMemory
 
 
 def free_unused(device: torch.device) -> None:
-    """Gives memory back to the device that no tensor holds any longer."""
+    """Releases cached memory: collects garbage, then returns the memory of freed tensors to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-# How cuBLAS and cuDNN, Triton and the driver say so.
+# Out-of-memory messages of cuBLAS, cuDNN, Triton and the driver.
 _DEVICE_IS_FULL = re.compile(r"STATUS_ALLOC_FAILED|(CUDA|\[CUDA\]|driver)[^:\n]*: out of memory")
 
-# How torch's allocator for the CPU does.
+# Out-of-memory messages of torch's CPU allocator.
 _HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 _HOST = (
-    "the host ran out of memory, of which activations (train.gradient_checkpointing: offload), blocks"
-    " (train.stream_blocks) and T5 (model.stream_text_encoder) take less where they stay on the device; halfbyte plan"
-    " shows what each phase needs of it"
+    "the host ran out of memory. To reduce host memory, keep on the device what these settings move to the host:"
+    " activations (train.gradient_checkpointing: offload), blocks (train.stream_blocks) and T5"
+    " (model.stream_text_encoder). `halfbyte plan` shows how much host memory each phase needs"
 )
 
 
 @contextmanager
 def when_full(message: Callable[[], str]) -> Iterator[None]:
-    """Raises OutOfMemory: with `message` where torch or its libraries find no memory on the device, and saying what
-    takes less of it where there is none on the host."""
+    """Turns an out-of-memory failure in the block into OutOfMemory.
+
+    Raises:
+        OutOfMemory: The device is full, with the text of `message()`; or the host is full, with the settings
+            that reduce host memory.
+    """
     try:
         yield
     except MemoryError as error:

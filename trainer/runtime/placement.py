@@ -1,4 +1,4 @@
-"""Where a pipeline's models lie and compute: on the device, offloaded by diffusers, or spread by accelerate."""
+"""Places a pipeline's models: on the device, offloaded by diffusers, or spread over devices by accelerate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,52 +12,58 @@ from torch import nn
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.runtime.sizes import file_size
 
-# Of a device's free memory; the rest is for what flows through the model.
+# The share of a device's free memory that weights may use. The rest is for activations.
 _SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How the models of a pipeline are placed."""
+    """The placement of a pipeline's models."""
 
     device: torch.device
-    """What computes; with a device map what comes first."""
+    """The device that computes; with a device map, the first one."""
     offload: str = "none"
-    """none: on the device; model: in host memory, each on the device while it works; sequential: the same layer by
-    layer."""
+    """none: all models stay on the device. model: models stay in host memory, and each moves to the device
+    while it computes. sequential: the same for each layer."""
     device_map: str | None = None
-    """auto: the first device full, then the next, then host memory; balanced: alike on all devices. None: no map."""
+    """auto: fill the first device, then the next, then host memory. balanced: spread evenly over all devices.
+    None: no map."""
     max_memory: Mapping[int | str, int] | None = None
-    """Bytes for a device map by device, as accelerate counts them; None: most of what is free."""
+    """Bytes per device for the device map, keyed as accelerate keys them. None: 80 % of the free memory."""
 
     @property
     def loads_on(self) -> torch.device:
-        """Where a model is loaded, before it is placed."""
+        """The device onto which a model is loaded before it is placed."""
         spread = self.offload == "sequential" or self.device_map is not None
         return torch.device("cpu") if spread else self.device
 
     @property
     def moves_layers(self) -> bool:
-        """Whether layers are brought to the device by hooks of their own, rather than lie there."""
+        """True if hooks on each layer move its weights to the device."""
         return self.offload == "sequential" or self.device_map is not None
 
     @property
     def stays(self) -> bool:
-        """Whether a model lies whole on the device once it is placed."""
+        """True if a placed model stays on the device as a whole."""
         return self.offload == "none" and self.device_map is None
 
     @property
     def holds_all(self) -> bool:
-        """Whether a pipeline may have all of its models at once, since those at rest are in host memory."""
+        """True if a pipeline can hold all of its models at once, because idle models are in host memory."""
         return self.offload != "none"
 
     def place(self, pipeline: Any) -> None:
-        """Places every model of a stock pipeline. Raises RecipeError where a device map has no room for one."""
+        """Places every model of a stock pipeline.
+
+        Raises:
+            RecipeError: A device map has no room for a model.
+        """
         if self.offload == "model":
             pipeline.enable_model_cpu_offload(device=self.device)
         elif self.offload == "sequential":
-            # What the pipeline's enable_sequential_cpu_offload does, but that it numbers the device: cpu:0 is to torch
-            # another device than cpu, and accelerate's parameters come out of it as plain tensors.
+            # Same as the pipeline's enable_sequential_cpu_offload, except that diffusers numbers the device.
+            # For torch, cpu:0 is not the same device as cpu, and accelerate's parameters would become plain
+            # tensors.
             for model in _models(pipeline).values():
                 cpu_offload(model, self.device, offload_buffers=bool(model._parameters))
         elif self.device_map is not None:
@@ -67,7 +73,11 @@ class Placement:
             pipeline.to(self.device)
 
     def spread(self, model: nn.Module, name: str) -> None:
-        """Dispatches a model in host memory over the devices, blocks in one piece."""
+        """Spreads a model from host memory over the devices without splitting a block.
+
+        Raises:
+            RecipeError: The model does not fit into the available memory.
+        """
         classes = list(getattr(model, "_no_split_modules", None) or ())
         memory: dict[Any, Any] = dict(self._memory() if self.max_memory is None else self.max_memory)
         if self.device_map == "balanced":
@@ -76,8 +86,8 @@ class Placement:
         if "disk" in found.values():
             room = ", ".join(f"{device} {file_size(size)}" for device, size in memory.items())
             raise RecipeError(
-                f"--device-map: {name} does not fit into what is free ({room}); a smaller --quant or"
-                " --text-encoder-quant may"
+                f"--device-map: {name} does not fit into the available memory ({room}); choose a smaller --quant or"
+                " --text-encoder-quant"
             )
         dispatch_model(model, found, main_device=self._main(found))
 

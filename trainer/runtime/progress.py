@@ -1,4 +1,4 @@
-"""Progress that a person can read: a bar on a terminal, a line now and then in a log."""
+"""Shows the progress of long tasks: a bar on a terminal, a line every ten seconds in a log."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from halfbyte.trainer.runtime.sizes import decimal_unit, file_size
 
 _LOG_SECONDS = 10.0
 OnProgress = Callable[[int, int], None]
-"""Called with the number of units done and the total."""
+"""A progress callback: takes the number of finished units and the total."""
 
 BYTES = "B"
-"""The unit whose numbers are shown as GB, MB or kB, by the total."""
+"""The unit for bytes. Its numbers are shown in GB, MB or kB, depending on the total."""
 
 
 class Progress:
-    """Rate and time left of one long task."""
+    """Shows the rate and the remaining time of one long task."""
 
     def __init__(
         self, console: Console, title: str, *, total: int, done: int = 0, unit: str = "step"
@@ -35,10 +35,10 @@ class Progress:
         self.total = total
         self.unit = unit
         self.remark = ""
-        """Shown after the detail until it is replaced."""
+        """Text to show after the detail until it is replaced."""
         self._first = done
-        self._began = time.perf_counter()
-        self._spoke = self._began
+        self._started = time.perf_counter()
+        self._printed = self._started
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         if console.is_terminal:
@@ -54,13 +54,13 @@ class Progress:
             self._bar.start()
 
     def advance(self, done: int, detail: str = "") -> None:
-        """`done` units of the total are finished; `detail` is shown before the rate."""
+        """Reports that `done` units of the total are finished, with `detail` shown before the rate."""
         now = time.perf_counter()
-        pace = (done - self._first) / max(now - self._began, 1e-9)
-        note = f"{pace:.2f} {self.unit}/s"
+        rate = (done - self._first) / max(now - self._started, 1e-9)
+        note = f"{rate:.2f} {self.unit}/s"
         if self.unit == BYTES:
             name, size = decimal_unit(self.total)
-            note = f"{pace / size:.2f} {name}/s"
+            note = f"{rate / size:.2f} {name}/s"
         if detail:
             note = "  ".join(part for part in (detail, self.remark, note) if part)
         if self._bar is not None and self._task is not None:
@@ -68,16 +68,16 @@ class Progress:
                 self._bar.update(self._task, completed=done, note=note)
             else:
                 self._bar.update(self._task, completed=done)
-        elif done == self.total or now - self._spoke >= _LOG_SECONDS:
-            self._spoke = now
-            left = (self.total - done) / pace if pace > 0 else float("inf")
+        elif done == self.total or now - self._printed >= _LOG_SECONDS:
+            self._printed = now
+            left = (self.total - done) / rate if rate > 0 else float("inf")
             self.console.print(
                 f"{self.title} {self._share(done)}  {note}  {_clock(left)} left", highlight=False
             )
 
     def restart(self) -> None:
-        """The pace is counted from now: what went before was no part of the task."""
-        self._began = self._spoke = time.perf_counter()
+        """Measures the rate from now on, so that time spent before the task does not count."""
+        self._started = self._printed = time.perf_counter()
 
     def _share(self, done: int) -> str:
         if self.unit == BYTES:
@@ -86,13 +86,13 @@ class Progress:
         return f"{done}/{self.total}"
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Ends the display and restores the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
 class LazyProgress:
-    """A progress callback (done, total) that opens its display when it hears the total."""
+    """A progress callback (done, total) that opens its display at the first call, when the total is known."""
 
     def __init__(self, console: Console, title: str, unit: str) -> None:
         self._console = console
@@ -106,13 +106,13 @@ class LazyProgress:
         self._progress.advance(done)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Ends the display and restores the terminal."""
         if self._progress is not None:
             self._progress.close()
 
 
 class UploadLog:
-    """Progress of a few parts of known sizes: a line as each begins, with what went before it."""
+    """Logs the upload of a few parts of known size: one line as each part starts, with the bytes done so far."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console = console
@@ -121,7 +121,7 @@ class UploadLog:
         self._done = 0
 
     def announce(self, part: str, size: int) -> None:
-        """The next part of `size` bytes begins."""
+        """Prints that the next part, of `size` bytes, starts."""
         self._console.print(
             f"{self._title} {part} ({file_size(size)}), {file_size(self._done)} of {file_size(self._total)} done",
             markup=False,

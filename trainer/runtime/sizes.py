@@ -1,4 +1,4 @@
-"""Sizes for a reader: files and transfers in GB (10^9 bytes), memory in GiB (2^30 bytes)."""
+"""Formats sizes for people: files and transfers in GB (10^9 bytes), memory in GiB (2^30 bytes)."""
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _DECIMAL = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
@@ -6,17 +6,17 @@ _BINARY = (("GiB", GIB), ("MiB", MIB), ("KiB", KIB), ("B", 1))
 
 
 def file_size(nbytes: float) -> str:
-    """Bytes on a disk or a network, as `6.4 GB`."""
+    """Formats bytes on a disk or a network, such as `6.4 GB`."""
     return _formatted(nbytes, _DECIMAL, 1)
 
 
 def memory_size(nbytes: float) -> str:
-    """Bytes of device or host memory, as `7.18 GiB`."""
+    """Formats bytes of device or host memory, such as `7.18 GiB`."""
     return _formatted(nbytes, _BINARY, 2)
 
 
 def decimal_unit(nbytes: float) -> tuple[str, int]:
-    """The largest decimal unit that `nbytes` reaches, with its bytes."""
+    """Returns the largest decimal unit that is not larger than `nbytes`: its name and its size in bytes."""
     return next((unit for unit in _DECIMAL if nbytes >= unit[1]), _DECIMAL[-1])
 
 

@@ -1,4 +1,4 @@
-"""Keeps the files of users when a folder is replaced."""
+"""Keeps a user's own files when an exported folder is replaced."""
 
 import shutil
 from collections.abc import Callable
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def keep_others(folder: Path, work: Path, is_ours: Callable[[str], bool]) -> None:
-    """Copies into `work` the files of `folder` that are not ours, by their paths in it, and that `work` has not."""
+    """Copies the files of `folder` that are not ours into `work`, at the same relative paths.
+
+    A file that `work` already has is not overwritten.
+    """
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder)
         if file.is_dir() or is_ours(path.as_posix()) or (work / path).exists():

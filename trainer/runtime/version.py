@@ -1,10 +1,10 @@
-"""Which halfbyte this is."""
+"""Reads the version of the installed halfbyte package."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def halfbyte_version() -> str:
-    """The installed version; from a source tree that is not installed there is none to tell."""
+    """Returns the installed version, or "not installed" for a source tree that is not installed."""
     try:
         return version("halfbyte")
     except PackageNotFoundError:

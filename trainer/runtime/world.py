@@ -1,7 +1,8 @@
-"""Devices and processes, read from the environment that accelerate launch or torchrun leaves.
+"""Reads the processes and devices of a run from the environment that accelerate launch or torchrun sets.
 
-The only file that reads the environment. Lightning would train alone in every process, each as rank 0, when it
-is left to guess; so the world is stated, and anything that would not train as asked is refused.
+This is the only file that reads the environment. Without explicit ranks, Lightning would treat every process
+as a separate run at rank 0. The trainer therefore passes the ranks to Lightning, and rejects an environment
+that would not train the way the launcher was asked to.
 """
 
 import os
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-# Read by OpenMP when torch loads it. Threads that spin while they wait make a busy machine ten times slower (measured
-# on two shared cores), and gain little on an idle one.
+# OpenMP reads this when torch loads it. Threads that spin while they wait make a busy machine ten times
+# slower (measured on two shared cores) and gain little on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Read by torch's allocator at its first use. Pictures of six sizes leave gaps between blocks, which filled a card of
-# 8 GB that held 7.1; blocks that grow leave none (Linux alone has them). The older name counts where a user set it.
+# torch's allocator reads this at its first use. Images of six sizes leave gaps between the allocator's
+# blocks: the gaps filled an 8 GB card of which tensors used 7.1. Expandable segments leave no gaps, but only
+# Linux has them. PYTORCH_CUDA_ALLOC_CONF is the older name of the variable. If the user has set it, it stays
+# in effect.
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -31,7 +34,7 @@ _USE = "use `accelerate launch --multi_gpu --num_processes N -m halfbyte.trainer
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and this one's place among them."""
+    """The processes that train together, and the rank and device of this process."""
 
     size: int
     rank: int
@@ -41,47 +44,57 @@ class World:
 
     @property
     def nodes(self) -> int:
-        """Machines, all with the same number of processes."""
+        """The number of machines. Every machine runs the same number of processes."""
         return self.size // self.local_size
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """True for rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     @property
     def backend(self) -> str:
-        """torch.distributed's backend for the device."""
+        """The torch.distributed backend for the device."""
         return "nccl" if self.device.type == "cuda" else "gloo"
 
 
 def read_world(environment: Mapping[str, str] | None = None) -> World:
-    """The world this process was started into. Raises LaunchError for one that would not train as asked."""
+    """Returns the world of this process.
+
+    Raises:
+        LaunchError: The environment is inconsistent, or it asks for something that the trainer does not
+            support.
+    """
     env = os.environ if environment is None else environment
     _refuse_unsupported(env)
-    _refuse_lonely(env)
+    _refuse_unranked(env)
     size = _number(env, "WORLD_SIZE", 1)
     rank = _number(env, "RANK", 0)
     local_size = _number(env, "LOCAL_WORLD_SIZE", 1)
     local_rank = _number(env, "LOCAL_RANK", 0)
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size and size % local_size == 0):
         raise LaunchError(
-            f"the launcher's numbers do not fit: RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of"
-            f" LOCAL_WORLD_SIZE={local_size}; every machine must run the same number of processes"
+            f"the launcher's variables are inconsistent: RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of"
+            f" LOCAL_WORLD_SIZE={local_size}; expected ranks from 0 to the size minus 1, and the same number of"
+            " processes on every machine"
         )
     return World(size, rank, local_size, local_rank, _device(env, local_size, local_rank))
 
 
 def join(world: World) -> None:
-    """Readies the device, and torch.distributed for a world of more than one; Lightning joins what it finds."""
+    """Sets up the device and, for more than one process, torch.distributed.
+
+    Lightning uses an initialized group.
+    """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        # cuDNN's attention misreads the incoming gradient where its strides are not the output's, as in FLUX's and
-        # SD3's blocks (torch 2.11, cuDNN 9.19): gradients come out wrong by a factor of 8 to 180, or NaN, or it faults.
+        # cuDNN's attention backward misreads the incoming gradient if its strides differ from the output's,
+        # as in the blocks of FLUX and SD3 (torch 2.11, cuDNN 9.19): gradients are wrong by a factor of 8 to
+        # 180 or NaN, or the kernel faults.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world.size == 1 or torch.distributed.is_initialized():
         return
-    # One process encodes or exports while the others wait: hours, with a large data set.
+    # The other processes wait while rank 0 encodes or exports, which takes hours for a large data set.
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(
         backend, rank=world.rank, world_size=world.size, timeout=timedelta(hours=12)
@@ -89,39 +102,40 @@ def join(world: World) -> None:
 
 
 def barrier(world: World) -> None:
-    """Waits for every process."""
+    """Waits until every process has reached this call."""
     if world.size > 1:
         torch.distributed.barrier()
 
 
 def broadcast_from_leader(world: World, find: Callable[[], T]) -> T:
-    """What the leading process finds, in every process; every process must ask.
+    """Calls `find` on rank 0 and returns its result in every process. Every process must make this call.
 
-    Raises what it raises of HalfbyteError, in every process too.
+    Raises:
+        HalfbyteError: `find` raised it on rank 0; it is raised in every process.
     """
     if world.size == 1:
         return find()
-    told: list[Any] = [None]
+    message: list[Any] = [None]
     if world.is_leader:
         try:
-            told = [find()]
+            message = [find()]
         except HalfbyteError as error:
-            told = [error]
-    torch.distributed.broadcast_object_list(told, device=torch.device("cpu"))
-    if isinstance(told[0], HalfbyteError):
-        raise told[0]
-    found: T = told[0]
+            message = [error]
+    torch.distributed.broadcast_object_list(message, device=torch.device("cpu"))
+    if isinstance(message[0], HalfbyteError):
+        raise message[0]
+    found: T = message[0]
     return found
 
 
 def leave(world: World) -> None:
-    """Ends torch.distributed, so that no process is left waiting for one that is gone."""
+    """Shuts down torch.distributed, so that no process waits for a process that has ended."""
     if world.size > 1 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def any_process(world: World, flag: bool) -> bool:
-    """Whether the flag is set in any process; every process must ask."""
+    """Returns True if the flag is set in any process. Every process must make this call."""
     if world.size == 1:
         return flag
     value = torch.tensor([int(flag)])
@@ -137,36 +151,37 @@ def _refuse_unsupported(env: Mapping[str, str]) -> None:
     ):
         if _true(env.get(variable)):
             raise LaunchError(
-                f"the launcher asks for {name} ({variable}), which is not supported: the frozen 4-bit base is held"
-                f" whole by each process and only the adapters are exchanged; {_USE}"
+                f"the launcher asks for {name} ({variable}), which is not supported: each process holds the complete"
+                f" frozen 4-bit base, and only the adapters' gradients are exchanged; {_USE}"
             )
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16"):
         raise LaunchError(
-            f"the launcher asks for mixed precision {precision!r}; the recipe's quant.compute_dtype decides it."
-            " Launch with --mixed_precision no"
+            f"the launcher asks for mixed precision {precision!r}, but the recipe's quant.compute_dtype sets the"
+            " precision; launch with --mixed_precision no"
         )
     if env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise LaunchError(
-            "the launcher asks for a dynamo backend, which is not read here; launch with --dynamo_backend no"
+            "the launcher asks for a dynamo backend, which is not supported; launch with --dynamo_backend no"
         )
 
 
-def _refuse_lonely(env: Mapping[str, str]) -> None:
-    """Refuses environments where several processes were asked for and this one would train alone."""
+def _refuse_unranked(env: Mapping[str, str]) -> None:
+    """Rejects environments for several processes without ranks, in which each process would train separately."""
     if "RANK" in env:
         return
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_PORT" in env:
-        # accelerate's single-process launcher leaves an address and no rank when --num_processes is above one.
+        # accelerate's single-process launcher sets an address and no rank if --num_processes is greater than
+        # one.
         raise LaunchError(
-            "accelerate was asked for several processes but started one (it does so with --cpu, and without"
-            f" --multi_gpu on a machine with no GPU); {_USE}"
+            "accelerate was asked for several processes but started only one (as it does with --cpu, or without"
+            f" --multi_gpu on a machine that has no GPU); {_USE}"
         )
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
         if _number(env, variable, 1) > 1:
             raise LaunchError(
-                f"{variable}={env[variable]}, but no RANK: each process would train alone, on the same pictures and"
-                f" into the same folder; {_USE} (on SLURM: one task a machine, which starts torchrun)"
+                f"{variable}={env[variable]}, but RANK is not set: each process would train separately, on the same"
+                f" images and into the same folder; {_USE} (on SLURM: one task per machine that starts torchrun)"
             )
 
 
@@ -175,8 +190,8 @@ def _device(env: Mapping[str, str], local_size: int, local_rank: int) -> torch.d
         return torch.device("cpu")
     if local_size > torch.cuda.device_count():
         raise LaunchError(
-            f"{local_size} processes on this machine, {torch.cuda.device_count()} visible GPUs; start as many"
-            " processes as there are GPUs, or change CUDA_VISIBLE_DEVICES"
+            f"{local_size} processes on this machine, but {torch.cuda.device_count()} visible GPUs; start one process"
+            " per GPU, or change CUDA_VISIBLE_DEVICES"
         )
     return torch.device("cuda", local_rank)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command still imports its libraries."""
+"""Tests Ctrl-C while a command is still importing its libraries."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 from runs import environment
 
-# Sends Ctrl-C to itself where an import of this name begins.
+# Sends Ctrl-C to its own process when the import of this module starts.
 INTERRUPTED_AT = """
 import os, signal, sys
 def interrupt(event, details):
@@ -27,7 +27,7 @@ STARTS = {
 }
 
 
-# numpy's passes no KeyboardInterrupt on, and Lightning is imported once the command has begun.
+# numpy's import does not pass KeyboardInterrupt on, and Lightning is imported after the command has started.
 @pytest.mark.parametrize(
     ("start", "module"),
     [
@@ -39,7 +39,7 @@ STARTS = {
         ("halfbyte", "lightning.pytorch"),
     ],
 )
-def test_a_command_that_is_stopped_while_it_imports_says_so(start: str, module: str) -> None:
+def test_ctrl_c_during_imports_ends_with_one_line(start: str, module: str) -> None:
     code, arguments = STARTS[start]
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_AT.format(module=module, arguments=arguments, start=code)],

@@ -1,4 +1,4 @@
-"""Exports of whole runs: what stock diffusers and PEFT make of them, and what a failed check leaves behind."""
+"""Tests exports of complete runs: stock diffusers and PEFT load them, and a failed check changes nothing."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def listing(root):
     return {str(p.relative_to(root)): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
 
 
-def test_a_run_whose_pictures_are_gone_is_exported_again(run):
+def test_a_run_without_its_images_can_be_exported_again(run):
     written = run / "recipe.yaml"
     gone = yaml.safe_load(written.read_text())
     gone["data"]["path"] = gone["sample"]["references"] = gone["lora"]["init_from"] = "/nowhere/any/more"
@@ -62,7 +62,7 @@ def test_a_run_whose_pictures_are_gone_is_exported_again(run):
     assert request(run, check=False).adapter == run / "adapter" / ADAPTER_FILE
 
 
-def test_a_run_leaves_every_format(finished):
+def test_a_run_exports_every_format(finished):
     names = {
         str(p.relative_to(finished / "adapter")) for p in (finished / "adapter").rglob("*") if p.is_file()
     }
@@ -84,7 +84,7 @@ def test_peft_loads_the_folder(finished, mini_flux):
         mini_flux, subfolder="transformer", dtype=torch.float32
     )
     bare = prediction(transformer, torch.float32)
-    # A copy for diffusers, since PEFT changes the model it is given.
+    # diffusers gets its own copy, because PEFT changes the model in place.
     other = FluxTransformer2DModel.from_pretrained(mini_flux, subfolder="transformer", dtype=torch.float32)
     other.load_lora_adapter(str(finished / "adapter"), prefix="transformer", weight_name=ADAPTER_FILE)
     adapted = prediction(other, torch.float32)
@@ -99,8 +99,8 @@ def test_a_checkpoint_of_a_run_in_progress_is_exported_and_checked(run):
     result = CliRunner().invoke(app, ["export", str(run), "--checkpoint", "2", "--base"])
     assert result.exit_code == 0, result.output
     folder = run / "exports" / "step-000002"
-    for said in ("kohya: prediction on the plain base", "diffusers: prediction on the nf4 base", str(folder)):
-        assert said in result.output
+    for line in ("kohya: prediction on the plain base", "diffusers: prediction on the nf4 base", str(folder)):
+        assert line in result.output
     after = listing(run)
     assert {name: time for name, time in after.items() if not name.startswith("exports/")} == before
     saved, exported = (
@@ -115,10 +115,10 @@ def test_a_checkpoint_of_a_run_in_progress_is_exported_and_checked(run):
 def test_sd3_is_checked_block_by_block(mini_sd3, tmp_path, monkeypatch):
     monkeypatch.setattr(compared_part, "_WHOLE_BYTES", 0)
     recipe = write_recipe(tmp_path, mini_sd3, family="sd3")
-    # With alphas of their own, and a rank for one of three layers that fuse.
+    # With a separate alpha for one of three layers that fuse.
     run = run_here(recipe, *QUICK, "train.steps=2", "lora.alpha_pattern={to_q: 8}", "lora.rslora=true")
     check = request(run, base=True, merged=True, text_encoder=True).check
-    for said in (
+    for start in (
         "diffusers: prediction on the plain base",
         "comfyui: prediction on the plain base",
         "kohya: prediction on the plain base",
@@ -129,11 +129,11 @@ def test_sd3_is_checked_block_by_block(mini_sd3, tmp_path, monkeypatch):
         "exported merged/: loaded by stock diffusers",
         "T5: loaded by stock transformers",
     ):
-        assert any(line.startswith(said) and "bound" in line for line in check.checked), said
+        assert any(line.startswith(start) and "bound" in line for line in check.checked), start
     assert check.moved > 1e-3
-    assert ["other blocks" in part for part in check.left_out] == [True, True]
+    assert ["blocks" in part for part in check.left_out] == [True, True]
     assert [line.partition(":")[0] for line in check.unread] == ["comfyui", "kohya"], (
-        "diffusers has none for SD3"
+        "diffusers has no conversion for SD3"
     )
 
 
@@ -153,7 +153,7 @@ def damage(file):
     return changed
 
 
-def test_a_failed_check_names_the_keys_and_keeps_what_was_there(run, monkeypatch):
+def test_a_failed_check_names_the_keys_and_changes_nothing(run, monkeypatch):
     monkeypatch.setattr(export, "write_formats", damage("comfyui/dog.safetensors"))
     before = listing(run)
     result = CliRunner().invoke(app, ["export", str(run)])
@@ -174,7 +174,7 @@ def zeroed(file, matches):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_file_for_peft_that_does_nothing_fails(run, monkeypatch):
+def test_a_peft_file_without_effect_fails(run, monkeypatch):
     def written(adapter, formats, folder, names, **settings):
         write(adapter, formats, folder, names, **settings)
         zeroed(folder / "adapter_model.safetensors", lambda name: "lora_B" in name)
@@ -182,14 +182,14 @@ def test_a_file_for_peft_that_does_nothing_fails(run, monkeypatch):
     write = export.write_formats
     monkeypatch.setattr(export, "write_formats", written)
     before = listing(run)
-    with pytest.raises(ExportError, match=r"peft: .*its update differs") as told:
+    with pytest.raises(ExportError, match=r"peft: .*its update differs") as failure:
         request(run)
-    assert "diffusers:" not in str(told.value)
+    assert "diffusers:" not in str(failure.value)
     assert listing(run) == before
 
 
 @pytest.mark.parametrize("part", ["transformer", "merged", "text_encoder_2"])
-def test_a_model_that_is_not_what_was_in_memory_fails(run, monkeypatch, part):
+def test_a_model_that_differs_from_memory_fails(run, monkeypatch, part):
     def base(denoiser, folder):
         save(denoiser, folder)
         if part in folder.name:
@@ -210,14 +210,14 @@ def test_a_model_that_is_not_what_was_in_memory_fails(run, monkeypatch, part):
     monkeypatch.setattr(export, "save_quantized", base)
     monkeypatch.setattr(export, "write_text_encoder", text_encoder)
     before = listing(run)
-    said = rf"{part}/ is not what was in memory: .*config\.json: quantization_config, \S*\.(to_)?q\.weight"
-    with pytest.raises(ExportError, match=said):
+    message = rf"{part}/ .*config\.json: quantization_config, \S*\.(to_)?q\.weight"
+    with pytest.raises(ExportError, match=message):
         request(run, base=True, merged=True, text_encoder=True)
     assert listing(run) == before
 
 
-def test_an_alpha_that_was_not_trained_with_fails(mini_flux, tmp_path, monkeypatch):
-    """The tensors are right, and the metadata is that of another alpha: what trained says what is right."""
+def test_an_alpha_that_differs_from_training_fails(mini_flux, tmp_path, monkeypatch):
+    """The tensors are correct, but the metadata has another alpha than the adapter was trained with."""
 
     def saved(denoiser, pipeline, folder):
         config = denoiser.peft_config["default"]
@@ -232,9 +232,9 @@ def test_an_alpha_that_was_not_trained_with_fails(mini_flux, tmp_path, monkeypat
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_layers_that_stock_diffusers_does_not_read_of_a_format_are_named(mini_flux, tmp_path):
+def test_layers_that_stock_diffusers_does_not_read_are_named(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
-    # A layer that is not quantized computes in the dtype of the base, also under an adapter in fp32.
+    # An unquantized layer computes in the dtype of the base, also with an adapter in fp32.
     run = run_here(
         recipe, *QUICK, "train.steps=1", "lora.targets=[x_embedder, attn.to_q]", "quant.skip=[x_embedder]"
     )
@@ -242,14 +242,15 @@ def test_layers_that_stock_diffusers_does_not_read_of_a_format_are_named(mini_fl
     assert result.exit_code == 0, result.output
     lines = [line.strip() for line in result.output.splitlines()]
     layers = len(load_file(run / "adapter" / ADAPTER_FILE)) // 2
-    # diffusers' own file is written beside, and is checked.
-    assert f"diffusers: {layers} layers by name, rank and scale" in lines
-    assert f"comfyui: {layers - 1} layers by name, rank and scale" in lines
+    # The file for diffusers is always written too, and is checked.
+    assert any(line.startswith(f"diffusers: {layers} layers") for line in lines)
+    assert any(line.startswith(f"comfyui: {layers - 1} layers") for line in lines)
     (warning,) = [line for line in lines if line.startswith("warning: comfyui:")]
-    assert f"does not read 1 of {layers} layers of this format: x_embedder;" in warning
+    assert f"1 of {layers} layers" in warning
+    assert "x_embedder;" in warning
 
 
-def test_what_is_not_what_was_trained_is_not_exported(finished, monkeypatch, tmp_path, mini_flux):
+def test_an_adapter_that_differs_from_training_is_not_exported(finished, monkeypatch, tmp_path, mini_flux):
     state = export.adapter_state
 
     def other(denoiser):
@@ -258,12 +259,12 @@ def test_what_is_not_what_was_trained_is_not_exported(finished, monkeypatch, tmp
         return tensors
 
     monkeypatch.setattr(export, "adapter_state", other)
-    with pytest.raises(ExportError, match="1 entries differ"):
+    with pytest.raises(ExportError, match="in 1 entries"):
         run_here(write_recipe(tmp_path, mini_flux), *QUICK, "train.steps=1")
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_merging_reports_what_survived(run):
+def test_merging_reports_how_much_of_the_update_is_kept(run):
     request(run, merged=True, check=False)
     report = json.loads((run / "merged" / "merge_report.json").read_text())
     assert len(report["layers"]) == 44
@@ -274,7 +275,7 @@ def test_merging_reports_what_survived(run):
         merged = FluxTransformer2DModel.from_pretrained(run / "merged", dtype=torch.float32)
     merged_prediction = prediction(merged, torch.float32)
     bare, adapted = (plain(run, with_adapter) for with_adapter in (False, True))
-    # Nearer to what was trained than the base is: part of the update is there.
+    # The merged model is closer to the adapted model than the base is, so it keeps part of the update.
     assert (merged_prediction - adapted).norm() < (bare - adapted).norm()
 
 
@@ -288,34 +289,34 @@ def plain(run, with_adapter):
     return prediction(model, torch.float32)
 
 
-def test_what_cannot_be_exported_is_told_before_anything_is_written(run, tmp_path):
+def test_an_invalid_request_is_rejected_before_anything_is_written(run, tmp_path):
     before = listing(run)
-    with pytest.raises(RecipeError, match="none of step 3; it has 2, 4"):
+    with pytest.raises(RecipeError, match=r"\b3\b.*\b2, 4\b"):
         request(run, step=3, check=False)
-    with pytest.raises(RecipeError, match=r"holds no recipe\.yaml"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
         request(tmp_path, check=False)
     file = run / "checkpoints" / "step-000002" / ADAPTER_FILE
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     before = listing(run)
-    with pytest.raises(RecipeError, match="step-000002 is damaged"):
+    with pytest.raises(RecipeError, match="step-000002"):
         request(run, step=2, check=False)
     assert listing(run) == before
     (run / "checkpoints" / "step-000004" / "manifest.json").write_text("{}")
-    with pytest.raises(RecipeError, match="damaged, and there is no other"):
+    with pytest.raises(RecipeError, match="damaged"):
         request(run, check=False)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(RecipeError, match="no checkpoint yet"):
+    with pytest.raises(RecipeError, match="no checkpoint"):
         request(run, check=False)
 
 
-def test_what_the_base_does_not_have_is_told_before_anything_is_written(mini_flux, run, tmp_path):
+def test_options_that_the_base_does_not_support_are_rejected_first(mini_flux, run, tmp_path):
     plain = run_here(
         write_recipe(tmp_path, mini_flux, name="plain"), *QUICK, "train.steps=1", "quant.type=none"
     )
     before = listing(plain)
-    for asked in ("base", "merged"):
-        with pytest.raises(RecipeError, match=rf"--{asked}: the run's base is not quantized"):
-            request(plain, **{asked: True})
+    for option in ("base", "merged"):
+        with pytest.raises(RecipeError, match=rf"^--{option}: .*quant\.type: none"):
+            request(plain, **{option: True})
     assert listing(plain) == before
 
     model = shutil.copytree(mini_flux, tmp_path / "model")
@@ -324,23 +325,23 @@ def test_what_the_base_does_not_have_is_told_before_anything_is_written(mini_flu
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
     written = run / "recipe.yaml"
     written.write_text(written.read_text().replace(str(mini_flux), str(model)))
-    (run / "base.json").unlink()  # the base is one that the run was started on
+    (run / "base.json").unlink()  # so the changed base is not rejected for being another one
     before = listing(run)
-    with pytest.raises(RecipeError, match=r"^--text-encoder: .* is quantized already"):
+    with pytest.raises(RecipeError, match=r"^--text-encoder: .*text_encoder_2.*quantized"):
         request(run, base=True, text_encoder=True)
     assert listing(run) == before
 
 
-def test_files_of_the_user_stay(run):
+def test_an_export_keeps_the_users_files(run):
     notes = [run / "adapter" / "notes.txt", run / "adapter" / "comfyui" / "workflow.json"]
     for file in notes:
         file.write_text("mine")
     request(run, formats=("diffusers",), check=False)
     assert [file.read_text() for file in notes] == ["mine", "mine"]
-    assert not (run / "adapter" / "comfyui" / "dog.safetensors").exists(), "an export's own goes with it"
+    assert not (run / "adapter" / "comfyui" / "dog.safetensors").exists(), "an export's own file is replaced"
 
 
-def test_the_text_encoder_is_one_that_stock_transformers_loads(run, mini_flux):
+def test_stock_transformers_loads_the_exported_text_encoder(run, mini_flux):
     request(run, text_encoder=True, check=False)
     tokens = torch.arange(12)[None]
     with torch.no_grad():
@@ -362,13 +363,13 @@ def test_the_text_encoder_is_one_that_stock_transformers_loads(run, mini_flux):
     assert (theirs - expected).norm() / expected.norm() < 0.02
 
 
-def test_one_format_alone(run):
+def test_exports_only_one_format(run):
     request(run, formats=("comfyui",), check=False)
     names = {p.name for p in (run / "adapter").rglob("*") if p.is_file()}
     assert names == {ADAPTER_FILE, PROVENANCE_FILE, "dog.safetensors"}
 
 
-def test_a_check_that_breaks_off_says_how_to_go_on(run, monkeypatch, tmp_path):
+def test_a_check_that_crashes_says_how_to_export_without_it(run, monkeypatch, tmp_path):
     program = tmp_path / "program.py"
     program.write_text("raise SystemExit('no room on the device')")
     monkeypatch.setattr(self_check, "_PROGRAM", program)
@@ -379,13 +380,13 @@ def test_a_check_that_breaks_off_says_how_to_go_on(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
-def test_all_of_it_is_checked_on_a_gpu(run):
-    asked = ExportRequest(base=True, merged=True, text_encoder=True)
-    check = export_run(run, asked, read_world({}), Console(quiet=True)).check
-    assert not any("past diffusers' refusal" in line for line in check.checked)
-    for said in (
+def test_everything_is_checked_on_a_gpu(run):
+    everything = ExportRequest(base=True, merged=True, text_encoder=True)
+    check = export_run(run, everything, read_world({}), Console(quiet=True)).check
+    assert not any("on the CPU" in line for line in check.checked)
+    for start in (
         "diffusers: prediction on the exported transformer/",
         "exported merged/: loaded",
         "T5: loaded",
     ):
-        assert any(line.startswith(said) for line in check.checked), said
+        assert any(line.startswith(start) for line in check.checked), start

@@ -1,4 +1,4 @@
-"""The packed base kept between starts: the same bits, one writer, and nothing believed but what was written."""
+"""Tests the cache of packed bases: bitwise identical results, one writer, and no use of damaged entries."""
 
 import errno
 import fcntl
@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 
 import pytest
@@ -46,12 +47,12 @@ RECIPES = [
 
 @pytest.fixture
 def sd3(mini_sd3, tmp_path):
-    """A copy of the tiny pipeline, to be changed."""
+    """A copy of the tiny pipeline that a test may change."""
     return shutil.copytree(mini_sd3, tmp_path / "model")
 
 
 @pytest.fixture(autouse=True)
-def spoken(caplog):
+def logged(caplog):
     caplog.set_level(logging.INFO, logger="halfbyte")
     return caplog
 
@@ -61,7 +62,7 @@ def cache_in(folder):
 
 
 def start(model, work, recipe=RECIPES[0], *, revision=None, family=SD3, dtype=torch.bfloat16):
-    """What a start loads, from its own cache object as its own process would."""
+    """Loads a base like a new run does, with a new cache object."""
     source = pipelines_component(ModelSource("we/model", model, revision), "transformer", WEIGHTS_FILE)
     return cache_in(work).load(family.denoiser_class, source, recipe, dtype=dtype, device=CPU)
 
@@ -72,19 +73,19 @@ def entries(work):
 
 
 def reads_of_the_source(monkeypatch):
-    """Folders that are read from here on."""
+    """Records the folders that are read from now on."""
     folders = []
     weights = loading.ShardedWeights
 
-    def noted(folder, *arguments):
+    def recorded(folder, *arguments):
         folders.append(folder)
         return weights(folder, *arguments)
 
-    monkeypatch.setattr(loading, "ShardedWeights", noted)
+    monkeypatch.setattr(loading, "ShardedWeights", recorded)
     return folders
 
 
-def assert_equal_to_the_bit(cold, warm):
+def assert_identical(cold, warm):
     expected, found = cold.state_dict(), warm.state_dict()
     assert list(found) == list(expected)
     for name, tensor in expected.items():
@@ -107,15 +108,15 @@ def assert_equal_to_the_bit(cold, warm):
 
 @pytest.mark.parametrize("family", [Flux, SD3])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.quant_type}-{r.scale_search}-{len(r.skip)}")
-def test_cold_and_warm_are_equal_to_the_bit(family, recipe, request, tmp_path, monkeypatch, spoken):
+def test_cold_and_warm_starts_are_bitwise_identical(family, recipe, request, tmp_path, monkeypatch, logged):
     model = request.getfixturevalue("mini_flux" if family is Flux else "mini_sd3")
     cold = start(model, tmp_path, recipe, family=family)
     read = reads_of_the_source(monkeypatch)
     warm = start(model, tmp_path, recipe, family=family)
-    assert read == entries(tmp_path), "the second start read something besides what is kept"
-    assert_equal_to_the_bit(cold, warm)
-    assert [record.levelname for record in spoken.records if "packed base" in record.message] == ["INFO"] * 2
-    assert not any("loaded as it is" in record.message for record in spoken.records)
+    assert read == entries(tmp_path), "the second start read more than the cache entry"
+    assert_identical(cold, warm)
+    assert [record.levelname for record in logged.records if "packed base" in record.message] == ["INFO"] * 2
+    assert all(record.levelname == "INFO" for record in logged.records)
 
 
 def test_stock_diffusers_loads_an_entry(mini_sd3, tmp_path):
@@ -128,7 +129,7 @@ def test_stock_diffusers_loads_an_entry(mini_sd3, tmp_path):
     assert torch.equal(prediction(stock), prediction(cold))
 
 
-def test_each_setting_that_changes_bytes_has_an_entry_of_its_own(mini_sd3, tmp_path):
+def test_each_setting_that_changes_bytes_has_a_separate_entry(mini_sd3, tmp_path):
     others = [QuantRecipe(double_quant=False), QuantRecipe(compute_dtype=torch.float32), QuantRecipe("fp4")]
     for number, recipe in enumerate([*RECIPES, *others], start=1):
         start(mini_sd3, tmp_path, recipe)
@@ -137,14 +138,14 @@ def test_each_setting_that_changes_bytes_has_an_entry_of_its_own(mini_sd3, tmp_p
     assert len(entries(tmp_path)) == number + 1
 
 
-def test_a_new_format_has_entries_of_its_own(mini_sd3, tmp_path, monkeypatch):
+def test_a_new_format_has_separate_entries(mini_sd3, tmp_path, monkeypatch):
     start(mini_sd3, tmp_path)
     monkeypatch.setattr(base_cache, "_FORMAT", base_cache._FORMAT + 1)
     start(mini_sd3, tmp_path)
     assert len(entries(tmp_path)) == 2
 
 
-def test_the_content_of_a_folder_names_the_entry_not_its_place(sd3, tmp_path):
+def test_an_entry_is_identified_by_the_content_of_the_folder_not_its_path(sd3, tmp_path):
     start(sd3, tmp_path)
     start(shutil.copytree(sd3, tmp_path / "copy"), tmp_path)
     assert len(entries(tmp_path)) == 1
@@ -154,12 +155,12 @@ def test_the_content_of_a_folder_names_the_entry_not_its_place(sd3, tmp_path):
     weights.write_bytes(content)
     changed = start(sd3, tmp_path)
     assert len(entries(tmp_path)) == 2
-    assert_equal_to_the_bit(changed, start(sd3, tmp_path))
+    assert_identical(changed, start(sd3, tmp_path))
 
 
-def test_a_snapshot_is_named_by_its_commit(mini_sd3, tmp_path):
+def test_a_snapshot_is_identified_by_its_commit(mini_sd3, tmp_path):
     start(mini_sd3, tmp_path, revision="a")
-    assert not (tmp_path / "digests").exists(), "nothing need be digested"
+    assert not (tmp_path / "digests").exists(), "no file needs a digest"
     start(mini_sd3, tmp_path, revision="a")
     assert len(entries(tmp_path)) == 1
     start(mini_sd3, tmp_path, revision="b")
@@ -194,31 +195,32 @@ def break_manifest(text):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "fragment"),
     [
-        (flip_a_byte, "its content is not what was written"),
-        (cut_short, "bytes, not"),
+        (flip_a_byte, ".safetensors: the content differs"),
+        (cut_short, " bytes, expected "),
         (lose("*.safetensors"), "No such file"),
         (lose("config.json"), "No such file"),
         (lose("manifest.json"), "No such file"),
         (rewrite_config, "config.json: "),
         (break_manifest("{"), "manifest.json|Expecting"),
-        (break_manifest("[]"), "not a manifest"),
-        (break_manifest('{"files": {}}'), "its content is not what was written"),
+        (break_manifest("[]"), "manifest.json: "),
+        (break_manifest('{"files": {}}'), "the content differs"),
     ],
 )
-def test_a_damaged_entry_is_made_anew_and_one_line_says_so(mini_sd3, tmp_path, damage, said, spoken):
+def test_a_damaged_entry_is_rebuilt_with_one_warning(mini_sd3, tmp_path, damage, fragment, logged):
     cold = start(mini_sd3, tmp_path)
-    damage(entries(tmp_path)[0])
-    spoken.clear()
+    (entry,) = entries(tmp_path)
+    damage(entry)
+    logged.clear()
     again = start(mini_sd3, tmp_path)
-    (warning,) = [record.message for record in spoken.records if record.levelname == "WARNING"]
-    assert "is damaged and made anew" in warning
-    assert any(part in warning for part in said.split("|")), warning
-    assert_equal_to_the_bit(cold, again)
-    spoken.clear()
-    assert_equal_to_the_bit(cold, start(mini_sd3, tmp_path))
-    assert not [record for record in spoken.records if record.levelname == "WARNING"]
+    (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
+    assert f"{entry} is damaged" in warning
+    assert any(part in warning for part in fragment.split("|")), warning
+    assert_identical(cold, again)
+    logged.clear()
+    assert_identical(cold, start(mini_sd3, tmp_path))
+    assert not [record for record in logged.records if record.levelname == "WARNING"]
 
 
 def no_space(*arguments, **options):
@@ -226,7 +228,7 @@ def no_space(*arguments, **options):
 
 
 @pytest.mark.parametrize("when", ["writing the weights", "writing the manifest", "renaming"])
-def test_a_full_disk_costs_one_warning_and_leaves_nothing(mini_sd3, tmp_path, monkeypatch, spoken, when):
+def test_a_full_disk_causes_one_warning_and_leaves_no_files(mini_sd3, tmp_path, monkeypatch, logged, when):
     with monkeypatch.context() as patch:
         if when == "writing the weights":
             patch.setattr("halfbyte.quant.files.shards._write_shard", no_space)
@@ -236,30 +238,31 @@ def test_a_full_disk_costs_one_warning_and_leaves_nothing(mini_sd3, tmp_path, mo
             patch.setattr(base_cache.os, "rename", no_space)
         model = start(mini_sd3, tmp_path)
     assert isinstance(model.transformer_blocks[0].attn.to_q, Linear4bit)
-    (warning,) = [record.message for record in spoken.records if record.levelname == "WARNING"]
-    assert "is not kept" in warning
+    (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
+    assert str(tmp_path / "bases") in warning
     assert "No space left" in warning
     assert not [path for path in (tmp_path / "bases").iterdir() if path.is_dir()]
     start(mini_sd3, tmp_path)
     assert len(entries(tmp_path)) == 1
 
 
-def test_a_disk_that_would_be_full_is_not_filled(mini_sd3, tmp_path, monkeypatch, spoken):
+def test_an_entry_that_would_fill_the_disk_is_not_written(mini_sd3, tmp_path, monkeypatch, logged):
     monkeypatch.setattr(
         base_cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12, 5 * 10**8)
     )
     start(mini_sd3, tmp_path)
-    assert "GB, and 0.5 GB are left" in spoken.text
+    (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
+    assert "500.0 MB" in warning
     assert entries(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_costs_one_warning(mini_sd3, tmp_path, monkeypatch, spoken):
-    # A file in the folder's place refuses root as well, which permissions do not.
+def test_a_folder_that_cannot_be_written_causes_one_warning(mini_sd3, tmp_path, monkeypatch, logged):
+    # A file in place of the folder stops root as well. Permissions would not.
     (tmp_path / "bases").write_text("")
     model = start(mini_sd3, tmp_path)
     assert isinstance(model.transformer_blocks[0].attn.to_q, Linear4bit)
-    (warning,) = [record.message for record in spoken.records if record.levelname == "WARNING"]
-    assert "is not kept" in warning
+    (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
+    assert str(tmp_path / "bases") in warning
 
 
 def test_an_entry_in_a_read_only_folder_is_used(mini_sd3, tmp_path, monkeypatch):
@@ -273,7 +276,7 @@ def test_an_entry_in_a_read_only_folder_is_used(mini_sd3, tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "open", read_only)
     read = reads_of_the_source(monkeypatch)
-    assert_equal_to_the_bit(cold, start(mini_sd3, tmp_path))
+    assert_identical(cold, start(mini_sd3, tmp_path))
     assert read == entries(tmp_path)
 
 
@@ -282,7 +285,7 @@ def test_only_one_of_several_processes_writes(mini_sd3, tmp_path, monkeypatch):
     (entry,) = entries(tmp_path)
     shutil.rmtree(entry)
     lock = (tmp_path / "bases" / f".{entry.name}.lock").open()
-    fcntl.flock(lock, fcntl.LOCK_EX)  # as another process holds it
+    fcntl.flock(lock, fcntl.LOCK_EX)  # like another process that is writing the entry
     assert isinstance(start(mini_sd3, tmp_path).transformer_blocks[0].attn.to_q, Linear4bit)
     assert entries(tmp_path) == []
     lock.close()
@@ -290,8 +293,8 @@ def test_only_one_of_several_processes_writes(mini_sd3, tmp_path, monkeypatch):
     assert entries(tmp_path) == [entry]
 
 
-def test_starts_at_once_leave_one_whole_entry(mini_sd3, tmp_path):
-    # Forked: a process of three seconds' imports each would start after the others have finished.
+def test_simultaneous_starts_write_one_complete_entry(mini_sd3, tmp_path):
+    # Fork: new processes would import for three seconds each and might not overlap.
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=start, args=(mini_sd3, tmp_path)) for _ in range(3)]
     for process in processes:
@@ -300,11 +303,11 @@ def test_starts_at_once_leave_one_whole_entry(mini_sd3, tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     (entry,) = entries(tmp_path)
-    assert_equal_to_the_bit(start(mini_sd3, tmp_path / "alone"), start(mini_sd3, tmp_path))
+    assert_identical(start(mini_sd3, tmp_path / "alone"), start(mini_sd3, tmp_path))
     assert not (tmp_path / "bases" / f".{entry.name}.tmp").exists()
 
 
-def test_what_a_killed_writer_left_is_cleared(mini_sd3, tmp_path):
+def test_the_files_of_a_killed_writer_are_cleared(mini_sd3, tmp_path):
     start(mini_sd3, tmp_path)
     (entry,) = entries(tmp_path)
     entry.rename(entry.with_name(f".{entry.name}.tmp"))
@@ -313,7 +316,7 @@ def test_what_a_killed_writer_left_is_cleared(mini_sd3, tmp_path):
     assert entries(tmp_path) == [entry]
 
 
-def test_a_source_that_changes_while_it_is_read_is_not_kept(sd3, tmp_path, monkeypatch, spoken):
+def test_a_source_that_changes_while_it_is_read_is_not_cached(sd3, tmp_path, monkeypatch, logged):
     file = next((sd3 / "transformer").glob("*.safetensors"))
     load = base_cache.load_quantized
 
@@ -324,12 +327,12 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(sd3, tmp_path, monke
 
     monkeypatch.setattr(base_cache, "load_quantized", changed_meanwhile)
     start(sd3, tmp_path)
-    assert "is not kept" in spoken.text
-    assert "changed while it was read" in spoken.text
+    (warning,) = [record.message for record in logged.records if record.levelname == "WARNING"]
+    assert f"{sd3 / 'transformer'} changed" in warning
     assert entries(tmp_path) == []
 
 
-def test_a_base_that_is_stored_packed_is_not_kept_again(mini_sd3, sd3, tmp_path):
+def test_a_base_that_is_already_packed_is_not_cached(mini_sd3, sd3, tmp_path):
     start(mini_sd3, tmp_path / "first")
     (entry,) = entries(tmp_path / "first")
     shutil.rmtree(sd3 / "transformer")
@@ -338,26 +341,26 @@ def test_a_base_that_is_stored_packed_is_not_kept_again(mini_sd3, sd3, tmp_path)
     assert entries(tmp_path / "second") == []
 
 
-def test_a_damaged_source_is_an_error_and_nothing_is_kept(sd3, tmp_path):
+def test_a_damaged_source_is_an_error_and_nothing_is_cached(sd3, tmp_path):
     weights = next((sd3 / "transformer").glob("*.safetensors"))
     os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match=re.escape(f"{weights}: ")):
         start(sd3, tmp_path)
     assert entries(tmp_path) == []
 
 
-def test_a_transformer_given_apart_is_kept_too(mini_flux, tmp_path, monkeypatch):
-    apart = shutil.copytree(mini_flux / "transformer", tmp_path / "apart")
-    recipe = load_recipe(write_recipe(tmp_path, mini_flux), [f"model.transformer={apart}"])
+def test_a_separate_transformer_is_cached_too(mini_flux, tmp_path, monkeypatch):
+    separate = shutil.copytree(mini_flux / "transformer", tmp_path / "separate")
+    recipe = load_recipe(write_recipe(tmp_path, mini_flux), [f"model.transformer={separate}"])
     world = read_world({"ACCELERATE_USE_CPU": "true"})
     family = FAMILIES["flux"].open(recipe.model.path, None, None, recipe.model.transformer)
     read = reads_of_the_source(monkeypatch)
     cold = load_denoiser(recipe, family, world, Console(quiet=True)).denoiser
-    assert apart in read
+    assert separate in read
     read.clear()
     warm = load_denoiser(recipe, family, world, Console(quiet=True)).denoiser
     assert len(entries(tmp_path / "cache")) == 1
-    assert apart not in read
+    assert separate not in read
     assert all(torch.equal(value, warm.state_dict()[name]) for name, value in cold.state_dict().items())
 
 

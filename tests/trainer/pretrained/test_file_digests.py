@@ -1,4 +1,4 @@
-"""Digests remembered between starts: only for the file as it was, and never a reason to stop."""
+"""Tests remembered digests: they hold only for the unchanged file, and a failure to store one is only a warning."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ def later(file):
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 
 
-def test_a_digest_is_remembered_and_the_file_not_read_again(file, digests, monkeypatch):
+def test_a_digest_is_remembered_and_the_file_is_not_read_again(file, digests, monkeypatch):
     assert digests.known(file) is None
     assert digests.of(file) == file_digest(file)
     monkeypatch.setattr(file_digests, "file_digest", None)
@@ -42,7 +42,7 @@ def test_a_file_that_changed_is_read_again(file, digests):
     assert digests.of(file) not in (None, before)
 
 
-def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_remembered(file, digests):
+def test_the_digest_of_a_file_that_changed_while_it_was_read_is_not_remembered(file, digests):
     status = file.stat()
     later(file)
     digests.remember(file, status, "0" * 64)
@@ -51,7 +51,7 @@ def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_remembered(file, 
     assert digests.known(file) == "0" * 64
 
 
-def test_a_torn_memo_is_none(file, digests, tmp_path):
+def test_a_truncated_digest_is_ignored(file, digests, tmp_path):
     digest = digests.of(file)
     (memo,) = (tmp_path / "memo").iterdir()
     memo.write_text(digest[:30])
@@ -59,9 +59,9 @@ def test_a_torn_memo_is_none(file, digests, tmp_path):
     assert digests.of(file) == digests.known(file) == digest
 
 
-def test_a_memo_that_cannot_be_written_is_one_warning(file, digests, tmp_path, caplog):
+def test_a_digest_that_cannot_be_stored_causes_one_warning(file, digests, tmp_path, caplog):
     (tmp_path / "memo").write_text("")
     with caplog.at_level(logging.WARNING):
         assert digests.of(file) == file_digest(file)
     (record,) = caplog.records
-    assert "is not kept, and the next start reads it again" in record.message
+    assert str(file) in record.message

@@ -1,4 +1,4 @@
-"""A transformer and a T5 from folders that are no pipelines: trained on, pinned and told apart."""
+"""Tests a transformer and a T5 from folders that are not pipelines: training, pinning and cache entries."""
 
 import json
 import shutil
@@ -33,18 +33,17 @@ def test_local_packages_train_and_are_pinned(flux_package, bare_flux, tmp_path, 
     for arguments in (("export", run), ("train", recipe, *QUICK, *named, "--resume")):
         done = CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert done.exit_code == 2, done.output
-        assert f"T5 is not what {run} was started on" in done.output
+        assert "T5" in done.output
+        assert str(run) in done.output
     (own / T5_WEIGHTS).unlink()
     done = CliRunner().invoke(app, ["export", str(run)])
-    assert (
-        f"model.text_encoder: {own / 'text_encoder_2'}: no weights, expected model.safetensors" in done.output
-    )
+    assert f"model.text_encoder: {own / 'text_encoder_2'}: no weights" in done.output
 
 
-def test_sd3_takes_a_t5_from_a_package_of_its_own(mini_sd3, tmp_path):
+def test_sd3_takes_a_t5_from_a_separate_package(mini_sd3, tmp_path):
     bare = shutil.copytree(mini_sd3, tmp_path / "bare", ignore=shutil.ignore_patterns("text_encoder_3"))
     write_t5(mini_sd3 / "text_encoder_3", tmp_path / "package" / "text_encoder_3", "nf4")
-    with pytest.raises(RecipeError, match="lacks text_encoder_3"):
+    with pytest.raises(RecipeError, match="bare: text_encoder_3 missing;"):
         SD3.open(str(bare), None, 24)
     whole = shutil.copytree(bare, tmp_path / "whole")
     shutil.copytree(tmp_path / "package", whole, dirs_exist_ok=True)
@@ -57,12 +56,12 @@ def test_sd3_takes_a_t5_from_a_package_of_its_own(mini_sd3, tmp_path):
     assert torch.equal(*embeddings)
     (tmp_path / "package" / "text_encoder_3").rename(tmp_path / "package" / "other")
     (tmp_path / "package" / "model_index.json").write_text("{}")
-    said = r"model\.text_encoder: .*has no component 'text_encoder_3'; it has other"
-    with pytest.raises(RecipeError, match=said):
+    message = r"model\.text_encoder: .*'text_encoder_3'; it has other"
+    with pytest.raises(RecipeError, match=message):
         SD3.open(str(bare), None, 24, None, tmp_path / "package")
 
 
-def test_embeddings_are_kept_apart_by_the_t5_that_made_them(flux_package, mini_flux, tmp_path):
+def test_the_text_fingerprint_depends_on_the_t5(flux_package, mini_flux, tmp_path):
     other = shutil.copytree(flux_package / "t5", tmp_path / "other")
     (other / "model.safetensors").write_bytes(with_halved_norms((other / "model.safetensors").read_bytes()))
     skewed = shutil.copytree(flux_package / "t5", tmp_path / "skewed")
@@ -80,7 +79,7 @@ def test_embeddings_are_kept_apart_by_the_t5_that_made_them(flux_package, mini_f
 
     sources = (None, flux_package / "both", flux_package / "t5", other, skewed)
     assert len({fingerprint(source) for source in sources}) == len(sources)
-    # However it is asked for, it is held as it is stored.
+    # A stored quantization stays, whatever the setting asks for.
     for quant in ("auto", "none", "int8", "nf4"):
         assert fingerprint(same, quant) == fingerprint(flux_package / "t5")
     at = Flux.open(str(mini_flux), None, 24, None, flux_package / "t5")

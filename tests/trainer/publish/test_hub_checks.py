@@ -1,4 +1,4 @@
-"""What is wrong with a push is told before anything is loaded, with the page to open; a late fault loses nothing."""
+"""Tests that an impossible push is reported before anything is loaded, and that a late failure loses nothing."""
 
 import json
 
@@ -19,7 +19,7 @@ def scoped(name, *permissions):
 
 @pytest.fixture
 def fresh(hub):
-    """The Hub with several accounts; nothing goes wrong by itself, and the worker's token is the first one's."""
+    """The Hub with several accounts and no faults. The worker uses the first account's token."""
     accounts = hub.store.accounts
     accounts[READER] = account("ann", role="read")
     accounts[NARROW] = account("ann", role="fineGrained", fineGrained=scoped("ann", "repo.content.read"))
@@ -45,37 +45,30 @@ def settings_page(hub):
 
 
 @pytest.mark.parametrize(
-    ("repository", "token", "told"),
+    ("repository", "token", "facts"),
     [
-        ("ann/x", "", "not logged in to the Hub; make a token that may write at {tokens}"),
-        (
-            "ann/x",
-            "hf_nobodyKnows",
-            "the Hub answered 401; the token is not valid (any longer): see {tokens}",
-        ),
-        ("ann/x", "hf_bröken", "the token holds characters that no token has: see {tokens}"),
-        ("ann/x", READER, "the token may only read; make one that may write at {tokens}"),
-        ("ann/x", NARROW, "no right to write to repositories of ann; give it repo.write at {tokens}"),
-        (
-            "eve/x",
-            TOKEN,
-            "eve/x would belong to eve, and the token is ann's; expected an owner of ann, we, readers",
-        ),
-        ("readers/x", TOKEN, "ann may only read in the organization readers"),
+        ("ann/x", "", ("not logged in", "hf auth login", "{tokens}")),
+        ("ann/x", "hf_nobodyKnows", ("401", "token", "{tokens}")),
+        ("ann/x", "hf_bröken", ("characters", "{tokens}")),
+        ("ann/x", READER, ("read-only", "{tokens}")),
+        ("ann/x", NARROW, ("repositories of ann;", "repo.write", "{tokens}")),
+        ("eve/x", TOKEN, ("eve/x", "ann, we, readers", "output.push_to_hub", "{tokens}")),
+        ("readers/x", TOKEN, ("ann", "read role", "organization readers")),
     ],
 )
-def test_a_token_that_cannot_push_is_told_before_anything_is_loaded(fresh, repository, token, told):
+def test_a_token_that_cannot_push_is_reported_before_anything_is_loaded(fresh, repository, token, facts):
     answer = start(fresh, repository, token)
     assert answer.code == 4, answer.output
-    expected = told.format(tokens=settings_page(fresh), endpoint=fresh.hub.endpoint)
-    assert expected in answer.output
+    (message,) = [line for line in answer.output.splitlines() if line.startswith("error: push: ")]
+    for fact in facts:
+        assert fact.format(tokens=settings_page(fresh)) in message
     assert answer.output.count("error:") == 1
     assert not token or token not in answer.output
     assert not any(BASE in request for request in fresh.hub.faults.requests)
     assert not (fresh.folder / "never").exists()
 
 
-def something_else(fresh):
+def add_foreign_model(fresh):
     repository = Repository.new("ann/bert")
     repository.commit(repository.tree | {"pytorch_model.bin": Blob(b"theirs", large=True)})
     fresh.store.add(repository)
@@ -84,71 +77,75 @@ def something_else(fresh):
 @pytest.mark.parametrize(
     "name", ["dog", "ann/dog.git", "ann/a--b", "./ann/dog", "https://huggingface.co/ann/dog", ""]
 )
-def test_a_name_that_is_none_is_told_with_its_line(write, name):
+def test_an_invalid_name_is_reported_with_its_line(write, name):
     recipe = write(SMALL.replace("dir: out", f"dir: out, push_to_hub: '{name}'"))
     (line,) = problems(recipe)
-    assert line == f"recipe.yaml:3: output.push_to_hub: got '{name}', expected a Hub repository as owner/name"
+    assert line.startswith(f"recipe.yaml:3: output.push_to_hub: got '{name}', ")
+    assert "owner/name" in line
 
 
 @pytest.mark.parametrize(
-    ("made", "repository", "told"),
+    ("add", "repository", "facts"),
     [
         (
             lambda f: f.store.add(Repository.new("ann/pictures", kind="dataset")),
             "ann/pictures",
-            "is a dataset (",
+            ("dataset", "/datasets/ann/pictures"),
         ),
-        (lambda f: f.store.add(Repository.new("ann/demo", kind="space")), "ann/demo", "is a space ("),
         (
-            something_else,
-            "ann/bert",
-            "holds something else (pytorch_model.bin), which a push would overwrite",
+            lambda f: f.store.add(Repository.new("ann/demo", kind="space")),
+            "ann/demo",
+            ("space", "/spaces/ann/demo"),
         ),
+        (add_foreign_model, "ann/bert", ("(pytorch_model.bin)", "overwrite", "/ann/bert/tree/main")),
     ],
 )
-def test_a_repository_that_is_something_else_is_told_and_kept(fresh, pushed_run, made, repository, told):
-    made(fresh)
-    kept = {key: list(one.commits) for key, one in fresh.store.repositories.items()}
+def test_a_repository_of_another_kind_or_content_is_rejected(fresh, pushed_run, add, repository, facts):
+    add(fresh)
+    before = {key: list(existing.commits) for key, existing in fresh.store.repositories.items()}
     answer = start(fresh, repository)
     assert answer.code == 4, answer.output
-    assert told in answer.output
+    assert all(fact in answer.output for fact in (repository, *facts)), answer.output
     assert f"{fresh.hub.endpoint}/" in answer.output
     answer = fresh.worker.run("push", str(pushed_run), "--repo", repository)
     assert answer.code == 4, answer.output
-    assert told in answer.output
-    assert {key: one.commits for key, one in fresh.store.repositories.items()} == kept
+    assert all(fact in answer.output for fact in (repository, *facts)), answer.output
+    assert {key: existing.commits for key, existing in fresh.store.repositories.items()} == before
 
 
-def test_the_hub_itself_is_asked_whether_one_may_write(fresh):
-    """A contributor to an organization may make repositories, and not write to others' there."""
+def test_the_hub_is_asked_for_write_access(fresh):
+    """A contributor to an organization may create repositories there, but may not write to those of others."""
     repository = fresh.store.add(Repository.new("we/theirs"))
     fresh.hub.faults = Refusing("/auth-check/write")
     answer = start(fresh, "we/theirs", GUEST)
     assert answer.code == 4, answer.output
-    assert "whether we/theirs may be written to: the Hub answered 403" in answer.output
+    assert "we/theirs" in answer.output
+    assert "403" in answer.output
     assert settings_page(fresh) in answer.output
     assert len(repository.commits) == 1
 
 
-def test_a_renamed_repository_is_told(fresh, pushed_run):
+def test_a_renamed_repository_is_reported_with_its_new_name(fresh, pushed_run):
     fresh.store.repositories["model", "ann/old"] = fresh.store.add(Repository.new("ann/new"))
     answer = fresh.worker.run("push", str(pushed_run), "--repo", "ann/old")
     assert answer.code == 4
-    assert f"ann/old is now called ann/new; push to that name: {fresh.hub.endpoint}/ann/new" in answer.output
+    assert "ann/old" in answer.output
+    assert f"{fresh.hub.endpoint}/ann/new" in answer.output
 
 
-def test_a_fine_grained_token_pushes_and_public_is_said(fresh, pushed_run):
+def test_a_fine_grained_token_pushes_and_a_public_repository_is_reported(fresh, pushed_run):
     answer = fresh.worker.run("push", str(pushed_run), "--repo", "ann/open", "--public", token=WIDE)
     assert answer.code == 0, answer.output
     assert "(public)" in answer.output
     assert not fresh.store.model("ann/open").private
     answer = fresh.worker.run("push", str(pushed_run), "--repo", "ann/open")
-    assert "warning:" in answer.output
-    assert "is there and public, and stays so" in answer.output
+    (warning,) = [line for line in answer.output.splitlines() if line.startswith("warning: ")]
+    assert f"{fresh.hub.endpoint}/ann/open" in warning
+    assert "public" in warning
 
 
 class Refusing(Faults):
-    """Every request whose path ends so is refused."""
+    """Refuses every request whose path ends with `ending`."""
 
     def __init__(self, ending):
         super().__init__()
@@ -172,7 +169,7 @@ def test_a_push_that_fails_after_training_loses_nothing(fresh):
     )
     run = fresh.folder / "late"
     assert answer.code == 4, answer.output
-    assert f"The run is finished and whole in {run}; push it again: halfbyte push {run}" in answer.output
+    assert f"halfbyte push {run}" in answer.output
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
     assert len(fresh.store.model("we/late").commits) == 1
     fresh.hub.faults = Faults()

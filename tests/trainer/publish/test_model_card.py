@@ -1,4 +1,4 @@
-"""Model cards: nothing but facts, and whatever a prompt holds is shown as it is and never read."""
+"""Tests model cards: they state the facts of a run, and user text is displayed literally and never parsed."""
 
 import ast
 import re
@@ -80,7 +80,7 @@ def facts(prompts=("a dog",), **sections):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text of table cells."""
+    """Collects a card's tags with their attributes, and the text of its table cells."""
 
     def __init__(self, card):
         super().__init__()
@@ -130,7 +130,7 @@ HOSTILE = [
     "1e5",
     "- item\n  key: value",
 ]
-# Unicode's classes of the characters that show others elsewhere than they stand.
+# Unicode classes of the characters that change the display order of others.
 REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 ANY_TEXT = st.text(min_size=1) | st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3).map("".join)
 
@@ -139,12 +139,12 @@ ANY_TEXT = st.text(min_size=1) | st.lists(st.sampled_from(HOSTILE), min_size=1, 
 @given(prompt=ANY_TEXT, prefix=st.text() | st.sampled_from(HOSTILE))
 @example(prompt=HOSTILE[0], prefix=HOSTILE[0])
 @example(prompt="a\x85---\x85b", prefix="sks\u2028---\u2028dog")
-def test_no_text_of_a_user_is_read_as_anything(prompt, prefix):
+def test_user_text_is_never_parsed_as_markup(prompt, prefix):
     plain = model_card(facts(["a dog"], data={"caption_prefix": "sks "}))
     card = model_card(facts([prompt], data={"caption_prefix": prefix}))
     page = Page(card)
-    told = prefix.strip() and as_one_line(prefix)
-    if told:
+    displayed = prefix.strip() and as_one_line(prefix)
+    if displayed:
         assert page.tags == Page(plain).tags
     assert page.cells[0] == as_one_line(prompt)
     data = ModelCard(card).data.to_dict()
@@ -164,7 +164,7 @@ def test_no_text_of_a_user_is_read_as_anything(prompt, prefix):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_leaves_no_tag_behind(text):
+def test_hostile_text_adds_no_tag(text):
     card = model_card(facts([text], data={"caption_prefix": text}))
     assert not [character for character in card if unicodedata.bidirectional(character) in REORDERING]
     tags = Page(card).tags
@@ -177,7 +177,7 @@ def test_hostile_text_leaves_no_tag_behind(text):
     assert {name for _, *attrs in tags for name, _ in attrs} <= {"href", "src", "alt", "class"}
 
 
-def test_the_metadata_is_what_the_hub_lists_models_by():
+def test_the_metadata_has_what_the_hub_lists_models_by():
     data = ModelCard(model_card(facts(data={"caption_prefix": "sks dog, "}))).data.to_dict()
     assert data == {
         "base_model": "black-forest-labs/FLUX.1-dev",
@@ -197,9 +197,9 @@ def test_the_metadata_is_what_the_hub_lists_models_by():
     }
 
 
-def test_a_card_tells_the_facts():
+def test_a_card_states_the_facts():
     card = model_card(facts())
-    for told in (
+    for fact in (
         f"at revision [`{COMMIT}`]",
         "step 1000",
         "0.5000 to 0.4000",
@@ -210,21 +210,21 @@ def test_a_card_tells_the_facts():
         "ComfyUI (comfyui/dog.safetensors)",
         "[flux-1-dev-non-commercial-license](<https://huggingface.co/",
     ):
-        assert told in card, told
-    assert "did not apply" not in card
+        assert fact in card, fact
+    assert "section `quant`" not in card
     assert model_card(facts()) == card
 
 
-def test_a_base_that_was_stored_otherwise_than_the_recipe_asks_is_told_as_it_was():
+def test_a_base_that_was_already_quantized_is_described_as_it_was_stored():
     known = facts()
     stored = QuantRecipe("int8", skip=("proj_out",))
     card = model_card(replace(known, provenance=replace(known.provenance, quant=stored)))
     assert card.count("int8, outliers from 6, all but proj&#95;out, computed in bfloat16") == 3
     assert "nf4 with" not in card
-    assert "section `quant` did not apply" in card
+    assert "section `quant`" in card
 
 
-def test_what_is_not_known_is_not_told():
+def test_unknown_facts_are_left_out():
     known = facts(())
     provenance = replace(known.provenance, base_model=None, revision=None, licence=None)
     card = model_card(
@@ -240,14 +240,18 @@ def test_what_is_not_known_is_not_told():
     assert not data.keys() & {"base_model", "base_model_revision", "license", "license_link", "widget"}
     for absent in (
         "## Samples",
-        "## The quantized base",
-        "Licence",
+        "## Quantized base",
+        "## License",
         "FluxTransformer2DModel",
         "error",
         "revision=",
     ):
         assert absent not in card.replace("revision: null", ""), absent
     ast.parse(code(card, "python"))
+    known_card = model_card(known)
+    assert "## License" in known_card
+    assert "## Quantized base" in known_card
+    assert "## Samples" in model_card(facts())
 
 
 def test_no_path_of_the_machine_is_published():
@@ -265,7 +269,7 @@ def test_no_path_of_the_machine_is_published():
     card = model_card(replace(own, provenance=provenance))
     assert "/home/" not in card
     for part in ("transformer", "text encoder T5"):
-        assert f"The {part} was given apart from that model, as a folder" in card
+        assert re.search(rf"^The {part} .*\blocal folder\b", card, re.MULTILINE), part
     published = published_settings(own.recipe)
     assert "path" not in published["model"]
     assert "path" not in published["data"]
@@ -290,6 +294,6 @@ def test_every_kind_of_run_has_a_card(sections):
 
 
 @pytest.mark.parametrize("text", ["```\n<b>\n```", "`````", "~~~\n````\n<b>"])
-def test_no_fence_in_a_text_ends_the_block(text):
+def test_a_fence_in_the_text_does_not_end_the_block(text):
     (block,) = MarkdownIt("commonmark").parse(fenced(text, "yaml"))
     assert (block.type, block.info, block.content) == ("fence", "yaml", f"{text}\n")

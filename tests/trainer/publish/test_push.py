@@ -1,4 +1,4 @@
-"""`halfbyte push` against a Hub that the real client talks to: what arrives, and that stock libraries use it."""
+"""Tests `halfbyte push` with the real client against a loopback Hub, and loads the result with stock libraries."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from hub_runs import BASE, TOKEN
 from runs import environment
 
 
-def test_a_finished_run_is_in_a_private_repository_in_one_commit(hub, pushed_run):
+def test_a_finished_run_is_pushed_to_a_private_repository_in_one_commit(hub, pushed_run):
     repository = hub.store.model("ann/dog")
     assert repository.private
-    assert len(repository.commits) == 2, "the one the Hub makes, and ours"
+    assert len(repository.commits) == 2, "the Hub's first commit, and ours"
     assert set(repository.tree) == {
         ".gitattributes",
         "README.md",
@@ -39,7 +39,7 @@ def test_a_finished_run_is_in_a_private_repository_in_one_commit(hub, pushed_run
         assert repository.tree[name].content == (pushed_run / local).read_bytes()
 
 
-def test_the_base_is_pinned_in_metadata_and_card(hub, pushed_run):
+def test_metadata_and_card_pin_the_base(hub, pushed_run):
     tree, commit = hub.store.model("ann/dog").tree, hub.store.model(BASE).head
     for name, key in (("adapter_config.json", "revision"), ("halfbyte.json", "revision")):
         assert json.loads(tree[name].content)[key] == commit
@@ -56,14 +56,16 @@ def test_a_second_push_sends_nothing_and_a_change_is_one_more_commit(hub, pushed
     assert (answer.code, "up to date" in answer.output) == (0, True), answer.output
     assert len(repository.commits) == before
     methods = [request.split()[0] for request in hub.hub.faults.requests[seen:]]
-    assert methods == ["GET"] * 3 + ["HEAD", "GET"], "who, what, which files, and halfbyte.json"
+    assert methods == ["GET"] * 3 + ["HEAD", "GET"], "login, repository, list of files, and halfbyte.json"
     gone = [pushed_run / name for name in ("samples/step-000004-01.png", "adapter/adapter_config.json")]
     kept = {path: path.read_bytes() for path in gone}
     try:
         for path in gone:
             path.unlink()
         answer = hub.worker.run("push", str(pushed_run))
-        assert "pushed 2 files" in answer.output, answer.output  # the card, and halfbyte.json with the list
+        assert "pushed 2 files" in answer.output, (
+            answer.output
+        )  # the card, and halfbyte.json with the digests
         assert "3 deleted" in answer.output
         assert not {"samples/01.png", "samples/01-base.png", "adapter_config.json"} & set(repository.tree)
         assert len(repository.commits) == before + 1
@@ -80,7 +82,7 @@ from judge import stock_bitsandbytes_on_cpu
 from huggingface_hub import hf_hub_download
 card = open(hf_hub_download(sys.argv[1], "README.md"), encoding="utf-8").read()
 (code,) = re.findall(r"^```python\\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
-# diffusers refuses bitsandbytes without a GPU by a check alone.
+# diffusers rejects bitsandbytes without a GPU, but bitsandbytes itself runs on the CPU.
 with stock_bitsandbytes_on_cpu():
     exec(compile(code, "the card's sample", "exec"))
 print(PeftConfig.from_pretrained(sys.argv[1]).base_model_name_or_path)
@@ -93,7 +95,7 @@ assert type(pipeline.transformer.transformer_blocks[0].ff.net[2].base_layer).__m
 
 
 def elsewhere(hub, folder, program, *arguments):
-    """A program on a machine that has nothing of the run, logged in."""
+    """Runs a program as on another machine: logged in, with nothing of the run."""
     env = environment() | {
         "HF_ENDPOINT": hub.hub.endpoint,
         "HF_HOME": str(folder / "home"),
@@ -114,20 +116,20 @@ def elsewhere(hub, folder, program, *arguments):
     return done.stdout
 
 
-def test_stock_libraries_load_it_by_name_and_the_cards_sample_draws_what_the_run_drew(
+def test_stock_libraries_load_it_by_name_and_the_cards_code_repeats_the_runs_sample(
     hub, pushed_run, tmp_path
 ):
     assert elsewhere(hub, tmp_path, USE, "ann/dog", BASE).split()[-1] == BASE
-    drawn, here = (
+    generated, expected = (
         Image.open(path).convert("RGB")
-        for path in (tmp_path / "picture.png", pushed_run / "samples" / "step-000004-00.png")
+        for path in (tmp_path / "image.png", pushed_run / "samples" / "step-000004-00.png")
     )
     base = Image.open(pushed_run / "samples" / "step-000000-00.png").convert("RGB")
-    assert distance(drawn, here) < 1.0
-    assert distance(base, here) > 3.0, "the picture says nothing about the adapter"
+    assert distance(generated, expected) < 1.0
+    assert distance(base, expected) > 3.0, "the image does not depend on the adapter"
 
 
-def distance(one, other):
-    """Mean over all colours, of 255."""
-    pairs = zip(one.tobytes(), other.tobytes(), strict=True)
-    return sum(abs(a - b) for a, b in pairs) / len(one.tobytes())
+def distance(image, other):
+    """Mean absolute difference of all color values, on a scale of 0 to 255."""
+    pairs = zip(image.tobytes(), other.tobytes(), strict=True)
+    return sum(abs(a - b) for a, b in pairs) / len(image.tobytes())

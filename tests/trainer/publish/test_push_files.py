@@ -1,4 +1,4 @@
-"""What of a run is pushed, and runs that cannot be: told with exit code 2 before a word is said to the Hub."""
+"""Tests which files of a run are pushed, and that a damaged run fails before the Hub is contacted."""
 
 import json
 import shutil
@@ -20,19 +20,19 @@ BASE = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, mini_flux):
-    """A run over a folder."""
+    """A finished run whose base is a local folder."""
     folder = tmp_path_factory.mktemp("files")
     return run_here(write_recipe(folder, mini_flux, name="dog"), "train.steps=2", "train.grad_accumulation=1")
 
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy that a test may change."""
+    """A copy of the run that a test may change."""
     return shutil.copytree(finished, tmp_path / "dog")
 
 
 def dry(run, *options):
-    """This process is offline, so that a word to the Hub would be an error."""
+    """Runs a dry run. This process is offline, so contacting the Hub would be an error."""
     return CliRunner().invoke(app, ["push", str(run), "--repo", "ann/dog", "--dry-run", *options])
 
 
@@ -47,18 +47,18 @@ def test_a_dry_run_lists_files_with_sizes_and_shows_the_card(run):
         assert name in listed
     size = (run / BASE).stat().st_size
     assert f"{size / 1000:.1f} kB" in listed
-    assert "private where it is made" in listed
+    assert "/ann/dog (private" in listed
     for never in (".env", "notes.txt", "pickle.bin", "recipe.yaml", "checkpoints", "samples.png"):
         assert never not in listed
     assert card.startswith("---\n")
-    assert "a folder on the trainer's machine" in card
+    assert "local folder" in card
     assert str(run.parent) not in card.replace(str(run), "")
     assert '"path/to/the/base"' in card
 
 
-def test_the_error_of_the_base_is_measured(run):
+def test_the_quantization_error_of_the_base_is_measured(run):
     measured = json.loads((run / "transformer" / "quantization_error.json").read_text())
-    assert measured["relative"] == pytest.approx(0.092, rel=0.02), "NF4's on Gaussian weights"
+    assert measured["relative"] == pytest.approx(0.092, rel=0.02), "NF4's error on Gaussian weights"
     assert measured["measured"] == measured["weights"] > 500_000
     assert f"Quantization error: {measured['relative']:.2%}" in dry(run).output
 
@@ -84,57 +84,60 @@ def remove(name):
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "fragment"),
     [
-        (remove("recipe.yaml"), "holds no recipe.yaml"),
+        (remove("recipe.yaml"), "recipe.yaml"),
         (write("recipe.yaml", "model: {family: llama}"), "recipe.yaml:1: model.family: got 'llama'"),
-        (remove("adapter"), "has no adapter/pytorch_lora_weights.safetensors, which a finished run has"),
-        (remove(ADAPTER), "has no adapter/pytorch_lora_weights.safetensors"),
-        (cut(ADAPTER), "not a whole safetensors file"),
-        (cut("adapter/kohya/dog.safetensors"), "kohya/dog.safetensors: not a whole safetensors file"),
+        (remove("adapter"), "adapter/pytorch_lora_weights.safetensors"),
+        (remove(ADAPTER), "adapter/pytorch_lora_weights.safetensors"),
+        (cut(ADAPTER), "adapter/pytorch_lora_weights.safetensors: "),
+        (cut("adapter/kohya/dog.safetensors"), "kohya/dog.safetensors: "),
         (
             write("adapter/adapter_model.safetensors", "version https://git-lfs"),
-            "not a whole safetensors file",
+            "adapter/adapter_model.safetensors: ",
         ),
         (
             lambda run: save_file({"x": numpy.zeros(2)}, run / ADAPTER),
-            "expected a transformer's LoRA as diffusers writes it",
+            "adapter/pytorch_lora_weights.safetensors: ",
         ),
-        (remove("adapter/halfbyte.json"), "exported by an older version; export it again"),
-        (write("adapter/halfbyte.json", "{"), "cannot be read as JSON"),
-        (write("adapter/halfbyte.json", "{}"), "not written by an export of this version"),
-        (write("adapter/halfbyte.json", "[]"), "expected a JSON object"),
-        (cut(BASE), "not a whole safetensors file"),
-        (remove(BASE), "no weights, expected"),
-        (remove("transformer/config.json"), "config.json: missing"),
-        (write("transformer/config.json", "{"), "not a JSON file"),
-        (write("transformer/quantization_error.json", "{}"), "not written by an export of this version"),
-        (halve("samples/step-000002-00.png"), "not a whole picture"),
-        (write("summary.json", "{}"), "not the summary of a run"),
-        (write("summary.json", "null"), "not the summary of a run"),
+        (remove("adapter/halfbyte.json"), "has no halfbyte.json"),
+        (write("adapter/halfbyte.json", "{"), "adapter/halfbyte.json: cannot be read as JSON"),
+        (write("adapter/halfbyte.json", "{}"), "adapter/halfbyte.json: was not written"),
+        (write("adapter/halfbyte.json", "[]"), "adapter/halfbyte.json: expected a JSON object"),
+        (cut(BASE), "transformer/diffusion_pytorch_model.safetensors: "),
+        (remove(BASE), "no weights"),
+        (remove("transformer/config.json"), "transformer/config.json: "),
+        (write("transformer/config.json", "{"), "transformer/config.json: "),
+        (write("transformer/quantization_error.json", "{}"), "transformer/quantization_error.json: "),
+        (halve("samples/step-000002-00.png"), "samples/step-000002-00.png: "),
+        (write("summary.json", "{}"), "summary.json: "),
+        (write("summary.json", "null"), "summary.json: "),
     ],
 )
-def test_a_run_that_is_not_whole_is_told_with_the_file(run, damage, told):
+def test_an_incomplete_run_is_reported_with_the_file(run, damage, fragment):
     damage(run)
     result = dry(run)
     assert result.exit_code == 2, result.output
-    assert told in result.output
+    assert fragment in result.output
     assert result.output.count("error:") == 1
     assert isinstance(result.exception, SystemExit)
 
 
-def test_a_folder_that_is_no_run_and_names_that_are_none(run, tmp_path):
-    assert "holds no recipe.yaml" in dry(tmp_path / "nowhere").output
-    assert "holds no recipe.yaml" in dry(run / "recipe.yaml").output
+def test_a_folder_that_is_not_a_run_and_invalid_names_are_rejected(run, tmp_path):
+    for folder in (tmp_path / "nowhere", run / "recipe.yaml"):
+        result = dry(folder)
+        assert result.exit_code == 2
+        assert f"error: {folder}: " in result.output
     for name in ("dog", "ann/dog.git", "a/b/c", "ann/--x", "ann/", ""):
         result = CliRunner().invoke(app, ["push", str(run), "--repo", name])
         assert result.exit_code == 2, name
-        assert "expected a Hub repository as owner/name" in result.output
-    assert "output.push_to_hub is null" in CliRunner().invoke(app, ["push", str(run)]).output
+        assert "error: --repo: got " in result.output
+        assert "owner/name" in result.output
+    assert "output.push_to_hub" in CliRunner().invoke(app, ["push", str(run)]).output
 
 
 def test_no_byte_names_a_folder_of_the_machine(run, finished, mini_flux):
-    """Of run, pictures, cache or base, all of which are below one."""
+    """The run, its images, the cache and the base are all inside one folder, which no pushed file may contain."""
     ready = prepare_push(PushRequest(run, "ann/dog"))
     below = str(mini_flux.parent.parent).encode()
     assert str(finished).startswith(below.decode())
@@ -143,16 +146,16 @@ def test_no_byte_names_a_folder_of_the_machine(run, finished, mini_flux):
         assert below not in content, file.name
 
 
-def test_offline_is_told(run, monkeypatch):
-    """As this process is."""
+def test_offline_mode_is_reported(run, monkeypatch):
+    """This process is offline, too."""
     monkeypatch.setenv("HF_TOKEN", "hf_any")
     result = CliRunner().invoke(app, ["push", str(run), "--repo", "ann/dog"])
     assert result.exit_code == 4
-    assert "HF_HUB_OFFLINE is set; unset it" in result.output
+    assert "HF_HUB_OFFLINE" in result.output
 
 
 def test_a_run_that_moved_to_another_machine_is_pushed(run):
-    """None of the folders in its recipe need be there."""
+    """The folders in its recipe need not exist."""
     recipe = run / "recipe.yaml"
     text = recipe.read_text().replace(str(run.parent.parent), "/no/such/place")
     lines = [
@@ -163,7 +166,7 @@ def test_a_run_that_moved_to_another_machine_is_pushed(run):
     assert dry(run).exit_code == 0, dry(run).output
 
 
-def test_a_run_without_a_base_or_pictures_is_an_adapter_alone(run):
+def test_a_run_without_a_base_or_samples_is_pushed_as_an_adapter(run):
     shutil.rmtree(run / "transformer")
     shutil.rmtree(run / "samples")
     result = dry(run)
@@ -172,19 +175,19 @@ def test_a_run_without_a_base_or_pictures_is_an_adapter_alone(run):
         assert absent not in result.output.partition("README.md:\n")[2].replace("by bitsandbytes", ""), absent
 
 
-def test_an_exported_checkpoint_is_pushed_as_such(run):
-    assert "has no export of step 1" in dry(run, "--checkpoint", "1").output
+def test_an_exported_checkpoint_can_be_pushed(run):
+    assert "--checkpoint 1" in dry(run, "--checkpoint", "1").output
     answer = CliRunner().invoke(app, ["export", str(run), "--checkpoint", "2", "--no-self-check"])
     assert answer.exit_code == 0, answer.output
     assert dry(run, "--checkpoint", "2").exit_code == 0
-    # A run that went on: what stands is the adapter of the step it says, not of the recipe's last.
+    # A resumed run: the exported adapter is still of step 2, not of the recipe's last step.
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 2\n", "steps: 8\n", 1))
     result = dry(run)
     assert "| steps | 2 of 8 |" in result.output
 
 
-def test_a_large_file_is_told_by_itself_and_sent_once(hub, pushed_run, tmp_path):
+def test_a_large_file_is_reported_separately_and_sent_once(hub, pushed_run, tmp_path):
     run = shutil.copytree(pushed_run, tmp_path / "dog")
     big = run / "adapter" / "comfyui" / "big.safetensors"
     save_file({"x": numpy.zeros(3 * 10**6, dtype="float32")}, big)

@@ -1,4 +1,4 @@
-"""The report by layer: its numbers are those of the layers it speaks of, and its skip list means what it says."""
+"""Tests the quantization report: its numbers match the quantized layers, and its skip list is correct."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
-def test_errors_and_bytes_are_those_of_the_layers_that_training_makes(report, scheme, mini_flux):
+def test_errors_and_sizes_match_the_layers_used_in_training(report, scheme, mini_flux):
     number = SCHEME_NAMES.index(scheme)
     folder = mini_flux / "transformer"
     plain, quantized = (
@@ -61,7 +61,7 @@ def test_errors_and_bytes_are_those_of_the_layers_that_training_makes(report, sc
     assert report.total.nbytes[number] == sum(layer.weight.nelement() for layer in layers.values())
 
 
-def test_layers_come_worst_first_and_kinds_add_them_up(report):
+def test_layers_are_sorted_by_error_and_kinds_sum_them_up(report):
     errors = [layer.error.relative()[0] for layer in report.layers]
     assert errors == sorted(errors, reverse=True)
     assert kind_of("transformer_blocks.13.attn.to_out.0") == "transformer_blocks.*.attn.to_out.*"
@@ -77,7 +77,7 @@ def test_layers_come_worst_first_and_kinds_add_them_up(report):
     assert report.total.parameters == sum(kind.parameters for kind in kinds.values())
 
 
-def test_a_sample_of_rows_tells_nearly_the_same(report, mini_flux):
+def test_a_sample_of_rows_gives_nearly_the_same_errors(report, mini_flux):
     sampled = quant_report(mini_flux, "transformer", device=CPU, sample=2048)
     whole = {layer.name: layer for layer in report.layers}
     for layer in sampled.layers:
@@ -95,16 +95,16 @@ def test_weights_are_read_one_by_one(mini_flux, monkeypatch):
         seen.append(name)
         return weight_error(weight, name)
 
-    told = []
+    reported = []
     monkeypatch.setattr("halfbyte.trainer.quantize.report.weight_error", record)
     quant_report(
         mini_flux,
         "transformer",
         device=CPU,
         sample=64,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reported.append((done, total)),
     )
-    assert told == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+    assert reported == [(done, len(seen)) for done in range(1, len(seen) + 1)]
 
 
 def test_a_weight_of_zeros_has_no_error():
@@ -113,7 +113,7 @@ def test_a_weight_of_zeros_has_no_error():
 
 
 class Wide(nn.Module):
-    """Blocks whose last layer has the name of the model's last."""
+    """A model with blocks whose last layer has the same name as the model's last layer."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_skip_list_reaches_exactly_the_wanted_layers(wanted, entries, out_of_r
 
 @pytest.mark.parametrize("model_cls", [FluxTransformer2DModel, SD3Transformer2DModel])
 @pytest.mark.parametrize("seed", range(6))
-def test_any_set_of_layers_is_met_or_owned_up_to(model_cls, seed, request):
+def test_a_skip_list_covers_any_set_of_layers_or_lists_the_rest(model_cls, seed, request):
     name = "mini_flux" if model_cls is FluxTransformer2DModel else "mini_sd3"
     folder = request.getfixturevalue(name) / "transformer"
     model = empty_model(model_cls, read_config(folder), folder)
@@ -155,18 +155,18 @@ def test_any_set_of_layers_is_met_or_owned_up_to(model_cls, seed, request):
     draws = torch.rand(len(paths), generator=torch.Generator().manual_seed(seed))
     wanted = {path for path, draw in zip(paths, draws.tolist(), strict=True) if draw < (seed + 1) / 8}
     skip = skip_list_for(model, wanted)
-    meant = {path for match in skip_matches(model, skip.entries) for path in match.layers}
-    assert meant == set(skip.layers) == {path for path in paths if is_skipped(path, skip.entries)}
-    assert meant | set(skip.out_of_reach) == wanted
-    assert not meant & set(skip.out_of_reach)
+    skipped = {path for match in skip_matches(model, skip.entries) for path in match.layers}
+    assert skipped == set(skip.layers) == {path for path in paths if is_skipped(path, skip.entries)}
+    assert skipped | set(skip.out_of_reach) == wanted
+    assert not skipped & set(skip.out_of_reach)
     assert len(skip.entries) <= len(wanted)
 
 
-def test_the_suggestion_is_the_layers_beyond_the_threshold(report, mini_flux, tmp_path):
-    middle = sorted(layer.error.relative()[2] for layer in report.layers)[-6]
-    asked = quant_report(mini_flux, "transformer", device=CPU, beyond=("fp4", middle))
-    suggestion = asked.suggestion
-    worse = {layer.name for layer in report.layers if layer.error.relative()[2] > middle}
+def test_the_suggestion_has_the_layers_above_the_threshold(report, mini_flux, tmp_path):
+    threshold = sorted(layer.error.relative()[2] for layer in report.layers)[-6]
+    with_list = quant_report(mini_flux, "transformer", device=CPU, beyond=("fp4", threshold))
+    suggestion = with_list.suggestion
+    worse = {layer.name for layer in report.layers if layer.error.relative()[2] > threshold}
     assert len(worse) == 5
     assert set(suggestion.skip.layers) | set(suggestion.skip.out_of_reach) == worse
     recipe = QuantRecipe("fp4", skip=suggestion.skip.entries)
@@ -175,11 +175,11 @@ def test_the_suggestion_is_the_layers_beyond_the_threshold(report, mini_flux, tm
     )
     plain = {path for path, layer in linear_layers(model) if type(layer) is nn.Linear}
     assert plain == set(suggestion.skip.layers)
-    held = sum(layer.weight.nelement() * layer.weight.element_size() for _, layer in linear_layers(model))
-    assert suggestion.nbytes == held
-    written = json.loads(to_json(asked))["suggestion"]
+    nbytes = sum(layer.weight.nelement() * layer.weight.element_size() for _, layer in linear_layers(model))
+    assert suggestion.nbytes == nbytes
+    written = json.loads(to_json(with_list))["suggestion"]
     assert written["skip"] == list(suggestion.skip.entries)
-    assert (written["scheme"], written["bytes"]) == ("fp4", held)
+    assert (written["scheme"], written["bytes"]) == ("fp4", nbytes)
 
 
 def test_the_command_prints_tables_and_writes_json(mini_flux, tmp_path, report):
@@ -191,7 +191,7 @@ def test_the_command_prints_tables_and_writes_json(mini_flux, tmp_path, report):
     assert "the 3 layers with the largest error in nf4" in result.output
     assert report.layers[2].name in result.output
     assert report.layers[3].name not in result.output.replace(".*.", ".")
-    assert "no layer has an error above 50 % in nf4: quant.skip: []" in result.output
+    assert "50 % in nf4: quant.skip: []" in result.output
     assert "measuring 62/62" in result.output
     written = json.loads(file.read_text())
     assert [layer["name"] for layer in written["layers"]] == [layer.name for layer in report.layers]
@@ -203,7 +203,7 @@ def test_the_command_prints_tables_and_writes_json(mini_flux, tmp_path, report):
     }  # fmt: skip
 
 
-def test_the_command_prints_the_skip_list_and_what_no_entry_can_say(mini_flux, tmp_path):
+def test_the_command_prints_the_skip_list_and_the_layers_it_cannot_cover(mini_flux, tmp_path):
     folder = shutil.copytree(mini_flux / "transformer", tmp_path / "transformer")
     tensors = load_file(folder / WEIGHTS_FILE)
     # A weight of eight standard deviations in every row doubles the error of the row-wise format.
@@ -212,32 +212,35 @@ def test_the_command_prints_the_skip_list_and_what_no_entry_can_say(mini_flux, t
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     result = run(folder, "--scheme", "int8", "--threshold", 0.01)
     assert result.exit_code == 0, result.output
-    assert "layers with an error above 1 % in int8: 1 can be skipped" in result.output
+    assert "above 1 % in int8: 1 can be skipped" in result.output
     assert "quant.skip: [transformer_blocks.0.attn.to_q]" in result.output
-    assert "proj_out as well, but no entry means it alone: 'proj_out' would skip 4 more" in result.output
+    (line,) = [line for line in result.output.splitlines() if "'proj_out'" in line]
+    assert "skip 4 " in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "facts"),
     [
-        (["nowhere"], "nowhere: no such folder; expected a pipeline"),
-        (["empty"], "empty: holds neither a model_index.json nor a config.json"),
-        (["flux", "--component", "tokenizer"], "has no component 'tokenizer'; it has"),
-        (["odd"], "describes a 'Nothing', expected _class_name to be a model of diffusers"),
+        (["nowhere"], ("nowhere: no such folder",)),
+        (["empty"], ("empty: ", "model_index.json", "config.json")),
+        (["flux", "--component", "tokenizer"], ("'tokenizer'; it has ",)),
+        (["odd"], ("odd/config.json: ", "'Nothing'", "_class_name")),
         (
             ["flux", "--component", "text_encoder_2", "--threshold", "0.1"],
-            "holds a T5EncoderModel, and text encoders are quantized without a skip list",
+            ("--threshold: ", "T5EncoderModel", "skip list"),
         ),
-        (["quantized"], "quantized: is quantized already"),
-        (["short"], "weights are missing, first"),
+        (["quantized"], ("quantized: already quantized",)),
+        (["short"], ("1 weights are missing", "proj_out.weight")),
         (
             ["flux", "--threshold", "0.1", "--scheme", "nf5"],
-            "--scheme: got 'nf5', accepted: nf4, nf4 mse, fp4, int8",
+            ("--scheme: got 'nf5', accepted: nf4, nf4 mse, fp4, int8",),
         ),
-        (["flux", "--json", "missing/report.json"], "--json: missing/report.json cannot be written"),
+        (["flux", "--json", "missing/report.json"], ("--json: ", "missing/report.json")),
     ],
 )
-def test_what_cannot_be_measured_ends_in_exit_code_2(arguments, words, mini_flux, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_measured_gives_exit_code_2(
+    arguments, facts, mini_flux, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flux").symlink_to(mini_flux)
     (tmp_path / "empty").mkdir()
@@ -254,7 +257,8 @@ def test_what_cannot_be_measured_ends_in_exit_code_2(arguments, words, mini_flux
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
-    assert words in result.output
+    assert result.output.count("error: ") == 1
+    assert all(fact in result.output for fact in facts), result.output
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
@@ -279,34 +283,34 @@ def test_text_encoders_are_measured_as_they_are_loaded(quant, mini_flux):
     assert "CLIPTextModel: " in run(mini_flux, "--component", "text_encoder").output
 
 
-def test_a_weight_that_a_scheme_cannot_hold_is_not_available_there_alone(mini_flux, tmp_path):
+def test_a_weight_out_of_range_has_no_error_only_with_that_scheme(mini_flux, tmp_path):
     folder = shutil.copytree(mini_flux / "transformer", tmp_path / "transformer")
     tensors = load_file(folder / WEIGHTS_FILE)
-    tensors["transformer_blocks.0.attn.to_q.weight"][0, 0] = 1e5  # beyond fp16, as int8 takes it
+    tensors["transformer_blocks.0.attn.to_q.weight"][0, 0] = 1e5  # above the range of fp16, which int8 uses
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     report = run(folder, "--scheme", "int8", "--threshold", 0.02, "--json", tmp_path / "report.json")
     assert report.exit_code == 0, report.output
     assert "n/a" in report.output
     assert "quant.skip: [transformer_blocks.0.attn.to_q]" in report.output
-    told = json.loads((tmp_path / "report.json").read_text())
-    errors = {layer["name"]: layer["error"] for layer in told["layers"]}
+    written = json.loads((tmp_path / "report.json").read_text())
+    errors = {layer["name"]: layer["error"] for layer in written["layers"]}
     beyond = errors.pop("transformer_blocks.0.attn.to_q")
     assert beyond["int8"] is None
     assert 0 < beyond["nf4"] < 1
     assert all(0 < error["int8"] < 0.02 for error in errors.values())
-    assert told["total"]["error"]["int8"] is None
+    assert written["total"]["error"]["int8"] is None
 
 
 def test_damaged_weights_are_named(mini_flux, tmp_path):
     folder = shutil.copytree(mini_flux / "transformer", tmp_path / "transformer")
     tensors = load_file(folder / WEIGHTS_FILE)
     name = "transformer_blocks.0.attn.to_q.weight"
-    for damaged, words in (
+    for damaged, message in (
         (tensors[name][:-1].clone(), f"{name}: expected shape"),
-        (torch.full_like(tensors[name], float("nan")), f"{name}: the weight holds NaN"),
-        (tensors[name].int(), f"{name}: expected floating-point weights, got torch.int32"),
+        (torch.full_like(tensors[name], float("nan")), f"{name}: .*NaN"),
+        (tensors[name].int(), rf"{name}: .*torch\.int32"),
     ):
         save_file(tensors | {name: damaged}, folder / WEIGHTS_FILE, {"format": "pt"})
-        with pytest.raises(RecipeError, match=words) as failure:
+        with pytest.raises(RecipeError, match=message) as failure:
             quant_report(folder, "transformer", device=CPU)
         assert failure.value.exit_code == 2

@@ -1,6 +1,7 @@
-"""`halfbyte quantize`: a transformer rounded for a recipe's pictures, that stock diffusers loads and runs train on."""
+"""Tests `halfbyte quantize`: it reduces the error, stock diffusers loads the result, and runs train on it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def relative(values, expected):
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-    """The miniature that has learned, calibrated on its recipe's pictures, by the command itself."""
+    """The trained miniature, calibrated on its recipe's images by the command itself."""
     folder = tmp_path_factory.mktemp("quantize")
     recipe = RECIPES / "flux_mini.yaml"
     cache = f"data.cache_dir={folder / 'cache'}"
@@ -54,7 +55,7 @@ def shipped(tmp_path_factory):
 
 
 def velocities(recipe):
-    """What a recipe's untrained model predicts on its held-out pictures at three noise levels."""
+    """Predicts with a recipe's base, without an adapter, on its held-out images at three sigmas."""
     model = recipe.model
     family = Flux.open(model.path, None, model.max_sequence_length, model.transformer)
     prepared = prepare(recipe, family, ALONE, Console(quiet=True))
@@ -72,7 +73,7 @@ def velocities(recipe):
     return torch.cat([velocity for _, velocity, _ in validation.predictions()])
 
 
-def test_pictures_that_it_has_not_seen_come_out_nearer(shipped):
+def test_calibration_reduces_the_error_on_unseen_images(shipped):
     folder, _ = shipped
     bases = ("quant.type=none", "quant.type=nf4", f"model.transformer={folder / 'calibrated'}")
     expected, plain, calibrated = (
@@ -82,19 +83,19 @@ def test_pictures_that_it_has_not_seen_come_out_nearer(shipped):
     assert relative(calibrated, expected) < 0.75 * relative(plain, expected)
 
 
-def test_the_report_says_what_it_did(shipped):
-    folder, told = shipped
+def test_the_report_lists_the_calibrated_layers(shipped):
+    folder, output = shipped
     report = json.loads((folder / "calibrated" / REPORT).read_text())
     layers = report["layers"]
     assert report["samples"] == 64
     assert len(layers) == 67  # all but x_embedder
     assert all(0 <= layer["after"] <= layer["before"] for layer in layers)
     assert sum(layer["after"] < 0.7 * layer["before"] for layer in layers) > 60
-    assert "67 layers" in told
-    assert f"model.transformer={folder / 'calibrated'}" in told
+    assert "67 layers" in output
+    assert f"model.transformer={folder / 'calibrated'}" in output
 
 
-def test_stock_diffusers_loads_it(shipped):
+def test_stock_diffusers_loads_the_result(shipped):
     folder, _ = shipped
     ours = load_base(
         Flux.open(str(RECIPES / "mini" / "flux"), None, 32, folder / "calibrated"),
@@ -107,7 +108,7 @@ def test_stock_diffusers_loads_it(shipped):
     assert relative(prediction(stock), prediction(ours)) < 0.02
 
 
-def test_a_run_trains_on_it_and_exports_it(mini_flux, tmp_path):
+def test_a_run_trains_on_the_result_and_exports_it(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     made = written(recipe, tmp_path / "calibrated")
     quick = ("sample.prompts=[]", "train.steps=1", "train.grad_accumulation=1", "output.self_check=true")
@@ -120,7 +121,7 @@ def test_a_run_trains_on_it_and_exports_it(mini_flux, tmp_path):
     assert plain.fits == []
     rounded = load_file(plain.folder / name)
     moved = [key for key in rounded if not torch.equal(rounded[key], calibrated[key])]
-    # Codes alone: scales, and all that is not quantized, are as they would be.
+    # Calibration changes only codes. Scales and unquantized tensors stay the same.
     assert moved
     assert all(key.endswith(".weight") and rounded[key].dtype == torch.uint8 for key in moved)
 
@@ -136,15 +137,15 @@ def test_sd3_and_other_settings(mini_sd3, tmp_path, settings):
     assert not any("proj_out" in fit.path for fit in made.fits) or "quant.skip=[proj_out]" not in settings
     assert (tmp_path / "calibrated" / "config.json").is_file()
     lines = list(quantized_lines(made))
-    assert f"median of {len(made.fits)}" in lines[1]
-    # A relative owner/name would be taken for a Hub repository.
-    assert lines[-1] == f"train on it: model.transformer={tmp_path / 'calibrated'}"
+    assert f"{len(made.fits)} layers" in lines[1]
+    # The path is absolute, because a relative owner/name would name a Hub repository.
+    assert lines[-1].endswith(f" model.transformer={tmp_path / 'calibrated'}")
 
 
-def test_little_room_means_more_passes_and_the_same_layers():
+def test_little_memory_means_more_passes_over_the_same_layers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 192), nn.GELU(), nn.Linear(192, 8))
-    narrow = nn.Linear(96, 64)  # its blocks go over the ends of rows
+    narrow = nn.Linear(96, 64)  # its quantization blocks cross the ends of rows
     model.add_module("narrow", narrow)
     weights = {
         path: layer.weight.detach().clone()
@@ -186,19 +187,17 @@ def test_little_room_means_more_passes_and_the_same_layers():
     assert isinstance(model[0], Linear4bit)
 
 
-def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(
-    mini_flux, mini_sd3, tmp_path, monkeypatch
-):
+def test_an_invalid_request_is_rejected_before_anything_is_loaded(mini_flux, mini_sd3, tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path, mini_flux)
     made = written(recipe, tmp_path / "made", samples=0)
-    monkeypatch.setattr(base, "_read", lambda *_, **__: pytest.fail("it was loaded"))
-    with pytest.raises(RecipeError, match="holds something already"):
+    monkeypatch.setattr(base, "_read", lambda *_, **__: pytest.fail("the base was loaded"))
+    with pytest.raises(RecipeError, match=re.escape(f"{tmp_path / 'made'}: not empty")):
         written(recipe, tmp_path / "made")
-    with pytest.raises(RecipeError, match="got none"):
+    with pytest.raises(RecipeError, match=r"^quant\.type: got none"):
         written(recipe, tmp_path / "new", "quant.type=none")
-    with pytest.raises(RecipeError, match="no calibration"):
+    with pytest.raises(RecipeError, match=r"^quant\.type: got int8"):
         written(recipe, tmp_path / "new", "quant.type=int8")
-    with pytest.raises(RecipeError, match="quantized already"):
+    with pytest.raises(RecipeError, match=re.escape(f"{made.folder}: already quantized")):
         written(recipe, tmp_path / "new", f"model.transformer={made.folder}")
     with pytest.raises(LaunchError, match="one process"):
         written(recipe, tmp_path / "new", world=World(2, 0, 2, 0, CPU))
@@ -206,7 +205,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(
         written(recipe, tmp_path / "new", f"model.transformer={mini_sd3 / 'transformer'}")
     config = json.loads((made.folder / "config.json").read_text())
     (made.folder / "config.json").write_text(json.dumps(config | {"num_layers": 7}))
-    with pytest.raises(RecipeError, match="num_layers is 7, and"):
+    with pytest.raises(RecipeError, match=r"num_layers\b.*\b7\b"):
         written(recipe, tmp_path / "new", f"model.transformer={made.folder}")
     (made.folder / "diffusion_pytorch_model.safetensors").unlink()
     (made.folder / "config.json").write_text(json.dumps(config))
@@ -219,17 +218,17 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_full_device_is_told_and_nothing_is_written(mini_flux, tmp_path, monkeypatch):
+def test_a_full_device_is_reported_and_nothing_is_written(mini_flux, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("halfbyte.trainer.quantize.run.calibrate_for", full)
-    with pytest.raises(OutOfMemory, match=r"smaller data\.resolution"):
+    with pytest.raises(OutOfMemory, match=r"data\.resolution"):
         written(write_recipe(tmp_path, mini_flux), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_inputs_that_are_no_numbers_name_the_layer(mini_flux, tmp_path, monkeypatch):
+def test_nan_inputs_are_reported_with_the_layer(mini_flux, tmp_path, monkeypatch):
     load = base._read
 
     def damaged(*arguments, **settings):
@@ -238,8 +237,6 @@ def test_inputs_that_are_no_numbers_name_the_layer(mini_flux, tmp_path, monkeypa
         return denoiser
 
     monkeypatch.setattr(base, "_read", damaged)
-    with pytest.raises(
-        RecipeError, match=r"calibration: .*transformer_blocks\.0\.attn\.to_q: .*second moment"
-    ):
+    with pytest.raises(RecipeError, match=r"calibration: .*transformer_blocks\.0\.attn\.to_q: "):
         written(write_recipe(tmp_path, mini_flux), tmp_path / "new")
     assert not (tmp_path / "new").exists()

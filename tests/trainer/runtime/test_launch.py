@@ -1,4 +1,4 @@
-"""The environments that launchers leave: what trains, and what is refused because it would train alone."""
+"""Tests the environments that launchers set: valid ones give a world, and ones that would train separately fail."""
 
 import os
 import subprocess
@@ -40,11 +40,15 @@ def test_sharding_strategies_are_refused_by_name(variable):
 
 
 def test_accelerates_single_process_for_several_is_refused():
-    # What `accelerate launch --cpu --num_processes 2` leaves: an address, and no rank.
-    left = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    # `accelerate launch --cpu --num_processes 2` sets an address but no rank.
+    environment = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "True",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     with pytest.raises(LaunchError, match="--multi_gpu"):
-        read_world(left | {"MASTER_PORT": "29500"})
-    read_world(left)
+        read_world(environment | {"MASTER_PORT": "29500"})
+    read_world(environment)
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -56,7 +60,7 @@ def test_processes_without_ranks_are_refused(variable):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "fragment"),
     [
         ({"RANK": "4"}, "RANK=4"),
         ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3"),
@@ -65,8 +69,8 @@ def test_processes_without_ranks_are_refused(variable):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo"),
     ],
 )
-def test_numbers_and_settings_that_do_not_fit_are_refused(changed, said):
-    with pytest.raises(LaunchError, match=said):
+def test_inconsistent_numbers_and_unsupported_settings_are_refused(changed, fragment):
+    with pytest.raises(LaunchError, match=fragment):
         read_world(TORCHRUN | {"ACCELERATE_USE_CPU": "1"} | changed)
 
 
@@ -84,14 +88,14 @@ def test_any_process_in_a_world_of_one():
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
     ],
 )
-def test_the_allocator_is_told_before_torch_comes_unless_the_user_told_it(given, expected):
+def test_the_allocator_is_configured_before_torch_is_imported_unless_the_user_did(given, expected):
     program = (
         "import os, sys, halfbyte.trainer.cli.app; assert 'torch' in sys.modules; "
         "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
     )
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     environment = {name: value for name, value in os.environ.items() if name not in names} | given
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert said.stdout.strip() == str(expected)
+    assert done.stdout.strip() == str(expected)

@@ -1,11 +1,11 @@
-"""Progress in a log: what is done, how fast, and how long the rest will take."""
+"""Tests progress in a log: finished units, rate and time left."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from halfbyte.trainer.runtime import progress as shown
+from halfbyte.trainer.runtime import progress
 from halfbyte.trainer.runtime.progress import BYTES, LazyProgress, Progress
 
 
@@ -20,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(shown, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
@@ -30,7 +30,7 @@ def lines_of(show):
     return text.getvalue().splitlines()
 
 
-def test_bytes_are_told_as_gigabytes_with_the_time_left(clock):
+def test_bytes_are_shown_as_gigabytes_with_the_time_left(clock):
     def show(console):
         loading = Progress(console, "loading", total=24 * 10**9, unit=BYTES)
         for gigabytes in (2, 6, 24):
@@ -46,21 +46,21 @@ def test_bytes_are_told_as_gigabytes_with_the_time_left(clock):
 
 
 @pytest.mark.parametrize(
-    ("total", "told"),
+    ("total", "line"),
     [
         (6_400_000, "loading 6.4/6.4 MB  0.64 MB/s  0:00 left"),
         (1500, "loading 1.5/1.5 kB  0.15 kB/s  0:00 left"),
         (0, "loading 0.0/0.0 B  0.00 B/s  0:00 left"),
     ],
 )
-def test_few_bytes_are_told_in_smaller_units(clock, total, told):
+def test_few_bytes_are_shown_in_smaller_units(clock, total, line):
     def show(console):
         loading = Progress(console, "loading", total=total, unit=BYTES)
         clock.now += 10
         loading.advance(total)
         loading.close()
 
-    assert lines_of(show)[0].replace("unknown", "0:00") == told
+    assert lines_of(show)[0].replace("unknown", "0:00") == line
 
 
 def test_other_units_are_counted(clock):

@@ -1,8 +1,8 @@
-"""Whether stock transformers takes an exported T5: run as a program of its own, in which nothing of ours is imported.
+"""Checks that stock transformers loads an exported T5, as a program that imports nothing of halfbyte.
 
-    python -P stock_text_encoder_check.py JOB.json
+    python -P check_text_encoder.py JOB.json
 
-See `stock_check`, which does the same for the transformer and its adapter.
+`check_transformer.py` does the same for the transformer and its adapter.
 """
 
 import json
@@ -24,28 +24,29 @@ def main(job_file: str) -> None:
     model, info = T5EncoderModel.from_pretrained(
         job["folder"], dtype=torch.bfloat16, device_map={"": job["device"]}, output_loading_info=True
     )
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if odd:
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
         answer["failures"].append(
-            f"T5: {len(odd)} keys missing or left over: {', '.join(map(str, odd[:_SHOWN]))}"
+            f"T5: {len(wrong)} keys are missing, unexpected or of the wrong shape:"
+            f" {', '.join(map(str, wrong[:_SHOWN]))}"
         )
     packed = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     if not packed:
-        answer["failures"].append("T5: no layer is bitsandbytes' own")
+        answer["failures"].append("T5: no layer is a bitsandbytes layer")
     for module in packed:
-        # In eval mode bitsandbytes repacks weights in place on some CPUs, and rounds otherwise.
+        # In eval mode, bitsandbytes repacks weights in place on some CPUs and rounds differently.
         module.train()
     with torch.no_grad():
         theirs = model(expected["tokens"].to(job["device"]))[0].float().cpu()
     error = float((theirs - expected["text"]).norm() / expected["text"].norm())
-    stated = f"differs by {error:.1g} from ours in bf16, bound {job['bound']:g}"
+    result = f"differs by {error:.1g} from ours in bf16, bound {job['bound']:g}"
     if not error <= job["bound"]:
-        answer["failures"].append(f"T5: its encoding {stated}")
+        answer["failures"].append(f"T5: its encoding {result}")
     elif not answer["failures"]:
-        answer["checked"].append(f"T5: loaded by stock transformers; its encoding {stated}")
+        answer["checked"].append(f"T5: loaded by stock transformers; its encoding {result}")
     ours = sorted(name for name in sys.modules if name.partition(".")[0] == "halfbyte")
     if ours:
-        answer["failures"].append(f"the check itself imported {ours[0]}, and proves nothing")
+        answer["failures"].append(f"the check imported {ours[0]} of halfbyte, so its result is not valid")
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
