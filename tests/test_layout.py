@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from repository import ROOT
+from slow_tests import SLOW
 
 # The allowed import directions, highest first. A unit (a package or a file) may import every row below its own and
 # nothing in its own row or above. `halfbyte.trainer.cli` is imported by its own entry point only.
@@ -64,7 +65,7 @@ SOURCES = [
 
 
 def module_of(file: Path) -> str:
-    """The dotted name below `halfbyte`, as `trainer.data.cache`."""
+    """Returns the dotted name below `halfbyte`, for example `trainer.data.cache`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -72,13 +73,18 @@ def module_of(file: Path) -> str:
 MODULES = {module_of(file): file for file in SOURCES}
 
 
+def package_of(module: str) -> str:
+    """Returns the folder of a module. A file directly in `trainer` or `kernels` is a separate unit."""
+    return module if module.count(".") < 2 else module.rpartition(".")[0]
+
+
 def unit_of(module: str) -> str:
-    """The row entry a module belongs to: its first two names."""
+    """Returns the row entry of a module: its first two names."""
     return ".".join(module.split(".")[:2])
 
 
 def imports_of(file: Path) -> Iterator[tuple[int, str]]:
-    """Line and module of every import of ours, in functions and under TYPE_CHECKING as well."""
+    """Yields line and module of every import of ours, in functions and under TYPE_CHECKING as well."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -101,7 +107,7 @@ IMPORTS = {module: [name for _, name in imports_of(file)] for module, file in MO
 
 
 def cycle_in(graph: dict[str, set[str]]) -> list[str]:
-    """The nodes of one cycle; empty where there is none."""
+    """Returns the nodes of one cycle; empty where there is none."""
     state: dict[str, int] = {}
     path: list[str] = []
 
@@ -132,7 +138,7 @@ def test_imports_point_down(module: str) -> None:
     unit = unit_of(module)
     for line, name in imports_of(MODULES[module]):
         other = unit_of(name)
-        assert other in ROW, f"{MODULES[module]}:{line}: {name} is no unit of the table"
+        assert other in ROW, f"{MODULES[module]}:{line}: {name} is not in the table"
         assert other == unit or ROW[other] > ROW[unit], (
             f"{MODULES[module]}:{line}: {unit} may not import {other}"
         )
@@ -146,8 +152,8 @@ def test_there_is_no_cycle_of_files() -> None:
 def test_there_is_no_cycle_of_packages() -> None:
     graph: dict[str, set[str]] = {}
     for module, names in IMPORTS.items():
-        package = module.rpartition(".")[0] or module
-        others = {name.rpartition(".")[0] for name in names if name in MODULES}
+        package = package_of(module)
+        others = {package_of(name) for name in names if name in MODULES}
         graph.setdefault(package, set()).update(others - {package})
     assert cycle_in(graph) == []
 
@@ -173,7 +179,7 @@ def test_our_kernels_folder_does_not_shadow_the_kernels_package(tmp_path: Path) 
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("REAL = True")
-    # The repository first on the path, as `python -m` and pytest's rootdir put it.
+    # The repository comes first on the path, as with `python -m` and pytest's rootdir.
     code = f"import sys; sys.path = [{str(ROOT)!r}, {str(tmp_path)!r}]; import kernels; assert kernels.REAL"
     subprocess.run([sys.executable, "-S", "-c", code], check=True)
 
@@ -185,3 +191,12 @@ def test_every_folder_with_python_is_installed() -> None:
     assert set(settings["package-dir"]) == {
         f"halfbyte.{name}" for name in ("kernels", "quant", "trainer", "recipes")
     }
+
+
+def test_the_list_of_slow_tests_is_up_to_date() -> None:
+    for entry in SLOW:
+        path, _, name = entry.partition("::")
+        files = list(ROOT.glob(f"{path}*")) if not path.endswith("/") else list(ROOT.glob(f"{path}test_*.py"))
+        files = files or list(ROOT.glob(f"{path}**/test_*.py"))
+        assert files, entry
+        assert all(f"def {name}" in file.read_text() for file in files if name), entry

@@ -1,18 +1,17 @@
-"""Times a linear layer with its LoRA adapter, forward and backward: ours beside PEFT over bitsandbytes and bf16.
+"""Times a linear layer with its LoRA adapter, forward and backward, against PEFT over bitsandbytes and bf16.
 
     python -m scripts.bench.lora_layer results.json
 
-Needs CUDA and PEFT; PEFT over bitsandbytes' Linear4bit is timed where that imports. Where the package is not
-installed, a folder of links lays it out:
+Needs CUDA and PEFT; PEFT over bitsandbytes' Linear4bit is timed where bitsandbytes can be imported. Where
+halfbyte is not installed, a folder of links takes its place:
 
-    mkdir -p .typing/halfbyte; for p in kernels quant trainer recipes; do ln -sfn ../../$p .typing/halfbyte/$p; done
-    PYTHONPATH=.typing python -m scripts.bench.lora_layer results.json
+    PYTHONPATH=$(scripts/dev/import_folder) python -m scripts.bench.lora_layer results.json
 
-First every layer is checked against float64; nothing is timed if one is wrong. A step is a forward and a backward
-under bf16 autocast with fp32 adapters of rank 16, an input that wants a gradient, and a gradient from above; its
-time is the median of steps launched from Python, so that what the launches cost is in it (`device` is the same
-step replayed as a CUDA graph). `kept` is the memory that a forward leaves for its backward, output excluded.
-`limit` is the work of the base alone at the rate of an 8192-cubed bf16 product.
+First every layer is compared with float64; nothing is timed if one is wrong. A step is a forward and a
+backward under bf16 autocast with fp32 adapters of rank 16, an input that requires a gradient, and an upstream
+gradient. Its time is the median of steps launched from Python, so it includes the cost of the launches;
+`device` is the same step replayed as a CUDA graph. `kept` is the memory that a forward leaves for its
+backward, without the output. `limit` is the work of the base at the rate of an 8192-cubed bf16 product.
 """
 
 import json
@@ -39,7 +38,7 @@ except ImportError:
 BF16 = torch.bfloat16
 RANK, ALPHA = 16, 16
 ROWS = (1, 512, 1536, 4608)
-# Outputs of the layers that share an input, and the input's width.
+# The output widths of layers that share an input, and the input's width.
 SHAPES = {
     "3072x3072": ((3072,), 3072),
     "12288x3072": ((12288,), 3072),
@@ -48,7 +47,7 @@ SHAPES = {
     "9216x3072 (q, k, v)": ((3072, 3072, 3072), 3072),
     "21504x3072 (q, k, v, mlp)": ((3072, 3072, 3072, 12288), 3072),
 }
-# A bf16 output carries 2^-9 of relative error an element; sums over the rank and several layers a little more.
+# A bf16 output has a relative error of 2^-9 per element; sums over the rank and several layers a little more.
 LARGEST_ERROR = 8e-3
 
 Step = Callable[[], tuple[Tensor, ...]]
@@ -56,7 +55,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass
 class Timing:
-    """One way to compute a layer."""
+    """The measurements of one way to compute a layer."""
 
     step_us: float
     device_us: float | None  # None where the step cannot be recorded as a graph
@@ -65,7 +64,7 @@ class Timing:
 
 @dataclass
 class Row:
-    """One shape at one number of rows."""
+    """One shape with one number of rows."""
 
     shape: str
     rows: int
@@ -74,7 +73,7 @@ class Row:
 
 
 def linears(shape: str) -> list[nn.Linear]:
-    """Fresh frozen bf16 layers of FLUX's scale of weights."""
+    """Returns new frozen bf16 layers whose weights have the scale of FLUX's."""
     outputs, width = SHAPES[shape]
     layers = []
     for n in outputs:
@@ -85,7 +84,7 @@ def linears(shape: str) -> list[nn.Linear]:
 
 
 def bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
-    """The same layer in bitsandbytes' NF4 with double quantization."""
+    """Returns the same layer in bitsandbytes' NF4 with double quantization."""
     layer = bitsandbytes.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -101,7 +100,7 @@ def bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
 
 
 def adapted(base: nn.Module, layer_class: type[nn.Module], seed: int) -> nn.Module:
-    """`base` under an fp32 adapter with both factors random."""
+    """Returns `base` with an fp32 adapter whose two factors are random."""
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights=False)
     layer = layer_class(base, "default", config=config, r=RANK, lora_alpha=ALPHA)
     draws = torch.Generator().manual_seed(seed)
@@ -113,7 +112,7 @@ def adapted(base: nn.Module, layer_class: type[nn.Module], seed: int) -> nn.Modu
 
 
 def ways_of(shape: str) -> dict[str, tuple[list[nn.Module], list[Tensor]]]:
-    """Each way's layers, and the weights that they stand for."""
+    """Returns, per way, its layers and the weights that they represent."""
     plain = linears(shape)
     packed = [Linear4bit.from_linear(linear, spec=QuantSpec(), compute_dtype=BF16) for linear in plain]
     dense, dequantized = [linear.weight for linear in plain], [layer.dequantize(BF16) for layer in packed]
@@ -149,7 +148,7 @@ def trained(layers: list[nn.Module]) -> list[nn.Parameter]:
 
 
 def step_of(layers: list[nn.Module], x: Tensor, upstream: list[Tensor]) -> Step:
-    """A forward and a backward: the gradients of x and of the adapters."""
+    """Returns a step, forward and backward, that gives the gradients of x and of the adapters."""
     wanted = (x, *trained(layers))
 
     def step() -> tuple[Tensor, ...]:
@@ -169,7 +168,7 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def check(shape: str, rows: int) -> None:
-    """Outputs and gradients of every way against float64 over the weights that it holds; ends where one is wrong."""
+    """Compares outputs and gradients of every way with float64 over its own weights; exits on an error."""
     x, upstream = inputs_for(shape, rows)
     for way, (layers, weights) in ways_of(shape).items():
         outputs = forward(layers, x)
@@ -193,7 +192,7 @@ def check(shape: str, rows: int) -> None:
 
 
 def step_us(step: Step, repeats: int = 30) -> float:
-    """Median microseconds of a step launched from Python, ten in a row between two events."""
+    """Returns the median microseconds of a step launched from Python, ten in a row between two events."""
     for _ in range(3):
         step()
     times = []
@@ -209,7 +208,7 @@ def step_us(step: Step, repeats: int = 30) -> float:
 
 
 def device_us(step: Step, repeats: int = 30) -> float | None:
-    """Median microseconds of the step as a CUDA graph."""
+    """Returns the median microseconds of the step as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -236,7 +235,7 @@ def device_us(step: Step, repeats: int = 30) -> float | None:
 
 
 def kept_bytes(layers: list[nn.Module], x: Tensor) -> int:
-    """What a forward leaves allocated for its backward, without its outputs."""
+    """Returns the bytes that a forward leaves allocated for its backward, without its outputs."""
     forward(layers, x)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -246,7 +245,7 @@ def kept_bytes(layers: list[nn.Module], x: Tensor) -> int:
 
 
 def product_rate() -> float:
-    """Operations a second of an 8192-cubed bf16 product."""
+    """Returns the operations per second of an 8192-cubed bf16 product."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
     return 2 * 8192**3 / step_us(lambda: (a @ b,), repeats=5) * 1e6
 

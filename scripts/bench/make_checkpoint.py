@@ -1,13 +1,13 @@
-"""Write a pipeline of a published model's shapes with random weights, to try a run at full size without the Hub.
+"""Writes a pipeline with a published model's shapes and random weights, to try a full-size run without the Hub.
 
     python -m scripts.bench.make_checkpoint FOLDER [--model flux|sd35_large] [--size full|toy]
         [--parts transformer,vae,...]
 
-bf16 safetensors in shards, as the Hub holds them. Tokenizers are the miniatures'. Weights are drawn on the GPU where
-there is one, in seconds; most of the time goes to the disk. `--size toy` has the same files with a few million
-parameters. What the full sizes take on the disk, in GB:
+The files are bf16 safetensors in shards, as on the Hub. The tokenizers are those of the mini pipelines.
+Weights are generated on the GPU if there is one, in seconds; most of the time goes to the disk. `--size toy`
+writes the same files with a few million parameters. Sizes on the disk at full size, in GB:
 
-    model                                   transformer  T5-XXL  CLIP-L  CLIP-G   VAE  in all
+    model                                   transformer  T5-XXL  CLIP-L  CLIP-G   VAE   total
     flux: FLUX.1-dev                               23.8     9.5     0.2             0.2    33.7
     sd35_large: Stable Diffusion 3.5 large         16.3     9.5     0.2     1.4     0.2    27.6
 """
@@ -33,7 +33,7 @@ from scripts.mini.tiny_pipelines import build_flux_pipeline, build_sd3_pipeline
 
 @dataclass(frozen=True)
 class Model:
-    """A published model, and what is smaller in its toy."""
+    """A published model, and the smaller sizes of its toy version."""
 
     published: str  # its name on the Hub
     miniature: Callable[[], Any]  # a pipeline of the same class, whose tokenizers are taken
@@ -76,7 +76,7 @@ MODELS = {
                 "num_layers": 3,
                 "num_attention_heads": 3,
                 "caption_projection_dim": 192,
-                "joint_attention_dim": 256,  # wider than both CLIPs side by side, as in the full model
+                "joint_attention_dim": 256,  # wider than both CLIPs concatenated, as in the full model
                 "pooled_projection_dim": 192,
                 "pos_embed_max_size": 32,
             },
@@ -113,7 +113,7 @@ def make_checkpoint(
 
 
 def shapes_of(model: str, size: str) -> Pipeline:
-    """The configurations of a model's components, or those of its toy."""
+    """Returns the configurations of a model's components, or those of its toy version."""
     published, toy = PUBLISHED[MODELS[model].published], MODELS[model].toy
     if size == "full":
         return published
@@ -126,12 +126,12 @@ def shapes_of(model: str, size: str) -> Pipeline:
 
 
 def parts_of(model: str) -> tuple[str, ...]:
-    """The components that have weights."""
+    """Returns the names of the components that have weights."""
     return ("transformer", *PUBLISHED[MODELS[model].published].texts, "vae")
 
 
 def empty_pipeline(model: str, size: str) -> DiffusionPipeline:
-    """The pipeline with its parameters on meta; a table of positions, which no draw makes, is there."""
+    """Returns the pipeline with its parameters on meta; only the tables of positions have values."""
     shapes, miniature = shapes_of(model, size), MODELS[model].miniature()
     components = {
         **miniature.components,
@@ -155,7 +155,7 @@ def empty_pipeline(model: str, size: str) -> DiffusionPipeline:
 def _write(model: Any, folder: Path, shard_bytes: int, device: torch.device) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draws = torch.Generator(device).manual_seed(0)
-    # As T5 is saved everywhere: its embedding once.
+    # T5's shared embedding is saved once, as on the Hub.
     tied = getattr(model, "_tied_weights_keys", None) or ()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     groups = (
@@ -171,27 +171,29 @@ def _write(model: Any, folder: Path, shard_bytes: int, device: torch.device) -> 
 
 
 def _drawn(name: str, shape: torch.Size, draws: torch.Generator) -> Tensor:
-    """Weights that keep the size of what flows through; norms are one and biases zero."""
+    """Returns random weights that preserve the scale of activations; norms are one and biases zero."""
     tensor = torch.empty(shape, dtype=torch.bfloat16, device=draws.device)
     if len(shape) <= 1:
         return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
     if name.endswith(("shared.weight", "relative_attention_bias.weight")):
         return tensor.normal_(generator=draws)
     fan_in = shape[1:].numel()
-    # T5 does not scale its attention: that is in its queries' weights.
+    # T5 does not scale its attention; the weights of its queries contain the scale.
     scale = 1 / 8 if name.endswith("SelfAttention.q.weight") else 1.0
     return tensor.normal_(std=scale * fan_in**-0.5, generator=draws)
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and writes the pipeline."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", choices=MODELS, default="flux")
     parser.add_argument("--size", choices=SHARD_BYTES, default="full")
-    parser.add_argument("--parts", help="which components' weights, with commas between; all without it")
+    parser.add_argument(
+        "--parts", help="components whose weights to write, separated by commas; default: all"
+    )
     arguments = parser.parse_args()
     parts = known = parts_of(arguments.model)
     if arguments.parts is not None:

@@ -1,4 +1,4 @@
-"""Models of the real shapes with random weights, for the benches: no file of theirs is needed."""
+"""Models of the real shapes with random weights, for benchmarks without a checkpoint."""
 
 import json
 import tempfile
@@ -25,7 +25,7 @@ _VAE = {
     "shift_factor": 0.1,
     "scaling_factor": 0.36,
 }
-# By name: family, transformer, skip list, text tokens.
+# Name: family, transformer, skip list, text tokens.
 MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
     "flux": (Flux, dict(FLUX_DEV), (), 512),
     "sd35_large": (SD3, dict(SD35_LARGE), ("proj_out",), 333),
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[type[Family], dict[str, Any], tuple[str, ...], int]] = {
 
 
 def family_of(model: str) -> Family:
-    """The family over a folder that holds configurations alone."""
+    """Returns the family over a folder that contains only configurations."""
     family, config, _, tokens = MODELS[model]
     folder = Path(tempfile.mkdtemp())
     for part, name, content in (
@@ -51,10 +51,10 @@ def family_of(model: str) -> Family:
 def random_denoiser(
     model: str, family: Family, row: str, device: torch.device, place: OnLayerLoaded | None = None
 ) -> nn.Module:
-    """A transformer of the real shapes, filled layer by layer on the device: the whole never exists in bf16.
+    """Returns a transformer of the real shapes, filled layer by layer; it never exists in bf16 as a whole.
 
-    row: how the linears are held: `ours` in 4 bits, `bf16`, or `peer` as bitsandbytes has them.
-    place: what becomes of each quantized layer, see `quant.fill`.
+    row: how the linears are stored: `ours` in 4 bits, `bf16`, or `peer` by bitsandbytes.
+    place: called with each quantized layer, see `quant.load.fill`.
     """
     with torch.device("meta"):
         denoiser = family.denoiser_class.from_config(family.denoiser_config).to(torch.bfloat16)
@@ -116,7 +116,7 @@ def _bitsandbytes_layer(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
 
 
 def graphs_note(recorded: int | None) -> str:
-    """What a row says of its CUDA graphs: how many were recorded; None where none were asked for."""
+    """Returns a row's note on its CUDA graphs: how many were recorded; None where none were asked for."""
     if recorded is None:
         return ""
     return "CUDA graphs" if recorded else "CUDA graphs NOT recorded"

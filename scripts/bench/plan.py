@@ -1,12 +1,12 @@
-"""The peaks that the plan foretells beside those that are measured, over a grid of settings at full size.
+"""Compares the memory peaks that the plan predicts with measured ones, over a grid of settings at full size.
 
-    python -m scripts.bench.plan --measure plan.json      # where there is a GPU
+    python -m scripts.bench.plan --measure plan.json      # on a machine with a GPU
     python -m scripts.bench.plan plan.json                # anywhere: the table with the errors
 
-Random weights of the real shapes, one model for all settings of its family, and another for those whose blocks are
-streamed. Each setting takes two optimizer steps in Lightning's order (forward, gradients dropped, backward, clipping,
-optimizer); measured is `torch.cuda.max_memory_allocated` over the second. Where halfbyte is not installed, see
-`bench_train`.
+Weights are random in the real shapes. All settings of a family share one model, and settings with streamed
+blocks share another. Each setting takes two optimizer steps in Lightning's order (forward, gradients freed,
+backward, clipping, optimizer). The measured value is `torch.cuda.max_memory_allocated` over the second step.
+Where halfbyte is not installed, see scripts/bench/train.py.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
     extra: tuple[str, ...] = ()
 
     def recipe(self) -> Recipe:
-        """The model's recipe with this row's settings."""
+        """Returns the model's recipe with this row's settings."""
         overrides = [
             f"data.resolution={self.px}",
             f"train.batch_size={self.batch}",
@@ -96,7 +96,7 @@ GRID = (
 
 
 def measured(setting: Setting, family: Family, denoiser: nn.Module) -> dict[str, float]:
-    """GiB allocated before the first step, after it (with the optimizer's state), and at the second's peak."""
+    """Returns GiB allocated before the first step, after it (with the optimizer's state), and at the second's peak."""
     recipe = setting.recipe()
     family.fuse_blocks(denoiser, block_settings(recipe, setting.attention))
     denoiser.train()
@@ -134,7 +134,7 @@ def measured(setting: Setting, family: Family, denoiser: nn.Module) -> dict[str,
 
 
 def measure(models: list[str]) -> Iterator[dict[str, Any]]:
-    """Each setting's numbers, every model built once, and once more for settings whose blocks are streamed."""
+    """Measures each setting; builds every model once, and again for settings with streamed blocks."""
     for model in models:
         for streamed in (False, True):
             settings = [
@@ -174,7 +174,7 @@ def _measure(model: str, settings: list[Setting], streamed: bool) -> Iterator[di
 
 
 def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each setting that was measured: what was foretold, and by how much it was wrong."""
+    """Prints a line for each measured setting: the prediction and its error."""
     planners: dict[str, Planner] = {}
     errors = []
     for row in rows:
@@ -185,13 +185,13 @@ def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
         if setting.model not in planners:
             planners[setting.model] = Planner(recipe, family_of(setting.model))
         planner = planners[setting.model]
-        assert planner.size(recipe) == (setting.px, setting.px), "the recipe's pictures fill no square"
-        foretold = planner.training_bytes(recipe) / _GIB
-        errors.append(foretold / row["peak"] - 1)
-        told = " ".join((setting.optimizer, setting.attention, *setting.extra))
+        assert planner.size(recipe) == (setting.px, setting.px), "the recipe's images are not square"
+        predicted = planner.training_bytes(recipe) / _GIB
+        errors.append(predicted / row["peak"] - 1)
+        options = " ".join((setting.optimizer, setting.attention, *setting.extra))
         yield (
             f"{setting.model:11} {setting.px:4} px batch {setting.batch} rank {setting.rank:2}"
-            f" {setting.checkpointing:9} {row['peak']:7.2f} {foretold:7.2f} {100 * errors[-1]:+5.1f} %  {told}"
+            f" {setting.checkpointing:9} {row['peak']:7.2f} {predicted:7.2f} {100 * errors[-1]:+5.1f} %  {options}"
         )
     worst = max(errors, key=abs)
     yield f"{len(errors)} settings, largest error {100 * worst:+.1f} %"
@@ -199,7 +199,7 @@ def compare(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 @torch.no_grad()
 def measure_vae(px: int) -> Iterator[dict[str, Any]]:
-    """Encoding in fp32 and decoding in bf16, as runs do."""
+    """Measures encoding in fp32 and decoding in bf16, as in runs."""
     for part, dtype in (("encode", torch.float32), ("decode", torch.bfloat16)):
         vae: Any = AutoencoderKL.from_config(PUBLISHED["black-forest-labs/FLUX.1-dev"].vae).to("cuda", dtype)
         before = torch.cuda.memory_allocated()
@@ -214,12 +214,14 @@ def measure_vae(px: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures, or compares what was measured with the plan."""
+    """Measures, or compares measurements with the plan."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="one JSON object a line for each setting")
-    parser.add_argument("--measure", action="store_true", help="append what is measured here to the file")
+    parser.add_argument("file", type=Path, help="file with one JSON object per line and setting")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure on this machine and append to the file"
+    )
     parser.add_argument("--models", default=",".join(_NAMES))
     arguments = parser.parse_args()
     if arguments.measure:
@@ -229,7 +231,7 @@ def main() -> None:
             with arguments.file.open("a") as file:
                 file.write(line + "\n")
         return
-    print(f"{'':39}    GiB: measured, foretold")
+    print(f"{'':39}    GiB: measured, predicted")
     for line in compare([json.loads(line) for line in arguments.file.read_text().splitlines()]):
         print(line, flush=True)
 

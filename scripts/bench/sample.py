@@ -1,17 +1,18 @@
-"""Milliseconds of one forward, and seconds of whole pictures, over a 4-bit FLUX: ours beside bitsandbytes and bf16.
+"""Times one forward and whole images over a 4-bit FLUX, compared with bitsandbytes and bf16.
 
     python -m scripts.bench.sample --json sample.json --markdown sample.md
     python -m scripts.bench.sample --rows "ours nf4, compiled;bitsandbytes nf4, compiled" --px 1024,512
 
-`ours nf4, recorded` is what `halfbyte sample --compile` does: CUDA graphs of blocks that torch does not compile. What
-of ours is compiled is recorded too, unless the row says otherwise. The peak of recorded rows is what the process has
-reserved, for what a graph works with is no allocation.
+`ours nf4, recorded` is what `halfbyte sample --compile` does: CUDA graphs of blocks that torch does not
+compile. Our compiled rows are recorded too, unless the row says otherwise. The peak of recorded rows is the
+memory that the process has reserved, because the memory that a graph works with does not count as allocated.
 
-Random weights of FLUX.1-dev's shapes, 1024 px, batch 1, LoRA of rank 16 on every linear of the blocks, no gradients;
-whole pictures by the stock pipeline, VAE included. Each row runs in a process of its own: one that fails, faults or
-hangs is told, and the others still run; what is known is in the JSON file after every row. Rows that need a CUDA device
-are left out where there is none. The mini model (`--model flux_mini`) runs on the CPU as well. Where halfbyte is not
-installed, put a folder on PYTHONPATH that holds it as `.typing` does (scripts/dev/typecheck makes it).
+Weights are random in FLUX.1-dev's shapes, 1024 px, batch 1, LoRA of rank 16 on every linear of the blocks, no
+gradients; whole images by the stock pipeline, VAE included. Each row runs in a separate process: if one
+fails, crashes or hangs, it is reported and the others still run; the JSON file is complete after every row.
+Rows that need a CUDA device are left out where there is none. The mini model (`--model flux_mini`) runs on
+the CPU as well. Where halfbyte is not installed, put the folder that scripts/dev/import_folder prints on
+PYTHONPATH.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from scripts.bench.make_checkpoint import shapes_of
 from scripts.bench.models import family_of, graphs_note, random_denoiser
 from scripts.bench.step_profile import profiled
 
-# 74.4 TFLOP at the 790 TFLOP/s of an H200's matrix units, and what was asked for.
+# 74.4 TFLOP at the 790 TFLOP/s of an H200's matrix units, and the target.
 LIMIT_MS = {("flux", 1024): 94.0}
 ASKED_MS = {("flux", 1024): 150.0}
 _SLOWER = 1.10  # ours may be this much slower than bf16
@@ -53,18 +54,18 @@ _MODELS = ("flux", "flux_mini")
 
 @dataclass(frozen=True)
 class Row:
-    """One way to hold the base and run the blocks."""
+    """One way to store the base and run the blocks."""
 
     name: str
-    base: str  # as bench_models has it: ours, bf16 or peer
+    base: str  # ours, bf16 or peer, see scripts/bench/models.py
     ours: bool = True  # our blocks and adapters, or diffusers' and PEFT's
-    whole: bool = True  # each block as one function
+    whole: bool = True  # fused blocks
     compiled: bool = False
     recorded: bool = False  # forwards are CUDA graphs
 
     @property
     def needs_cuda(self) -> bool:
-        """bitsandbytes' layers and graphs do, and compiling for a CPU takes minutes and tells nothing."""
+        """True for bitsandbytes' layers, graphs and compiled rows; compiling for a CPU takes minutes."""
         return self.base == "peer" or self.compiled or self.recorded
 
 
@@ -103,7 +104,7 @@ class SampledModel:
                 fused=row.ours,
             )
         if not row.ours:
-            # As diffusers loads them beside a bf16 model; ours are cast where they are used.
+            # bf16, as diffusers loads adapters for a bf16 model; ours are cast where they are used.
             for parameter in trained_parameters(denoiser).values():
                 parameter.data = parameter.data.bfloat16()
         self.denoiser = denoiser.to(device).eval()
@@ -122,7 +123,7 @@ class SampledModel:
 
     @torch.no_grad()
     def forward(self, px: int) -> float:
-        """Seconds of one sampling step's forward."""
+        """Returns the seconds of one sampling step's forward."""
         side, channels = px // self.family.vae_scale, self.family.vae_config["latent_channels"]
         noise = torch.ones(1, channels, side, side, device=self.device, dtype=torch.bfloat16)
         sigma = torch.full((1,), 0.5, device=self.device)
@@ -136,7 +137,7 @@ class SampledModel:
         return seconds
 
     def picture(self, px: int, steps: int) -> float:
-        """Seconds of a whole picture."""
+        """Returns the seconds of a whole image."""
         settings = PictureSettings(steps, 3.5, px, px)
         call = PipelineCall(self.family, self.pipeline, self.text, settings, self.device, torch.bfloat16)
         _wait(self.device)
@@ -156,7 +157,7 @@ def _text(family: Family, device: torch.device) -> TextEmbedding:
 
 
 def measure(arguments: argparse.Namespace, row: Row, keep: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Measures a row at every size, in this process; `keep` is given what is known each time that is more."""
+    """Measures a row at every size in this process; calls `keep` with the results after each new one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SampledModel(arguments.model, row, arguments.rank, arguments.attention, device)
     with recorded_forwards(model.denoiser) if row.recorded else nullcontext() as forwards:
@@ -188,7 +189,7 @@ def _measure(
         }
         results.append(found)
         keep(results)
-        # The pipeline calls the transformer a little otherwise, for which blocks are compiled once more.
+        # The pipeline calls the transformer with slightly different arguments, so blocks are compiled again.
         model.picture(px, 2)
         for steps in _numbers(arguments.steps):
             found["pictures_s"][str(steps)] = model.picture(px, steps)
@@ -203,7 +204,7 @@ def _peak(*, recorded: bool) -> int:
 
 
 def run_apart(command: Sequence[str], found: Path, seconds: float) -> tuple[str, list[dict[str, Any]]]:
-    """Runs a command that writes its results to a file: how it ended, and what it had found until then."""
+    """Runs a command that writes its results to a file; returns how it ended and the results until then."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -217,7 +218,7 @@ def run_apart(command: Sequence[str], found: Path, seconds: float) -> tuple[str,
 
 
 def bench(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows, one after the other, each kept as it comes."""
+    """Runs all rows one after the other and keeps the results after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = arguments.attention or _attention(arguments, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -254,7 +255,7 @@ def _command(arguments: argparse.Namespace, row: Row, attention: str, found: Pat
 
 
 def _attention(arguments: argparse.Namespace, device: torch.device) -> str:
-    """As training chooses it, for the largest picture."""
+    """Returns the backend that training would choose for the largest image."""
     family = family_of(arguments.model)
     side = max(_numbers(arguments.px)) // family.vae_scale
     shape = AttentionShape(
@@ -265,7 +266,7 @@ def _attention(arguments: argparse.Namespace, device: torch.device) -> str:
 
 
 def table(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one row a line, the limit and the verdicts below."""
+    """Returns Markdown: one row per line, then the limit and the verdicts."""
     steps = _numbers(arguments.steps)
     lines = []
     for px in _numbers(arguments.px):
@@ -330,7 +331,7 @@ def _verdicts(model: str, px: int, forwards: dict[str, float]) -> list[str]:
 def _told(result: dict[str, Any]) -> str:
     pictures = ", ".join(f"{steps} steps {seconds:.2f} s" for steps, seconds in result["pictures_s"].items())
     forward = f"{result['forward_ms']:.1f} ms a forward{_graphs_note(result)}"
-    return f"{result['px']} px {forward}, {pictures or 'no picture'}"
+    return f"{result['px']} px {forward}, {pictures or 'no image'}"
 
 
 def _rows(names: str | None) -> list[Row]:
@@ -347,20 +348,26 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=_MODELS, default="flux")
-    parser.add_argument("--rows", help=f"some of: {'; '.join(_BY_NAME)}; semicolons between; all without it")
-    parser.add_argument("--px", default="1024", help="sides of the picture, one or several with commas")
-    parser.add_argument("--steps", default="28,50", help="of whole pictures, with commas")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter; 0: the base alone")
-    parser.add_argument("--forwards", type=int, default=10, help="forwards that the median is of")
-    parser.add_argument("--attention", choices=BACKENDS, help="of ours; without it the probe's choice")
-    parser.add_argument("--seconds", type=float, default=1500, help="after which no more is measured")
-    parser.add_argument("--json", type=Path, help="written anew after every row")
-    parser.add_argument("--markdown", type=Path, help="the table")
+    parser.add_argument(
+        "--rows", help=f"some of {'; '.join(_BY_NAME)}, separated by semicolons; default: all"
+    )
+    parser.add_argument("--px", default="1024", help="side of the image, or several separated by commas")
+    parser.add_argument("--steps", default="28,50", help="steps of whole images, separated by commas")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter; 0: only the base")
+    parser.add_argument("--forwards", type=int, default=10, help="number of forwards to take the median of")
+    parser.add_argument(
+        "--attention", choices=BACKENDS, help="backend of our blocks; default: the probe's choice"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1500, help="time limit; no further row starts after it"
+    )
+    parser.add_argument("--json", type=Path, help="write all results to this file, again after each row")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--one", choices=_BY_NAME, help=argparse.SUPPRESS)
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -377,7 +384,7 @@ def main() -> None:
 
 
 def _keep(file: Path, found: list[dict[str, Any]]) -> None:
-    """Whole or not at all: the process may be killed while it writes."""
+    """Writes the file atomically, because the process may be killed while it writes."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.replace(file)

@@ -1,12 +1,13 @@
-"""Seconds from nothing to the first training step, and the memory of each phase on the way: cold and warm.
+"""Times a start from nothing to the first training step, and measures the memory of each phase: cold and warm.
 
     python -m scripts.bench.make_checkpoint /data/flux
     python -m scripts.bench.start recipes/flux_lora.yaml model.path=/data/flux --work /data/work --json start.json
 
-Every start is a process of its own. `cold` finds nothing kept and the checkpoint's pages dropped; `cold, in page
-cache` reads the checkpoint from memory; `warm` finds latents, embeddings and the packed base; `warm, dropped` the
-same with their pages dropped. `stock` is diffusers with bitsandbytes loading the transformer alone. Page caches are
-dropped by advice, which a system may ignore: what is left of them afterwards is part of the result.
+Every start runs in a separate process. `cold` finds no caches, and the checkpoint's pages are dropped; `cold,
+in page cache` reads the checkpoint from memory; `warm` finds latents, embeddings and the packed base; `warm,
+dropped` finds the same with their pages dropped. `stock` is diffusers with bitsandbytes loading only the
+transformer. Page caches are dropped by advice, which a system may ignore; the result therefore reports how
+much of them is left.
 """
 
 import argparse
@@ -28,7 +29,7 @@ _RATE_BYTES = 2 * 10**9
 
 
 def drop_pages(folders: list[Path]) -> float | None:
-    """Asks the system to drop the cached pages of all files there; the share that stayed, None if it cannot tell."""
+    """Asks the system to drop all files' cached pages; returns the share that stayed, None if unknown."""
     left = total = 0
     for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
@@ -65,7 +66,7 @@ def _resident_pages(descriptor: int, size: int) -> int | None:
 
 
 def disk_rates(folder: Path) -> dict[str, float | None]:
-    """GB/s of writing through to the disk, of reading what was dropped from memory, and of reading it again."""
+    """Returns GB/s of writing to the disk, of reading after the pages were dropped, and of reading again."""
     file = folder / ".rate"
     block = os.urandom(2**24)
     began = time.perf_counter()
@@ -105,7 +106,7 @@ def _read_rate(file: Path) -> float:
 
 
 def measure_row(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One start in a process of its own, prepared as the row says."""
+    """Measures one start in a separate process, prepared as the row says."""
     work: Path = arguments.work
     checkpoint = Path(next(o for o in arguments.overrides if o.startswith("model.path=")).partition("=")[2])
     shutil.rmtree(work / "run", ignore_errors=True)
@@ -127,7 +128,7 @@ def measure_row(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
         command.append(f"--encode-budget={arguments.encode_budget}")
     began = time.perf_counter()
     try:
-        # What it says on the way is seen here.
+        # Its messages appear on this process's output.
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, timeout=arguments.timeout, check=True
         )
@@ -139,7 +140,7 @@ def measure_row(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_start(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """In the row's own process."""
+    """Starts once, in the row's own process."""
     from scripts.bench import start_phases
 
     if row == "stock":
@@ -176,7 +177,7 @@ def _stock(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A line a phase: seconds, and peaks in GB."""
+    """Returns a line per phase: seconds, and peaks in GB."""
     lines = [f"{'start':20} {'phase':12} {'s':>7} {'host':>6} {'+mapped':>8} {'device':>7} {'reserved':>8}"]
     for result in results:
         if "failed" in result:
@@ -197,15 +198,15 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures the rows asked for, one after the other, and prints each as it comes."""
+    """Measures the requested rows one after the other, and prints each when it is done."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="+", help="settings of the recipe, among them model.path=FOLDER")
     parser.add_argument("--work", type=Path, required=True, help="a folder for caches and runs; emptied")
-    parser.add_argument("--rows", default=";".join(_ROWS), help="which of " + "; ".join(_ROWS))
-    parser.add_argument("--timeout", type=float, default=600, help="seconds a start may take")
+    parser.add_argument("--rows", default=";".join(_ROWS), help="some of " + "; ".join(_ROWS))
+    parser.add_argument("--timeout", type=float, default=600, help="limit of a start in seconds")
     parser.add_argument("--json", type=Path, help="write all results to this file, again after each row")
     parser.add_argument("--encode-budget", type=float, help="GiB of device memory to encode within")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""One start of a training run, watched: seconds, host memory and device memory of each phase up to the first step."""
+"""Measures one start of a training run: seconds, host memory and device memory of each phase up to the first step."""
 
 import gc
 import resource
@@ -21,11 +21,11 @@ _SAMPLE_SECONDS = 0.05
 
 @dataclass
 class Phase:
-    """Peaks in GB (10^9 bytes)."""
+    """The duration and the peaks of a phase, in GB (10^9 bytes)."""
 
     name: str
     seconds: float = 0.0
-    host_anon: float = 0.0  # memory of the process's own, pinned buffers included
+    host_anon: float = 0.0  # the process's own memory, pinned buffers included
     host_file: float = 0.0  # mapped pages, which the system may drop
     device_allocated: float = 0.0
     device_reserved: float = 0.0
@@ -43,7 +43,7 @@ class Start:
 
 
 class PhaseWatch:
-    """Samples this process's memory, and notes the largest of each phase."""
+    """Samples this process's memory, and keeps the maximum of each phase."""
 
     def __init__(self, began: float) -> None:
         self.began = began
@@ -54,10 +54,10 @@ class PhaseWatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything within counts as one phase."""
+        """Counts everything within the context as one phase."""
         now = Phase(name)
         self.phases.append(now)
-        _note_memory(now)  # at both ends too: a phase may be over before the thread looks
+        _note_memory(now)  # also at both ends, because a phase may end before the thread samples
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -71,7 +71,7 @@ class PhaseWatch:
                 now.device_allocated = torch.cuda.max_memory_allocated() / 1e9
                 now.device_reserved = torch.cuda.max_memory_reserved() / 1e9
             now.seconds = time.perf_counter() - began
-            # Seen even if a later phase does not end.
+            # Printed now, in case a later phase does not end.
             print(
                 f"{name}: {now.seconds:.1f} s, {now.device_reserved:.2f} GB reserved",
                 file=sys.stderr,
@@ -96,7 +96,7 @@ def _note_memory(phase: Phase) -> None:
 
 
 def resident() -> tuple[float, float]:
-    """GB of this process's own memory and of mapped files; all of it as its own where the system does not say."""
+    """Returns GB of this process's own memory and of mapped files; (all, 0) where the system does not say."""
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
 
     def gigabytes(name: str) -> float:
@@ -108,7 +108,7 @@ def resident() -> tuple[float, float]:
 
 
 class _FirstStep(Exception):
-    """Ends the run where it has been measured."""
+    """Ends the run after the measured step."""
 
 
 def start(
@@ -116,11 +116,11 @@ def start(
 ) -> Start:
     """Runs a recipe to the end of its first optimizer step.
 
-    began: time.perf_counter() at the start. encode_budget: GiB that the allocator may have while encoding.
+    began: time.perf_counter() at the start. encode_budget: GiB that the allocator may use while encoding.
     """
     watch = PhaseWatch(began)
     with watch.phase("import"):
-        # What starting costs includes importing it.
+        # Imported here, because the time of a start includes the import.
         from halfbyte.trainer import run
         from halfbyte.trainer.cli.console import quieten_libraries
         from halfbyte.trainer.denoiser import base as base_module
@@ -158,7 +158,7 @@ def start(
     load = run.load_denoiser
 
     def load_denoiser(*arguments: Any, **options: Any) -> Any:
-        """In two phases: the base, and everything that is put on it."""
+        """Loads in two phases: the base, then its adapters and everything else on top of it."""
         read = base_module._read
         with ExitStack() as rest:
 
@@ -185,7 +185,7 @@ def start(
             patch.object(run, "prepare", watched("encode", within_budget)),
             patch.object(run, "choose_attention", watched("attention", run.choose_attention)),
             patch.object(run, "load_denoiser", load_denoiser),
-            patch.object(run, "fit", watched("first step", run.fit)),
+            patch.object(run, "train", watched("first step", run.train)),
             patch.object(MetricsRecorder, "on_step_end", first_step),
         ):
             run.run(recipe, world, console=Console(soft_wrap=True), resume=False)
@@ -203,5 +203,5 @@ def start(
 
 
 def as_json(result: Start) -> dict[str, Any]:
-    """For a file or another process."""
+    """Returns the start as JSON values, for a file or another process."""
     return asdict(result)

@@ -1,8 +1,9 @@
-"""Loss and adapter gradients of our step against the same step in fp32 over the same dequantized weights.
+"""Compares loss and adapter gradients of our step with the same step in fp32 over the same dequantized weights.
 
-The reference is diffusers' transformer with stock PEFT, built from the packed base: dequantized to bf16, as our
-products see it, and then cast up. Before that it takes the step in bf16 as well, which says what bf16 alone does to
-this model. All steps see the same inputs, rounded to bf16 ahead of the transformer; A and B are random.
+The reference is diffusers' transformer with stock PEFT, built from the packed base: dequantized to bf16, as
+our products see it, and then cast to fp32. Before that it takes the step in bf16 as well, which shows the
+effect of bf16 on this model. All steps see the same inputs, rounded to bf16 before the transformer; A and B
+are random.
 """
 
 from collections.abc import Sequence
@@ -27,14 +28,14 @@ _BY_LAYER, _FP32, _BF16 = "ours by layer", "fp32", "diffusers and PEFT in bf16"
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a step gives."""
+    """The loss and the gradients of a step."""
 
     loss: float
     adapter: Tensor  # (n,) fp32 on the CPU: of all A and B, in the model's order
 
     @classmethod
     def of(cls, module: DiffusionModule, batch: Batch, *, autocast: bool) -> "Gradients":
-        """Of one step, whose gradients are dropped from the model again."""
+        """Returns the gradients of one step, and frees those of the model."""
         with torch.autocast(batch.latent_mean.device.type, torch.bfloat16, enabled=autocast):
             loss = module.loss(batch)
         loss.backward()
@@ -47,7 +48,7 @@ class Gradients:
         return cls(loss.item(), torch.cat(grads))
 
     def off(self, other: "Gradients") -> float:
-        """The distance of the adapter's gradients, as a part of the other's length."""
+        """Returns the distance of the adapter's gradients, relative to the other's norm."""
         difference = torch.linalg.vector_norm(self.adapter - other.adapter, dtype=torch.float64)
         return float(difference / torch.linalg.vector_norm(other.adapter, dtype=torch.float64))
 
@@ -55,7 +56,7 @@ class Gradients:
 def agreement(
     model: str, px: int, rank: int, checkpoints: Sequence[str], attention: str | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Each way to take the step: its loss, and how far it is off fp32, and its gradients off ours by layer."""
+    """Returns, per way to take the step, its loss and the errors of its loss and gradients."""
     family = family_of(model)
     batch = random_batch(model, family, px).to(device)
     found = {_BY_LAYER: _ours(model, _BY_LAYER, rank, ["full"], attention, batch)["full"]}
@@ -76,7 +77,7 @@ def agreement(
 
 
 def random_batch(model: str, family: Family, px: int) -> Batch:
-    """One sample of random numbers of the sizes and spread of real ones."""
+    """Returns one sample of random numbers with the sizes and spread of real ones."""
     config, side = family.denoiser_config, px // family.vae_scale
     draws = torch.Generator().manual_seed(0)
     latents = torch.randn(1, family.vae_config["latent_channels"], side, side, generator=draws)
@@ -113,7 +114,7 @@ def _references(model: str, family: Family, rank: int, batch: Batch) -> dict[str
     denoiser.float()
 
     def in_fp32(**inputs: Any) -> Any:
-        # What the objective makes of the batch is in bf16: the very values that the other steps see.
+        # The objective's inputs are in bf16: exactly the values that the other steps see.
         return denoiser(**{name: _cast_up(given) for name, given in inputs.items()})
 
     module.forward_fn = in_fp32
@@ -126,7 +127,7 @@ def _cast_up(given: Any) -> Any:
 
 
 def _fill_up(denoiser: nn.Module) -> None:
-    """B starts as zero, and A would have no gradient; with the spread of A, neither's gradients hide the other's."""
+    """Fills B, which starts at zero and would leave A without a gradient, with the spread of A."""
     for name, parameter in trained_parameters(denoiser).items():
         if ".lora_B." in name:
             drawn = torch.randn(parameter.shape, generator=generator(0, f"up/{name}"))
@@ -134,7 +135,7 @@ def _fill_up(denoiser: nn.Module) -> None:
 
 
 def agreement_table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a way to take the step a line."""
+    """Returns Markdown with a line per way to take the step."""
     heads = ("step", "loss", "loss off", "adapter gradients off", f"off {_BY_LAYER}")
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for one in found:

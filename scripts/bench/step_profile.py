@@ -1,10 +1,11 @@
-"""Where a step's time goes, by kind of work: kernels on a GPU, operators on a CPU.
+"""Measures where a step's time goes, by kind of work: kernels on a GPU, operators on a CPU.
 
-The adapters' thin products are cuBLAS kernels like the base's, and no name tells them apart. Their shapes do: one of
-their three sides is the adapter's rank, or that of layers whose A are stacked, see `LowRankSides`. They are looked up
-in a step that is launched kernel by kernel, beside the one that is measured, for the processor's side of a profile
-costs time. Forward and backward, our functions, PEFT's and compiled code alike multiply by torch's own operators.
-Where our whole blocks lengthen the base's product by the adapter's ranks, that product is the base's.
+The adapters' thin products are cuBLAS kernels like the base's, with the same names. Their shapes differ: one
+of their three sides is the adapter's rank, or that of layers whose A are stacked, see `LowRankSides`. The
+shapes are recorded in a separate step that is launched kernel by kernel, because recording the processor's
+side costs time. Forward and backward, our functions, PEFT's and compiled code all multiply by torch's own
+operators. Where our fused blocks extend the base's product by the adapter's ranks, that product counts as the
+base's.
 """
 
 import re
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from halfbyte.kernels.quantize_4bit.packed_weight import PackedWeight
 
-# By the name of a kernel, or of a CPU's operator; the first that fits.
+# Patterns for the name of a kernel or of a CPU operator; the first match counts.
 KINDS: dict[str, str] = {
     "dequantize": r"dequantize|stack_kernel|kDequantizeBlockwise|few_rows|linear_rows|gemv_4bit",
     "attention": r"flash|fmha|sdpa|cudnn.*(attn|attention)|efficient_attention|cunn_SoftMax",
@@ -29,7 +30,7 @@ KINDS: dict[str, str] = {
     "copy": r"Memcpy|Memset|copy_kernel|CatArrayBatched|direct_copy",
     "elementwise": r".*",
 }
-# Operators that are made of others take those along, the outermost first.
+# Operators that include the time of the operators they call, the outermost first.
 _CPU_WHOLES: dict[str, str] = {
     "optimizer": r"^Optimizer\.step",
     "dequantize": r"^dequantize$|::dequantize",
@@ -40,27 +41,30 @@ _CPU_KINDS: dict[str, str] = {
     "copy": r"::(copy_|_to_copy|clone|contiguous|cat|stack|fill_|zero_)$",
     "elementwise": r".*",
 }
-# Where the two matrices are among the arguments.
+# Positions of the two matrices among the arguments.
 _FIRST_MATRIX = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
-# Layers that share an input stack their A: queries, keys and values, and the MLP beside them.
+# Layers that share an input stack their A: queries, keys and values, and a parallel MLP.
 _STACKS = (1, 3, 4)
-_ALIGNMENT = 8  # whole blocks round the sum of ranks up to it
+_ALIGNMENT = 8  # fused blocks round the sum of ranks up to a multiple of it
 
 Kernels = list[tuple[str, float, int]]
 
 
 @dataclass(frozen=True)
 class LowRankSides:
-    """The lengths by which a product is known as an adapter's."""
+    """The side lengths that identify a product as an adapter's."""
 
     sides: frozenset[int]
 
     @classmethod
     def of(cls, denoiser: nn.Module, rank: int, tokens: Iterable[int]) -> "LowRankSides":
-        """Those of adapters of one rank. Raises ValueError where the step has such a length anyway.
+        """Returns the sides of adapters of one rank.
 
         tokens: rows of the step's products. Layers without an adapter may have such a length: FLUX's x_embedder and
         proj_out are 64 wide, and their three products count as the adapters' at rank 16, a few microseconds.
+
+        Raises:
+            ValueError: the step has such a length anyway.
         """
         stacked = {count * rank for count in _STACKS}
         sides = stacked | {-(-side // _ALIGNMENT) * _ALIGNMENT for side in stacked}
@@ -74,7 +78,7 @@ class LowRankSides:
         return cls(frozenset(sides))
 
     def has(self, operator: str, shapes: Sequence[Sequence[int]]) -> bool:
-        """Whether the operator with arguments of these shapes is a product of an adapter's."""
+        """Returns True if the operator with arguments of these shapes is an adapter's product."""
         first = _FIRST_MATRIX.get(operator)
         if first is None or len(shapes) < first + 2:
             return False
@@ -86,7 +90,7 @@ _NO_ADAPTER = LowRankSides(frozenset())
 
 
 def kind_of(kernel: str) -> str:
-    """The kind a kernel's name says it is."""
+    """Returns the kind that a kernel's name indicates."""
     return _first(KINDS, kernel)
 
 
@@ -97,9 +101,10 @@ def profiled(
     adapter: LowRankSides = _NO_ADAPTER,
     launched: Callable[[], float] | None = None,
 ) -> tuple[Mapping[str, float], Kernels]:
-    """Milliseconds a step of each kind, `idle` being what no kernel filled, and the kernels that took most.
+    """Returns milliseconds per step of each kind, with `idle` for the time without a kernel, and the slowest kernels.
 
-    adapter: tells its products apart, as the kind `adapter`. launched: `step` kernel by kernel, where it is a graph.
+    adapter: lists its products separately, as the kind `adapter`.
+    launched: `step` launched kernel by kernel, if `step` is a graph.
     """
     if not torch.cuda.is_available():
         return _profiled_on_cpu(step, adapter)
@@ -123,7 +128,7 @@ def profiled(
 
 
 def adapter_ms(events: Iterable[Any], adapter: LowRankSides) -> float:
-    """Milliseconds of the products that the adapter's operators launched, from a profile's events with shapes."""
+    """Returns milliseconds of the adapter's products, from a profile's events with shapes."""
     return sum(
         kernel.duration / 1e3
         for event in events
@@ -134,7 +139,7 @@ def adapter_ms(events: Iterable[Any], adapter: LowRankSides) -> float:
 
 
 def with_adapter(kinds: Mapping[str, float], taken: float) -> dict[str, float]:
-    """The kinds with the adapter's part taken out of the products, behind them."""
+    """Returns the kinds with the adapter's part subtracted from the products and listed after them."""
     parts: dict[str, float] = {}
     for kind, total in kinds.items():
         if kind == "product":
@@ -145,9 +150,9 @@ def with_adapter(kinds: Mapping[str, float], taken: float) -> dict[str, float]:
 
 
 def _profiled_on_cpu(step: Callable[[], float], adapter: LowRankSides) -> tuple[Mapping[str, float], Kernels]:
-    """Of operators, each without those that it calls; `idle` is Python's and autograd's time between them.
+    """Returns the operators' times, each without those it calls; `idle` is Python's and autograd's time.
 
-    One step alone: torch reads some thousand events a second.
+    It profiles one step only: torch reads about a thousand events per second.
     """
     with _named_dequantize(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         seconds = step()
@@ -176,7 +181,7 @@ def _kind_on_cpu(event: Any) -> str:
 
 @contextmanager
 def _named_dequantize() -> Iterator[None]:
-    """Gives what a weight is unpacked by a name of its own: called eagerly it is a row of torch's small operators."""
+    """Names the unpacking of a weight, which called eagerly is a sequence of torch's small operators."""
     plain = PackedWeight.dequantize
 
     def named(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:

@@ -1,22 +1,22 @@
-"""Seconds and memory of one training step at full size, ours beside what a user would pick instead.
+"""Measures seconds and memory of one training step at full size, compared with what users would run instead.
 
     python -m scripts.bench.train --px 1024,512 --checkpoint none,selective,full --attention cudnn --profile 9
     python -m scripts.bench.train --rows "ours, graphs;bf16, graphs;peer, compiled" --json step.json --markdown step.md
     python -m scripts.bench.train --rows ours --checkpoint full,offload --stream --optimizer adamw_8bit --budget 6
     python -m scripts.bench.train --agree --px 512 --checkpoint none,selective,full,offload
 
-Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW unless `--optimizer` says
-another. `ours` is the NF4 base with double quantization in our layers, `bf16` the same adapters over an unquantized
-base, `peer` diffusers with bitsandbytes' layers and stock PEFT. Each step is forward, backward and optimizer; medians
-after warm-up. Rows that need a CUDA device are left out where there is none, and so is a checkpointing that a row does
-not know. The mini model (`--model flux_mini`) runs on the CPU as well.
+Random weights of the real shapes, batch 1, LoRA on every linear of the blocks, AdamW unless `--optimizer`
+names another. `ours` is the NF4 base with double quantization in our layers, `bf16` the same adapters over an
+unquantized base, `peer` diffusers with bitsandbytes' layers and stock PEFT. Each step is forward, backward
+and optimizer; medians after warm-up. Rows that need a CUDA device are left out where there is none, and so is
+checkpointing that a row does not support. The mini model (`--model flux_mini`) runs on the CPU as well.
 
-`, graphs` records a step of each size and launches it as a whole. Its memory counts as allocated only while it is
-recorded, so the peak of such rows is what the allocator has reserved. `--stream` leaves the packed blocks on the host,
-and rows then say how fast they came. `--budget` holds the allocator to what a card of so many GB has besides a context.
-`--agree` times nothing: it compares loss and gradients with a step in fp32 over the same dequantized weights, which of
-FLUX are 48 GB. Where halfbyte is not installed, put a folder on PYTHONPATH that holds it as `.typing` does
-(scripts/dev/typecheck makes it).
+`, graphs` records a step of each size and launches it as a whole. Its memory counts as allocated only while
+it is recorded, so the peak of such rows is what the allocator has reserved. `--stream` leaves the packed
+blocks on the host; rows then report the rate of the copies. `--budget` limits the allocator to a card of so
+many GB minus a CUDA context. `--agree` times nothing: it compares loss and gradients with a step in fp32 over
+the same dequantized weights, which take 48 GB for FLUX. Where halfbyte is not installed, put the folder that
+scripts/dev/import_folder prints on PYTHONPATH.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from scripts.bench.trained_model import ROW, Row, TrainedModel, gib
 
 
 def bench(arguments: argparse.Namespace, device: torch.device) -> str:
-    """Measures the rows asked for, one after the other, each kept as it comes; the page of what was measured."""
+    """Measures the requested rows one after the other, keeps each result at once, and returns the page."""
     results: list[dict[str, Any]] = []
     head = _head(arguments, device)
     print(f"{head['device']}, torch {torch.__version__}, attention of ours: {head['attention']}", flush=True)
@@ -57,7 +57,7 @@ def bench(arguments: argparse.Namespace, device: torch.device) -> str:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     finally:
-        # A row that fails does not take the others' along.
+        # The other rows still run if one fails.
         text = page(results)
         print(f"\n{text}", end="", flush=True)
         if arguments.markdown is not None:
@@ -66,7 +66,7 @@ def bench(arguments: argparse.Namespace, device: torch.device) -> str:
 
 
 def _head(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What every result says of the run it is from."""
+    """Returns the fields that every result records about its run."""
     return {
         "model": arguments.model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
@@ -86,7 +86,7 @@ def run_row(
     head: dict[str, Any],
     keep: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measures a row in all the settings asked for, over one model; `keep` is given each as it comes."""
+    """Measures a row in all requested settings, over one model; calls `keep` with each result."""
     model: TrainedModel | None = None
     if row.base == "peer":
         head = head | {"attention": "torch's choice"}
@@ -103,7 +103,7 @@ def run_row(
                 print(f"{row.name}, checkpointing {checkpoint}: {state}", flush=True)
             else:
                 if row.compiled:
-                    # Else torch compiles a second size for any size, which is slower.
+                    # Otherwise torch compiles the second size for all sizes, which is slower.
                     torch._dynamo.reset()
                 result |= model.measure(px, arguments.steps)
                 _tell(model, result)
@@ -113,7 +113,7 @@ def run_row(
 
 
 def _left_out(row: Row, checkpoint: str, device: torch.device) -> str | None:
-    """Why a row is not measured with this checkpointing; None where it is."""
+    """Returns the reason why a row is not measured with this checkpointing; None where it is."""
     if row.needs_cuda and device.type != "cuda":
         return "left out: needs a CUDA device"
     if checkpoint not in row.checkpoints:
@@ -155,7 +155,7 @@ def _profile(arguments: argparse.Namespace, model: TrainedModel, px: int) -> dic
 
 
 def agree(arguments: argparse.Namespace, device: torch.device) -> str:
-    """Compares the step at the first size with one in fp32; the table."""
+    """Compares the step at the first size with one in fp32; returns the table."""
     head, px = _head(arguments, device), _numbers(arguments.px)[0]
     checkpoints = arguments.checkpoint.split(",")
     found = agreement(arguments.model, px, arguments.rank, checkpoints, arguments.attention, device)
@@ -189,26 +189,30 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="flux")
-    parser.add_argument("--rows", help=f"some of: {'; '.join(ROW)}; semicolons between; all without it")
-    parser.add_argument("--px", default="1024", help="sides of the picture, one or several with commas")
+    parser.add_argument("--rows", help=f"some of {'; '.join(ROW)}, separated by semicolons; default: all")
+    parser.add_argument("--px", default="1024", help="side of the image, or several separated by commas")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8, help="steps that the median is of")
+    parser.add_argument("--steps", type=int, default=8, help="number of steps to take the median of")
     parser.add_argument(
         "--checkpoint",
         default="full",
         help=f"train.gradient_checkpointing, one or several of {', '.join(KEPT)}",
     )
-    parser.add_argument("--attention", choices=BACKENDS, help="of ours; without: what needs no probe")
     parser.add_argument(
-        "--profile", type=int, default=0, help="show where a step goes, and this many kernels"
+        "--attention", choices=BACKENDS, help="backend of our blocks; default: one that needs no probe"
     )
-    parser.add_argument("--json", type=Path, help="append each result to this file, one JSON object a line")
-    parser.add_argument("--markdown", type=Path, help="the table")
     parser.add_argument(
-        "--stream", action="store_true", help="packed blocks on the host, as train.stream_blocks"
+        "--profile", type=int, default=0, help="print where a step's time goes, and this many kernels"
+    )
+    parser.add_argument("--json", type=Path, help="append each result to this file, one JSON object per line")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--stream", action="store_true", help="keep packed blocks on the host, as train.stream_blocks"
     )
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS.classes), default="adamw")
-    parser.add_argument("--budget", type=float, help="GB of a card to stay within, its context included")
+    parser.add_argument(
+        "--budget", type=float, help="limit of GB as on a smaller card, CUDA context included"
+    )
     parser.add_argument(
         "--agree", action="store_true", help="compare loss and gradients with fp32 at the first px instead"
     )
@@ -216,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refusal(arguments: argparse.Namespace, device: torch.device) -> str | None:
-    """What is wrong with the options, in one sentence; None where nothing is."""
+    """Returns what is wrong with the options, in one sentence; None if they are valid."""
     unknown = [name.strip() for name in (arguments.rows or "ours").split(";") if name.strip() not in ROW]
     if unknown:
         return f"--rows: got {'; '.join(unknown)}, accepted: {'; '.join(ROW)}, with semicolons between"
@@ -233,14 +237,14 @@ def _refusal(arguments: argparse.Namespace, device: torch.device) -> str | None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs the benchmark."""
     parser = _parser()
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refusal = _refusal(arguments, device)
     if refusal is not None:
         parser.error(refusal)
-    # cuDNN's attention faults in FLUX's backward.
+    # cuDNN's attention crashes in FLUX's backward.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.budget:
         total = torch.cuda.get_device_properties(device).total_memory

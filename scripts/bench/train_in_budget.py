@@ -1,10 +1,11 @@
-"""A run of `train` on a large card, held to what a small one has.
+"""Runs `train` on a large card with the memory of a small one.
 
     python -m scripts.bench.train_in_budget GIB RECIPE [settings by dotted name]
 
-torch's allocator gives the process GIB less a CUDA context, from encoding to export, and no more; a run that needs
-more ends with exit code 6, as it would on that card. Processes that the run starts, for the attention probe and the
-export's self-check, come one after the other and are not held. Prints the peaks of what was allocated and reserved.
+torch's allocator gives the process GIB minus a CUDA context, from encoding to export. A run that needs more
+ends with exit code 6, as it would on that card. The limit does not apply to the processes that the run starts
+one after the other, for the attention probe and the export's self-check. Prints the peaks of allocated and
+reserved memory.
 """
 
 import sys
@@ -16,7 +17,7 @@ import torch  # isort: skip
 
 
 def main() -> None:
-    """Reads the budget; the rest is `train`'s."""
+    """Reads the budget; passes the other arguments to `train`."""
     if len(sys.argv) < 3:
         raise SystemExit("usage: scripts/bench/train_in_budget.py GIB RECIPE [settings]")
     budget = float(sys.argv.pop(1))

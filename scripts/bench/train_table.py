@@ -6,7 +6,7 @@ from typing import Any
 from scripts.bench.models import graphs_note
 from scripts.bench.trained_model import ROW, Row
 
-# Seconds of a step at most, first and then, by model, px and train.gradient_checkpointing.
+# Targets in seconds per step, the first and the current one, by model, px and train.gradient_checkpointing.
 ASKED_S: dict[tuple[str, int, str], tuple[float, ...]] = {
     ("flux", 1024, "none"): (0.36, 0.31),
     ("flux", 1024, "selective"): (0.50, 0.42),
@@ -15,13 +15,13 @@ ASKED_S: dict[tuple[str, int, str], tuple[float, ...]] = {
     ("flux", 512, "selective"): (0.18,),
     ("flux", 512, "full"): (0.18,),
 }
-SLOWER = 1.10  # than bf16, at most
+SLOWER = 1.10  # largest allowed time relative to bf16
 
 Result = Mapping[str, Any]
 
 
 def page(results: Sequence[Result]) -> str:
-    """Markdown: the table, the verdicts on our rows, and the profiles where there are some."""
+    """Returns Markdown: the table, the verdicts on our rows, and the profiles where there are any."""
     ordered = _by_size(results)
     parts = [_table(ordered)]
     verdicts = [line for result in ordered for line in _verdicts(result, results)]
@@ -34,7 +34,7 @@ def page(results: Sequence[Result]) -> str:
 
 
 def _by_size(results: Sequence[Result]) -> list[Result]:
-    """Rows of one size and checkpointing together, both in the order in which they were first measured."""
+    """Groups rows of one size and checkpointing, both in the order in which they were first measured."""
     cells = list(dict.fromkeys(_cell(result) for result in results))
     return sorted(results, key=lambda result: cells.index(_cell(result)))
 
@@ -67,7 +67,7 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def _named(result: Result) -> str:
-    """The row, and whether it was recorded where it should have been."""
+    """Returns the row's name, and whether it was recorded where it should have been."""
     missing = result.get("graphs") == 0
     return f"{result['row']}: {graphs_note(0)}" if missing else result["row"]
 
@@ -81,7 +81,7 @@ def _row(result: Result) -> Row:
 
 
 def rival(result: Result, base: str, results: Sequence[Result]) -> Result | None:
-    """What a row is measured by: over that base the one that runs as it does, or else the fastest.
+    """Returns the row to compare with: the one over that base that runs in the same way, else the fastest over it.
 
     None for a row of that base itself, and where none was measured at its size.
     """
@@ -104,7 +104,7 @@ def _ratio(result: Result, other: Result | None) -> str:
 
 
 def _asked(result: Result) -> tuple[float, ...]:
-    """Of our whole blocks, with all of them on the device."""
+    """Returns the target for our fused blocks with all of them on the device."""
     if _row(result).base != "ours" or not _row(result).whole or result["stream"]:
         return ()
     return ASKED_S.get(_cell(result), ())
@@ -113,17 +113,17 @@ def _asked(result: Result) -> tuple[float, ...]:
 def _verdicts(result: Result, results: Sequence[Result]) -> list[str]:
     if not _done(result) or _row(result).base != "ours":
         return []
-    seconds, told = result["median_s"], []
+    seconds, targets = result["median_s"], []
     for asked in _asked(result):
-        told.append(f"at most {asked:.2f} s asked, {_verdict(seconds, asked)} s")
+        targets.append(f"at most {asked:.2f} s asked, {_verdict(seconds, asked)} s")
     bf16 = rival(result, "bf16", results)
     if bf16 is not None:
         ratio = seconds / bf16["median_s"]
-        told.append(f"{ratio:.2f} of {bf16['row']}, at most {SLOWER:.2f} asked, {_verdict(ratio, SLOWER)}")
-    if not told:
+        targets.append(f"{ratio:.2f} of {bf16['row']}, at most {SLOWER:.2f} asked, {_verdict(ratio, SLOWER)}")
+    if not targets:
         return []
     return [
-        f"- {result['px']} px, {result['checkpoint']}, {result['row']}, {seconds:.3f} s: {'; '.join(told)}."
+        f"- {result['px']} px, {result['checkpoint']}, {result['row']}, {seconds:.3f} s: {'; '.join(targets)}."
     ]
 
 

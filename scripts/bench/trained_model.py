@@ -28,23 +28,23 @@ from scripts.bench.models import MODELS, family_of, random_denoiser
 
 @dataclass(frozen=True)
 class Row:
-    """One way to hold the base and run the blocks."""
+    """One way to store the base and run the blocks."""
 
     name: str
-    base: str  # as bench_models has it: ours, bf16 or peer
-    whole: bool = True  # each block as one function; the peer's are diffusers'
-    compiled: bool = False  # torch compiles what runs layer by layer
+    base: str  # ours, bf16 or peer, see scripts/bench/models.py
+    whole: bool = True  # fused blocks; the peer uses diffusers' own
+    compiled: bool = False  # torch compiles blocks that run layer by layer
     graphs: bool = False  # a step is recorded and launched as a whole
-    dora: bool = False  # the adapters are DoRA's, whose blocks do not run whole
+    dora: bool = False  # the adapters are DoRA's, whose blocks run layer by layer
 
     @property
     def needs_cuda(self) -> bool:
-        """Graphs do, and compiling for a CPU takes minutes and tells nothing."""
+        """True for graphs and for compiled rows, because compiling for a CPU takes minutes."""
         return self.compiled or self.graphs
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """Those of train.gradient_checkpointing that this way knows."""
+        """The values of train.gradient_checkpointing that this way supports."""
         if not self.whole:
             return "none", "full"
         return ("none", "selective", "full") if self.graphs else tuple(KEPT)
@@ -67,7 +67,7 @@ ROW = {row.name: row for row in ROWS}
 
 
 def default_objective(family: Family, denoiser: nn.Module) -> DiffusionModule:
-    """What a step minimizes unless a recipe says otherwise, in bf16."""
+    """Returns the default loss of a recipe, in bf16."""
     return DiffusionModule(
         family,
         denoiser,
@@ -87,7 +87,7 @@ def default_objective(family: Family, denoiser: nn.Module) -> DiffusionModule:
 
 
 def adapt(denoiser: nn.Module, family: Family, rank: int, *, fused: bool, dora: bool = False) -> None:
-    """LoRA or DoRA on every linear of the blocks."""
+    """Adds LoRA or DoRA to every linear of the blocks."""
     add_lora(
         denoiser,
         rank=rank,
@@ -102,7 +102,7 @@ def adapt(denoiser: nn.Module, family: Family, rank: int, *, fused: bool, dora: 
 
 
 class TrainedModel:
-    """One row's model with its adapters and optimizer, to take steps of any size with."""
+    """One row's model with its adapters and optimizer, for steps of any size."""
 
     def __init__(
         self, model: str, row: Row, rank: int, device: torch.device, *, stream: bool, optimizer: str
@@ -122,10 +122,10 @@ class TrainedModel:
         self.module = default_objective(self.family, denoiser)
 
     def settle(self, checkpoint: str, attention: str | None) -> None:
-        """Has the blocks checkpoint as asked. What is compiled stays so: build the model anew for anything else."""
+        """Sets the blocks' checkpointing. Compiled code stays as it is: build a new model for another setting."""
         row = self.row
         if row.base != "peer":
-            # torch compiles what runs layer by layer; a block that runs whole is compiled already.
+            # torch compiles blocks that run layer by layer; a fused block is one function already.
             settings = BlockSettings(
                 "everything" if row.compiled else KEPT[checkpoint],
                 store=HostStore() if checkpoint == "offload" else None,
@@ -144,7 +144,7 @@ class TrainedModel:
         self.denoiser.train()
 
     def batch(self, number: int, px: int) -> Batch:
-        """One sample; its values do not matter, its sizes are the real ones."""
+        """Returns one sample; its values do not matter, its sizes are the real ones."""
         config, side = self.family.denoiser_config, px // self.family.vae_scale
         tokens, channels = MODELS[self.model][3], self.family.vae_config["latent_channels"]
         return Batch(
@@ -156,7 +156,7 @@ class TrainedModel:
         ).to(self.device)
 
     def step(self, number: int, px: int) -> float:
-        """Seconds of forward, backward and optimizer."""
+        """Returns the seconds of forward, backward and optimizer."""
         batch = self.batch(number, px)
         _wait(self.device)
         began = time.perf_counter()
@@ -170,7 +170,7 @@ class TrainedModel:
         return time.perf_counter() - began
 
     def measure(self, px: int, steps: int) -> dict[str, Any]:
-        """Times and peaks of some steps behind three that warm up, the second of which a row with graphs records."""
+        """Returns times and peaks of some steps after three warm-up steps; graphs are recorded in the second."""
         self.module.forward_fn = GraphedDenoiser(self.denoiser) if self.row.graphs else None
         first = self.step(0, px)
         for number in range(1, 3):
@@ -190,7 +190,7 @@ class TrainedModel:
         }
 
     def launched(self, number: int, px: int) -> float:
-        """Seconds of a step that is launched kernel by kernel, recorded or not."""
+        """Returns the seconds of a step that is launched kernel by kernel, recorded or not."""
         called, self.module.forward_fn = self.module.forward_fn, None
         try:
             return self.step(number, px)
@@ -198,7 +198,7 @@ class TrainedModel:
             self.module.forward_fn = called
 
     def tokens(self, px: int) -> tuple[int, ...]:
-        """Rows of the products in a step: of text, of the picture, and of both."""
+        """Returns the rows of the products in a step: of text, of the image, and of both."""
         side, texts = px // self.family.vae_scale, MODELS[self.model][3]
         pictures = self.family.image_tokens(side, side)
         return texts, pictures, texts + pictures
@@ -206,18 +206,18 @@ class TrainedModel:
     def _peak_gib(self) -> float | None:
         if self.device.type != "cuda":
             return None
-        # What a recording works with counts as allocated only while it is made.
+        # The memory of a recording counts as allocated only while it is made.
         reserved = self.row.graphs
         return gib(torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated())
 
     @property
     def copied(self) -> int:
-        """Bytes of blocks that came to the device so far."""
+        """Returns the bytes of blocks that were copied to the device so far."""
         return 0 if self.stream is None else self.stream.copied
 
 
 def gib(count: int) -> float:
-    """Bytes in GiB."""
+    """Returns bytes in GiB."""
     return count / 2**30
 
 

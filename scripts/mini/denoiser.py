@@ -1,4 +1,4 @@
-"""The second stage: the transformer and both text encoders, on the flow-matching objective of the trainer."""
+"""The second stage of pretraining: trains transformer and text encoders on the trainer's flow-matching objective."""
 
 import copy
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from scripts.mini.sd3 import SD3Denoiser, build_sd3
 _LEARNING_RATE = 1.2e-3
 _DISTILLING_RATE = 1e-3
 _CAPTION_DROPOUT = 0.1  # so that classifier-free guidance with an empty prompt works
-_GUIDANCE = (1.0, 5.0)  # what the guidance embedding is told: anything, as the objective knows no guidance
-_AVERAGED = 0.999  # of the averaged weights stays at a step
+_GUIDANCE = (1.0, 5.0)  # values for the guidance embedding: any, because the objective does not use guidance
+_AVERAGED = 0.999  # decay of the averaged weights per step
 _SAVE_SECONDS = 60.0
 
 _TIMESTEPS = LogitNormal(name="logit_normal")
@@ -29,14 +29,14 @@ _TIMESTEPS = LogitNormal(name="logit_normal")
 
 @dataclass(frozen=True)
 class Kind:
-    """All in which the miniatures' families differ."""
+    """The differences between the families of the mini pipelines."""
 
     build: Callable[[tuple[Emoji, ...], AutoencoderKL], DiffusionPipeline]
     pipeline: type[DiffusionPipeline]
     denoiser: type[nn.Module]  # of a pipeline; (noisy, sigma, t5, clip, guidance) -> velocity
     shift: Shift  # the scheduler's own
     t5_tokenizer: str
-    told_guidance: bool  # whether the transformer has an embedding for it
+    told_guidance: bool  # True if the transformer has an embedding for guidance
 
 
 KINDS = {
@@ -51,7 +51,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Scaling:
-    """The VAE's: latents of deviation one are (posterior - shift) * scale."""
+    """The VAE's scaling: (posterior - shift) * scale gives latents with a standard deviation of one."""
 
     scale: float
     shift: float
@@ -73,13 +73,13 @@ class Point:
 
 
 def corrupt(batch: Batch, scaling: Scaling, shift: Shift) -> Point:
-    """Draws latent, noise, sigma and the guidance that the model is told."""
+    """Samples latent, noise, sigma and the guidance value that the model receives."""
     mean = batch.mean
     latents = (mean + batch.std * torch.randn_like(mean) - scaling.shift) * scaling.scale
     noise = torch.randn_like(latents)
     u = torch.rand(len(latents), device=mean.device, dtype=torch.float64)
     tokens = latents[0, 0].numel() // 4
-    # Rounded as the transformer will see it, which casts the timestep to its hidden states' bf16.
+    # Rounded to bf16, because the transformer casts the timestep to the dtype of its hidden states.
     sigma = shift.apply(_TIMESTEPS.sigmas(u), tokens).bfloat16().float()
     weight = sigma[:, None, None, None]
     low, high = _GUIDANCE
@@ -91,7 +91,7 @@ def corrupt(batch: Batch, scaling: Scaling, shift: Shift) -> Point:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains on, and how long."""
+    """The data and the duration of a stage."""
 
     kind: Kind
     table: PictureTable
@@ -101,14 +101,14 @@ class Stage:
     save: Callable[[], None]  # writes the pipeline as it is
 
     def draw(self, scaling: Scaling) -> tuple[Tensor, ...]:
-        """A batch: noisy, sigma, T5's and CLIP's tokens, guidance, target."""
+        """Returns a batch: noisy latents, sigma, T5's and CLIP's tokens, guidance, target."""
         drawn = self.table.draw(self.batch, dropout=_CAPTION_DROPOUT)
         point = corrupt(drawn, scaling, self.kind.shift)
         return point.noisy, point.sigma, drawn.t5, drawn.clip, point.guidance, point.target
 
 
 def train_denoiser(pipeline: DiffusionPipeline, stage: Stage) -> float:
-    """Trains in place; the weights left in the pipeline are the averaged ones. Returns the last mean loss."""
+    """Trains in place and leaves the averaged weights in the pipeline. Returns the last mean loss."""
     denoiser = stage.kind.denoiser(pipeline).to(stage.table.device)
 
     def loss(
@@ -121,10 +121,11 @@ def train_denoiser(pipeline: DiffusionPipeline, stage: Stage) -> float:
 
 
 def distill_guidance(pipeline: DiffusionPipeline, stage: Stage) -> float:
-    """Teaches the guidance embedding what classifier-free guidance of that scale would have answered.
+    """Teaches the guidance embedding the answer of classifier-free guidance at that scale.
 
-    As FLUX.1-dev came to be (Meng et al. 2022, arXiv 2210.03142, first stage): one evaluation a step instead of
-    two. Told 1, the model goes on answering as it was trained; see `train_denoiser` for the rest.
+    FLUX.1-dev was made this way (Meng et al. 2022, arXiv 2210.03142, first stage): one evaluation per step
+    instead of two. With a guidance of 1 the model keeps its trained answer; see `train_denoiser` for the
+    rest.
     """
     student = stage.kind.denoiser(pipeline).to(stage.table.device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
@@ -134,9 +135,9 @@ def distill_guidance(pipeline: DiffusionPipeline, stage: Stage) -> float:
 
     def loss(noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor, _: Tensor) -> Tensor:
         with torch.no_grad():
-            told = teacher(noisy, sigma, t5, clip, guidance).float()
-            untold = teacher(noisy, sigma, empty_t5, empty_clip, guidance).float()
-            target = torch.lerp(untold, told, guidance[:, None, None, None])
+            guided = teacher(noisy, sigma, t5, clip, guidance).float()
+            unguided = teacher(noisy, sigma, empty_t5, empty_clip, guidance).float()
+            target = torch.lerp(unguided, guided, guidance[:, None, None, None])
         velocity = student(noisy, sigma, t5, clip, guidance)
         return nn.functional.mse_loss(velocity.float(), target)
 
@@ -151,7 +152,7 @@ def _fit(
     *,
     learning_rate: float,
 ) -> float:
-    """Minimizes a loss over fresh draws; averaged weights go into the pipeline and are saved every minute."""
+    """Minimizes a loss over new samples; averages the weights into the pipeline and saves them every minute."""
     denoiser.train().requires_grad_(True)
     averaged = copy.deepcopy(denoiser).eval().requires_grad_(False)
     if stage.compiled:
@@ -183,7 +184,7 @@ def _fit(
 
 
 def _compile_blocks(transformer: nn.Module) -> None:
-    """Each block as one graph; diffusers' own method knows no blocks of SD3's."""
+    """Compiles each block as one graph; diffusers' own method does not know SD3's blocks."""
     for blocks in transformer.children():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:

@@ -1,4 +1,4 @@
-"""The miniature FLUX: FLUX.1-dev's classes, two dual and five single blocks, 7.6 million parameters in all."""
+"""The mini FLUX: FLUX.1-dev's classes, two dual and five single blocks, 7.6 million parameters in all."""
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -20,7 +20,7 @@ from scripts.mini.tokenizer_files import clip_tokenizer, t5_tokenizer
 
 
 def build_flux(emoji: tuple[Emoji, ...], vae: AutoencoderKL) -> FluxPipeline:
-    """A pipeline around a VAE, everything else as PyTorch's generator initializes it; fp32."""
+    """Returns a pipeline around a VAE; PyTorch's generator initializes everything else; fp32."""
     words = vocabulary(emoji)
     clip = clip_tokenizer(words=words)
     t5 = t5_tokenizer(words)
@@ -56,7 +56,7 @@ def build_flux(emoji: tuple[Emoji, ...], vae: AutoencoderKL) -> FluxPipeline:
 
 
 class FluxDenoiser(nn.Module):
-    """Text tokens and noisy latents to velocity: what is trained, under the pipeline's names."""
+    """The trained model from text tokens and noisy latents to velocity, under the pipeline's names."""
 
     def __init__(self, pipeline: FluxPipeline) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FluxDenoiser(nn.Module):
         self.text_encoder_2 = pipeline.text_encoder_2
 
     def forward(self, noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor) -> Tensor:
-        """noisy (B, 16, 16, 16), sigma and guidance (B,) fp32, tokens (B, T) -> velocity as noisy."""
+        """Returns the velocity, shaped like noisy (B, 16, 16, 16); sigma and guidance are (B,) fp32, tokens (B, T)."""
         _, _, height, width = noisy.shape
         device = noisy.device
         prompt = self.text_encoder_2(t5).last_hidden_state

@@ -1,4 +1,4 @@
-"""One optimizer step; on a GPU recorded once and replayed, as a model this small waits for its launches."""
+"""One optimizer step; a GPU records it once and replays it, because a model this small waits for its launches."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,12 +14,12 @@ class OptimizerStep:
     def __init__(
         self, weights: Sequence[nn.Parameter], loss: Callable[..., Tensor], *, learning_rate: float
     ) -> None:
-        """`loss` takes the inputs, and nothing in it may depend on their values or wait for the GPU."""
+        """`loss` takes the inputs; nothing in it may depend on their values or wait for the GPU."""
         self._device = device = weights[0].device
         self._weights = weights
         self._loss = loss
         self._on_gpu = device.type == "cuda"
-        # A tensor, as the recording reads what is in it at each replay.
+        # A tensor, because each replay reads its current value.
         self._rate = torch.tensor(learning_rate, device=device)
         self._optimizer = torch.optim.AdamW(
             weights, lr=self._rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=self._on_gpu
@@ -30,7 +30,7 @@ class OptimizerStep:
         self._done = 0
 
     def __call__(self, inputs: Sequence[Tensor], rate: float) -> Tensor:
-        """Takes the step at a learning rate; the loss before it, overwritten by the next call."""
+        """Takes the step at a learning rate; returns the loss before it, which the next call overwrites."""
         self._rate.fill_(rate)
         if not self._on_gpu:
             self._inputs = tuple(inputs)
@@ -52,9 +52,9 @@ class OptimizerStep:
         return self._value
 
     def _run(self) -> None:
-        # Gradients that are None are written and not added to: so they are in every replay.
+        # Gradients that are None are written instead of added to, and so in every replay.
         self._optimizer.zero_grad(set_to_none=True)
-        # Casts kept between forwards would be those of the recording.
+        # A cache of casts would keep those of the recording.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._on_gpu, cache_enabled=False):
             value = self._loss(*self._inputs)
         value.backward()
@@ -63,7 +63,7 @@ class OptimizerStep:
         self._value.copy_(value.detach())
 
     def _run_aside(self) -> None:
-        """On a stream of its own, as CUDA graphs want their warm-up."""
+        """Runs on a separate stream, as the warm-up of CUDA graphs requires."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

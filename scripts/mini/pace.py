@@ -1,17 +1,18 @@
-"""A training stage's clock: how many steps fit, the learning rate at each, lines of progress with time left."""
+"""A training stage's clock: the number of steps that fit, the learning rate at each, and lines of progress."""
 
 import math
 import time
 
 _MEASURED = 150  # steps after which the pace is known; the learning rate is still warming up
-_SLOW = 50  # first steps, with compilation, that the pace leaves out
+_SLOW = 50  # first steps, which include compilation and do not count
 _SPEAK_SECONDS = 5.0
 
 
 class Pace:
     """Runs for a number of steps, or for as many as fit into some minutes.
 
-    What a stage does depends on its number of steps alone, which is printed: passing it gives the same again.
+    A stage depends only on its number of steps, which is printed; passing that number gives the same result
+    again.
     """
 
     def __init__(self, title: str, *, minutes: float | None, steps: int | None) -> None:
@@ -26,17 +27,17 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since the stage began."""
+        """Returns the seconds since the stage began."""
         return time.perf_counter() - self.began
 
     def factor(self, step: int) -> float:
-        """Of the learning rate: a linear warm-up over the measured steps, then half a cosine down to zero."""
+        """Returns the learning rate's factor: linear warm-up over the measured steps, then half a cosine to zero."""
         if self.total is None or step < _MEASURED:
             return min(1.0, (step + 1) / _MEASURED)
         return 0.5 * (1 + math.cos(math.pi * (step - _MEASURED) / max(1, self.total - _MEASURED)))
 
     def running(self, step: int) -> bool:
-        """Whether another step is due; asked before each."""
+        """Returns True if another step is due; call it before each step."""
         now = time.perf_counter()
         if step == _SLOW:
             self._measured_from = now
@@ -53,16 +54,16 @@ class Pace:
         return self.total is None or step < self.total
 
     def measures(self, step: int) -> bool:
-        """Whether `running` reads the clock at this step: what was queued on the accelerator must be done then."""
+        """Returns True if `running` reads the clock at this step; the accelerator's queue must be empty then."""
         return self.total is None and step in (_SLOW, _MEASURED)
 
     def due(self, step: int) -> bool:
-        """Whether `tell` would print: what it takes to know the loss makes the accelerator wait."""
+        """Returns True if `tell` would print; reading the loss makes the accelerator wait."""
         last = self.total is not None and step == self.total - 1
         return last or time.perf_counter() - self._spoke >= _SPEAK_SECONDS
 
     def tell(self, step: int, note: str) -> None:
-        """One line of progress."""
+        """Prints one line of progress."""
         self._spoke = time.perf_counter()
         left = "?" if self.total is None else f"{(self.total - step - 1) * self.seconds / (step + 1):.0f} s"
         print(f"{self.title} step {step + 1}/{self.total or '?'}  {note}  {left} left", flush=True)

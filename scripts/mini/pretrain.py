@@ -1,4 +1,4 @@
-"""Make the miniatures that come with the repository, from nothing but three Debian packages.
+"""Makes the mini pipelines that come with the repository, from three Debian packages.
 
     P="python -m scripts.mini.pretrain --corpus CORPUS --out OUT"
     $P corpus
@@ -6,10 +6,11 @@
     $P samples
     python -m scripts.mini.pretrain pictures --corpus CORPUS --out recipes/blueprints
 
-vae, denoiser and guidance are trained and want one GPU; they run on a CPU too, for a few --steps. Each ends by its
-own clock, or after as many steps as its clock once gave. `denoiser --continue` goes on from what is in OUT.
+vae, denoiser and guidance train and need one GPU; a CPU can run them for a few --steps. Each ends after its
+minutes, or after as many steps as those minutes once allowed. `denoiser --continue` continues from the
+weights in OUT.
 
-The SD3 has FLUX's VAE, and no guidance to distil; both commands need its name:
+SD3 uses FLUX's VAE and has no guidance to distill; both commands need its name:
 
     mkdir -p OUT && cp -r recipes/mini/flux/vae OUT/
     $P denoiser samples --family sd3 --minutes 7.2 --batch 256 --compile
@@ -43,18 +44,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="+", choices=STAGES)
-    parser.add_argument("--corpus", type=Path, required=True, help="emoji.jsonl and sprites.webp")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of emoji.jsonl and sprites.webp")
     parser.add_argument("--out", type=Path, help="the pipeline's folder")
-    parser.add_argument("--packages", type=Path, help="unpacked Debian packages; left out: downloaded")
+    parser.add_argument("--packages", type=Path, help="unpacked Debian packages; default: download them")
     parser.add_argument("--family", choices=KINDS, default="flux")
-    parser.add_argument("--minutes", type=float, nargs="+", default=[], help="one for each trained stage")
-    parser.add_argument("--steps", type=int, nargs="+", default=[], help="the same, instead of minutes")
-    parser.add_argument("--batch", type=int, nargs="+", default=[], help="one for each trained stage")
-    parser.add_argument("--captions", type=int, default=5, help="of each picture")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[], help="one value per trained stage")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[], help="one value per trained stage, instead of minutes"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[], help="one value per trained stage")
+    parser.add_argument("--captions", type=int, default=5, help="captions per image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     parser.add_argument(
-        "--continue", action="store_true", dest="go_on", help="the denoiser from OUT's weights"
+        "--continue", action="store_true", dest="go_on", help="train the denoiser from OUT's weights"
     )
     arguments = parser.parse_args()
     if arguments.stages != ["corpus"] and arguments.out is None:
@@ -70,7 +73,7 @@ def main() -> None:
 
 
 class Workshop:
-    """What the stages of one call hand on: the pictures are drawn and encoded, the captions read, once."""
+    """The results that the stages of one call share: images are drawn and encoded, and captions read, only once."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -83,18 +86,18 @@ class Workshop:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """Without the concepts that are held out."""
+        """The corpus without the held-out concepts."""
         return Corpus.load(self.arguments.corpus).without(HELD_OUT_GROUP)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """In fp32, for latents as exact as the saved weights allow."""
+        """The VAE in fp32, so that latents are as exact as the saved weights allow."""
         loaded = AutoencoderKL.from_pretrained(self.out / "vae", torch_dtype=torch.float32)
         return loaded.to(self.device).requires_grad_(False)
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
-        """What OUT holds, in fp32; what was saved is bf16, which is far below a training step's difference."""
+        """The pipeline in OUT, in fp32; rounding the saved weights to bf16 changes far less than a training step."""
         return self.kind.pipeline.from_pretrained(self.out, vae=self.vae, torch_dtype=torch.float32)
 
     @cached_property
@@ -113,19 +116,19 @@ class Workshop:
         full = (captions.t5[..., -1] != t5.pad_token_id).float().mean().item()
         table = PictureTable(self.corpus, self.vae, captions, self.device)
         print(
-            f"{len(table.mean)} pictures with {each} captions each, read in {time.perf_counter() - began:.0f} s;"
+            f"{len(table.mean)} images with {each} captions each, read in {time.perf_counter() - began:.0f} s;"
             f" {full:.1%} of the captions fill all {CAPTION_TOKENS} tokens",
             flush=True,
         )
         return table
 
     def pace(self, name: str) -> Pace:
-        """The next trained stage's clock."""
+        """Returns the next trained stage's clock."""
         minutes, steps = self.arguments.minutes, self.arguments.steps
         return Pace(name, minutes=minutes.pop(0) if minutes else None, steps=steps.pop(0) if steps else None)
 
     def stage(self, name: str) -> Stage:
-        """What a stage of the denoiser needs."""
+        """Returns the inputs of a stage of the denoiser."""
         table = self.table  # not on the clock
         return Stage(
             self.kind,
@@ -137,7 +140,7 @@ class Workshop:
         )
 
     def note(self, pace: Pace, batch: int, **measured: float) -> None:
-        """Adds what a stage did to `pretraining.json`."""
+        """Adds a stage's results to `pretraining.json`."""
         file = self.out / "pretraining.json"
         notes = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         did = {"stage": pace.title, "steps": pace.total, "batch": batch, "seconds": round(pace.seconds)}

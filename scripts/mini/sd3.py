@@ -1,4 +1,4 @@
-"""The miniature SD3: SD3.5's classes, four joint blocks, 7 million parameters in all."""
+"""The mini SD3: SD3.5's classes, four joint blocks, 7 million parameters in all."""
 
 import torch
 from diffusers import (
@@ -27,7 +27,7 @@ _CLIP_G_PADDING = 0  # "!", as the full model pads its second CLIP's captions
 
 
 def build_sd3(emoji: tuple[Emoji, ...], vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """A pipeline around a VAE, everything else as PyTorch's generator initializes it; fp32."""
+    """Returns a pipeline around a VAE; PyTorch's generator initializes everything else; fp32."""
     words = vocabulary(emoji)
     clip_l, clip_g = clip_tokenizer(words=words), clip_tokenizer(words=words, pad_token="!")
     assert clip_g.pad_token_id == _CLIP_G_PADDING
@@ -39,7 +39,7 @@ def build_sd3(emoji: tuple[Emoji, ...], vae: AutoencoderKL) -> StableDiffusion3P
         num_layers=4,
         attention_head_dim=64,
         num_attention_heads=3,
-        joint_attention_dim=TEXT_WIDTH,  # T5's, and the two CLIPs' side by side
+        joint_attention_dim=TEXT_WIDTH,  # the width of T5, and of the two CLIPs concatenated
         caption_projection_dim=192,
         pooled_projection_dim=2 * POOLED_WIDTH,
         out_channels=LATENT_CHANNELS,
@@ -61,7 +61,7 @@ def build_sd3(emoji: tuple[Emoji, ...], vae: AutoencoderKL) -> StableDiffusion3P
 
 
 class SD3Denoiser(nn.Module):
-    """Text tokens and noisy latents to velocity: what is trained, under the pipeline's names."""
+    """The trained model from text tokens and noisy latents to velocity, under the pipeline's names."""
 
     def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class SD3Denoiser(nn.Module):
         self.text_encoder_3 = pipeline.text_encoder_3
 
     def forward(self, noisy: Tensor, sigma: Tensor, t5: Tensor, clip: Tensor, guidance: Tensor) -> Tensor:
-        """noisy (B, 16, 16, 16), sigma (B,) fp32, tokens (B, T) -> velocity as noisy. SD3 is told no guidance."""
+        """Returns the velocity, shaped like noisy (B, 16, 16, 16); sigma is (B,) fp32, tokens (B, T); no guidance."""
         end = self.text_encoder.config.eos_token_id
         after_end = (clip == end).cumsum(dim=1) > 1
         states: list[Tensor] = []

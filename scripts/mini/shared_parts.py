@@ -1,4 +1,4 @@
-"""What the miniatures' families share: the VAE, the sizes of the text encoders, how weights start and end.
+"""The parts that both mini pipelines share: the VAE, the sizes of the text encoders, initialization and saving.
 
 Linear layers are multiples of 64 wide, one block of the 4-bit formats.
 """
@@ -18,7 +18,7 @@ LATENT_CHANNELS = 16
 
 
 def build_vae() -> AutoencoderKL:
-    """16 latent channels at a quarter of the side, a third of the picture's numbers."""
+    """Returns a VAE with 16 latent channels at a quarter of the side, a third of the image's numbers."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -36,7 +36,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def clip_config(tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:
-    """Two layers; its pooled state tells the transformer's modulation what the caption is about."""
+    """Returns two layers; their pooled state gives the transformer's modulation the subject of the caption."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=POOLED_WIDTH,
@@ -52,7 +52,7 @@ def clip_config(tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:
 
 
 def t5_config(tokenizer: PreTrainedTokenizerBase) -> T5Config:
-    """Two layers over an embedding for each word of the corpus."""
+    """Returns two layers over an embedding for each word of the corpus."""
     return T5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,
@@ -66,8 +66,10 @@ def t5_config(tokenizer: PreTrainedTokenizerBase) -> T5Config:
 
 
 def initialize(transformer: nn.Module) -> None:
-    """Xavier's initialization, and zero for the modulations and the last layer, as in DiT (Peebles and Xie 2022,
-    arXiv 2212.09748): every block starts as the identity."""
+    """Applies Xavier's initialization, and zero for the modulations and the last layer.
+
+    Every block starts as the identity, as in DiT (Peebles and Xie 2022, arXiv 2212.09748).
+    """
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             gate = "norm" in name or name == "proj_out"
@@ -76,7 +78,7 @@ def initialize(transformer: nn.Module) -> None:
 
 
 def bf16_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A copy to save and to sample with: every weight in bf16, nothing tied to the original."""
+    """Returns a copy to save and sample with: every weight in bf16, no memory shared with the original."""
     modules = {
         name: nn.Module.to(copy.deepcopy(module).eval().requires_grad_(False), torch.bfloat16)
         for name, module in pipeline.components.items()
@@ -84,6 +86,6 @@ def bf16_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     }
     rest = {name: part for name, part in pipeline.components.items() if name not in modules}
     for name in ("vae", "transformer"):
-        modules[name].register_to_config(_name_or_path="")  # else the folder it was loaded from is saved
+        modules[name].register_to_config(_name_or_path="")  # otherwise the folder it was loaded from is saved
     parts = {**modules, **rest}
     return type(pipeline)(**{name: part for name, part in parts.items() if part is not None})

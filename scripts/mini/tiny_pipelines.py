@@ -1,9 +1,9 @@
 """Complete FLUX and SD3 pipelines of about a million random parameters, for machines without an accelerator.
 
-Every class is the one that the full models use, every linear layer is at least 64 wide and a multiple of 64
-(one block of the 4-bit formats), and every tensor is drawn, norms and biases included, so that a weight that
-was loaded into the wrong place shows. Nothing is gated to zero: a forward on noise answers with numbers of
-order one, and an adapter on any layer has a gradient from the first step.
+Every class is that of the full models, and every linear layer is at least 64 wide and a multiple of 64 (one
+block of the 4-bit formats). Every tensor is random, norms and biases included, so a weight loaded into the
+wrong place changes the output. No gate is zero: a forward on noise gives numbers of order one, and an adapter
+on any layer has a gradient from the first step.
 """
 
 import torch
@@ -30,12 +30,12 @@ from transformers import (
 from halfbyte.trainer.randomness import generator
 from scripts.mini.tokenizer_files import clip_tokenizer, t5_tokenizer
 
-# T5 is this wide so that SD3's two CLIP states (64 + 64 features) fit into its width, as in the full model.
+# T5's width, into which SD3's two CLIP states (64 + 64 features) fit, as in the full model.
 _SD3_TEXT_WIDTH = 128
 
 
 def build_flux_pipeline(seed: int = 0) -> FluxPipeline:
-    """FLUX.1-dev in small: two dual and four single blocks, guidance embedding, dynamic shifting; bf16."""
+    """Returns a small FLUX.1-dev in bf16: two dual and four single blocks, guidance embedding, dynamic shifting."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -71,7 +71,7 @@ def build_flux_pipeline(seed: int = 0) -> FluxPipeline:
 
 
 def build_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """SD3.5 in small: three joint blocks, the first with a second attention, rms_norm on q and k; bf16."""
+    """Returns a small SD3.5 in bf16: three joint blocks, the first with a second attention, rms_norm on q and k."""
     transformer = SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
@@ -107,7 +107,7 @@ def build_sd3_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
 
 
 def _vae(*, scaling_factor: float, shift_factor: float) -> AutoencoderKL:
-    """16 latent channels at an eighth of the side; attention in the middle, no quant convolutions."""
+    """Returns a VAE with 16 latent channels at an eighth of the side; middle attention, no quant convolutions."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -134,7 +134,7 @@ def _clip_config(tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:
         num_attention_heads=2,
         max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id,
-        # CLIP's pooled state is read at the end token, which it finds by this id.
+        # CLIP reads its pooled state at the token with this id.
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -156,13 +156,13 @@ def _draw_pipeline(pipeline: DiffusionPipeline, seed: int) -> None:
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             _draw(component, generator(seed, f"mini/{name}"))
-            # The plain cast: diffusers' own warns of layers to keep in fp32, and there are none.
+            # nn.Module's cast, because diffusers' own warns of layers to keep in fp32, and there are none.
             nn.Module.to(component.eval().requires_grad_(False), torch.bfloat16)
 
 
 @torch.no_grad()
 def _draw(model: nn.Module, draws: torch.Generator) -> None:
-    """Weights that keep the size of what flows through: 1/sqrt(fan in), norms near one, biases small."""
+    """Fills weights that preserve the scale of activations: 1/sqrt(fan in), norms near one, small biases."""
 
     def normal(tensor: Tensor, std: float, mean: float = 0.0) -> None:
         tensor.copy_(torch.empty_like(tensor).normal_(mean, std, generator=draws))
@@ -181,7 +181,7 @@ def _draw(model: nn.Module, draws: torch.Generator) -> None:
 
 
 def _quieten_posterior(vae: AutoencoderKL) -> None:
-    """The encoder's last layer gives means and log variances: the latter start near -4, a std of 0.14."""
+    """Scales the encoder's last layer so that log variances start near -4, a standard deviation of 0.14."""
     last = vae.encoder.conv_out
     channels = vae.config.latent_channels
     last.weight[channels:] *= 0.1

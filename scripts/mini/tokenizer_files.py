@@ -1,7 +1,7 @@
 """CLIP and T5 tokenizers made from code: every byte (CLIP) or Latin-1 letter (T5), and words of captions.
 
-Both keep a caption whole: CLIP's byte pairs know every byte, T5's pieces every printable Latin-1 character,
-and common words are one token each, so that a caption fits into CLIP's 77.
+Both represent every caption: CLIP's byte pairs cover every byte, T5's pieces every printable Latin-1
+character. Common words are one token each, so a caption fits into CLIP's 77.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
-# Words that captions of photographs are made of, most frequent first.
+# Words of photographs' captions, most frequent first.
 _WORDS = """
 a the of in on with and photo photograph picture an at is to by from over under near behind front white
 black red blue green yellow brown orange grey dark bright light old young small large big long wooden stone
@@ -33,9 +33,10 @@ dragonfly petals bloom pavilion palace harbor fog mist rain drops waves path gar
 
 
 def clip_tokenizer(*, pad_token: str = _END, words: Iterable[str] | None = None) -> CLIPTokenizer:
-    """Byte-pair encoding over all 256 bytes, 254 merges, 768 tokens; the end token has the highest id.
+    """Returns byte-pair encoding over all 256 bytes, 254 merges, 768 tokens; the end token has the highest id.
 
-    The merges are learned from `words`, most frequent first; without them from those of photographs.
+    The merges are learned from `words`, most frequent first; without them, from words of photographs'
+    captions.
     """
     alphabet = sorted(ByteLevel.alphabet())
     # "!" is the first of the sorted alphabet, hence token 0, as in CLIP's own vocabulary.
@@ -49,9 +50,10 @@ def clip_tokenizer(*, pad_token: str = _END, words: Iterable[str] | None = None)
 
 
 def t5_tokenizer(words: Iterable[str] | None = None) -> T5Tokenizer:
-    """A unigram model: specials, printable Latin-1 characters, then whole words, most frequent first.
+    """Returns a unigram model: specials, printable Latin-1 characters, then whole words, most frequent first.
 
-    Without `words` those of captions of photographs, lower case and capitalised, to 640 pieces in all.
+    Without `words` it takes those of photographs' captions, in lower case and capitalized, up to 640 pieces
+    in all.
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x100)) if code != 0xAD]
@@ -63,7 +65,7 @@ def t5_tokenizer(words: Iterable[str] | None = None) -> T5Tokenizer:
         known = [*endings, *spellings][: 640 - len(pieces)]
     else:
         known = [*endings, *(f"▁{word}" for word in words)]
-    # A known word beats its spelling at any rank: each letter costs 10.
+    # A known word has a better score than its letters at any rank: each letter costs 10.
     step = min(0.005, 6.0 / len(known))
     pieces += [(piece, -5.0 - step * rank) for rank, piece in enumerate(known)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
@@ -71,9 +73,9 @@ def t5_tokenizer(words: Iterable[str] | None = None) -> T5Tokenizer:
 
 @cache
 def _learned_merges(known: tuple[str, ...], *, count: int) -> tuple[tuple[str, str], ...]:
-    """The first pairs that byte-pair training joins over `known`, frequent words weighing more.
+    """Returns the first pairs that byte-pair training joins over `known`; frequent words have more weight.
 
-    Our own loop, since the trainer of `tokenizers` breaks ties in another order at every call.
+    It has its own loop because the trainer of `tokenizers` breaks ties in another order at every call.
     """
     words = {(*word[:-1], word[-1] + "</w>"): 1 + 40 // (rank + 1) for rank, word in enumerate(known)}
     merges: list[tuple[str, str]] = []

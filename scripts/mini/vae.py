@@ -1,4 +1,4 @@
-"""The first stage: an autoencoder for the corpus's pictures."""
+"""The first stage of pretraining: an autoencoder for the corpus's images."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -10,14 +10,14 @@ from scripts.mini.images.looks import as_input, draw_all
 from scripts.mini.pace import Pace
 
 _LEARNING_RATE = 1.5e-3
-_KL = 1e-5  # per latent number: keeps them near unit size and costs no sharpness
-_EDGES = 1.0  # of the gradients' distance against the pixels': sharpness
-_COARSE = 1.0  # of the loss on latents shrunk to half, see `_loss`
+_KL = 1e-5  # per latent number: keeps latents near unit size without loss of sharpness
+_EDGES = 1.0  # weight of the gradients' distance relative to the pixels', for sharpness
+_COARSE = 1.0  # weight of the loss on latents shrunk to half, see `_loss`
 _COARSE_EVERY = 4  # steps
 
 
 def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, device: torch.device) -> float:
-    """Fits the VAE, in place, and measures its scale and shift; fp32 weights, bf16 arithmetic on a GPU.
+    """Fits the VAE in place, and measures its scale and shift; fp32 weights, bf16 arithmetic on a GPU.
 
     Returns the peak signal-to-noise ratio over the corpus in decibels.
     """
@@ -47,10 +47,10 @@ def train_vae(vae: AutoencoderKL, corpus: Corpus, *, batch: int, pace: Pace, dev
 
 
 def _loss(vae: AutoencoderKL, pictures: Tensor, *, with_coarse: bool) -> tuple[Tensor, Tensor]:
-    """(loss, mean L1 distance) of (B, 3, 64, 64) in [-1, 1].
+    """Returns (loss, mean L1 distance) of (B, 3, 64, 64) in [-1, 1].
 
-    Part of it is that latents shrunk to half decode to the picture shrunk to half: latents whose coarse part
-    alone means something are easier to generate (Skorokhodov et al. 2025, arXiv 2502.14831).
+    One term makes latents shrunk to half decode to the image shrunk to half: latents whose coarse part has a
+    meaning without the rest are easier to generate (Skorokhodov et al. 2025, arXiv 2502.14831).
     """
     posterior = vae.encode(pictures).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
@@ -72,10 +72,10 @@ def _difference(pictures: Tensor, axis: int) -> Tensor:
 
 
 def _varied(table: Tensor, batch: int) -> Tensor:
-    """(B, 3, 64, 64) in [-1, 1]: pictures of the corpus, half of them with other colours, mirrored or moved.
+    """Returns images of the corpus, (B, 3, 64, 64) in [-1, 1], half of them recolored, mirrored or shifted.
 
-    An autoencoder must keep whatever it is given later, so it sees more than the corpus's own colours; the
-    held-out style is not drawn for it.
+    An autoencoder must reconstruct images that it is given later, so it sees more than the corpus's own
+    colors. It does not see the held-out style.
     """
     device = table.device
     pictures = as_input(table[torch.randint(len(table), (batch,), device=device)])
@@ -92,7 +92,7 @@ def _varied(table: Tensor, batch: int) -> Tensor:
 
 @torch.no_grad()
 def _measure(vae: AutoencoderKL, table: Tensor) -> float:
-    """Sets shift and scale so that the latents of the corpus have mean 0 and deviation 1; see `train_vae`."""
+    """Sets shift and scale so that the latents of the corpus have mean 0 and standard deviation 1; see `train_vae`."""
     means: list[Tensor] = []
     errors: list[Tensor] = []
     for part in table.split(512):

@@ -1,4 +1,4 @@
-"""scripts/setup where an environment cannot be made; making one is what every other test stands on."""
+"""scripts/setup on a Python that cannot make environments; every other test covers the successful case."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 
 from repository import ROOT
 
-# As Debian's python3 without python3-venv: the environment is begun, and pip is never put into it.
+# Behaves like Debian's python3 without python3-venv: starts an environment but never installs pip into it.
 NO_ENSUREPIP = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 echo "asked: $*"
@@ -17,7 +17,7 @@ exit 1
 """
 
 
-def test_an_environment_that_was_not_finished_is_made_again(tmp_path):
+def test_an_unfinished_environment_is_made_again(tmp_path):
     place = tmp_path / "a clone"
     (place / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "setup", place / "scripts" / "setup")

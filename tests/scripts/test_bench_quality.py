@@ -83,7 +83,7 @@ def test_velocity_errors_are_relative_to_bf16_by_level():
     assert row.relative.mean == pytest.approx(0.2)
 
 
-def test_the_whole_bench_on_the_tiny_model(mini_flux, tmp_path, monkeypatch, capsys):
+def test_the_complete_benchmark_on_the_tiny_model(mini_flux, tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, mini_flux)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     settings = [

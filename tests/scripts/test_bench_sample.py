@@ -1,4 +1,4 @@
-"""The sampling bench: a row of it on the miniature, and that no row takes the others along."""
+"""The sampling benchmark: a row on the mini pipeline, failing rows, the table and its verdicts."""
 
 import json
 import sys
@@ -9,13 +9,13 @@ from scripts.bench import sample as bench_sample
 
 
 def run(monkeypatch, *options):
-    # Shared processors: a thread that waits for others by spinning takes their time.
+    # On shared processors, threads that spin while they wait take time from the others.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", ["bench_sample.py", *map(str, options)])
     bench_sample.main()
 
 
-def test_a_row_is_measured_and_those_that_need_a_gpu_are_told(tmp_path, monkeypatch, capsys):
+def test_a_row_is_measured_and_gpu_rows_are_reported_as_left_out(tmp_path, monkeypatch, capsys):
     if bench_sample.torch.cuda.is_available():
         pytest.skip("with a GPU no row is left out")
     run(
@@ -36,7 +36,7 @@ def test_a_row_is_measured_and_those_that_need_a_gpu_are_told(tmp_path, monkeypa
     assert "| bitsandbytes nf4, compiled | left out: needs a CUDA device |" in text
 
 
-def test_no_row_is_begun_when_the_time_is_over(tmp_path, monkeypatch):
+def test_no_row_starts_after_the_time_limit(tmp_path, monkeypatch):
     run(
         monkeypatch,
         *("--model", "flux_mini", "--px", "64", "--seconds", "0", "--attention", "cpu"),
@@ -54,7 +54,7 @@ def test_no_row_is_begun_when_the_time_is_over(tmp_path, monkeypatch):
         ("import time; time.sleep(60)", "stopped after 2 s"),
     ],
 )
-def test_a_row_that_fails_is_told_with_what_it_had_found(tmp_path, does, state):
+def test_a_failed_row_is_reported_with_its_results_so_far(tmp_path, does, state):
     found = tmp_path / "found.json"
     writes = f"import json, pathlib; pathlib.Path({str(found)!r}).write_text(json.dumps([1])); "
     seconds = 2 if "sleep" in does else 60
@@ -74,8 +74,8 @@ def row(name, forward_ms, state="done", graphs=None):
     return {"row": name, "state": state, "results": [result]}
 
 
-@pytest.mark.parametrize(("ours", "told"), [(140.0, ["held", "held"]), (169.0, ["missed", "held"])])
-def test_the_verdicts(ours, told):
+@pytest.mark.parametrize(("ours", "expected"), [(140.0, ["held", "held"]), (169.0, ["missed", "held"])])
+def test_the_verdicts(ours, expected):
     rows = [row("ours nf4, compiled", ours), row("diffusers bf16, compiled", 155.0, "failed (1): later")]
     arguments = bench_sample.argparse.Namespace(model="flux", px="1024", steps="28,50")
     text = bench_sample.table(arguments, rows)
@@ -83,7 +83,7 @@ def test_the_verdicts(ours, told):
     verdicts = [
         line.rstrip(".").split(", ")[-1] for line in text.splitlines() if line.endswith(("held.", "missed."))
     ]
-    assert verdicts == told
+    assert verdicts == expected
     assert "(failed (1): later)" in text
     assert "| 5.00 s | not measured |" in text
 
@@ -96,7 +96,7 @@ def test_the_verdicts(ours, told):
         (0, "ours nf4, compiled, CUDA graphs NOT recorded |", "9.0 GiB reserved |"),
     ],
 )
-def test_the_table_says_what_was_recorded_and_which_memory_it_means(graphs, label, peak):
+def test_the_table_names_recorded_rows_and_the_kind_of_memory(graphs, label, peak):
     arguments = bench_sample.argparse.Namespace(model="flux", px="1024", steps="28")
     text = bench_sample.table(arguments, [row("ours nf4, compiled", 140.0, graphs=graphs)])
     (line,) = [line for line in text.splitlines() if "ours nf4" in line]

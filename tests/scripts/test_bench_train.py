@@ -60,7 +60,7 @@ def test_a_checkpointing_that_a_row_does_not_know_is_left_out(tmp_path, monkeypa
     assert {one["state"] for one in results} == {"left out: knows none, full"}
 
 
-def test_what_a_row_knows_of_checkpointing():
+def test_the_checkpointing_that_a_row_supports():
     known = {name: row.checkpoints for name, row in bench_train.ROW.items()}
     assert known["ours"] == known["bf16"] == ("none", "selective", "full", "offload")
     assert known["ours, graphs"] == known["bf16, graphs"] == ("none", "selective", "full")
@@ -99,11 +99,11 @@ def test_results_are_kept_and_shown_when_a_later_row_fails(tmp_path, monkeypatch
     assert "| 64, full | ours |" in capsys.readouterr().out
 
 
-def test_a_rank_whose_products_cannot_be_told_apart_is_profiled_without_them(monkeypatch, capsys):
+def test_a_rank_whose_products_are_ambiguous_is_profiled_without_them(monkeypatch, capsys):
     run(monkeypatch, *MINI, "--rank", "16", "--rows", "bf16", "--steps", "1", "--profile", "1")
-    told = capsys.readouterr().out
-    assert "adapters count as products: products of adapters of rank 16 have sides of [16, 64]" in told
-    assert "adapter |" not in told.split("Where a step goes")[1]
+    printed = capsys.readouterr().out
+    assert "adapters count as products: products of adapters of rank 16 have sides of [16, 64]" in printed
+    assert "adapter |" not in printed.split("Where a step goes")[1]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_rank_whose_products_cannot_be_told_apart_is_profiled_without_them(mon
         (("--budget", "6"), "--budget: needs a CUDA device"),
     ],
 )
-def test_what_is_refused(monkeypatch, capsys, options, message):
+def test_refused_options(monkeypatch, capsys, options, message):
     if "--budget" in options and bench_train.torch.cuda.is_available():
         pytest.skip("a GPU can be held to a budget")
     with pytest.raises(SystemExit) as refused:
@@ -147,8 +147,8 @@ def test_a_step_agrees_with_one_in_fp32_over_the_same_weights(tmp_path, monkeypa
             assert 0 < one["gradients_off"] < min(0.02, 2 * stock["gradients_off"])
             assert one["off_by_layer"] < 0.02
     assert found["ours, none"]["off_by_layer"] > found["ours by layer"]["off_by_layer"] == 0
-    told = capsys.readouterr().out
-    assert f"| fp32 | {found['fp32']['loss']:.4f} | 0.000 % | 0.00 % |" in told
+    printed = capsys.readouterr().out
+    assert f"| fp32 | {found['fp32']['loss']:.4f} | 0.000 % | 0.00 % |" in printed
 
 
 def test_agreement_sees_a_wrong_gradient(tmp_path, monkeypatch):

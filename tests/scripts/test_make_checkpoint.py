@@ -1,4 +1,4 @@
-"""Checkpoints of published layouts with random weights: what the script writes, at toy size, loads and trains."""
+"""Checkpoints of published layouts with random weights, at toy size: they load in stock diffusers and train."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_stock_diffusers_loads_the_checkpoint(checkpoint):
 
 
 def test_full_size_is_flux_dev_with_t5_xxl():
-    """Of SD3.5 the table of positions alone takes seconds; test_published_shapes.py has its parameters."""
+    """SD3.5's table of positions would take seconds; test_published_shapes.py counts its parameters."""
     pipeline = make_checkpoint.empty_pipeline("flux", "full")
     parts = ("transformer", "text_encoder", "text_encoder_2")
     count = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts}
@@ -62,11 +62,11 @@ def test_full_size_is_flux_dev_with_t5_xxl():
     assert count["text_encoder_2"] - 32128 * 4096 == 4_762_310_656
 
 
-def test_full_size_is_what_was_published(model):
+def test_full_size_equals_the_published_configuration(model):
     assert make_checkpoint.shapes_of(model, "full") == PUBLISHED[make_checkpoint.MODELS[model].published]
 
 
-def test_a_table_of_positions_is_not_drawn(model, checkpoint):
+def test_a_table_of_positions_is_not_random(model, checkpoint):
     with ShardedWeights(checkpoint / "transformer") as weights:
         tables = [name for name in weights.names if name.startswith("pos_embed") and "proj" not in name]
         assert tables == ([] if model == "flux" else ["pos_embed.pos_embed"])
@@ -84,7 +84,7 @@ def test_train_takes_two_steps_of_a_preset(card, model, checkpoint, tmp_path, mo
         [
             str(RECIPES / f"{model}_{card}gb.yaml"),
             f"model.path={checkpoint}",
-            "model.text_encoder_quant=int8",  # as T5-XXL is held
+            "model.text_encoder_quant=int8",  # as in the recipes for T5-XXL
             "model.max_sequence_length=24",
             "quant.compute_dtype=float32",
             f"data.path={tmp_path / 'pictures'}",

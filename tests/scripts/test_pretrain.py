@@ -1,4 +1,4 @@
-"""The miniature's pretraining: corpus, styles, captions, and the stages for a step or two."""
+"""Pretraining of the mini pipelines: corpus, styles, captions, and each stage for a step or two."""
 
 import random
 from pathlib import Path
@@ -39,7 +39,7 @@ butterfly strawberry microscope submarine
 
 
 def emoji() -> tuple[Emoji, ...]:
-    """Enough words for CLIP's merges, some keywords, one held-out group."""
+    """Returns enough words for CLIP's merges, some keywords, and one held-out group."""
     words = WORDS.split()
     groups = {word: HELD_OUT_GROUP if word == "guitar" else "other" for word in words}
     return tuple(Emoji(word[0], word, groups[word], (f"{word} thing", "object")) for word in words)
@@ -47,7 +47,7 @@ def emoji() -> tuple[Emoji, ...]:
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    """Discs of different colours and sizes."""
+    """Discs of different colors and sizes."""
     row = torch.arange(64) - 31.5
     distance = (row[:, None].square() + row.square()).sqrt()
     sprites: list[Tensor] = []
@@ -81,7 +81,7 @@ class TestCorpus:
             ("clapping hands", "hands"),
         ]
 
-    def test_what_is_saved_is_read_again(self, corpus: Corpus, tmp_path: Path) -> None:
+    def test_a_saved_corpus_loads_unchanged(self, corpus: Corpus, tmp_path: Path) -> None:
         corpus.save(tmp_path)
         again = Corpus.load(tmp_path)
         assert again.emoji == corpus.emoji
@@ -91,13 +91,13 @@ class TestCorpus:
         rest = corpus.without(HELD_OUT_GROUP)
         assert len(rest.emoji) == len(rest.sprites) == len(corpus.emoji) - 1
         assert torch.equal(rest.sprites[-1], corpus.sprites[-1])
-        with pytest.raises(ValueError, match="no emoji is named 'guitar'"):
+        with pytest.raises(ValueError, match="guitar"):
             rest.index("guitar")
 
 
 class TestStyles:
     @pytest.mark.parametrize("style", [*STYLES.values(), HELD_OUT_STYLE], ids=lambda s: s.captions[-1])
-    def test_pictures_are_pictures(self, style, corpus: Corpus) -> None:
+    def test_styles_give_valid_images(self, style, corpus: Corpus) -> None:
         pictures = style.draw(corpus.sprites.float() / 255)
         assert pictures.shape == (len(corpus.emoji), 3, 64, 64)
         assert 0 <= pictures.min() < pictures.max() <= 1
@@ -142,7 +142,7 @@ class TestCaptions:
         assert len(pieces) > 3
         assert pipeline.tokenizer_2.unk_token not in pieces
 
-    def test_training_and_held_out_pictures_are_of_different_concepts(self) -> None:
+    def test_training_and_held_out_images_show_different_concepts(self) -> None:
         assert (len(TRAINED), len(KEPT), len(HELD_OUT)) == (24, 8, 16)
         assert len({*TRAINED, *KEPT, *HELD_OUT}) == 48
 
@@ -228,7 +228,7 @@ class TestStages:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_trained_is_what_the_trainer_calls(kind: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_pretraining_and_the_trainer_predict_the_same(kind: str, corpus: Corpus, tmp_path: Path) -> None:
     """The same velocity as from the stock pipeline's embeddings through the family's own `predict`."""
     torch.manual_seed(0)
     built = KINDS[kind].build(corpus.emoji, build_vae())
@@ -277,5 +277,5 @@ class TestPace:
         assert abs(pace.seconds - 60) < 1
 
     def test_minutes_or_steps(self) -> None:
-        with pytest.raises(ValueError, match="give --minutes or --steps"):
+        with pytest.raises(ValueError, match=r"--minutes.*--steps"):
             Pace("stage", minutes=1.0, steps=5)

@@ -1,4 +1,4 @@
-"""A start from a checkpoint of FLUX.1-dev's layout: made by the script, timed by the script, at toy size."""
+"""The start-up benchmark on a toy checkpoint of FLUX.1-dev's layout."""
 
 import importlib
 

@@ -41,7 +41,7 @@ def drawn(*shape, learns=False):
     return torch.randn(*shape, requires_grad=learns)
 
 
-def test_the_adapters_products_are_told_apart_in_a_fused_layer():
+def test_adapter_products_are_identified_in_a_fused_layer():
     x = drawn(ROWS, WIDTH, learns=True)
     layer = AdaptedWeight(
         drawn(OUTPUTS, WIDTH),
@@ -55,7 +55,7 @@ def test_the_adapters_products_are_told_apart_in_a_fused_layer():
     assert products(lambda: result[0].sum().backward()) == (sorted(2 * [INTO, OUT_OF]), 5)
 
 
-def test_the_adapters_products_are_told_apart_in_a_whole_block():
+def test_adapter_products_are_identified_in_a_fused_block():
     layer = GroupLayer(drawn(OUTPUTS, WIDTH), drawn(OUTPUTS), drawn(RANK, WIDTH), drawn(OUTPUTS, RANK), 1.0)
     group = LinearGroup([layer])
     x, grad = drawn(ROWS, WIDTH + RANK), drawn(ROWS, OUTPUTS + RANK)
@@ -65,7 +65,7 @@ def test_the_adapters_products_are_told_apart_in_a_whole_block():
     assert learned == (sorted(2 * [INTO, OUT_OF]), 5)
 
 
-def test_the_adapters_products_are_told_apart_in_stock_peft():
+def test_adapter_products_are_identified_in_stock_peft():
     model = nn.Sequential(nn.Linear(WIDTH, OUTPUTS))
     inject_adapter_in_model(LoraConfig(r=RANK, target_modules=["0"]), model)
     x, result = drawn(ROWS, WIDTH, learns=True), []
@@ -100,7 +100,7 @@ def test_a_models_sides_are_its_rank_and_the_stacks_of_it():
         LowRankSides.of(model.denoiser, 16, model.tokens(64))
 
 
-def test_stacks_are_rounded_up_as_whole_blocks_do():
+def test_stacked_ranks_are_rounded_up_as_in_fused_blocks():
     assert LowRankSides.of(nn.Module(), 6, []).sides == {6, 8, 18, 24}
 
 

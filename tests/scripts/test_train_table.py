@@ -34,7 +34,7 @@ def verdicts(text):
     return [line for line in text.splitlines() if line.startswith("- ")]
 
 
-def test_a_row_beside_bf16_the_peer_and_what_was_asked():
+def test_a_row_next_to_bf16_the_peer_and_its_target():
     text = page(
         [result("ours, graphs", 0.361), result("bf16, graphs", 0.366), result("peer, compiled", 0.476)]
     )
@@ -61,9 +61,9 @@ def test_a_row_beside_bf16_the_peer_and_what_was_asked():
         (512, "none", 0.12, "at most 0.13 s asked, held by 0.010 s"),
     ],
 )  # fmt: skip
-def test_what_was_asked_of_a_step(px, checkpoint, seconds, asked):
-    (told,) = verdicts(page([result("ours", seconds, px, checkpoint)]))
-    assert told == f"- {px} px, {checkpoint}, ours, {seconds:.3f} s: {asked}."
+def test_the_target_of_a_step(px, checkpoint, seconds, asked):
+    (verdict,) = verdicts(page([result("ours", seconds, px, checkpoint)]))
+    assert verdict == f"- {px} px, {checkpoint}, ours, {seconds:.3f} s: {asked}."
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_nothing_was_asked_of_the_others(one):
     assert verdicts(page([one])) == []
 
 
-def test_a_row_is_compared_with_what_runs_as_it_does_or_else_with_the_fastest():
+def test_a_row_is_compared_with_the_same_kind_or_else_the_fastest():
     ours, by_layer = result("ours", 0.48), result("ours by layer, compiled", 0.6)
     bf16 = [result("bf16", 0.46), result("bf16, graphs", 0.36)]
     peers = [result("peer", 0.9), result("peer, compiled", 0.5), result("peer, compiled", 0.1, px=512)]
@@ -94,11 +94,11 @@ def test_a_row_is_compared_with_what_runs_as_it_does_or_else_with_the_fastest():
 
 
 def test_slower_than_bf16_by_too_much():
-    (told,) = verdicts(page([result("ours", 0.6, 768), result("bf16", 0.5, 768)]))
-    assert told.endswith("0.600 s: 1.20 of bf16, at most 1.10 asked, missed by 0.100.")
+    (verdict,) = verdicts(page([result("ours", 0.6, 768), result("bf16", 0.5, 768)]))
+    assert verdict.endswith("0.600 s: 1.20 of bf16, at most 1.10 asked, missed by 0.100.")
 
 
-def test_rows_of_one_size_are_together_and_those_left_out_say_why():
+def test_rows_of_one_size_are_grouped_and_omitted_rows_give_the_reason():
     text = page(
         [
             result("ours, graphs", 0.361),
@@ -112,7 +112,7 @@ def test_rows_of_one_size_are_together_and_those_left_out_say_why():
     assert cells(text, "peer", "1024, selective")[2:] == ["left out: knows none, full", "", "", "", ""]
 
 
-def test_a_step_that_was_not_recorded_is_told():
+def test_a_step_that_was_not_recorded_is_reported():
     text = page([result("ours, graphs", 0.5, graphs=0)])
     assert "| ours, graphs: CUDA graphs NOT recorded |" in text
 

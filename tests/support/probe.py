@@ -1,4 +1,4 @@
-"""One forward of a tiny denoiser on fixed noise, to compare two models that should be the same."""
+"""One forward of a tiny denoiser on fixed noise, to compare two models that should agree."""
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -35,7 +35,7 @@ def inputs(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, T
 
 
 def prediction(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """In train mode, where bitsandbytes computes what it stores."""
+    """Returns the prediction in train mode, in which bitsandbytes multiplies by the weight that it stores."""
     model.train()
     with torch.no_grad():
         output: Tensor = model(**inputs(model, dtype))[0]

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a recipe of seconds, and ways to start it."""
+"""A recipe that trains within seconds, and ways to run it, for the tests of whole runs."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ PICTURES = 6
 
 
 def write_pictures(folder: Path) -> Path:
-    """Pictures with text captions: gradients of different colours."""
+    """Writes images with text captions: gradients of different colors."""
     folder.mkdir()
     for number in range(PICTURES):
         ramp = numpy.linspace(0, 255, 80)[None, :, None] * numpy.ones((72, 1, 3))
@@ -29,7 +29,7 @@ def write_pictures(folder: Path) -> Path:
 
 
 def write_recipe(folder: Path, model: Path, *, family: str = "flux", name: str = "run") -> Path:
-    """A recipe over `folder/pictures` (made here) that takes a few steps."""
+    """Writes a recipe of a few steps over `folder/pictures`, which it makes; returns its path."""
     if not (folder / "pictures").exists():
         write_pictures(folder / "pictures")
     recipe = folder / f"{name}.yaml"
@@ -52,7 +52,7 @@ output: {{dir: {folder / name}, self_check: false}}
 
 
 def run_here(recipe: Path, *overrides: str, resume: bool = False, world: World | None = None) -> Path:
-    """Runs in this process; returns the run's folder."""
+    """Trains in this process; returns the run's folder."""
     settings = load_recipe(recipe, overrides)
     assert run(
         settings,
@@ -64,7 +64,7 @@ def run_here(recipe: Path, *overrides: str, resume: bool = False, world: World |
 
 
 def environment() -> dict[str, str]:
-    """For a process of its own: two threads shared, no network, no launcher's leftovers."""
+    """Returns the environment of a separate process: one thread, no network, no launcher's variables."""
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_", "SLURM_"))
     }
@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
 def command(
     *arguments: str, timeout: float = 180, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` to its end; environ: what its environment has else."""
+    """Runs `python ARGUMENTS` to its end; environ: additional environment variables."""
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment() | dict(environ or {}),

@@ -1,4 +1,4 @@
-"""The miniatures that ship: small, stock, and they have learned; a short run teaches each a style it never saw."""
+"""The shipped mini pipelines: small, loadable by stock diffusers, and a short run teaches each a new style."""
 
 import json
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ TOKENS = 32  # as the recipes and the pretraining pad captions
 
 @dataclass(frozen=True)
 class Mini:
-    """A miniature, and how far a run of some steps has to take it."""
+    """A mini pipeline, and the results that a short run on it has to reach."""
 
     family: str
     steps: int
-    loss_left: float  # of the held-out loss, over all noise levels
-    level_left: float  # of the loss at any one of them
-    distance_left: float  # of the distance to the true pictures of prompts it was not trained on
-    kept: float  # how far a picture without the style may move
+    loss_left: float  # share of the held-out loss over all sigmas
+    level_left: float  # share of the held-out loss at each sigma
+    distance_left: float  # share of the distance to the true images of held-out prompts
+    kept: float  # largest change of an image without the style
 
     @property
     def folder(self) -> Path:
@@ -51,7 +51,7 @@ MINIS = (
     Mini("sd3", steps=120, loss_left=0.1, level_left=0.25, distance_left=0.4, kept=0.07),
 )
 
-# Drawn by the runs below: true pictures of the first four are known and never trained on, the last has no style.
+# Prompts that the runs below sample: true images of the first four exist and are held out; the last has no style.
 STYLED = (
     "a blueprint of an airplane",
     "a blueprint of an owl",
@@ -77,7 +77,7 @@ def mini(request: pytest.FixtureRequest) -> Mini:
 
 @pytest.fixture(scope="module")
 def pipeline(mini: Mini) -> DiffusionPipeline:
-    # fp32, for the CPU's sake: bf16 convolutions take twenty times as long there.
+    # fp32: bf16 convolutions take twenty times as long on a CPU.
     loaded = KINDS[mini.family].pipeline.from_pretrained(mini.folder, torch_dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -96,13 +96,13 @@ class TestFiles:
         configs = [json.loads(file.read_text("utf-8")) for file in mini.folder.rglob("config.json")]
         assert [config.get("_name_or_path", "") for config in configs] == [""] * len(configs)
 
-    def test_every_tensor_is_bf16_and_no_number_is_lost(self, mini: Mini) -> None:
+    def test_every_tensor_is_bf16_and_finite(self, mini: Mini) -> None:
         for file in mini.folder.rglob("*.safetensors"):
             for name, tensor in load_file(file).items():
                 assert tensor.dtype == torch.bfloat16, name
                 assert tensor.isfinite().all(), name
 
-    def test_linear_layers_are_whole_blocks_of_64(self, pipeline: DiffusionPipeline) -> None:
+    def test_linear_layers_are_multiples_of_64(self, pipeline: DiffusionPipeline) -> None:
         layers = [m for m in pipeline.transformer.modules() if isinstance(m, torch.nn.Linear)]
         assert layers
         assert all(layer.in_features % 64 == 0 and layer.out_features % 64 == 0 for layer in layers)
@@ -113,14 +113,14 @@ class TestFiles:
         built = KINDS[mini.family].build(emoji, build_vae())
         for name, part in built.components.items():
             if isinstance(part, torch.nn.Module):
-                # One row for each word of the vocabulary, which the corpus makes.
+                # Without the first dimension: the embedding has one row per word of the corpus.
                 want, got = (
                     {key: tensor.shape[1:] for key, tensor in one.state_dict().items()}
                     for one in (part, getattr(pipeline, name))
                 )
                 assert want == got, name
 
-    def test_the_card_names_licences_and_commands(self, mini: Mini) -> None:
+    def test_the_card_names_licenses_and_commands(self, mini: Mini) -> None:
         card = (mini.folder / "README.md").read_text(encoding="utf-8")
         for words in (
             "Noto Color Emoji",
@@ -133,7 +133,7 @@ class TestFiles:
 
 
 class TestPictures:
-    def test_train_and_held_out_pictures_share_no_caption(self, held_out: dict[str, Sample]) -> None:
+    def test_train_and_held_out_images_share_no_caption(self, held_out: dict[str, Sample]) -> None:
         trained = {sample.caption for sample in read_samples(BLUEPRINTS / "train")}
         blueprints = {caption for caption in trained if "blueprint" in caption}
         assert (len(blueprints), len(trained), len(held_out)) == (24, 32, 16)
@@ -150,7 +150,7 @@ class TestPictures:
 
 
 class TestBase:
-    def test_the_vae_keeps_a_style_it_never_saw(
+    def test_the_vae_reconstructs_a_style_it_was_not_trained_on(
         self, pipeline: DiffusionPipeline, held_out: dict[str, Sample]
     ) -> None:
         pictures = torch.stack([pixels(sample.path).permute(2, 0, 1) for sample in held_out.values()])
@@ -162,7 +162,7 @@ class TestBase:
         assert (decoded - pictures).square().mean() < 10 ** (-22 / 10), "22 dB"
         assert 0.4 < scaled.std() < 1.5
 
-    def test_it_draws_what_it_is_told(self, pipeline: DiffusionPipeline) -> None:
+    def test_it_follows_the_prompt(self, pipeline: DiffusionPipeline) -> None:
         texts = ["a red heart on a yellow background", "a silhouette of a cat"]
         pictures = pipeline(
             texts,
@@ -204,21 +204,19 @@ def run(mini: Mini, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(run: Path, mini: Mini, place: int) -> tuple[Tensor, Tensor]:
-    """A prompt's pictures before and after."""
+    """Returns a prompt's images before and after training."""
     before, after = (pixels(run / "samples" / f"step-{step:06d}-{place:02d}.png") for step in (0, mini.steps))
     return before, after
 
 
 class TestLearning:
-    def test_the_loss_on_pictures_never_trained_on_falls_at_every_noise_level(
-        self, run: Path, mini: Mini
-    ) -> None:
+    def test_the_held_out_loss_falls_at_every_sigma(self, run: Path, mini: Mini) -> None:
         before, after = read_validation(run / "validation.csv")
         assert (before.step, after.step) == (0, mini.steps)
         assert after.loss < mini.loss_left * before.loss
         assert all(after.by_sigma[sigma] < mini.level_left * loss for sigma, loss in before.by_sigma.items())
 
-    def test_an_untrained_concept_comes_out_in_the_new_style(
+    def test_a_held_out_concept_is_generated_in_the_new_style(
         self, run: Path, mini: Mini, held_out: dict[str, Sample]
     ) -> None:
         distances: list[tuple[float, float]] = []
@@ -230,7 +228,7 @@ class TestLearning:
         before, after = (sum(one) / len(one) for one in zip(*distances, strict=True))
         assert after < mini.distance_left * before
 
-    def test_a_prompt_without_the_style_is_drawn_as_before(self, run: Path, mini: Mini) -> None:
+    def test_a_prompt_without_the_style_is_generated_as_before(self, run: Path, mini: Mini) -> None:
         base, learned = drawn(run, mini, len(STYLED))
         assert distance(learned, base) < mini.kept
         assert learned[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 0.85, "on white"

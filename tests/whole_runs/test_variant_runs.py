@@ -1,4 +1,4 @@
-"""Whole runs with each optimizer, average and variant of LoRA: they resume to the bit, and stock diffusers agrees."""
+"""Runs with each optimizer, average and LoRA variant: they resume bitwise identically, and stock diffusers agrees."""
 
 import json
 
@@ -22,7 +22,7 @@ from halfbyte.trainer.training.metrics import read_metrics
 from judge import stock_bitsandbytes_on_cpu
 from runs import run_here, write_recipe
 
-# Optimizers and variants have nothing to do with each other, so a run shows one of each.
+# Optimizers and LoRA variants are independent, so each run covers one of both.
 CASES = {
     "prodigy dora": (
         "optimizer={name: prodigy, d0: 1.0e-3}",
@@ -53,7 +53,7 @@ def case(request, tmp_path_factory, mini_flux):
     folder = tmp_path_factory.mktemp("case")
     recipe = write_recipe(folder, mini_flux)
     settings = (*CASES[request.param], "train.steps=4")
-    # Other checkpoints than those it is compared with: to save changes nothing.
+    # Checkpoints at other steps than in the runs compared with it: saving must not change the result.
     whole = run_here(recipe, *settings, "sample.prompts=[]", "checkpoint.every=3")
     return request.param, recipe, settings, whole
 
@@ -66,10 +66,10 @@ def adapter(folder):
     return load_file(folder / "adapter" / ADAPTER_FILE)
 
 
-def test_it_resumes_to_the_bit(case, tmp_path):
+def test_it_resumes_bitwise_identically(case, tmp_path):
     _, recipe, settings, whole = case
     output = f"output.dir={tmp_path / 'resumed'}"
-    # The same run, stopped at the checkpoint after step 2.
+    # The same run with a checkpoint after step 2, from which it is resumed below.
     run_here(recipe, *settings, *QUICK, output, "checkpoint.every=2", "train.steps=4")
     for name in ("adapter", "summary.json"):
         path = tmp_path / "resumed" / name
@@ -86,8 +86,8 @@ def test_it_resumes_to_the_bit(case, tmp_path):
         assert (again / name).read_bytes() == (tmp_path / "last" / name).read_bytes(), name
 
 
-def test_a_checkpoint_holds_what_a_user_is_to_see(case):
-    """Under the usual name, so that diffusers loads the folder; beside it what trains, where that is another."""
+def test_a_checkpoint_stores_the_averaged_adapter_under_the_usual_name(case):
+    """Diffusers loads that file. The weights in training are in a second file if they differ from the average."""
     name, _, _, whole = case
     last = checkpoint.newest(whole / "checkpoints")
     seen = {key.removeprefix("transformer."): value for key, value in adapter(whole).items()}
@@ -137,11 +137,11 @@ def test_stock_diffusers_predicts_what_was_trained(case, mini_flux):
     pipeline = FluxPipeline.from_pretrained(mini_flux, transformer=base, torch_dtype=torch.float32)
     pipeline.load_lora_weights(whole / "adapter")
     stock = predict(pipeline.transformer)
-    assert (stock - bare).norm() / bare.norm() > 1e-3, "the adapter does nothing"
+    assert (stock - bare).norm() / bare.norm() > 1e-3, "the adapter has no effect on the output"
     assert (predict(ours) - stock).norm() / stock.norm() < 1e-5
 
 
-def test_the_export_says_what_it_is(case):
+def test_the_export_records_its_variant(case):
     name, _, _, whole = case
     with safe_open(whole / "adapter" / ADAPTER_FILE, "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -152,8 +152,8 @@ def test_the_export_says_what_it_is(case):
     assert (metadata["transformer.rank_pattern"], metadata["transformer.alpha_pattern"]) == patterns
 
 
-def test_two_small_batches_are_one_large_one(tmp_path, mini_flux):
-    """Accumulated and clipped, with an optimizer whose step is not Adam's."""
+def test_two_small_batches_train_like_one_large_batch(tmp_path, mini_flux):
+    """Gradients are accumulated and clipped, and the optimizer's step is not Adam's."""
     recipe = write_recipe(tmp_path, mini_flux)
     shared = (
         "optimizer={name: schedule_free_adamw, lr: 1.0e-2}",

@@ -19,14 +19,14 @@ from scripts.bench.quality.loftq import start_from_error
 
 @dataclass(frozen=True)
 class Base:
-    """A way to hold the frozen transformer, and how its adapters start."""
+    """A way to store the frozen transformer, and the start of its adapters."""
 
     name: str
     settings: Sequence[str]  # over the recipe's
     bitsandbytes: bool = False  # bitsandbytes' layers under stock PEFT instead of ours
     loftq: bool = False  # the adapters start at the quantization's error
     kept: float = 0.0  # share of the linear weights that stay in bf16, by a skip list
-    calibrated: bool = False  # rounded for the recipe's pictures, as `halfbyte quantize` does
+    calibrated: bool = False  # rounded for the recipe's images, as by `halfbyte quantize`
 
 
 def _ours(name: str, quant_type: str, *settings: str, init: str = "gaussian") -> Base:
@@ -51,7 +51,7 @@ STORED = (
 )
 CALIBRATED = (
     replace(_ours("nf4, calibrated", "nf4", _MSE), calibrated=True),
-    # By its name, which FLUX alone has.
+    # By the name of a layer that only FLUX has.
     replace(
         _ours("nf4, calibrated, x_embedder in bf16", "nf4", _MSE, "quant.skip=[x_embedder]"), calibrated=True
     ),
@@ -80,14 +80,14 @@ STARTED = (
 
 
 def keeping(name: str, skip: Sequence[str], share: float) -> Base:
-    """NF4 but for some layers, which stay in bf16 and hold `share` of the linear weights."""
+    """Returns NF4 with some layers kept in bf16; they hold `share` of the linear weights."""
     base = _ours(f"nf4, {name} in bf16", "nf4", f"quant.skip=[{', '.join(skip)}]")
     return replace(base, kept=share)
 
 
 @contextmanager
 def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[None]:
-    """Within it, the trainer loads the transformer as `base` says; `skip` is what bitsandbytes leaves alone."""
+    """Makes the trainer load the transformer as `base` says; bitsandbytes leaves `skip` unquantized."""
     load: Callable[..., Any] = base_module._read
     add: Callable[..., TrainedLayers] = denoiser_module.add_adapters
 
@@ -118,11 +118,11 @@ def loading(base: Base, family: type[Family], skip: Sequence[str]) -> Iterator[N
 
 
 def _bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
-    # A dependency of the tests alone.
+    # Imported here because it is a dependency of the tests only.
     import bitsandbytes
 
     class Linear4bit(bitsandbytes.nn.Linear4bit):
-        """Always in training mode: on a CPU with AVX-512 the layer repacks its weight in place in eval mode."""
+        """A layer that is always in training mode: on a CPU with AVX-512, eval mode repacks its weight in place."""
 
         def train(self, mode: bool = True) -> nn.Module:
             return super().train(True)

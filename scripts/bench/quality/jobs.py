@@ -32,14 +32,14 @@ from scripts.bench.quality.bases import Base, loading
 
 @dataclass(frozen=True)
 class Bench:
-    """What all jobs have in common."""
+    """The settings that all jobs share."""
 
     recipe: Path
     overrides: Sequence[str]
-    folder: Path  # for runs, which are deleted when they have been read
+    folder: Path  # for runs, which are deleted after they have been read
 
     def settings(self, base: Base, *more: str) -> Recipe:
-        """The recipe with a base's settings, and without what costs time and changes no number."""
+        """Returns the recipe with a base's settings, without steps that cost time and do not affect the results."""
         quiet = (
             "sample.prompts=[]",
             "sample.references=null",
@@ -49,12 +49,12 @@ class Bench:
         )
         settings = [*quiet, *self.overrides, *base.settings, *more]
         made = self.calibrated(base)
-        if made.is_dir():  # its scales have been searched
+        if made.is_dir():  # a run before has searched its scales
             settings += [f"model.transformer={made}", "quant.scale_search=none"]
         return load_recipe(self.recipe, settings)
 
     def calibrated(self, base: Base) -> Path:
-        """Where the base's transformer is, if it is one that is made once for all runs."""
+        """Returns the folder of the base's transformer if it is made once for all runs, else None."""
         return self.folder / "calibrated" / base.name
 
 
@@ -72,18 +72,18 @@ class Trained:
 
 @dataclass(frozen=True)
 class Velocities:
-    """What a base predicts before any training."""
+    """The predictions of a base before any training."""
 
     base: str
-    sigmas: list[float]  # of each point, which is a picture at a noise level
+    sigmas: list[float]  # of each point, which is an image at a sigma
     predicted: list[
         numpy.ndarray
-    ]  # of each point, (C * h * w,) fp32; not tensors, which cost a file each to send
+    ]  # of each point, (C * h * w,) fp32; not tensors, which take a file each to send
     loss: float  # the validation loss
 
 
 def start_process() -> None:
-    """Readies a process: at these sizes further threads gain nothing, and bars would stand between the lines."""
+    """Prepares a process: one thread, because more gain nothing at these sizes, and no progress bars."""
     torch.set_num_threads(1)
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
@@ -92,12 +92,12 @@ def start_process() -> None:
 
 
 def calibrate(bench: Bench, base: Base, samples: int) -> None:
-    """Makes the transformer of a calibrated base, which runs then find."""
+    """Makes the transformer of a calibrated base, which later runs find."""
     quantize(bench.settings(base), bench.calibrated(base), samples, read_world(), Console(quiet=True))
 
 
 def train(bench: Bench, base: Base, seed: int) -> Trained:
-    """A whole run of the trainer."""
+    """Trains a whole run."""
     began = time.perf_counter()
     folder = bench.folder / f"{base.name} {seed}"
     recipe = bench.settings(base, f"train.seed={seed}", f"output.dir={folder}")
@@ -110,7 +110,7 @@ def train(bench: Bench, base: Base, seed: int) -> Trained:
 
 
 def velocities(bench: Bench, base: Base) -> Velocities:
-    """The predictions on the held-out pictures."""
+    """Returns the predictions on the held-out images."""
     recipe = bench.settings(base, "train.seed=0")
     world, family = opened(recipe)
     validation = untrained_validation(bench, base, recipe, family, world)
@@ -125,7 +125,7 @@ def velocities(bench: Bench, base: Base) -> Velocities:
 
 
 def opened(recipe: Recipe) -> tuple[World, Family]:
-    """The world of this process, and the recipe's model."""
+    """Returns the world of this process, and the recipe's model."""
     world = read_world()
     join(world)
     model = recipe.model
@@ -137,7 +137,7 @@ def opened(recipe: Recipe) -> tuple[World, Family]:
 def untrained_validation(
     bench: Bench, base: Base, recipe: Recipe, family: Family, world: World
 ) -> Validation:
-    """The recipe's validation on an untrained base."""
+    """Returns the recipe's validation on an untrained base."""
     console = Console(quiet=True)
     prepared = prepare(recipe, family, world, console)
     with loading(base, type(family), recipe.quant.skip):

@@ -1,8 +1,9 @@
-"""LoftQ's start of an adapter: it carries as much of the quantization's error as its rank holds.
+"""Starts an adapter by LoftQ: it represents as much of the quantization error as its rank allows.
 
-Li et al. 2023 (arXiv 2310.08659), algorithm 1 with one iteration: the base is quantized as ever, and the adapter
-starts at the best approximation of what was lost, W - dequantize(quantize(W)). Further iterations would quantize
-W less the adapter, another base in other files; one iteration keeps the stored base.
+Li et al. 2023 (arXiv 2310.08659), algorithm 1 with one iteration: the base is quantized as usual, and the
+adapter starts at the best approximation of the error W - dequantize(quantize(W)). Further iterations would
+quantize W minus the adapter, which is another base in other files; one iteration leaves the stored base
+unchanged.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.linear4bit import Linear4bit
 
-# Of the randomized decomposition: further columns, and passes over the matrix. The spectrum of a rounding error is
+# Extra columns of the randomized decomposition, and passes over the matrix. The spectrum of a rounding error is
 # flat, so both are more than usual; with these the approximation is within 1 % of the best one.
 _OVERSAMPLING = 16
 _PASSES = 8
@@ -24,17 +25,18 @@ _PASSES = 8
 
 @dataclass(frozen=True)
 class Repair:
-    """What adapters took over of the error."""
+    """The share of the error that the adapters took over."""
 
     layers: int
     share: float  # of the squared error over all those layers, 0 to 1
 
 
 def factors_of(matrix: Tensor, rank: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Down (rank, K) and up (N, rank) whose product up @ down is close to the nearest of that rank to (N, K).
+    """Returns down (rank, K) and up (N, rank); up @ down is close to the best approximation of (N, K).
 
-    Subspace iteration from a random start of `source`, a CPU generator (Halko et al. 2011, algorithm 4.4). Both
-    factors get the square root of each singular value, so that neither learns faster. In fp32, on the matrix's device.
+    Subspace iteration from a random start of `source`, a CPU generator (Halko et al. 2011, algorithm 4.4).
+    Both factors get the square root of each singular value, so neither learns faster. In fp32, on the
+    matrix's device.
     """
     matrix = matrix.float()
     columns = min(rank + _OVERSAMPLING, *matrix.shape)
@@ -45,7 +47,7 @@ def factors_of(matrix: Tensor, rank: int, source: torch.Generator) -> tuple[Tens
     left, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
     root = values[:rank].sqrt()
     down, up = root[:, None] * right[:rank], (basis @ left[:, :rank]) * root
-    # A matrix smaller than the rank leaves the rest of the adapter without an error to carry.
+    # For a matrix smaller than the rank, the rest of the adapter stays zero.
     missing = rank - root.numel()
     return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
@@ -54,11 +56,13 @@ def factors_of(matrix: Tensor, rank: int, source: torch.Generator) -> tuple[Tens
 def start_from_error(
     model: nn.Module, folder: Path, adapter: str, source: Callable[[str], torch.Generator]
 ) -> Repair:
-    """Gives `adapter` on each 4-bit layer of `model` the layer's quantization error, and tells how much of it.
+    """Gives `adapter` on each 4-bit layer of `model` the layer's quantization error; returns how much of it that is.
 
-    `folder` holds the weights before they were quantized, which are read once more, one at a time; `source` gives a
-    CPU generator by a layer's path. Adapters on other layers keep their start. Raises ValueError where the folder
-    lacks a weight in full precision.
+    `folder` holds the weights before quantization, which are read again one at a time; `source` returns a CPU
+    generator for a layer's path. Adapters on other layers keep their start.
+
+    Raises:
+        ValueError: the folder lacks a weight in full precision.
     """
     layers = {
         path: module
@@ -68,7 +72,7 @@ def start_from_error(
     lost = kept = 0.0
     with ShardedWeights(folder) as weights:
         known = set(weights.names)
-        # In the file's order, so that reading goes through it once.
+        # In the file's order, so that it is read sequentially.
         order = {name: number for number, name in enumerate(weights.names)}
         for path in sorted(layers, key=lambda path: order.get(f"{path}.weight", -1)):
             name = f"{path}.weight"
@@ -81,7 +85,7 @@ def start_from_error(
                     f"{folder}: the error of {name} needs the weight in full precision, of shape {shape}: {found}"
                 )
             weight = weights.read(name).to(base.weight.device, torch.float32)
-            # What the layer multiplies by, which the compute dtype rounds.
+            # The layer multiplies by this weight, rounded to the compute dtype.
             error = weight - base.dequantize(base.compute_dtype).float()
             down, up = factors_of(error, layer.r[adapter], source(path))
             root = layer.scaling[adapter] ** 0.5

@@ -1,17 +1,18 @@
-"""What 4 bits cost in quality: LoRA over each kind of base, by the loss on held-out pictures at fixed noise.
+"""Measures the quality cost of 4 bits: LoRA over each kind of base, by the held-out loss at fixed noise.
 
     python -m scripts.bench.quality.run --seeds 8 --processes 12 --json quality.json
 
-Every run is one of the trainer, on the recipe's model and pictures (`recipes/flux_mini.yaml`, unless another is
-named; settings can be overridden as on train's command line). A seed sets the adapter's start, the order of the
-pictures and all noise, so runs of one seed differ in their base alone: differences are taken within a seed, and the
-intervals are Student's 95 % over the seeds. bf16 is the base as it comes; `bitsandbytes + PEFT` is what a user would
-run instead, and needs bitsandbytes.
+Every run trains the recipe's model on its images (`recipes/flux_mini.yaml`, unless another recipe is named;
+settings can be overridden as on train's command line). A seed sets the adapter's start, the order of the
+images and all noise, so runs of one seed differ only in their base: differences are taken within a seed, and
+the intervals are Student's 95 % over the seeds. bf16 is the unquantized base; `bitsandbytes + PEFT` is what a
+user would run instead, and needs bitsandbytes.
 
-Besides: how far each base's velocity is from bf16's before any training, by noise level; the same with one kind of
-layer after the other kept in bf16; and whole runs that keep the layers which quant-report finds worst.
+The benchmark also measures how far each base's velocity is from bf16's before any training, by noise level;
+the same with one kind of layer at a time kept in bf16; and whole runs that keep the layers which quant-report
+ranks worst.
 
-A step of a small model waits for its launches, so a GPU takes several processes beside each other.
+A step of a small model waits for its launches, so a GPU can serve several processes in parallel.
 """
 
 import argparse
@@ -55,12 +56,12 @@ RECIPE = Path(__file__).parents[3] / "recipes" / "flux_mini.yaml"
 class Skips:
     """NF4 bases that keep layers in bf16."""
 
-    kinds: list[Base]  # one a kind of layer, a kind being a path without its block numbers
+    kinds: list[Base]  # one per kind of layer, which is a path without its block numbers
     worst: Base  # the layers that quant-report ranks first
 
 
 def skips_of(bench: Bench, worst: float) -> Skips:
-    """What can be kept of the recipe's model; `worst` is the share of all layers that the last one keeps."""
+    """Returns what can be kept of the recipe's model; `worst` is the share of all layers that the last one keeps."""
     recipe = bench.settings(NF4)
     _, family = opened(recipe)
     report = quant_report(family.source.folder, "transformer", device=torch.device("cpu"))
@@ -73,30 +74,30 @@ def skips_of(bench: Bench, worst: float) -> Skips:
 
     kinds = [kept(kind.name, [name for name in size if kind_of(name) == kind.name]) for kind in report.kinds]
     ranked = [layer.name for layer in report.layers[: max(1, round(worst * len(report.layers)))]]
-    # A kind may be out of the reach of skip lists, as FLUX's last layer is.
+    # Skip lists cannot name every kind, for example not FLUX's last layer.
     return Skips([kind for kind in kinds if kind.kept], kept(f"the {len(ranked)} worst layers", ranked))
 
 
 class Here(Executor):
-    """Runs what it is given at once, in this process."""
+    """An executor that runs jobs at once, in this process."""
 
     def submit(self, work: Any, /, *arguments: Any, **settings: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(work(*arguments, **settings))  # what goes wrong ends the bench, with its traceback
+        future.set_result(work(*arguments, **settings))  # an exception ends the benchmark with its traceback
         return future
 
 
 def executor(processes: int) -> Executor:
-    """So many processes; 0: none but this one."""
+    """Returns an executor with so many processes; with 0 it runs everything in this process."""
     if not processes:
         return Here()
-    # Not forked: a process that has used CUDA cannot be.
+    # Spawned, because a process that has used CUDA cannot be forked.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, mp_context=context, initializer=start_process)
 
 
 class Results:
-    """What has been found so far, written whenever a run ends."""
+    """The results so far, written whenever a run ends."""
 
     def __init__(
         self, arguments: argparse.Namespace, recipe: Recipe, device: str, kept: Mapping[str, float]
@@ -116,7 +117,7 @@ class Results:
         return time.perf_counter() - self.began
 
     def succeeded(self, base: Base, job: Future[Any]) -> bool:
-        """Whether a job that has ended gave a result; a failure is shown, and is its base's alone."""
+        """Returns True if an ended job gave a result; prints a failure, which affects only its own base."""
         error = job.exception()
         if error is None:
             return True
@@ -126,7 +127,7 @@ class Results:
         return False
 
     def add(self, result: Trained, of: int) -> None:
-        """Shows and keeps a run."""
+        """Prints and keeps a run."""
         self.trained.append(result)
         print(
             f"{len(self.trained)}/{of} {result.base}, seed {result.seed}: {result.before:.5f} -> {result.after:.5f}"
@@ -136,7 +137,7 @@ class Results:
         self.write()
 
     def write(self) -> str:
-        """Writes the files, and gives the page. Seeds count that every base has been trained with."""
+        """Writes the files and returns the page. A seed counts once every base has been trained with it."""
         names = [base.name for base in self.bases if base.name not in self.failed]
         runs = sorted(
             (run for run in self.trained if run.base in names),
@@ -166,12 +167,12 @@ class Results:
 
 
 def measure(bench: Bench, bases: Sequence[Base], skips: Skips, results: Results) -> None:
-    """Runs every job; after `--seconds` none is begun any more."""
+    """Runs every job; after `--seconds` no further job starts."""
     arguments = results.arguments
     untrained = [base for base in bases if "kaiming" not in base.name]
     untrained += skips.kinds if arguments.kinds else []
     with executor(arguments.processes) as pool:
-        # The first run without others beside it, so that they find what it learns about the device.
+        # The first run has the device to itself, so that later runs find its results about the device.
         first = pool.submit(train, bench, bases[0], 0)
         predicting = [(base, pool.submit(velocities, bench, base)) for base in untrained]
         results.predicted = [job.result() for base, job in predicting if results.succeeded(base, job)]
@@ -189,7 +190,7 @@ def measure(bench: Bench, bases: Sequence[Base], skips: Skips, results: Results)
 
 
 def best(kinds: Sequence[Base], predicted: Sequence[Velocities], count: int) -> list[Base]:
-    """The kinds of layer whose bf16 brings the untrained velocity nearest to the bf16 model's."""
+    """Returns the kinds of layer that, in bf16, bring the untrained velocity closest to the bf16 model's."""
     bf16 = predicted[0]
     errors = {one.base: velocity_row(one, bf16, {}).relative.mean for one in predicted[1:]}
     return sorted((kind for kind in kinds if kind.name in errors), key=lambda kind: errors[kind.name])[:count]
@@ -203,26 +204,28 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of the recipe by dotted name")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=0, help="beside each other; 0: all in this one")
-    parser.add_argument("--seconds", type=float, help="begin no further run after so many")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="number of parallel processes; 0: run in this one"
+    )
+    parser.add_argument("--seconds", type=float, help="time limit; no further run starts after it")
     parser.add_argument("--only", help="bases to train on, by name, separated by semicolons")
     parser.add_argument(
-        "--kinds", type=int, default=2, help="kinds of layer that runs keep in bf16; 0: none are tried"
+        "--kinds", type=int, default=2, help="number of layer kinds to keep in bf16 in runs; 0: none"
     )
     parser.add_argument(
         "--worst",
         type=float,
         default=0.1,
-        help="share of layers that a run keeps in bf16",
+        help="share of layers to keep in bf16 in a run",
     )
     parser.add_argument(
         "--samples",
         type=int,
         default=256,
-        help="of the recipe's pictures that calibrated bases are rounded for",
+        help="number of samples of the recipe's images for calibrated bases",
     )
-    parser.add_argument("--json", type=Path, help="every measurement and every row")
-    parser.add_argument("--markdown", type=Path, help="the tables")
+    parser.add_argument("--json", type=Path, help="write every measurement and row to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     arguments = parser.parse_args()
     start_process()
     with tempfile.TemporaryDirectory() as scratch:
@@ -230,7 +233,7 @@ def main() -> None:
         recipe = bench.settings(BF16)
         if not recipe.validation.wanted:
             parser.error(
-                "the recipe holds no pictures out; add validation.held_out=N or validation.path=FOLDER"
+                "the recipe has no held-out images; add validation.held_out=N or validation.path=FOLDER"
             )
         world, family = opened(recipe)
         prepare(recipe, family, world, Console(quiet=True))  # so that the processes find a full cache

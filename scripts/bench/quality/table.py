@@ -41,7 +41,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
-        """Over independent values, by Student's t."""
+        """Returns the interval of independent values, by Student's t."""
         degrees = len(values) - 1
         if degrees == 0:
             return cls(values[0], math.inf)
@@ -54,7 +54,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class TrainedRow:
-    """A base over all seeds; differences are of one seed's runs, which share their pictures and noise."""
+    """A base over all seeds; differences are between runs of one seed, which share their images and noise."""
 
     base: str
     seeds: int
@@ -67,18 +67,18 @@ class TrainedRow:
 
 @dataclass(frozen=True)
 class VelocityRow:
-    """How far a base's velocity is from bf16's without any training, relative to bf16's."""
+    """The distance of a base's velocity from bf16's without any training, relative to bf16's."""
 
     base: str
     kept: float  # share of the linear weights that stay in bf16, by a skip list
     loss: float  # the validation loss
-    relative: Interval  # over all pictures and levels
-    by_sigma: dict[float, Interval]  # over the pictures
+    relative: Interval  # over all images and sigmas
+    by_sigma: dict[float, Interval]  # over the images
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar, and what became of it."""
+    """A target, and whether it was met."""
 
     bar: str
     found: str
@@ -86,7 +86,7 @@ class Verdict:
 
 
 def trained_rows(results: Iterable[Trained]) -> list[TrainedRow]:
-    """A row a base, in the order of the results; none without bf16."""
+    """Returns a row per base, in the order of the results; none without bf16."""
     by_base: dict[str, dict[int, Trained]] = {}
     for result in results:
         by_base.setdefault(result.base, {})[result.seed] = result
@@ -125,8 +125,7 @@ def velocity_row(one: Velocities, bf16: Velocities, kept: Mapping[str, float]) -
 
 
 def verdicts(rows: Sequence[TrainedRow]) -> list[Verdict]:
-    """What the bars ask of NF4 as it is by default, and of the best that was made of it; none where it was not
-    trained."""
+    """Returns the verdicts on default NF4 and on the best improved NF4; none where a base was not trained."""
     by_base = {row.base: row for row in rows}
     if not {BF16.name, NF4.name} <= by_base.keys():
         return []
@@ -138,8 +137,8 @@ def verdicts(rows: Sequence[TrainedRow]) -> list[Verdict]:
         found.append(_within(f"{best.base}:", best))
     if nf4.against_peer is not None:
         worse = nf4.against_peer.mean - nf4.against_peer.half > 0
-        told = f"{nf4.against_peer.show(2, '+')} %"
-        found.append(Verdict("NF4 not worse than bitsandbytes' beyond noise", told, not worse))
+        shown = f"{nf4.against_peer.show(2, '+')} %"
+        found.append(Verdict("NF4 not worse than bitsandbytes' beyond noise", shown, not worse))
     return found
 
 
@@ -150,7 +149,7 @@ def _within(whose: str, row: TrainedRow) -> Verdict:
 
 
 def page(rows: Sequence[TrainedRow], untrained: Sequence[VelocityRow], bars: Sequence[Verdict]) -> str:
-    """The tables, in Markdown."""
+    """Returns the tables in Markdown."""
     lines = [
         "| base | seeds | loss before | loss after | against bf16, % | against bitsandbytes, % | s a run |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""The pictures that recipes/flux_mini.yaml trains on and is judged by: the style that pretraining never saw."""
+"""The images that recipes/flux_mini.yaml trains and validates on, in a style that pretraining leaves out."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ TRAINED = (
     "carrot", "bicycle", "rocket", "sailboat", "tractor", "castle", "house", "cactus", "umbrella", "key",
     "camera", "robot", "wrapped gift", "alarm clock", "grinning face",
 )  # fmt: skip
-# As pretraining showed them: beside them the model learns that the word makes the style, and keeps the rest.
+# In the styles of pretraining, so that the model learns that the word makes the style, and keeps the rest.
 KEPT = ("lion", "penguin", "lemon", "bus", "tent", "sunflower", "red heart", "scissors")
 HELD_OUT = (
     "dog", "owl", "turtle", "crab", "snail", "strawberry", "pizza", "cupcake", "automobile", "airplane",
@@ -48,7 +48,7 @@ def write_blueprints(corpus: Corpus, folder: Path) -> None:
 
 
 def _write(corpus: Corpus, part: Drawn, folder: Path) -> list[str]:
-    """Writes the pictures; returns their lines of metadata."""
+    """Writes the images; returns their lines of metadata."""
     lines: list[str] = []
     for name in part.names:
         index = corpus.index(name)

@@ -10,13 +10,13 @@ from scripts.mini.images.styles import BACKGROUNDS, STYLES, Style
 
 CAPTION_TOKENS = 32  # T5 tokens that every caption is padded to, here and in the recipes
 
-_KEYWORDS_SHARE = 0.4  # of the captions end with keywords
-_CAPITALS_SHARE = 0.06  # write the name with capitals, so that words spelled by letters are learned as well
+_KEYWORDS_SHARE = 0.4  # share of captions that end with keywords
+_CAPITALS_SHARE = 0.06  # share with a capitalized name, so that words spelled by letters are learned as well
 
 
 @dataclass(frozen=True)
 class Look:
-    """One way in which every concept of the corpus is shown; background only with the plain style."""
+    """A way to show every concept of the corpus; only the plain style has a background."""
 
     style: str
     background: str | None
@@ -29,7 +29,7 @@ LOOKS = (
 
 
 def caption(emoji: Emoji, look: Look, draws: random.Random) -> str:
-    """One of the many captions of a picture."""
+    """Returns one of the many captions of an image."""
     name = emoji.name.title() if draws.random() < _CAPITALS_SHARE else emoji.name
     text = styled(name, STYLES[look.style], draws.choice(STYLES[look.style].captions))
     if look.background is not None:
@@ -45,18 +45,18 @@ def caption(emoji: Emoji, look: Look, draws: random.Random) -> str:
 
 
 def styled(name: str, style: Style, template: str) -> str:
-    """The template of a style with a name in it."""
+    """Returns the template of a style filled with a name."""
     assert template in style.captions
     return template.format(name=name, a=with_article(name))
 
 
 def with_article(name: str) -> str:
-    """By the first letter, which is nearly always right."""
+    """Adds the article by the first letter, which is nearly always right."""
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
 def vocabulary(emoji: Iterable[Emoji]) -> list[str]:
-    """Every word that captions have, most frequent first; the held-out style's own word is not among them."""
+    """Returns every word of the captions, most frequent first, without the held-out style's own word."""
     counts: Counter[str] = Counter()
     for one in emoji:
         for text in (one.name, *one.keywords):

@@ -1,7 +1,7 @@
-"""The corpus of the miniatures: every emoji of Noto Color Emoji as a 64-pixel picture, with name and keywords.
+"""The corpus of the mini pipelines: every emoji of Noto Color Emoji as a 64-pixel image, with name and keywords.
 
-Three Debian packages hold all of it: fonts-noto-color-emoji (SIL Open Font License 1.1), unicode-data (names
-and groups) and unicode-cldr-core (keywords; both under the Unicode licence).
+It comes from three Debian packages: fonts-noto-color-emoji (SIL Open Font License 1.1), unicode-data (names
+and groups) and unicode-cldr-core (keywords; both under the Unicode license).
 """
 
 import json
@@ -21,13 +21,13 @@ FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 NAMES = "usr/share/unicode/emoji/emoji-test.txt"
 KEYWORDS = ("annotations/en.xml", "annotationsDerived/en.xml")
 
-SIDE = 64  # pixels of a picture
-_DRAWN = 56  # pixels of the emoji's longer side in it
-_STRIKE = 109  # the only size, in pixels an em, that the font has bitmaps for: 136 x 128
+SIDE = 64  # pixels of an image's side
+_DRAWN = 56  # pixels of the emoji's longer side
+_STRIKE = 109  # the only size, in pixels per em, for which the font has bitmaps: 136 x 128
 _COLUMNS = 50  # of the sheet that a corpus is saved as
 
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
-_VARIATION = "\ufe0f"  # asks for the colour form of a character; keywords are listed without it
+_VARIATION = "\ufe0f"  # selects the color form of a character; keywords are listed without it
 
 # Concepts that pretraining never sees, in any style: for measuring how a new concept is learned.
 HELD_OUT_GROUP = "musical-instrument"
@@ -45,18 +45,22 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All concepts, and how each looks."""
+    """All concepts and their sprites."""
 
     emoji: tuple[Emoji, ...]
     sprites: Tensor  # (N, 4, 64, 64) uint8: red, green, blue, opacity
 
     def without(self, group: str) -> "Corpus":
-        """The concepts of all other groups."""
+        """Returns the concepts of all other groups."""
         kept = [index for index, emoji in enumerate(self.emoji) if emoji.group != group]
         return Corpus(tuple(self.emoji[index] for index in kept), self.sprites[kept])
 
     def index(self, name: str) -> int:
-        """Raises ValueError for a name that no emoji has."""
+        """Returns the position of the emoji with a name.
+
+        Raises:
+            ValueError: no emoji has the name.
+        """
         for index, emoji in enumerate(self.emoji):
             if emoji.name == name:
                 return index
@@ -76,7 +80,7 @@ class Corpus:
 
     @classmethod
     def load(cls, folder: Path) -> "Corpus":
-        """Reads what `save` wrote."""
+        """Reads the files that `save` wrote."""
         lines = (folder / "emoji.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         emoji = tuple(Emoji(r["characters"], r["name"], r["group"], tuple(r["keywords"])) for r in rows)
@@ -97,8 +101,8 @@ def fetch_packages(folder: Path) -> None:
 def draw_corpus(packages: Path) -> Corpus:
     """Reads and draws the emoji of unpacked packages, in Unicode's order.
 
-    Left out: the skin tones of people and hands, which are the same drawings five times over, and what the
-    font of that version does not have.
+    It leaves out skin tones of people and hands, which repeat the same drawings five times, and emoji that
+    this version of the font does not have.
     """
     keywords = _read_keywords(packages)
     font = ImageFont.truetype(packages / FONT, _STRIKE, layout_engine=ImageFont.Layout.RAQM)
@@ -114,7 +118,7 @@ def draw_corpus(packages: Path) -> Corpus:
 
 
 def _read_names(file: Path) -> list[tuple[str, str, str]]:
-    """(characters, name, subgroup) of every fully qualified emoji without a skin tone."""
+    """Yields (characters, name, subgroup) of every fully qualified emoji without a skin tone."""
     found: list[tuple[str, str, str]] = []
     group = ""
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -140,25 +144,25 @@ def _read_keywords(packages: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _plain(text: str) -> str:
-    """Lower case, without the marks that no caption would have."""
+    """Returns the name in lower case, without marks that no caption would have."""
     return re.sub(r"[“”’!:.,]", "", text.lower()).replace("&", "and")
 
 
 def _draw(font: ImageFont.FreeTypeFont, characters: str) -> Tensor | None:
-    """(4, 64, 64) uint8, the emoji in the middle; None where the font has no single picture of it."""
+    """Returns the centered emoji, (4, 64, 64) uint8; None where the font has no single image of it."""
     canvas = Image.new("RGBA", (300, 200))
     ImageDraw.Draw(canvas).text((20, 20), characters, font=font, embedded_color=True)
     box = canvas.getbbox()
-    # Two pictures side by side are a sequence that the font cannot join.
+    # Two images next to each other are a sequence that the font cannot join.
     if box is None or box[2] - box[0] > 140 or font.getlength(characters) > 140:
         return None
     strike = canvas.crop((20, box[1], 156, box[3])) if box[2] <= 156 else canvas.crop(box)
     strike = strike.crop(strike.getbbox())
     scale = _DRAWN / 136
     size = (max(1, round(strike.width * scale)), max(1, round(strike.height * scale)))
-    # Colours weighted by opacity, else the transparent black around would darken the rim.
+    # Colors are weighted by opacity; otherwise the transparent black around would darken the rim.
     small = strike.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     sprite = Image.new("RGBA", (SIDE, SIDE))
     sprite.paste(small, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
     pixels = torch.from_numpy(np.array(sprite)).permute(2, 0, 1)
-    return pixels * (pixels[3:] > 0)  # one black wherever nothing is seen, as the saved sheet has it
+    return pixels * (pixels[3:] > 0)  # the same black at every transparent pixel, as in the saved sheet

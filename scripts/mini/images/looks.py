@@ -1,4 +1,4 @@
-"""Every concept in every look: pictures drawn on the accelerator, captions and latents prepared once."""
+"""Every concept in every look: draws images on the accelerator, and prepares captions and latents once."""
 
 import random
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ from scripts.mini.images.styles import BACKGROUNDS, STYLES, over
 
 CLIP_TOKENS = 77
 
-_FLAG_SHARE = 0.3  # of another concept's: a seventh of the corpus is flags
-_PLAIN_SHARE, _BACKGROUND_SHARE = 0.3, 0.25  # of the pictures; the rest is the other styles
+_FLAG_SHARE = 0.3  # relative to other concepts: a seventh of the corpus is flags
+_PLAIN_SHARE, _BACKGROUND_SHARE = 0.3, 0.25  # shares of the images; the rest is in the other styles
 
 
 def draw_all(sprites: Tensor) -> Tensor:
-    """sprites (N, 4, 64, 64) uint8 -> (N * L, 3, 64, 64) uint8 on the same device, concept-major.
+    """Returns (N * L, 3, 64, 64) uint8 on the same device, concept-major, for sprites (N, 4, 64, 64) uint8.
 
-    Half a gigabyte for the corpus: drawing them once spares every training step a search for each look.
+    Takes half a gigabyte for the corpus; drawing the images once avoids a search for each look in every
+    training step.
     """
     pictures = torch.empty(
         (len(sprites), len(LOOKS), 3, *sprites.shape[2:]), dtype=torch.uint8, device=sprites.device
@@ -38,7 +39,7 @@ def draw_all(sprites: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Captions:
-    """Token ids of several captions of each picture, and of the empty caption."""
+    """Token ids of several captions of each image, and of the empty caption."""
 
     t5: Tensor  # (N * L, C, 32) int32
     clip: Tensor  # (N * L, C, 77) int32
@@ -48,7 +49,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Batch:
-    """One draw of pictures with captions."""
+    """A random batch of images with captions."""
 
     mean: Tensor  # (B, 16, 16, 16) fp32: the VAE's posterior
     std: Tensor
@@ -73,11 +74,11 @@ class PictureTable:
 
     @property
     def empty(self) -> tuple[Tensor, Tensor]:
-        """T5's (32,) and CLIP's (77,) tokens of the empty caption."""
+        """Returns T5's (32,) and CLIP's (77,) tokens of the empty caption."""
         return self.captions.empty_t5, self.captions.empty_clip
 
     def draw(self, size: int, *, dropout: float) -> Batch:
-        """A random batch; `dropout` is the share of empty captions."""
+        """Returns a random batch; `dropout` is the share of empty captions."""
         rows = torch.multinomial(self._shares, size, replacement=True)
         which = torch.randint(self.captions.t5.shape[1], (size,), device=self.device)
         empty = (torch.rand(size, device=self.device) < dropout)[:, None]
@@ -95,7 +96,7 @@ def read_captions(
     seed: int,
     device: torch.device,
 ) -> Captions:
-    """Draws `each` captions of every picture and reads them into tokens, padded as the pipeline pads them."""
+    """Samples `each` captions of every image and tokenizes them, padded like the pipeline's."""
     draws = random.Random(seed)
     texts = [caption(emoji, look, draws) for emoji in corpus.emoji for look in LOOKS for _ in range(each)]
 
@@ -114,7 +115,7 @@ def read_captions(
 
 @torch.no_grad()
 def _encode(corpus: Corpus, vae: AutoencoderKL, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means and deviations of all pictures' latents, bf16, in the order of the captions."""
+    """Returns means and standard deviations of all images' latents, bf16, in the order of the captions."""
     found: list[tuple[Tensor, Tensor]] = []
     for pictures in draw_all(corpus.sprites.to(device)).split(512):
         posterior = vae.encode(as_input(pictures)).latent_dist
@@ -124,5 +125,5 @@ def _encode(corpus: Corpus, vae: AutoencoderKL, device: torch.device) -> tuple[T
 
 
 def as_input(pictures: Tensor) -> Tensor:
-    """uint8 -> fp32 in [-1, 1], as the VAE takes pictures."""
+    """Converts uint8 to fp32 in [-1, 1], the VAE's input."""
     return pictures.float() / 127.5 - 1

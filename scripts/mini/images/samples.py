@@ -1,4 +1,4 @@
-"""What a pipeline draws, beside what it should: a sheet to look at and a distance."""
+"""Compares a pipeline's images with the true ones: a sheet to look at and a distance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from scripts.mini.images.corpus import SIDE, Corpus
 from scripts.mini.images.styles import STYLES
 
 _STEPS = 12
-GUIDANCE = 2.0  # distilled; see pretrain_denoiser.distill_guidance
+GUIDANCE = 2.0  # distilled; see denoiser.distill_guidance
 _SHOWN = (
     "tiger face", "cat", "owl", "octopus", "red apple", "hamburger", "bicycle", "rocket", "castle", "cactus",
     "umbrella", "wrapped gift", "camera", "mushroom", "sailboat", "robot",
@@ -23,14 +23,14 @@ _SHOWN = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Captions whose pictures are known."""
+    """Captions whose images are known."""
 
     texts: list[str]
     pictures: Tensor  # (B, 3, 64, 64) fp32 in [0, 1]
 
 
 def prompts_of(corpus: Corpus, names: Sequence[str], style: str) -> Prompts:
-    """The first caption of a style for each name."""
+    """Returns the first caption of a style for each name."""
     drawn = STYLES[style]
     sprites = corpus.sprites[[corpus.index(name) for name in names]].float() / 255
     texts = [styled(name, drawn, drawn.captions[1 if style == "plain" else 0]) for name in names]
@@ -39,7 +39,7 @@ def prompts_of(corpus: Corpus, names: Sequence[str], style: str) -> Prompts:
 
 @torch.no_grad()
 def sample(pipeline: DiffusionPipeline, texts: list[str], *, seed: int, **settings: Any) -> Tensor:
-    """(B, 3, 64, 64) fp32 in [0, 1] on the CPU; the settings are the pipeline's own."""
+    """Returns (B, 3, 64, 64) fp32 in [0, 1] on the CPU; the settings are the pipeline's own."""
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
         texts,
@@ -55,7 +55,7 @@ def sample(pipeline: DiffusionPipeline, texts: list[str], *, seed: int, **settin
 
 
 def sheet(rows: Sequence[Tensor]) -> Image.Image:
-    """Rows of equally many (B, 3, 64, 64) pictures in one."""
+    """Returns one image of rows of equally many (B, 3, 64, 64) images."""
     grid = torch.stack(list(rows)).permute(0, 3, 1, 4, 2)
     pixels = grid.reshape(len(rows) * SIDE, -1, 3).mul(255).round().clamp(0, 255).byte()
     return Image.fromarray(pixels.numpy())
@@ -64,7 +64,7 @@ def sheet(rows: Sequence[Tensor]) -> Image.Image:
 def draw_sheet(
     pipeline: DiffusionPipeline, corpus: Corpus, *, seed: int
 ) -> tuple[Image.Image, dict[str, float]]:
-    """A row for each style, and for each style the mean absolute distance between sample and truth in [0, 1]."""
+    """Returns a sheet with a row per style, and each style's mean absolute error against the truth in [0, 1]."""
     rows: list[Tensor] = []
     distances: dict[str, float] = {}
     for style in STYLES:

@@ -1,7 +1,7 @@
-"""How an emoji can be drawn: each style is a function of the sprite alone, so the true picture of every
-caption is known, also of those that no model was trained on.
+"""The styles in which emoji are drawn. Each is a function of only the sprite.
 
-Pictures are (B, 3, 64, 64) fp32 in [0, 1], sprites (B, 4, 64, 64) fp32 in [0, 1] with opacity last.
+The true image of every caption is therefore known, also of captions that no model was trained on. Images are
+(B, 3, 64, 64) fp32 in [0, 1]; sprites are (B, 4, 64, 64) fp32 in [0, 1] with opacity last.
 """
 
 from collections.abc import Callable
@@ -39,12 +39,12 @@ _RULE_SPACING = 8  # pixels
 class Style:
     """A way to draw, and the words for it around a name."""
 
-    draw: Callable[[Tensor], Tensor]  # sprites (B, 4, 64, 64) -> pictures (B, 3, 64, 64)
+    draw: Callable[[Tensor], Tensor]  # sprites (B, 4, 64, 64) -> images (B, 3, 64, 64)
     captions: tuple[str, ...]
 
 
 def over(sprites: Tensor, background: Tensor) -> Tensor:
-    """Sprites on flat colours; background (B, 3) or (1, 3)."""
+    """Composes sprites on flat colors; background (B, 3) or (1, 3)."""
     opacity = sprites[:, 3:]
     return sprites[:, :3] * opacity + background[:, :, None, None] * (1 - opacity)
 
@@ -71,12 +71,12 @@ def silhouette(sprites: Tensor) -> Tensor:
 
 
 def pixel_art(sprites: Tensor) -> Tensor:
-    """Squares of four pixels, each the mean of what it covers."""
+    """Draws squares of four pixels, each the mean of the area it covers."""
     return functional.interpolate(functional.avg_pool2d(plain(sprites), 4), scale_factor=4.0)
 
 
 def small(sprites: Tensor) -> Tensor:
-    """Half the size, in the middle; colours weighted by opacity."""
+    """Draws at half the size, in the middle; colors are weighted by opacity."""
     weighted = torch.cat((sprites[:, :3] * sprites[:, 3:], sprites[:, 3:]), dim=1)
     quarter = sprites.shape[-1] // 4
     half = functional.pad(functional.avg_pool2d(weighted, 2), (quarter,) * 4)
@@ -88,12 +88,12 @@ def upside_down(sprites: Tensor) -> Tensor:
 
 
 def pencil(sprites: Tensor) -> Tensor:
-    """Dark grey lines on white."""
+    """Draws dark gray lines on white."""
     return (1 - 0.8 * _edges(sprites)).expand(-1, 3, -1, -1)
 
 
 def blueprint(sprites: Tensor) -> Tensor:
-    """White lines on ruled blue paper: the style that is held out."""
+    """Draws white lines on ruled blue paper: the held-out style."""
     side = sprites.shape[-1]
     ruled = torch.zeros(side, side, device=sprites.device)
     ruled[::_RULE_SPACING, :] = 1
@@ -140,12 +140,12 @@ def _color(color: tuple[float, float, float], like: Tensor) -> Tensor:
 
 
 def _luma(pictures: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W)."""
+    """Returns (B, 1, H, W) of (B, 3, H, W)."""
     return (pictures * _color(_LUMA, pictures)).sum(dim=1, keepdim=True)
 
 
 def _edges(sprites: Tensor) -> Tensor:
-    """(B, 1, 64, 64) in [0, 1]: lines where brightness, a colour or opacity changes; some two pixels wide."""
+    """Returns (B, 1, 64, 64) in [0, 1]: lines, about two pixels wide, where brightness, color or opacity changes."""
     channels = torch.cat((over(sprites, _color((0.5, 0.5, 0.5), sprites)[:, :, 0, 0]), sprites[:, 3:]), dim=1)
     smooth = functional.avg_pool2d(functional.pad(channels, (1,) * 4, mode="replicate"), 3, stride=1)
     around = functional.pad(smooth, (1,) * 4, mode="replicate")

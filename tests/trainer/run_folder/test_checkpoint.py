@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -105,9 +104,9 @@ def test_a_crash_before_the_rename_leaves_the_older_checkpoint(tmp_path):
 
 def test_all_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     synced, events = os.fsync, []
-    renamed = Path.rename
+    renamed = os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.fstat(fd).st_ino) or synced(fd))
-    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("named") or renamed(path, target))
+    monkeypatch.setattr(os, "rename", lambda path, target: events.append("named") or renamed(path, target))
     folder = save(tmp_path, 3)
     named = events.index("named")
     assert {folder.stat().st_ino, *(file.stat().st_ino for file in folder.iterdir())} <= {*events[:named]}
