@@ -267,7 +267,7 @@ class TestPace:
 
     def test_minutes_are_turned_into_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = [0.0]
-        monkeypatch.setattr("pretrain_pace.time.perf_counter", lambda: now[0])
+        monkeypatch.setattr("scripts.mini.pace.time.perf_counter", lambda: now[0])
         pace = Pace("stage", minutes=1.0, steps=None)
         step = 0
         while pace.running(step):

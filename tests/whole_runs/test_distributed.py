@@ -40,8 +40,7 @@ def test_accelerate_launch_trains_two_processes_as_one(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     result = command(*LAUNCHERS["accelerate"], "-m", "halfbyte.trainer", str(recipe))
     assert result.returncode == 0, result.stderr
-    assert "2 processes" in result.stdout
-    assert result.stdout.count(str(tmp_path / "run" / "adapter")) == 1, "only one process prints"
+    assert result.stdout.count("2 processes") == 1, "only one process prints"
     assert_same_as_one_process(recipe, tmp_path / "run", tmp_path / "alone")
 
 

@@ -125,7 +125,7 @@ class TestFiles:
         for words in (
             "Noto Color Emoji",
             "SIL Open Font License",
-            "scripts/mini/pretrain.py",
+            "scripts.mini.pretrain",
             "musical-instrument",
         ):
             assert words in card

@@ -1,7 +1,6 @@
 """Tests `halfbyte push` with the real client against a loopback Hub, and loads the result with stock libraries."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hub_runs import BASE, TOKEN
+from repository import ROOT
 from runs import environment
 
 
@@ -101,7 +101,7 @@ def elsewhere(hub, folder, program, *arguments):
         "HF_HOME": str(folder / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
-        "PYTHONPATH": os.path.dirname(__file__),
+        "PYTHONPATH": str(ROOT / "tests" / "support"),
     }
     del env["HF_HUB_OFFLINE"]
     done = subprocess.run(
