@@ -89,7 +89,9 @@ def test_components_in_unavailable_repositories_are_noted() -> None:
     result = CliRunner().invoke(app, ["plan", str(RECIPE), *named])
     assert result.exit_code == 0, result.output
     for setting in ("model.transformer", "model.text_encoder"):
-        (note,) = [line for line in result.stdout.splitlines() if f"{setting}: we/nf4-pkg" in line]
+        (note,) = [
+            line for line in result.stdout.splitlines() if f"{setting}: " in line and "we/nf4-pkg" in line
+        ]
         assert "pipeline's own" in note
         assert "local Hub cache" in note
 
