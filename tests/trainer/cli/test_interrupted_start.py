@@ -7,9 +7,11 @@ import pytest
 
 from runs import environment
 
-# Sends Ctrl-C to its own process when the import of this module starts.
+# Sends Ctrl-C to its own process when the import of this module starts. A process that is started in the background
+# of a shell without job control ignores Ctrl-C, and so would this one if the tests run there.
 INTERRUPTED_AT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def interrupt(event, details):
     if event == "import" and details[0] == {module!r}:
         os.kill(os.getpid(), signal.SIGINT)
