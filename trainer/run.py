@@ -20,7 +20,7 @@ from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export.export import ExportSettings, export_trained, exported_lines
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.plan.advice import oom_advice
-from halfbyte.trainer.plan.dry_run import Rehearsal
+from halfbyte.trainer.plan.dry_run import DryRun
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.publish.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe.recipe import Recipe
@@ -73,7 +73,7 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     when_full = partial(oom_advice, recipe, family)
     # A dry run and the adapter's file, so that wrong layer names and a broken adapter fail before the
     # encoding.
-    Rehearsal(recipe, family)
+    DryRun(recipe, family)
     start = start_layers(base.init_from, family)
 
     # Encode captions and images into the cache.

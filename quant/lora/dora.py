@@ -73,7 +73,7 @@ class RowMagnitudes(DoraLinearLayer):
 
 
 @torch.no_grad()
-def keep_lengths(model: nn.Module, adapter: str) -> None:
+def reset_magnitudes(model: nn.Module, adapter: str) -> None:
     """Sets the magnitudes to the row norms of the adapted weights.
 
     For an adapter that does not start at zero: DoRA then starts with the output of the plain LoRA adapter.

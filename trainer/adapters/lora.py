@@ -278,7 +278,7 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
                 f"{name} has rank {layer.rank} in {path}, but {len(down)} in this run; set"
                 f" lora.rank: {highest}, or set a rank for these layers in lora.rank_pattern"
             )
-        if layer.lengths is not None and adapter not in module.lora_magnitude_vector:
+        if layer.magnitude is not None and adapter not in module.lora_magnitude_vector:
             raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
     for name, layer in layers.items():
         module = own[name]
@@ -287,7 +287,7 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
         up.zero_()
         # B carries the ratio of the scales, so that scale * B A is the same update.
         up[:, : layer.rank].copy_(layer.up * (layer.scale / module.scaling[adapter]))
-    magnitudes = {name: layer.lengths for name, layer in layers.items() if layer.lengths is not None}
+    magnitudes = {name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None}
     for name, values in magnitudes.items():
         own[name].lora_magnitude_vector[adapter].weight.copy_(values)
     log.info("%d of %d layers start with the adapter of %s", len(layers), len(own), path)

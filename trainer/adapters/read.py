@@ -109,7 +109,7 @@ def _peft_config(file: Path) -> dict[str, Any]:
 def _layer(part: Mapping[str, Tensor]) -> LoraLayer:
     # A file without alpha means alpha = rank: the update is B A, unscaled.
     scale = part["alpha"].item() / len(part["down"]) if "alpha" in part else 1.0
-    return LoraLayer(part["down"], part["up"], scale, part.get("lengths"))
+    return LoraLayer(part["down"], part["up"], scale, part.get("magnitude"))
 
 
 def _split(
@@ -131,7 +131,7 @@ def _split(
                 f"{file} is for another base: {name} has {len(layer.up)} outputs, but the model's has {sum(rows)}"
             )
         if original.swapped:
-            magnitude = None if layer.lengths is None else swap_halves(layer.lengths)
+            magnitude = None if layer.magnitude is None else swap_halves(layer.magnitude)
             layer = LoraLayer(layer.down, swap_halves(layer.up), layer.scale, magnitude)
         found |= _unfused(layer, original.parts, rows) if len(rows) > 1 else {original.parts[0]: layer}
     return found
@@ -142,7 +142,7 @@ def _unfused(layer: LoraLayer, paths: Sequence[str], rows: Sequence[int]) -> dic
 
     Each part keeps only the ranks (columns of B) that are not zero in its rows.
     """
-    magnitudes = [None] * len(rows) if layer.lengths is None else layer.lengths.split(list(rows))
+    magnitudes = [None] * len(rows) if layer.magnitude is None else layer.magnitude.split(list(rows))
     found: dict[str, LoraLayer] = {}
     for path, block, magnitude in zip(paths, layer.up.split(rows), magnitudes, strict=True):
         used = block.any(dim=0)

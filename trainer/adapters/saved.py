@@ -18,7 +18,7 @@ _PREFIX = "transformer."
 DOWN = ".lora_A.weight"
 MAGNITUDE = ".lora_magnitude_vector"
 # Ending of a key in files of PEFT and diffusers, after the layer's name -> the tensor's role.
-_ENDINGS = {DOWN: "down", ".lora_B.weight": "up", MAGNITUDE: "lengths"}
+_ENDINGS = {DOWN: "down", ".lora_B.weight": "up", MAGNITUDE: "magnitude"}
 # The same for files without a configuration, such as ComfyUI's and kohya's, which may have the scale as a
 # tensor.
 PLAIN_ENDINGS = _ENDINGS | {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
@@ -31,7 +31,7 @@ class LoraLayer:
     down: Tensor  # A, (rank, inputs) fp32
     up: Tensor  # B, (outputs, rank) fp32
     scale: float
-    lengths: Tensor | None = None  # DoRA's magnitude: norms of the adapted weight's rows, (outputs,) fp32
+    magnitude: Tensor | None = None  # DoRA's magnitude: norms of the adapted weight's rows, (outputs,) fp32
 
     @property
     def rank(self) -> int:
@@ -50,7 +50,7 @@ class SavedAdapter:
         """Returns the update of each adapted layer by the layer's name in the model."""
         return {
             path: LoraLayer(
-                part["down"], part["up"], self.scale(path, len(part["down"])), part.get("lengths")
+                part["down"], part["up"], self.scale(path, len(part["down"])), part.get("magnitude")
             )
             for path, part in _by_layer(self.tensors, _ENDINGS).items()
         }
@@ -132,7 +132,7 @@ def whole_adapter(
             raise RecipeError(
                 f"{where} has alpha_pattern {pattern!r}, which is not a regular expression: {error}"
             ) from error
-    if config.get("use_dora") and not all("lengths" in part for part in parts.values()):
+    if config.get("use_dora") and not all("magnitude" in part for part in parts.values()):
         raise RecipeError(
             f"{file}: is a DoRA adapter (use_dora), but layers have no magnitude (…{MAGNITUDE})"
         )
@@ -142,7 +142,7 @@ def whole_adapter(
 def layer_parts(
     file: Path, tensors: Mapping[str, Tensor], endings: Mapping[str, str] = PLAIN_ENDINGS
 ) -> dict[str, dict[str, Tensor]]:
-    """Returns the tensors of each layer (with its prefix) in fp32, by role: down, up, lengths, alpha.
+    """Returns the tensors of each layer (with its prefix) in fp32, by role: down, up, magnitude, alpha.
 
     Raises:
         RecipeError: a key does not belong to a LoRA, a layer does not have A and B of the same rank, a value
@@ -163,7 +163,7 @@ def layer_parts(
         raise RecipeError(f"{file} has no adapter for a transformer")
     for layer, part in found.items():
         _check_layer(file, layer, part)
-    with_magnitude = [layer for layer, part in found.items() if "lengths" in part]
+    with_magnitude = [layer for layer, part in found.items() if "magnitude" in part]
     if with_magnitude and len(with_magnitude) < len(found):
         other = next(layer for layer in found if layer not in with_magnitude)
         raise RecipeError(
@@ -190,7 +190,7 @@ def _check_layer(file: Path, layer: str, part: Mapping[str, Tensor]) -> None:
             f"{file}: {layer} needs both matrices of a LoRA, of the same rank: got {got}, expected (rank, inputs) and"
             " (outputs, rank)"
         )
-    alpha, magnitude = part.get("alpha"), part.get("lengths")
+    alpha, magnitude = part.get("alpha"), part.get("magnitude")
     if alpha is not None and alpha.numel() != 1:
         raise RecipeError(f"{file}: the alpha of {layer} has {alpha.numel()} values, expected one")
     if magnitude is not None and magnitude.shape != (len(up),):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.exact import exact_weights, hold_exact
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
-from halfbyte.quant.lora.dora import keep_lengths
+from halfbyte.quant.lora.dora import reset_magnitudes
 from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, TrainedLayers, add_lora, start_from
 from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import LoraLayer
@@ -170,7 +170,7 @@ def load_denoiser(
         except RecipeError as error:
             raise RecipeError(f"lora.init_from: {error}") from error
     if recipe.lora.dora and not has_magnitude:
-        keep_lengths(denoiser, ADAPTER)
+        reset_magnitudes(denoiser, ADAPTER)
     family.fuse_blocks(denoiser, block_settings(recipe, attention))
     stream = _stream(family, denoiser, world) if recipe.train.stream_blocks else None
     quantized = sum(isinstance(module, QuantizedLayer) for module in denoiser.modules())

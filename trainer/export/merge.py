@@ -66,9 +66,9 @@ def _merged(path: str, module: nn.Linear, layer: LoraLayer) -> Survival:
     device = before.device
     update = layer.scale * (layer.up.to(device, torch.float32) @ layer.down.to(device, torch.float32))
     merged = before + update
-    if layer.lengths is not None:
+    if layer.magnitude is not None:
         # DoRA: rescale each output row to its trained magnitude.
-        merged *= (layer.lengths.to(device, torch.float32) / merged.norm(dim=1))[:, None]
+        merged *= (layer.magnitude.to(device, torch.float32) / merged.norm(dim=1))[:, None]
         update = merged - before
     _store(module, merged, path)
     change = _dense(module) - before

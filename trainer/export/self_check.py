@@ -323,8 +323,8 @@ def _adapt(model: Any, layers: Mapping[str, LoraLayer], *, dora: bool) -> None:
     for path, layer in layers.items():
         module = model.get_submodule(path)
         values = {"lora_A": layer.down, "lora_B": layer.up}
-        if layer.lengths is not None:
-            values["lora_magnitude_vector"] = layer.lengths
+        if layer.magnitude is not None:
+            values["lora_magnitude_vector"] = layer.magnitude
         for kind, value in values.items():
             parameter = getattr(module, kind)["check"].weight
             parameter.data = value.to(parameter.device, torch.float32)

@@ -7,7 +7,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.plan.fit import cheapest_savings
 from halfbyte.trainer.plan.planner import Planner
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.run_folder.folder import HOW_IT_IS_COMPUTED
+from halfbyte.trainer.run_folder.folder import EXECUTION_SETTINGS
 from halfbyte.trainer.runtime.device_memory import when_full
 from halfbyte.trainer.runtime.sizes import memory_size
 
@@ -49,5 +49,5 @@ def out_of_memory(recipe: Recipe, family: Family, when: str, *phases: str) -> st
 
 
 def _resumable_settings() -> str:
-    *first, last = HOW_IT_IS_COMPUTED
+    *first, last = EXECUTION_SETTINGS
     return f"{', '.join(first)} or {last}"

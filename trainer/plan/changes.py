@@ -213,11 +213,11 @@ def _streaming(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     if recipe.train.gradient_checkpointing == "offload":
         settings.append(Setting("train", "gradient_checkpointing", "full"))
     streamed = RecipeChange(settings, "").applied(recipe)
-    if not is_accepted(streamed) or not planner.rehearsal(recipe).streams:
+    if not is_accepted(streamed) or not planner.dry_run(recipe).streams:
         return
 
     def copies(changed: Recipe) -> str:
-        visitors = planner.rehearsal(changed).visitors
+        visitors = planner.dry_run(changed).visitors
         copied = visitors.copied * changed.train.grad_accumulation
         return (
             f"{memory_size(visitors.host_bytes)} of page-locked host memory, {memory_size(copied)} copied from it per"

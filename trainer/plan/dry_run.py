@@ -40,7 +40,7 @@ VISITING = "packed: blocks on their visit"
 
 
 @dataclass(frozen=True)
-class RehearsedStep:
+class DryRunStep:
     """The memory and work of one step on the device, without the optimizer and the average of the weights."""
 
     peak: Peak
@@ -74,7 +74,7 @@ class _MetaStore(HostStore):
             return super().put(tensor)
 
 
-class Rehearsal:
+class DryRun:
     """A recipe's denoiser with its adapters on meta; it can take a step at any image size."""
 
     def __init__(self, recipe: Recipe, family: Family) -> None:
@@ -125,7 +125,7 @@ class Rehearsal:
         """Shapes of the trained parameters."""
         return [tuple(parameter.shape) for parameter in self.adapters.values()]
 
-    def step(self, recipe: Recipe, width: int, height: int) -> RehearsedStep:
+    def step(self, recipe: Recipe, width: int, height: int) -> DryRunStep:
         """Takes one dry step of `recipe`, which must have the base and the adapters of `self.recipe`.
 
         width, height: pixels.
@@ -155,9 +155,9 @@ class Rehearsal:
             live.hold([parameter.grad for parameter in self._learning()], GRADIENTS)
             peak, flops, calls = live.peak, live.flops, live.calls
             self._drop_gradients()
-        return RehearsedStep(peak, flops, calls, kept, live.host)
+        return DryRunStep(peak, flops, calls, kept, live.host)
 
-    def prediction(self, batch_size: int, width: int, height: int) -> RehearsedStep:
+    def prediction(self, batch_size: int, width: int, height: int) -> DryRunStep:
         """Takes one dry forward without gradients, as in sampling and validation. width, height: pixels."""
         live = LiveBytes()
         self._hold_base(live)
@@ -168,7 +168,7 @@ class Rehearsal:
             batch = self._batch(batch_size, width, height)
             live.restart()
             module.loss(batch)
-        return RehearsedStep(live.peak, live.flops, live.calls, 0, 0)
+        return DryRunStep(live.peak, live.flops, live.calls, 0, 0)
 
     def _hold_exact(self) -> None:
         def on_meta(name: str) -> Tensor:

@@ -16,7 +16,7 @@ from halfbyte.trainer.data.size_limits import refuse_large
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.plan.dry_run import ADAPTERS, BLOCK_KEEPS, GRADIENTS, Rehearsal, RehearsedStep
+from halfbyte.trainer.plan.dry_run import ADAPTERS, BLOCK_KEEPS, GRADIENTS, DryRun, DryRunStep
 from halfbyte.trainer.plan.encoder_memory import (
     decoder_bytes,
     picture_encoder_bytes,
@@ -52,9 +52,9 @@ class Planner:
         self.recipe = recipe
         self.family = family
         self.notes = notes
-        self._rehearsals: dict[object, Rehearsal] = {}
-        self._steps: dict[object, RehearsedStep] = {}
-        self._predictions: dict[object, RehearsedStep] = {}
+        self._dry_runs: dict[object, DryRun] = {}
+        self._steps: dict[object, DryRunStep] = {}
+        self._predictions: dict[object, DryRunStep] = {}
         self._encoders: dict[object, Phase] = {}
         self._decoders: dict[object, tuple[int, int]] = {}
 
@@ -92,7 +92,7 @@ class Planner:
             step=Work(
                 step.flops * train.grad_accumulation,
                 0 if train.cuda_graphs else step.calls * train.grad_accumulation,
-                (self.rehearsal(recipe).visitors.copied + step.host) * train.grad_accumulation,
+                (self.dry_run(recipe).visitors.copied + step.host) * train.grad_accumulation,
             ),
             draws=drawings * len(recipe.sample.prompts),
             drawing=sampling[1] if sampling else Work(),
@@ -116,7 +116,7 @@ class Planner:
             self._export(recipe),
         ]
 
-    def step(self, recipe: Recipe) -> RehearsedStep:
+    def step(self, recipe: Recipe) -> DryRunStep:
         """Returns the dry run of one micro-batch at the recipe's largest image size."""
         if recipe.train.cuda_graphs and not self._more_than_recorded(recipe):
             # A recorded step starts without gradients. The eager step that does find accumulated gradients
@@ -131,14 +131,14 @@ class Planner:
             size,
         )
         if key not in self._steps:
-            self._steps[key] = self.rehearsal(recipe).step(recipe, *size)
+            self._steps[key] = self.dry_run(recipe).step(recipe, *size)
         return self._steps[key]
 
-    def _prediction(self, recipe: Recipe, batch_size: int, size: Size) -> RehearsedStep:
+    def _prediction(self, recipe: Recipe, batch_size: int, size: Size) -> DryRunStep:
         """Returns the dry run of a forward without a backward."""
         key = (*self._layers(recipe), batch_size, size)
         if key not in self._predictions:
-            self._predictions[key] = self.rehearsal(recipe).prediction(batch_size, *size)
+            self._predictions[key] = self.dry_run(recipe).prediction(batch_size, *size)
         return self._predictions[key]
 
     def _largest_encoded(self, recipe: Recipe) -> Size:
@@ -147,12 +147,12 @@ class Planner:
             sizes.add(self.pictures.largest_held_out)
         return self._at_resolution(recipe, largest_size(sizes))
 
-    def rehearsal(self, recipe: Recipe) -> Rehearsal:
-        """Returns the recipe's layers on meta. Raises RecipeError, see `Rehearsal`."""
+    def dry_run(self, recipe: Recipe) -> DryRun:
+        """Returns the recipe's layers on meta. Raises RecipeError, see `DryRun`."""
         key = self._layers(recipe)
-        if key not in self._rehearsals:
-            self._rehearsals[key] = Rehearsal(recipe, self.family)
-        return self._rehearsals[key]
+        if key not in self._dry_runs:
+            self._dry_runs[key] = DryRun(recipe, self.family)
+        return self._dry_runs[key]
 
     @staticmethod
     def _layers(recipe: Recipe) -> tuple[object, ...]:
@@ -170,9 +170,9 @@ class Planner:
 
     def _kept(self, recipe: Recipe) -> dict[str, int]:
         """Returns the memory that stays on the device for all of training, by kind."""
-        rehearsal = self.rehearsal(recipe)
-        held = rehearsal.held
-        optimizer = recipe.optimizer.memory(rehearsal.shapes)
+        dry_run = self.dry_run(recipe)
+        held = dry_run.held
+        optimizer = recipe.optimizer.memory(dry_run.shapes)
         parts = {**held, f"optimizer state ({recipe.optimizer.name})": optimizer.state}
         if recipe.ema.decay is not None:
             parts["ema"] = held[ADAPTERS]
@@ -186,11 +186,11 @@ class Planner:
         memory = sum(within.get(kind, 0) for kind in (BLOCK_KEEPS, WORKING, INSIDE, GRADIENTS))
         memory += min(memory, RECORDED_GAPS)
         # cuBLAS has another workspace for the stream that the graphs are recorded on.
-        return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.rehearsal(recipe).held[ADAPTERS]}
+        return {RECORDED: memory + PRODUCTS_BYTES, GATHERED: self.dry_run(recipe).held[ADAPTERS]}
 
-    def _train(self, recipe: Recipe, step: RehearsedStep) -> Phase:
+    def _train(self, recipe: Recipe, step: DryRunStep) -> Phase:
         kept, recorded = self._kept(recipe), self._recorded(recipe)
-        optimizer = recipe.optimizer.memory(self.rehearsal(recipe).shapes)
+        optimizer = recipe.optimizer.memory(self.dry_run(recipe).shapes)
         held = {**kept, **recorded, GRADIENTS: kept[ADAPTERS]}
         moments: list[Mapping[str, int]] = [{**held, "within the optimizer": optimizer.working}]
         # Every image size runs once eagerly before the first recording. With more sizes than graphs are kept
@@ -213,7 +213,7 @@ class Planner:
 
     def _on_host(self, recipe: Recipe) -> dict[str, int]:
         """Returns the host memory that stays in use from loading to the end of the run."""
-        return {"packed blocks, page-locked": self.rehearsal(recipe).visitors.host_bytes}
+        return {"packed blocks, page-locked": self.dry_run(recipe).visitors.host_bytes}
 
     def _on_host_from_then(self, recipe: Recipe) -> dict[str, int]:
         """Returns the host memory that stays in use from the first step to the end of the run."""
@@ -237,11 +237,11 @@ class Planner:
         return self._encoders[size]
 
     def _load(self, recipe: Recipe) -> Phase:
-        rehearsal = self.rehearsal(recipe)
-        held = {kind: nbytes for kind, nbytes in rehearsal.held.items() if kind != ADAPTERS}
+        dry_run = self.dry_run(recipe)
+        held = {kind: nbytes for kind, nbytes in dry_run.held.items() if kind != ADAPTERS}
         # Three copies of the largest weight, of 2 bytes per element: as stored, in the compute dtype, and the
         # next weight that arrives meanwhile; and the chunks that are read ahead.
-        arriving = 3 * rehearsal.largest_weight * 2 + _READ_AHEAD
+        arriving = 3 * dry_run.largest_weight * 2 + _READ_AHEAD
         host = {"read ahead": READING_BYTES, **self._on_host(recipe)}
         return Phase("load and quantize", {**held, "weights on their way": arriving}, host)
 
@@ -262,7 +262,7 @@ class Planner:
             "vae": weights,
             WORKING: max(decoding, predicting),
         }
-        copies = self.rehearsal(recipe).visitors.host_bytes
+        copies = self.dry_run(recipe).visitors.host_bytes
         work = Work(drawn.flops * sample.steps, drawn.calls * sample.steps, copies * sample.steps)
         return Phase("sample", parts, self._on_host_from_then(recipe)), work
 
@@ -285,7 +285,7 @@ class Planner:
 
     def _export(self, recipe: Recipe) -> Phase:
         kept = self._kept(recipe)
-        held = self.rehearsal(recipe).held
+        held = self.dry_run(recipe).held
         base = sum(nbytes for kind, nbytes in held.items() if kind != ADAPTERS)
         # The adapter twice, once as it is written and once as it is read back; the base is written shard by
         # shard.
@@ -300,7 +300,7 @@ def _without_accumulation(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def _working(step: RehearsedStep) -> dict[str, int]:
+def _working(step: DryRunStep) -> dict[str, int]:
     """Returns the memory that a forward uses only while it computes, by kind."""
     return {kind: step.peak.by_kind.get(kind, 0) for kind in (WORKING, INSIDE)}
 

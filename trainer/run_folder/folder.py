@@ -24,7 +24,7 @@ _FREE = (
 )
 # Settings that a resumed run may change with a warning: they decide where and how the run computes, and
 # change its results only by rounding.
-HOW_IT_IS_COMPUTED = (
+EXECUTION_SETTINGS = (
     "model.stream_text_encoder",
     "train.gradient_checkpointing",
     "train.attention",
@@ -114,7 +114,7 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
         return  # nothing was trained yet: the run starts at step 0, with any settings
     before = load_written(folder.recipe)
     changed = [line for line in differences(before, recipe) if not line.startswith(_FREE)]
-    rounding_only = [line for line in changed if line.startswith(HOW_IT_IS_COMPUTED)]
+    rounding_only = [line for line in changed if line.startswith(EXECUTION_SETTINGS)]
     if len(rounding_only) < len(changed):
         raise RecipeError(
             f"--resume: these settings differ from the run's recipe, {folder.recipe}, and would change its results. Set"

@@ -49,7 +49,7 @@ class Adapter:
     @property
     def is_dora(self) -> bool:
         """True for a DoRA adapter, which also has a learned magnitude for each row."""
-        return any(layer.lengths is not None for layer in self.layers.values())
+        return any(layer.magnitude is not None for layer in self.layers.values())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.trainer.denoiser.load import load_denoiser
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.flux.family import Flux
-from halfbyte.trainer.plan.dry_run import Rehearsal
+from halfbyte.trainer.plan.dry_run import DryRun
 from halfbyte.trainer.quantize.run import quantize
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.runtime.world import read_world
@@ -131,7 +131,7 @@ def test_errors_start_with_the_setting(mini_flux, tmp_path):
         loaded(recipe, *adapted)
     family = Flux.open(str(mini_flux), None, 24)
     with pytest.raises(RecipeError, match=r"quant\.exact: got 'proj_out'.*has an adapter"):
-        Rehearsal(load_recipe(recipe, adapted), family)
+        DryRun(load_recipe(recipe, adapted), family)
     # A base in full precision is exact everywhere.
     assert loaded(recipe, "quant.type=none", "quant.exact=[proj_out]").proj_out.weight.is_floating_point()
 
@@ -140,7 +140,7 @@ def test_plan_includes_the_exact_weight(mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     family = Flux.open(str(mini_flux), None, 24)
     plain, exact = (
-        sum(Rehearsal(load_recipe(recipe, [f"quant.exact={paths}"]), family).held.values())
+        sum(DryRun(load_recipe(recipe, [f"quant.exact={paths}"]), family).held.values())
         for paths in ("[]", "[proj_out]")
     )
     layer = load(mini_flux / "transformer").proj_out

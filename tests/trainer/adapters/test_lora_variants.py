@@ -7,7 +7,7 @@ from torch import nn
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
-from halfbyte.quant.lora.dora import RowMagnitudes, keep_lengths
+from halfbyte.quant.lora.dora import RowMagnitudes, reset_magnitudes
 from halfbyte.trainer.adapters.lora import (
     ADAPTER,
     LoraVariant,
@@ -262,7 +262,7 @@ def test_dora_starts_as_the_base_and_refuses_rows_of_zeros(family):
     assert all(torch.allclose(one.weight**2, one.base_squares) for one in magnitudes)
     layer = denoiser.transformer_blocks[0].attn.to_q
     nn.init.normal_(layer.lora_B["default"].weight)  # an adapter that changes the weight from the start
-    keep_lengths(denoiser, "default")
+    reset_magnitudes(denoiser, "default")
     adapted = layer.base_layer.dequantize(torch.float32) + layer.get_delta_weight("default")
     assert torch.allclose(layer.lora_magnitude_vector["default"].weight, adapted.norm(dim=1), rtol=1e-4)
     broken = base(family)

@@ -177,7 +177,7 @@ def test_a_graphed_step_with_accumulation_is_planned_without_old_gradients(
     recipe = planner.recipe
     phase, step = planner.plan().phase("step"), planner.step(recipe)
     assert len(planner._steps) == 1
-    adding = planner.rehearsal(recipe).step(recipe, *planner.size(recipe))
+    adding = planner.dry_run(recipe).step(recipe, *planner.size(recipe))
     assert adding.peak.nbytes > step.peak.nbytes
     assert sum({**planner._kept(recipe), **adding.peak.by_kind}.values()) <= phase.allocated
     assert (adding.flops, adding.host, adding.kept) == (step.flops, step.host, step.kept)

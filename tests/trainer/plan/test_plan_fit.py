@@ -111,7 +111,7 @@ def test_a_small_card_streams_blocks_instead_of_activations(planner: Planner) ->
 def test_graphs_are_turned_off_before_the_settings_that_exclude_them(planner: Planner, flux: Path) -> None:
     def made(budget: int) -> list[str]:
         other = open_planner(with_graphs(planner.recipe))
-        other._rehearsals, other._steps = planner._rehearsals, planner._steps
+        other._dry_runs, other._steps = planner._dry_runs, planner._steps
         fitted = fit_to_budget(other, budget)
         assert fitted.fits
         # The command line accepts the same settings.
@@ -245,7 +245,7 @@ def test_costs_are_those_of_the_recipe_that_fits(opened: Opened) -> None:
     text = "\n".join(fit_lines(fitted))
     step = fitted.plan.phase("step")
     assert f"({memory_size(step.host['activations put aside'])} of host memory" in text
-    visitors = planner.rehearsal(fitted.recipe).visitors
+    visitors = planner.dry_run(fitted.recipe).visitors
     copied = visitors.copied * fitted.recipe.train.grad_accumulation
     assert f"{memory_size(copied)} copied from it" in text
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from halfbyte.trainer.errors import OutOfMemory, RecipeError
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.recipe.load import load_recipe
-from halfbyte.trainer.run_folder.folder import HOW_IT_IS_COMPUTED, RunFolder, claim
+from halfbyte.trainer.run_folder.folder import EXECUTION_SETTINGS, RunFolder, claim
 
 from runs import run_here, write_recipe
 
@@ -110,7 +110,7 @@ def test_changing_the_number_of_steps_warns_about_a_falling_rate(
 
 def test_settings_that_only_change_rounding_exist_in_the_recipe(mini_flux: Path, tmp_path: Path) -> None:
     settings = load_recipe(write_recipe(tmp_path, mini_flux)).dump()
-    for name in HOW_IT_IS_COMPUTED:
+    for name in EXECUTION_SETTINGS:
         section, field = name.split(".")
         assert field in settings[section]
 

@@ -50,9 +50,9 @@ def merged(family, adapter, strength):
         linear = model.get_submodule(name)
         weight = linear.dequantize(torch.float32)
         sum_ = weight + strength * layer.scale * layer.up @ layer.down
-        if layer.lengths is not None:
+        if layer.magnitude is not None:
             base = weight.norm(dim=1)
-            magnitude = base + strength * (layer.lengths - base)
+            magnitude = base + strength * (layer.magnitude - base)
             sum_ = sum_ * (magnitude / sum_.norm(dim=1))[:, None]
         plain = torch.nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
         plain.weight.data = sum_

@@ -25,7 +25,7 @@ from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.families.offload.block_stream import BlockStream, packed_blocks
 from halfbyte.trainer.families.offload.copies import CudaCopies, Mark, PageLocked
 from halfbyte.trainer.families.sd3.family import SD3
-from halfbyte.trainer.plan.dry_run import Rehearsal
+from halfbyte.trainer.plan.dry_run import DryRun
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run import run
@@ -222,12 +222,12 @@ def test_streaming_saves_the_memory_that_the_plan_predicts(large_flux: Path, tmp
         recipe = load_recipe(file, settings)
         family = Flux.open(str(large_flux), None, 24)
         measured.append(held_and_peak(recipe, family))
-        rehearsal = Rehearsal(recipe, family)
-        predicted.append((sum(rehearsal.held.values()), rehearsal.step(recipe, 64, 64).peak.nbytes))
-    assert rehearsal.visitors.host_bytes > 30 * MIB
+        dry_run = DryRun(recipe, family)
+        predicted.append((sum(dry_run.held.values()), dry_run.step(recipe, 64, 64).peak.nbytes))
+    assert dry_run.visitors.host_bytes > 30 * MIB
     for place in (0, 1):
         saved = predicted[1][place] - predicted[2][place]
-        assert saved > 0.5 * rehearsal.visitors.host_bytes
+        assert saved > 0.5 * dry_run.visitors.host_bytes
         assert measured[1][place] - measured[2][place] == pytest.approx(saved, rel=0.1)
 
 

@@ -18,7 +18,7 @@ from halfbyte.trainer.denoiser.settings import block_settings, quant_recipe
 from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, OptimizerChoice
-from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, VISITING, Rehearsal
+from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, VISITING, DryRun
 from halfbyte.trainer.plan.memory_tracker import INSIDE, WORKING, LiveBytes, allocated
 from halfbyte.trainer.plan.op_costs import ops_inside
 from halfbyte.trainer.recipe.load import load_recipe
@@ -33,7 +33,7 @@ SIDE = 96  # pixels of the images
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, mini_flux: Any, mini_sd3: Any) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("rehearsal")
+    root = tmp_path_factory.mktemp("dry_run")
     return {
         name: write_recipe(root, model, family=name, name=name)
         for name, model in (("flux", mini_flux), ("sd3", mini_sd3))
@@ -93,8 +93,8 @@ def test_a_dry_step_uses_the_memory_of_a_real_step(
     """With an unquantized fp32 base, whose operations are the same on every device."""
     recipe = load_recipe(folders[family_name], [*settings, "quant.type=none", "train.grad_accumulation=1"])
     family = opened(recipe)
-    rehearsal = Rehearsal(recipe, family)
-    predicted = rehearsal.step(recipe, SIDE, SIDE)
+    dry_run = DryRun(recipe, family)
+    predicted = dry_run.step(recipe, SIDE, SIDE)
 
     denoiser = load_base(family, None, device=torch.device("cpu"), dtype=torch.float32)
     add_adapters(recipe, family, denoiser)
@@ -123,7 +123,7 @@ def test_a_dry_step_uses_the_memory_of_a_real_step(
         loss.backward()
     assert predicted.peak.nbytes == pytest.approx(live.peak.nbytes, rel=0.03)
     gradients = sum(allocated(parameter.grad.nbytes) for parameter in adapters if parameter.grad is not None)
-    assert rehearsal.held[ADAPTERS] == gradients
+    assert dry_run.held[ADAPTERS] == gradients
 
 
 @pytest.mark.parametrize("family_name", ["flux", "sd3"])
@@ -131,7 +131,7 @@ def test_a_dry_step_uses_the_memory_of_a_real_step(
 def test_the_base_uses_the_predicted_memory(folders: dict[str, Any], family_name: str, quant: str) -> None:
     recipe = load_recipe(folders[family_name], [f"quant.type={quant}", "quant.compute_dtype=bfloat16"])
     family = opened(recipe)
-    held = Rehearsal(recipe, family).held
+    held = DryRun(recipe, family).held
     denoiser: Any = load_base(family, quant_recipe(recipe), device=torch.device("cpu"), dtype=torch.bfloat16)
     real = denoiser.get_memory_footprint()
     # Every tensor is rounded up to 512 bytes, and the miniature model has many small tensors.
@@ -143,12 +143,12 @@ def test_the_base_uses_the_predicted_memory(folders: dict[str, Any], family_name
 def test_checkpointing_keeps_less_and_computes_more(folders: dict[str, Any]) -> None:
     steps = {}
     recipe = load_recipe(folders["flux"], ["quant.compute_dtype=bfloat16"])
-    rehearsal = Rehearsal(recipe, opened(recipe))
+    dry_run = DryRun(recipe, opened(recipe))
     for name in ("none", "selective", "full", "offload"):
         changed = load_recipe(
             folders["flux"], ["quant.compute_dtype=bfloat16", f"train.gradient_checkpointing={name}"]
         )
-        steps[name] = rehearsal.step(changed, SIDE, SIDE)
+        steps[name] = dry_run.step(changed, SIDE, SIDE)
     kept = [steps[name].kept for name in ("none", "selective", "full", "offload")]
     assert kept == sorted(kept, reverse=True)
     assert len(set(kept)) == 4
@@ -165,7 +165,7 @@ def test_streamed_blocks_leave_two_buffers_on_the_device(folders: dict[str, Any]
     settings = ["quant.compute_dtype=bfloat16", "train.gradient_checkpointing=none"]
     recipe = load_recipe(folders[family_name], settings)
     streamed = load_recipe(folders[family_name], [*settings, "train.stream_blocks=true"])
-    all_there, visiting = Rehearsal(recipe, opened(recipe)), Rehearsal(streamed, opened(recipe))
+    all_there, visiting = DryRun(recipe, opened(recipe)), DryRun(streamed, opened(recipe))
     family = opened(streamed)
     world = read_world({"ACCELERATE_USE_CPU": "true"})
     stream = load_denoiser(streamed, family, world, Console(quiet=True)).stream
@@ -177,7 +177,7 @@ def test_streamed_blocks_leave_two_buffers_on_the_device(folders: dict[str, Any]
     layers = sum(isinstance(module, QuantizedLayer) for module in visiting.denoiser.modules())
     moved = sum(all_there.held.values()) - sum(rest.values())
     assert moved == pytest.approx(stream.host_bytes, abs=2048 * layers)
-    one, other = (rehearsal.step(streamed, SIDE, SIDE) for rehearsal in (all_there, visiting))
+    one, other = (dry_run.step(streamed, SIDE, SIDE) for dry_run in (all_there, visiting))
     assert one.peak.nbytes - other.peak.nbytes == moved - visiting.held[VISITING]
     assert one.kept == other.kept
 
@@ -188,8 +188,8 @@ def test_a_dry_run_allocates_no_values(folders: dict[str, Any], init: str) -> No
     recipe = load_recipe(folders["flux"], ["lora.rank=2048", f"lora.init={init}"])
     family, on_cpu, called = opened(recipe), LiveBytes("cpu"), _Operations()
     with on_cpu, called:
-        rehearsal = Rehearsal(recipe, family)
-    assert rehearsal.held[ADAPTERS] > 5e7
+        dry_run = DryRun(recipe, family)
+    assert dry_run.held[ADAPTERS] > 5e7
     assert on_cpu.peak.nbytes < 1e5
     assert not called.names & {"aten::normal_", "aten::uniform_"}
 
@@ -197,10 +197,10 @@ def test_a_dry_run_allocates_no_values(folders: dict[str, Any], init: str) -> No
 def test_a_dry_step_draws_no_random_numbers(folders: dict[str, Any]) -> None:
     """The noise of a huge batch would not fit into host memory."""
     recipe = load_recipe(folders["flux"], ["train.batch_size=100"])
-    rehearsal, called = Rehearsal(recipe, opened(recipe)), _Operations()
+    dry_run, called = DryRun(recipe, opened(recipe)), _Operations()
     with called:
-        rehearsal.step(recipe, SIDE, SIDE)
-        rehearsal.prediction(100, SIDE, SIDE)
+        dry_run.step(recipe, SIDE, SIDE)
+        dry_run.prediction(100, SIDE, SIDE)
     assert not any(name.startswith(("aten::randn", "aten::normal")) for name in called.names)
 
 
@@ -218,8 +218,8 @@ class _Operations(TorchDispatchMode):
 
 def test_a_second_dry_step_equals_the_first(folders: dict[str, Any]) -> None:
     recipe = load_recipe(folders["sd3"])
-    rehearsal = Rehearsal(recipe, opened(recipe))
-    assert rehearsal.step(recipe, SIDE, SIDE) == rehearsal.step(recipe, SIDE, SIDE)
+    dry_run = DryRun(recipe, opened(recipe))
+    assert dry_run.step(recipe, SIDE, SIDE) == dry_run.step(recipe, SIDE, SIDE)
 
 
 def test_live_bytes_counts_storages_once_and_until_they_are_freed() -> None:
