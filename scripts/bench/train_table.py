@@ -44,7 +44,7 @@ def _cell(result: Result) -> tuple[str, int, str]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    heads = ["px, checkpointing", "row", "a step (fastest)", "peak", "of bf16", "of peer", "asked"]
+    heads = ["px, checkpointing", "row", "a step (fastest)", "peak", "of bf16", "of peer", "target"]
     lines = [_line(heads), f"|{' --- |' * len(heads)}"]
     for result in results:
         first = [f"{result['px']}, {result['checkpoint']}", _named(result)]
@@ -59,7 +59,7 @@ def _table(results: Sequence[Result]) -> str:
                     f"{result['median_s']:.3f} s ({result['min_s']:.3f})",
                     "" if peak is None else f"{peak:.2f} GiB{reserved}",
                     *(_ratio(result, rival(result, base, results)) for base in ("bf16", "peer")),
-                    " then ".join(f"{asked:.2f}" for asked in _asked(result)),
+                    " then ".join(f"{target:.2f}" for target in _targets(result)),
                 ]
             )
         )
@@ -103,7 +103,7 @@ def _ratio(result: Result, other: Result | None) -> str:
     return "" if other is None else f"{result['median_s'] / other['median_s']:.2f} ({other['row']})"
 
 
-def _asked(result: Result) -> tuple[float, ...]:
+def _targets(result: Result) -> tuple[float, ...]:
     """Returns the target for our fused blocks with all of them on the device."""
     if _row(result).base != "ours" or not _row(result).whole or result["stream"]:
         return ()
@@ -114,12 +114,14 @@ def _verdicts(result: Result, results: Sequence[Result]) -> list[str]:
     if not _done(result) or _row(result).base != "ours":
         return []
     seconds, targets = result["median_s"], []
-    for asked in _asked(result):
-        targets.append(f"at most {asked:.2f} s asked, {_verdict(seconds, asked)} s")
+    for target in _targets(result):
+        targets.append(f"target at most {target:.2f} s, {_verdict(seconds, target)} s")
     bf16 = rival(result, "bf16", results)
     if bf16 is not None:
         ratio = seconds / bf16["median_s"]
-        targets.append(f"{ratio:.2f} of {bf16['row']}, at most {SLOWER:.2f} asked, {_verdict(ratio, SLOWER)}")
+        targets.append(
+            f"{ratio:.2f} of {bf16['row']}, target at most {SLOWER:.2f}, {_verdict(ratio, SLOWER)}"
+        )
     if not targets:
         return []
     return [
@@ -127,8 +129,8 @@ def _verdicts(result: Result, results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _verdict(found: float, asked: float) -> str:
-    return f"{'held' if found <= asked else 'missed'} by {abs(asked - found):.3f}"
+def _verdict(found: float, target: float) -> str:
+    return f"{'held' if found <= target else 'missed'} by {abs(target - found):.3f}"
 
 
 def _profiles(results: Sequence[Result]) -> str:

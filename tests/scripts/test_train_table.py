@@ -1,4 +1,4 @@
-"""The page of the training bench: what a row is compared with, what was asked of it, and what it says of the rest."""
+"""Tests the report page of the training benchmark: reference rows, targets and verdicts."""
 
 import pytest
 
@@ -45,25 +45,25 @@ def test_a_row_next_to_bf16_the_peer_and_its_target():
     assert cells(text, "bf16, graphs")[4:] == ["", "0.77 (peer, compiled)", ""]
     assert cells(text, "peer, compiled")[3:] == ["20.00 GiB", "1.30 (bf16, graphs)", "", ""]
     assert verdicts(text) == [
-        "- 1024 px, none, ours, graphs, 0.361 s: at most 0.36 s asked, missed by 0.001 s; at most 0.31 s asked,"
-        " missed by 0.051 s; 0.99 of bf16, graphs, at most 1.10 asked, held by 0.114."
+        "- 1024 px, none, ours, graphs, 0.361 s: target at most 0.36 s, missed by 0.001 s; target at most 0.31 s,"
+        " missed by 0.051 s; 0.99 of bf16, graphs, target at most 1.10, held by 0.114."
     ]
 
 
 @pytest.mark.parametrize(
-    ("px", "checkpoint", "seconds", "asked"),
+    ("px", "checkpoint", "seconds", "target"),
     [
-        (1024, "selective", 0.45, "at most 0.50 s asked, held by 0.050 s; at most 0.42 s asked, missed by 0.030 s"),
-        (1024, "full", 0.41, "at most 0.50 s asked, held by 0.090 s; at most 0.42 s asked, held by 0.010 s"),
-        (1024, "none", 0.30, "at most 0.36 s asked, held by 0.060 s; at most 0.31 s asked, held by 0.010 s"),
-        (512, "full", 0.19, "at most 0.18 s asked, missed by 0.010 s"),
-        (512, "selective", 0.18, "at most 0.18 s asked, held by 0.000 s"),
-        (512, "none", 0.12, "at most 0.13 s asked, held by 0.010 s"),
+        (1024, "selective", 0.45, "target at most 0.50 s, held by 0.050 s; target at most 0.42 s, missed by 0.030 s"),
+        (1024, "full", 0.41, "target at most 0.50 s, held by 0.090 s; target at most 0.42 s, held by 0.010 s"),
+        (1024, "none", 0.30, "target at most 0.36 s, held by 0.060 s; target at most 0.31 s, held by 0.010 s"),
+        (512, "full", 0.19, "target at most 0.18 s, missed by 0.010 s"),
+        (512, "selective", 0.18, "target at most 0.18 s, held by 0.000 s"),
+        (512, "none", 0.12, "target at most 0.13 s, held by 0.010 s"),
     ],
 )  # fmt: skip
-def test_the_target_of_a_step(px, checkpoint, seconds, asked):
+def test_the_target_of_a_step(px, checkpoint, seconds, target):
     (verdict,) = verdicts(page([result("ours", seconds, px, checkpoint)]))
-    assert verdict == f"- {px} px, {checkpoint}, ours, {seconds:.3f} s: {asked}."
+    assert verdict == f"- {px} px, {checkpoint}, ours, {seconds:.3f} s: {target}."
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_row_is_compared_with_the_same_kind_or_else_the_fastest():
 
 def test_slower_than_bf16_by_too_much():
     (verdict,) = verdicts(page([result("ours", 0.6, 768), result("bf16", 0.5, 768)]))
-    assert verdict.endswith("0.600 s: 1.20 of bf16, at most 1.10 asked, missed by 0.100.")
+    assert verdict.endswith("0.600 s: 1.20 of bf16, target at most 1.10, missed by 0.100.")
 
 
 def test_rows_of_one_size_are_grouped_and_omitted_rows_give_the_reason():

@@ -8,11 +8,11 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.wording import unknown_name
 
 if TYPE_CHECKING:
     # Families import diffusers, which takes seconds: a family is imported only when a run uses it.
     from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.wording import unknown_name
 
 
 class FamilyRegistry:
