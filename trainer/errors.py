@@ -32,7 +32,13 @@ class LaunchError(HalfbyteError, RuntimeError):
 
 
 class OutOfMemory(HalfbyteError):
-    """Device memory is full. The last checkpoint is intact."""
+    """Device or host memory is full. The last checkpoint is intact."""
+
+    exit_code = 6
+
+
+class OutOfSpace(HalfbyteError):
+    """A file cannot be written: the disk is full or over its quota, or the folder is read-only or gone."""
 
     exit_code = 6
 
@@ -41,3 +47,15 @@ class ExportError(HalfbyteError):
     """The export differs from the trained model, or stock diffusers cannot load it. Earlier exports are kept."""
 
     exit_code = 7
+
+
+class NonFiniteError(HalfbyteError):
+    """The loss, gradients or weights are NaN or infinite. The last checkpoint is intact."""
+
+    exit_code = 8
+
+
+class ProcessLost(HalfbyteError):
+    """Another process of the run ended or stopped responding. The last checkpoint is intact."""
+
+    exit_code = 9
