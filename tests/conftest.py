@@ -155,3 +155,12 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Write":
         return path
 
     return written
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Starts halfbyte's commands in forks of one process that has imported everything."""
+    from run_server import RunServer
+
+    with RunServer(tmp_path_factory.mktemp("commands")) as started:
+        yield started

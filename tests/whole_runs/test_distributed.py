@@ -12,18 +12,15 @@ from halfbyte.trainer.training.metrics import read_metrics
 from repository import ROOT
 from runs import PICTURES, command, run_here, write_recipe
 
-LAUNCHERS = {
-    "accelerate": (
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ),
-    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-}
+LAUNCHER = (
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+)
 
 
 def assert_same_as_one_process(recipe, pair, alone):
@@ -38,7 +35,7 @@ def assert_same_as_one_process(recipe, pair, alone):
 
 def test_accelerate_launch_trains_two_processes_as_one(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
-    result = command(*LAUNCHERS["accelerate"], "-m", "halfbyte.trainer", str(recipe))
+    result = command(*LAUNCHER, "-m", "halfbyte.trainer", str(recipe))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes") == 1, "only one process prints"
     assert_same_as_one_process(recipe, tmp_path / "run", tmp_path / "alone")
@@ -51,11 +48,8 @@ from pathlib import Path
 from halfbyte.trainer import run
 from halfbyte.trainer.training import loop, module
 from halfbyte.trainer.adapters.lora import adapter_state
-from halfbyte.trainer.runtime.world import read_world
-from halfbyte.trainer.recipe.load import load_recipe
-from rich.console import Console
 
-recipe, folder, steps, fakes = sys.argv[1:]
+folder, fakes = {folder!r}, {fakes!r}
 recorders = None
 if fakes:
     sys.path.insert(0, fakes)
@@ -64,46 +58,49 @@ if fakes:
     loop.records_graphs = lambda recipe, world: True
     loop.GraphedDenoiser = partial(loop.GraphedDenoiser, recorder=recorders)
 seen, modules = [], set()
-loss = module.DiffusionModule.loss
+loss, train = module.DiffusionModule.loss, run.run
 
 def observed(self, batch):
     seen.extend(batch.positions)
     modules.add(self)
     return loss(self, batch)
 
+def reported(recipe, world, **options):
+    finished = train(recipe, world, **options)
+    (trained,) = modules
+    tensors = adapter_state(trained.denoiser).items()
+    digests = {{n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors}}
+    replayed = recorders.counts if recorders else None
+    Path(folder, f"rank{{world.rank}}.json").write_text(json.dumps([seen, digests, replayed]))
+    return finished
+
 module.DiffusionModule.loss = observed
-world = read_world()
-# Exporting the base would remove the adapters. Streamed blocks live apart from the parameters that DDP shares.
-overrides = [f"train.steps={steps}", "train.grad_accumulation=1", "output.export_base=false", "ema.decay=0.9"]
-overrides += [] if fakes else ["train.stream_blocks=true"]
-run.run(load_recipe(recipe, overrides), world, console=Console(quiet=True), resume=False)
-(trained,) = modules
-digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in adapter_state(trained.denoiser).items()}
-replayed = recorders.counts if recorders else None
-Path(folder, f"rank{world.rank}.json").write_text(json.dumps([seen, digests, replayed]))
+run.run = reported
 """
 
 
-def observed(folder, mini_flux, *, fakes=""):
+def observed(server, folder, mini_flux, *, fakes=""):
     """Returns, per process: the sample positions seen, the adapter's digests, and counts of recordings and replays."""
     folder.mkdir()
-    script = folder / "observed.py"
-    script.write_text(OBSERVED)
-    recipe, steps = write_recipe(folder, mini_flux), PICTURES // 2
-    result = command(*LAUNCHERS["torchrun"], str(script), str(recipe), str(folder), str(steps), str(fakes))
-    assert result.returncode == 0, result.stderr
+    # Exporting the base would remove the adapters. Streamed blocks are kept apart from the parameters that DDP shares.
+    settings = [f"train.steps={PICTURES // 2}", "train.grad_accumulation=1", "output.export_base=false"]
+    settings += ["ema.decay=0.9"] + ([] if fakes else ["train.stream_blocks=true"])
+    before = OBSERVED.format(folder=str(folder), fakes=str(fakes))
+    recipe = write_recipe(folder, mini_flux)
+    for process in server.start_ranks(2, "train", str(recipe), *settings, before=before):
+        assert process.wait() == 0, process.errors
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_torchrun_sees_every_sample_once_per_epoch_and_trains_one_adapter(tmp_path, mini_flux):
-    (seen, adapter, _), (seen_too, adapter_too, _) = observed(tmp_path / "plain", mini_flux)
+def test_two_processes_see_every_sample_once_per_epoch_and_train_one_adapter(server, tmp_path, mini_flux):
+    (seen, adapter, _), (seen_too, adapter_too, _) = observed(server, tmp_path / "plain", mini_flux)
     # Positions 0 to 5 are the first epoch; the tests of the sample order check that each is another image. The
     # digests are those of the weights' average, which must agree as well.
     assert sorted(seen + seen_too) == list(range(PICTURES))
     assert len(seen) == len(seen_too)
     assert adapter == adapter_too
     # Recorded steps reduce their gradients over both processes as eager steps do.
-    recorded = observed(tmp_path / "recorded", mini_flux, fakes=ROOT / "tests" / "support")
+    recorded = observed(server, tmp_path / "recorded", mini_flux, fakes=ROOT / "tests" / "support")
     for (_, digests, (made, replays)), positions in zip(recorded, (seen, seen_too), strict=True):
         assert digests == adapter
         assert made

@@ -1,10 +1,7 @@
 """Resumed runs: bitwise identical to an uninterrupted run, and refused where they cannot be."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +13,7 @@ from halfbyte.trainer.optim.schedules import Cosine
 from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.training.metrics import read_metrics
 
-from runs import environment, run_here, write_recipe
+from runs import run_here, write_recipe
 
 
 def losses(folder):
@@ -28,24 +25,6 @@ def assert_same(one, other):
     left, right = (load_file(folder / "adapter" / ADAPTER_FILE) for folder in (one, other))
     assert left.keys() == right.keys()
     assert all(left[name].equal(right[name]) for name in left)
-
-
-def wait_for(path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {path} after {seconds} s"
-        time.sleep(0.05)
-
-
-def start(recipe, *overrides):
-    return subprocess.Popen(
-        [sys.executable, "-m", "halfbyte.trainer", str(recipe), *overrides],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 STEPS = (
@@ -71,38 +50,36 @@ def test_the_learning_rate_follows_its_schedule(uninterrupted):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_resumes_bitwise_identically(tmp_path, mini_flux, uninterrupted, how):
+def test_a_stopped_run_resumes_bitwise_identically(tmp_path, mini_flux, uninterrupted, server, how):
     recipe = write_recipe(tmp_path, mini_flux)
     # Sampling at every step slows the run down, so the signal arrives before it ends.
-    process = start(recipe, *STEPS, "sample.every=1", "sample.steps=20")
-    wait_for(tmp_path / "run" / "checkpoints" / "step-000004", process)
-    os.kill(process.pid, how)
-    output, errors = process.communicate(timeout=60)
+    process = server.start("train", str(recipe), *STEPS, "sample.every=1", "sample.steps=20")
+    process.wait_for(tmp_path / "run" / "checkpoints" / "step-000004")
+    process.send(how)
+    code = process.wait()
     assert not (tmp_path / "run" / "adapter").exists(), "the run ended before it was stopped"
     if how == signal.SIGTERM:
-        assert process.returncode == 130, errors
-        assert "--resume" in output
+        assert code == 130, process.errors
+        assert "--resume" in process.output
     run_here(recipe, *STEPS, resume=True)
     assert_same(uninterrupted, tmp_path / "run")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_stopped_before_its_first_step_reports_the_interruption(tmp_path, mini_flux, how):
+def test_a_run_stopped_before_its_first_step_reports_the_interruption(tmp_path, mini_flux, server, how):
     recipe = write_recipe(tmp_path, mini_flux)
     # Enough noise levels for some seconds of validation before training.
     levels = ",".join(f"{level / 400:g}" for level in range(1, 400))
     settings = (*STEPS, "validation.held_out=1", f"validation.sigmas=[{levels}]")
-    process = start(recipe, *settings)
-    for line in process.stdout:
-        if line.startswith("ready after"):
-            break
+    process = server.start("train", str(recipe), *settings)
+    process.wait_for_output("ready after")
     time.sleep(1)
-    os.kill(process.pid, how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert errors.splitlines()[-1].startswith("error: ")
-    assert "interrupted" in errors.splitlines()[-1]
-    assert "Traceback" not in errors
+    process.send(how)
+    assert process.wait() == 130, process.errors
+    last = process.errors.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "interrupted" in last
+    assert "Traceback" not in process.errors
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
