@@ -7,12 +7,14 @@ of a command as a line of JSON and writes its exit code, output and waits as ano
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from runs import environment
 
@@ -61,13 +63,24 @@ class PushWorker:
 
     def run(self, *arguments: str, token: str | None = None) -> Answer:
         """Runs `halfbyte ARGUMENTS`. A `token` replaces HF_TOKEN; "" means no token."""
+        return Answer(**self._answer({"arguments": arguments, "token": token}))
+
+    def run_ranks(self, number: int, *arguments: str) -> list[Answer]:
+        """Runs `halfbyte ARGUMENTS` in `number` processes that train together, as torchrun would.
+
+        They are forks of the worker. torch cannot train in a fork of a process that has trained, so call this
+        only on a worker that has not.
+        """
+        return [Answer(**answer) for answer in self._answer({"arguments": arguments, "ranks": number})]
+
+    def _answer(self, order: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"arguments": arguments, "token": token}) + "\n")
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the worker is gone"
-        return Answer(**json.loads(line))
+        return json.loads(line)
 
     def __enter__(self) -> Self:
         return self
@@ -84,10 +97,7 @@ def _serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     import time
 
-    from huggingface_hub.utils import logging as client_logging
-    from typer.testing import CliRunner
-
-    from halfbyte.trainer.cli.app import app
+    from halfbyte.trainer import run  # noqa: F401  # before any fork
     from halfbyte.trainer.hub import client as hub_client
 
     waits: list[float] = []
@@ -96,25 +106,60 @@ def _serve() -> None:
     hub_client.STALLED = 1.5
     for line in sys.stdin:
         order = json.loads(line)
-        waits.clear()
-        if order["token"] is not None:
-            os.environ["HF_TOKEN"] = order["token"]
-        # Add everything that is logged to the output.
-        runner = CliRunner()
-        logging.lastResort = None
-        collector = _LogCollector()
-        for name in ("", "huggingface_hub"):
-            logging.getLogger(name).addHandler(collector)
-        client_logging.disable_propagation()
-        result = runner.invoke(app, order["arguments"])
-        for name in ("", "huggingface_hub"):
-            logging.getLogger(name).removeHandler(collector)
-        output = result.output + "".join(f"log: {text}\n" for text in collector.lines)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            output += f"CRASHED: {result.exception!r}"
-        print(
-            json.dumps({"code": result.exit_code, "output": output, "waits": waits}), file=answers, flush=True
-        )
+        if "ranks" in order:
+            answer: Any = _run_ranks(order["arguments"], order["ranks"], waits)
+        else:
+            if order["token"] is not None:
+                os.environ["HF_TOKEN"] = order["token"]
+            answer = _run(order["arguments"], waits)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _run(arguments: Sequence[str], waits: list[float]) -> dict[str, Any]:
+    """Runs a command; returns the fields of an Answer."""
+    from huggingface_hub.utils import logging as client_logging
+    from typer.testing import CliRunner
+
+    from halfbyte.trainer.cli.app import app
+
+    waits.clear()
+    # Add everything that is logged to the output.
+    logging.lastResort = None
+    collector = _LogCollector()
+    for name in ("", "huggingface_hub"):
+        logging.getLogger(name).addHandler(collector)
+    client_logging.disable_propagation()
+    result = CliRunner().invoke(app, arguments)
+    for name in ("", "huggingface_hub"):
+        logging.getLogger(name).removeHandler(collector)
+    output = result.output + "".join(f"log: {text}\n" for text in collector.lines)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        output += f"CRASHED: {result.exception!r}"
+    return {"code": result.exit_code, "output": output, "waits": waits}
+
+
+def _run_ranks(arguments: Sequence[str], number: int, waits: list[float]) -> list[dict[str, Any]]:
+    """Runs a command in `number` forks with the environment of torchrun; returns the fields of their Answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    size, readers = str(number), []
+    for rank in map(str, range(number)):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            with os.fdopen(write, "w") as pipe:
+                json.dump(_run(arguments, waits), pipe)
+            os._exit(0)
+        os.close(write)
+        readers.append(os.fdopen(read))
+    answers = []
+    for reader in readers:
+        with reader:
+            answers.append(json.load(reader))
+        os.wait()
+    return answers
 
 
 class _LogCollector(logging.Handler):

@@ -16,7 +16,8 @@ from hub_faults import Faults
 from hub_runs import BASE, hub_with_base, train
 from hub_store import Blob, Repository
 from packages import T5_WEIGHTS, WEIGHTS, with_halved_norms
-from runs import command, run_here, write_recipe
+from push_worker import PushWorker
+from runs import run_here, write_recipe
 from tensors import assert_same_tensors
 
 PACKAGE, LOOSE_T5, GATED = "we/flux-nf4-pkg", "we/t5-int8", "we/gated"
@@ -318,25 +319,15 @@ def test_the_adapter_that_a_run_starts_from_is_pinned(calm, trained, tmp_path):
 
 def test_only_one_process_resolves_the_revisions(calm, tmp_path):
     recipe = write_recipe(tmp_path, BASE)
-    launched = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "halfbyte.trainer",
-    )
-    hub = {"HF_ENDPOINT": calm.hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    online = hub | {"HF_HUB_OFFLINE": "0"}
     quick = (*QUICK, "train.steps=1", "train.grad_accumulation=1")
-    done = command(*launched, str(recipe), *quick, *BOTH, environ=online)
-    assert done.returncode == 0, done.stderr
-    asked = [r for r in calm.hub.faults.requests if r.endswith("/revision/main")]
-    # The package is asked for twice: once for each setting that names it.
-    assert sorted(asked) == [f"GET /api/models/{name}/revision/main" for name in (BASE, PACKAGE, PACKAGE)]
-    calm.hub.faults = Faults()
-    wrong = "model.text_encoder=we/clip"
-    done = command(*launched, str(recipe), *quick, wrong, f"output.dir={tmp_path / 'no'}", environ=online)
-    assert done.returncode != 0
-    assert done.stderr.count(f"error: command line: {wrong}: ") == 1
+    with PushWorker(calm.hub.endpoint, tmp_path / "home", None) as worker:
+        answers = worker.run_ranks(2, "train", str(recipe), *quick, *BOTH)
+        assert [answer.code for answer in answers] == [0, 0], answers
+        asked = [r for r in calm.hub.faults.requests if r.endswith("/revision/main")]
+        # The package is asked for twice: once for each setting that names it.
+        assert sorted(asked) == [f"GET /api/models/{name}/revision/main" for name in (BASE, PACKAGE, PACKAGE)]
+        calm.hub.faults = Faults()
+        wrong = "model.text_encoder=we/clip"
+        answers = worker.run_ranks(2, "train", str(recipe), *quick, wrong, f"output.dir={tmp_path / 'no'}")
+        assert all(answer.code for answer in answers)
+        assert "".join(answer.output for answer in answers).count(f"error: command line: {wrong}: ") == 1
