@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,4 +30,18 @@ def unknown_name(kind: str, name: str, names: Iterable[str]) -> str:
 def shown(value: Any) -> str:
     """Formats a value roughly as in a recipe, cut to at most 60 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return printable(text)
+
+
+def printable(value: object) -> str:
+    """Returns text as one line, with escapes for characters that a terminal would obey instead of showing.
+
+    These are control characters, line separators, half characters and those that change the direction of text, in
+    names of files, keys and captions.
+    """
+    text = str(value)
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")

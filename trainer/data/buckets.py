@@ -8,6 +8,7 @@ from typing import Literal
 from halfbyte.trainer.data.folder import Sample
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import uniform
+from halfbyte.trainer.wording import printable
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,6 @@ def _warn_of_enlargement(groups: Sequence[Sequence[View]]) -> None:
             " data.resolution to keep them sharp",
             len(enlarged),
             len(groups),
-            worst,
+            printable(worst),
             enlarged[worst],
         )

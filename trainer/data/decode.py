@@ -1,20 +1,37 @@
 """Decodes image files to upright RGB, and crops and scales them to the pixels that the VAE encodes."""
 
 import io
-import logging
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from halfbyte.trainer.data.color import misnamed_srgb, to_srgb
+from halfbyte.trainer.wording import in_prose
+
+# The formats that are decoded, whatever a file is called. Pillow would also run Ghostscript for an EPS file.
+_FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+}
+PICTURE_SUFFIXES = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+PICTURE_BYTES = 10**9
+"""Larger image files are refused: they are read as a whole."""
 
 # Twice the threshold (89 million pixels) at which Pillow warns of decompression bombs: a small file with more pixels
 # could fill the memory.
 MAX_PIXELS = 178_956_970
+
+_BAND_PIXELS = 2**22  # images are converted in bands of this size, to save memory
 
 # The exceptions that Pillow and its codecs raise for damaged files.
 DECODE_ERRORS = (
@@ -35,9 +52,20 @@ DECODE_ERRORS = (
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright image
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Opens an image of an accepted format, without decoding it. Raises one of DECODE_ERRORS."""
+    try:
+        return Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image in {in_prose(_FORMATS)} format") from error
+
+
 def upright_size(data: bytes) -> tuple[int, int]:
     """Returns (width, height) after EXIF rotation, without decoding the pixels. Raises one of DECODE_ERRORS."""
-    with Image.open(io.BytesIO(data)) as image:
+    with open_picture(data) as image:
         width, height = _bounded(image.size)
         if image.format == "TIFF":
             return (
@@ -50,27 +78,67 @@ def upright_size(data: bytes) -> tuple[int, int]:
     return (height, width) if exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS else (width, height)
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decodes the first frame, upright, to 8-bit sRGB, with transparency over white. Raises one of DECODE_ERRORS."""
-    with Image.open(io.BytesIO(data)) as image:
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) like `upright_size`, after decoding the whole image. Raises one of DECODE_ERRORS."""
+    with open_picture(data) as image:
         _bounded(image.size)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-    return _rgb(upright)
+        if image.mode[0] in "IF":  # modes that cannot be converted for every value
+            for band in _bands(image, (0, 0, *image.size)):
+                to_srgb(band)
+    return upright_size(data)
 
 
-def pixels(
-    image: Image.Image, *, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool
-) -> Tensor:
-    """Returns the box (left, top, right, bottom) of an RGB image, scaled to (W, H), as (3, H, W) fp32 in [-1, 1].
+def has_misnamed_profile(data: bytes) -> bool:
+    """Returns True if a color profile says sRGB but is not. Older versions did not convert such an image."""
+    with open_picture(data) as image:
+        return misnamed_srgb(image.info.get("icc_profile"))
 
-    Scales with Lanczos, whose kernel Pillow widens when shrinking. Crops first, because resize(box=...) also reads
-    pixels beyond the box's edges.
+
+def decode(data: bytes, box: Box | None = None) -> Image.Image:
+    """Decodes the first frame, upright, to 8-bit sRGB, with transparency over white. Raises one of DECODE_ERRORS.
+
+    With a box (left, top, right, bottom) only that part is converted and returned.
     """
-    crop = image.crop(box).resize(size, Image.Resampling.LANCZOS)
+    with open_picture(data) as image:
+        _load_upright(image)
+        return _converted(image, box or (0, 0, *image.size))
+
+
+def _converted(image: Image.Image, box: Box) -> Image.Image:
+    """Converts a part of an image to sRGB, with two copies of the part in memory at most."""
+    whole = Image.new("RGB", (box[2] - box[0], box[3] - box[1]))
+    top = 0
+    for band in _bands(image, box):
+        whole.paste(to_srgb(band), (0, top))
+        top += band.height
+    return whole
+
+
+def _load_upright(image: Image.Image) -> None:
+    _bounded(image.size)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+
+def _bands(image: Image.Image, box: Box) -> Iterator[Image.Image]:
+    """Yields copies of the box's rows, from top to bottom."""
+    left, top, right, bottom = box
+    height = max(1, _BAND_PIXELS // (right - left))
+    for start in range(top, bottom, height):
+        yield image.crop((left, start, right, min(start + height, bottom)))
+
+
+def pixels(image: Image.Image, size: tuple[int, int], *, flip: bool) -> Tensor:
+    """Returns an RGB image scaled to (W, H) as (3, H, W) fp32 in [-1, 1].
+
+    Scales with Lanczos, whose kernel Pillow widens when shrinking. The image is already cropped, because
+    resize(box=...) also reads pixels beyond the box's edges.
+    """
+    scaled = image.resize(size, Image.Resampling.LANCZOS)
     if flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    values = torch.from_numpy(np.array(crop, dtype=np.uint8))
+        scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    values = torch.from_numpy(np.array(scaled, dtype=np.uint8))
     return values.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0).contiguous()
 
 
@@ -93,53 +161,3 @@ def _has_late_metadata(png: bytes) -> bool:
             return True
         offset += 12 + length  # length, kind and checksum take 4 bytes each
     return False
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _from_integers(image)
-    if image.mode == "F":
-        return _from_floats(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        background.info = image.info
-        image = Image.alpha_composite(background, image)
-        image.info = background.info  # keeps the color profile
-        image = image.convert("RGB")
-    elif image.mode in ("1", "P"):
-        image = image.convert("RGB")
-    return _srgb(image)
-
-
-def _from_integers(image: Image.Image) -> Image.Image:
-    """Converts 16-bit gray, where 65535 is white. Pillow's own conversion clips at 255, so almost all becomes white."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("has 32-bit integer pixels; save it with 8 or 16 bits per channel")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
-def _from_floats(image: Image.Image) -> Image.Image:
-    """Converts floating-point gray, where 1.0 is white."""
-    values = np.asarray(image)
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-        raise ValueError("has floating-point pixels outside 0..1; save it with 8 or 16 bits per channel")
-    return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
-
-
-def _srgb(image: Image.Image) -> Image.Image:
-    """Converts to sRGB, which the models were trained on, by the embedded color profile if there is one."""
-    embedded = image.info.get("icc_profile")
-    if embedded and image.mode in ("RGB", "L", "CMYK"):
-        try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
-            if "srgb" in ImageCms.getProfileDescription(profile).lower():
-                return image.convert("RGB")
-            srgb = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
-            assert converted is not None, "only an in-place conversion returns None"
-            return converted
-        except (ImageCms.PyCMSError, OSError) as error:
-            log.warning("cannot read an image's color profile and assume sRGB: %s", error)
-    return image.convert("RGB")

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Increment this when the preparation of pixels changes, so that older entries are no longer used.
 _PIXELS_VERSION = 1
+# Of images whose color profile is named sRGB and is not: version 1 did not convert their colors.
+_MISNAMED_PIXELS_VERSION = 2
 
 _LATENT_NAMES = ("mean", "std")
 _TEXT_NAMES = ("prompt_embeds", "pooled_prompt_embeds")
@@ -54,7 +56,8 @@ class LatentCache:
 
     def path(self, view: View) -> Path:
         """Returns the path of the view's entry, which need not exist."""
-        made_from = [_PIXELS_VERSION, view.box, view.width, view.height, view.flip, self._fingerprint]
+        version = _MISNAMED_PIXELS_VERSION if view.sample.misnamed_profile else _PIXELS_VERSION
+        made_from = [version, view.box, view.width, view.height, view.flip, self._fingerprint]
         sha256 = view.sample.sha256
         return self._folder / sha256[:2] / sha256 / f"{_digest(made_from)}.safetensors"
 

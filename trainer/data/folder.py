@@ -10,24 +10,35 @@ Three forms are supported:
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
 from datasets import Image as PictureFeature
+from PIL import Image
 from torch import Tensor
 
 from halfbyte.quant.files.digest import sha256_of
+from halfbyte.quant.files.regular import read_regular
 from halfbyte.trainer.data.captions import METADATA_NAMES, Problems, caption_of, read_metadata, read_text
-from halfbyte.trainer.data.decode import DECODE_ERRORS, decode, pixels, upright_size
+from halfbyte.trainer.data.decode import (
+    DECODE_ERRORS,
+    PICTURE_BYTES,
+    PICTURE_SUFFIXES,
+    decode,
+    decoded_size,
+    has_misnamed_profile,
+    pixels,
+    upright_size,
+)
 from halfbyte.trainer.data.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
+from halfbyte.trainer.wording import printable
 
 log = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 # Image formats that Pillow cannot read. They are reported as errors rather than skipped silently.
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
@@ -45,6 +56,7 @@ class Sample:
     height: int
     sha256: str  # of the image file's bytes
     row: int | None = None  # in the parquet file at `path`; None: `path` is the image itself
+    misnamed_profile: bool = False  # its color profile says sRGB but is not, see `color`
 
 
 @dataclass(frozen=True)
@@ -98,18 +110,46 @@ def read_samples(
 
 def load_pixels(sample: Sample, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool) -> Tensor:
     """Loads the box (left, top, right, bottom) of the upright image, scaled to (W, H): (3, H, W) fp32 in [-1, 1]."""
-    return pixels(decode(sample_bytes(sample)), box=box, size=size, flip=flip)
+    return pixels(decode(sample_bytes(sample), box), size, flip=flip)
 
 
 def sample_bytes(sample: Sample) -> bytes:
     """Returns the bytes of the image file. Raises DataError if they changed since the sample was read."""
     try:
-        data = sample.path.read_bytes() if sample.row is None else picture_bytes(sample.path, sample.row)
+        data = _bytes(sample.path, sample.row)
     except OSError as error:
-        raise DataError(f"{sample.path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{printable(sample.path)}: cannot be read: {error.strerror}") from error
     if sha256_of(data) != sample.sha256:
-        raise DataError(f"{sample.path}: changed while the run was starting; start again")
+        raise DataError(f"{printable(sample.path)}: changed since the run was started; start again")
     return data
+
+
+def unchanged_pictures(
+    samples: Sequence[Sample], longer_side: int | None, used_for: str
+) -> list[Image.Image | None]:
+    """Decodes images, reduced to `longer_side` pixels. Gives None for those that are gone or have changed.
+
+    Logs a warning for these, with what the images are used for: a finished run must not fail because of them.
+    """
+    pictures: list[Image.Image | None] = []
+    lost: list[str] = []
+    for sample in samples:
+        try:
+            picture = decode(sample_bytes(sample))
+        except DataError as error:
+            lost.append(str(error).removesuffix("; start again"))
+            pictures.append(None)
+            continue
+        if longer_side is not None:
+            picture.thumbnail((longer_side, longer_side))
+        pictures.append(picture)
+    if lost:
+        log.warning("left out of %s: %d of %d images; %s", used_for, len(lost), len(samples), lost[0])
+    return pictures
+
+
+def _bytes(path: Path, row: int | None) -> bytes:
+    return read_regular(path, PICTURE_BYTES) if row is None else picture_bytes(path, row)
 
 
 def _find(root: Path, prefix: str, problems: Problems) -> list[_Found]:
@@ -147,6 +187,8 @@ def _files(root: Path, problems: Problems) -> list[Path]:
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         for name in subfolders:
+            if name.lower().endswith((*PICTURE_SUFFIXES, ".txt")) or name in METADATA_NAMES:
+                problems.add(Path(folder) / name, "is a folder, but its name is that of a file; rename it")
             if (Path(folder) / name).is_symlink():
                 problems.add(
                     Path(folder) / name,
@@ -262,7 +304,9 @@ def _text_captions(
     unused = [file for file in texts.values() if file not in used]
     if unused and used:
         log.warning(
-            "%d .txt files belong to no image and are ignored, the first is %s", len(unused), unused[0]
+            "%d .txt files belong to no image and are ignored, the first is %s",
+            len(unused),
+            printable(unused[0]),
         )
     return merged
 
@@ -298,21 +342,21 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
 
 def _open(item: _Found, index: int, is_decoded: Callable[[str], bool], problems: Problems) -> Sample | None:
     try:
-        data = item.path.read_bytes() if item.row is None else picture_bytes(item.path, item.row)
+        data = _bytes(item.path, item.row)
     except OSError as error:
         problems.add(item.where, f"cannot be read: {error.strerror}")
         return None
     sha256 = sha256_of(data)
     try:
-        width, height = upright_size(data) if is_decoded(sha256) else decode(data).size
+        width, height = upright_size(data) if is_decoded(sha256) else decoded_size(data)
+        misnamed = has_misnamed_profile(data)
     except DECODE_ERRORS as error:
         problems.add(item.where, _undecodable(data, error))
         return None
-    return Sample(index, item.path, item.caption, width, height, sha256, item.row)
+    return Sample(index, item.path, item.caption, width, height, sha256, item.row, misnamed)
 
 
 def _undecodable(data: bytes, error: Exception) -> str:
     if not data:
         return "is empty (0 bytes)"
-    reason = "not an image, or of an unknown format" if "cannot identify" in str(error) else str(error)
-    return f"cannot be decoded: {reason}; replace or remove it"
+    return f"cannot be decoded: {error}; replace or remove it"

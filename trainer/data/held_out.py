@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from halfbyte.trainer.data.folder import Sample
 from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.wording import printable
 
 
 def set_aside(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
@@ -36,8 +37,8 @@ def refuse_trained(held_out: Sequence[Sample], trained: Sequence[Sample]) -> Non
     if both:
         raise DataError(
             "\n".join(
-                f"{sample.path}: is in validation.path and also in data.path, as {known[sample.sha256].path};"
-                " remove it from one of them"
+                f"{printable(sample.path)}: is in validation.path and also in data.path, as"
+                f" {printable(known[sample.sha256].path)}; remove it from one of them"
                 for sample in both
             )
         )

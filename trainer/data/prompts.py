@@ -7,6 +7,7 @@ from pathlib import Path
 from halfbyte.trainer.data.folder import Sample
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.wording import printable, shown
 
 
 def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Path) -> dict[str, Sample]:
@@ -24,13 +25,13 @@ def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Pa
         other = found.setdefault(sample.caption, sample)
         if other.sha256 != sample.sha256:
             raise DataError(
-                f"sample.references: the prompt {sample.caption!r} is the caption of both {other.path} and"
-                f" {sample.path}; keep one of them"
+                f"sample.references: the prompt {shown(sample.caption)} is the caption of both"
+                f" {printable(other.path)} and {printable(sample.path)}; keep one of them"
             )
     if not found:
         raise DataError(
-            f"sample.references: no caption in {folder} equals one of sample.prompts; one of its captions is"
-            f" {samples[0].caption!r}"
+            f"sample.references: no caption in {printable(folder)} equals one of sample.prompts; one of its captions is"
+            f" {shown(samples[0].caption)}"
         )
     return found
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.quant.files.digest import sha256_file, sha256_of
@@ -14,6 +13,7 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
+from halfbyte.trainer.data.decode import DECODE_ERRORS, decoded_size
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, PROVENANCE_FILE
 from halfbyte.trainer.run_folder.folder import RunFolder
@@ -141,8 +141,7 @@ def _complete(folder: Path, paths: Iterator[Path]) -> Iterator[PushFile]:
 def _checked_image(path: Path) -> Path:
     """Returns the path if the image decodes completely. Raises RecipeError if it does not."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-    except (OSError, SyntaxError) as error:
+        decoded_size(path.read_bytes())
+    except DECODE_ERRORS as error:
         raise RecipeError(f"{path}: not a complete image ({error}); delete it to push without it") from error
     return path

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from halfbyte.quant.files.atomic import write_file
+from halfbyte.trainer.data.decode import open_picture
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 
 LIST_FILE = "pictures.json"
@@ -129,7 +130,7 @@ def _column(job: Job) -> tuple[float | None, int]:
 
 def read_record(picture: Path) -> dict[str, Any]:
     """Reads the settings from an image file."""
-    with Image.open(picture) as opened:
+    with open_picture(picture.read_bytes()) as opened:
         record: dict[str, Any] = json.loads(opened.info[PNG_KEY])
     return record
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from halfbyte.trainer.data.decode import decode
-from halfbyte.trainer.data.folder import Sample, sample_bytes
+from halfbyte.trainer.data.folder import unchanged_pictures
 from halfbyte.trainer.data.prompts import Prompt
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
@@ -140,22 +140,23 @@ class PictureSampler:
     def drawn(self, before: int, after: int) -> list[Drawn]:
         """Reads the images of two steps of the run from their files; an empty list if any is missing.
 
-        Raises DataError if a reference image changed since the run began.
+        Reference images that are gone or have changed since the run was started are left out with a warning.
         """
         rows = []
         for place, prompt in enumerate(self.prompts):
             stages = [self._path(step, place) for step in (before, after)]
             if not all(stage.is_file() for stage in stages):
                 return []
-            base, trained = (Image.open(stage).convert("RGB") for stage in stages)
-            reference = None if prompt.reference is None else _center_crop(prompt.reference, trained.size)
+            base, trained = (decode(stage.read_bytes()) for stage in stages)
+            reference = None
+            if prompt.reference is not None:
+                (picture,) = unchanged_pictures(
+                    [prompt.reference], None, "the comparison with sample.references"
+                )
+                if picture is not None:
+                    reference = ImageOps.fit(picture, trained.size, Image.Resampling.LANCZOS)
             rows.append(Drawn(prompt.text, base, trained, reference))
         return rows
 
     def _path(self, step: int, place: int) -> Path:
         return self.folder / f"step-{step:06d}-{place:02d}.png"
-
-
-def _center_crop(sample: Sample, size: tuple[int, int]) -> Image.Image:
-    """Decodes a sample's image, center-cropped and scaled to `size` (width, height)."""
-    return ImageOps.fit(decode(sample_bytes(sample)), size, Image.Resampling.LANCZOS)

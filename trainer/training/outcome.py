@@ -9,8 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from halfbyte.quant.files.atomic import write_file
-from halfbyte.trainer.data.decode import decode
-from halfbyte.trainer.data.folder import Sample, sample_bytes
+from halfbyte.trainer.data.folder import Sample, unchanged_pictures
 from halfbyte.trainer.data.prepare import Prepared
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
@@ -58,10 +57,8 @@ def what_was_learned(
 ) -> Learned:
     """Compares step 0 with `step` and writes the sheet of sample images, with `name` as its heading.
 
-    Both steps must have been measured and sampled already.
-
-    Raises:
-        DataError: a training image changed since the run began.
+    Both steps must have been measured and sampled already. Training and reference images that are gone or have changed
+    are left out with a warning.
     """
     measured = read_validation(folder.root / VALIDATION)
     validation = validation_change(measured, len(prepared.held_out))
@@ -103,10 +100,8 @@ def _has_references(drawn: Sequence[Drawn]) -> bool:
 def _training_images(samples: Sequence[Sample]) -> list[Image.Image]:
     """Returns reduced training images, evenly spaced over the list of samples."""
     step = -(-len(samples) // _TRAINING_PICTURES)
-    pictures = [decode(sample_bytes(sample)) for sample in samples[::step]]
-    for picture in pictures:
-        picture.thumbnail((_LONGER_SIDE, _LONGER_SIDE))
-    return pictures
+    found = unchanged_pictures(samples[::step], _LONGER_SIDE, "the sheet of samples")
+    return [picture for picture in found if picture is not None]
 
 
 def validation_change(measured: Sequence[Measurement], pictures: int) -> ValidationChange | None:

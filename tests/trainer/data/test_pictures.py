@@ -164,7 +164,7 @@ def test_a_broken_color_profile_is_reported(caplog: pytest.LogCaptureFixture) ->
 
 class TestPixels:
     def test_range_and_layout(self) -> None:
-        values = pixels(squares(), box=(0, 0, 16, 24), size=(16, 24), flip=False)
+        values = pixels(squares(), (16, 24), flip=False)
         assert values.dtype == torch.float32
         assert values.shape == (3, 24, 16)
         assert values[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
@@ -172,15 +172,14 @@ class TestPixels:
         assert values.is_contiguous()
 
     def test_flip_mirrors_left_and_right(self) -> None:
-        whole = {"box": (0, 0, 16, 24), "size": (8, 12)}
-        plain = pixels(squares(), **whole, flip=False)
-        assert torch.equal(pixels(squares(), **whole, flip=True), plain.flip(-1))
+        plain = pixels(squares(), (8, 12), flip=False)
+        assert torch.equal(pixels(squares(), (8, 12), flip=True), plain.flip(-1))
 
     def test_nothing_outside_the_box_bleeds_in(self) -> None:
-        values = pixels(squares(), box=(0, 0, 8, 12), size=(4, 4), flip=False)
+        values = pixels(decode(encoded(squares(), "PNG"), (0, 0, 8, 12)), (4, 4), flip=False)
         assert torch.equal(values, torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 4, 4))
 
     def test_shrinking_averages_instead_of_skipping(self) -> None:
         stripes = Image.fromarray(np.tile(np.array([[0], [255]], dtype=np.uint8), (64, 128))).convert("RGB")
-        values = pixels(stripes, box=(0, 0, 128, 128), size=(8, 8), flip=False)
+        values = pixels(stripes, (8, 8), flip=False)
         assert values.abs().max() < 0.05
