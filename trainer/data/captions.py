@@ -7,27 +7,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from halfbyte.quant.files.regular import open_regular, read_regular
+from halfbyte.trainer.wording import printable, shown
+
 CAPTION_COLUMNS = ("text", "caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+
+CAPTION_BYTES = 10**6
+"""Longer captions are refused; the text encoders read at most a few thousand bytes."""
+_METADATA_BYTES = 2 * 10**9
+_LINE_CHARACTERS = 8 * CAPTION_BYTES  # of JSON, which may escape each character
 
 _MAX_LINES = 50
 
 
 @dataclass
 class Problems:
-    """Collects all problems, one line each, so that the user can fix them in one go."""
+    """Collects problems, so that the user can fix them in one go. Lists the first and counts the others."""
 
     lines: list[str] = field(default_factory=list)
+    more: int = 0  # problems without a line
 
     def add(self, where: object, what: str) -> None:
-        """Adds the line `where: what`."""
-        self.lines.append(f"{where}: {what}")
+        """Adds the line `where: what`, with control characters escaped."""
+        if len(self.lines) == _MAX_LINES:
+            self.more += 1
+        else:
+            self.lines.append(f"{printable(where)}: {printable(what)}")
 
     def __str__(self) -> str:
-        hidden = len(self.lines) - _MAX_LINES
-        return "\n".join(
-            self.lines[:_MAX_LINES] + ([f"... and {hidden} more like these"] if hidden > 0 else [])
-        )
+        return "\n".join(self.lines + ([f"... and {self.more} more like these"] if self.more else []))
 
 
 @dataclass(frozen=True)
@@ -41,15 +50,13 @@ class CaptionRow:
 
 def read_metadata(path: Path, problems: Problems) -> list[CaptionRow]:
     """Reads the rows of a metadata.jsonl or metadata.csv. Adds unusable rows to `problems` and leaves them out."""
-    text = read_text(path, problems)
-    if text is None:
-        return []
-    rows = _jsonl_rows(path, text, problems) if path.suffix == ".jsonl" else _csv_rows(path, text, problems)
     found: list[CaptionRow] = []
-    for where, row in rows:
+    for where, row in _rows(path, problems):
         name = row.get("file_name")
         if not isinstance(name, str) or not name.strip():
-            problems.add(where, f"file_name: got {name!r}, expected an image's path relative to this file")
+            problems.add(
+                where, f"file_name: got {shown(name)}, expected an image's path relative to this file"
+            )
             continue
         caption = caption_of(where, row, problems)
         if caption is not None:
@@ -61,7 +68,7 @@ def caption_of(where: object, row: dict[str, object], problems: Problems) -> str
     """Returns the caption in a row's columns: "" if the column is empty or null, None after adding a problem."""
     given = {column: row[column] for column in CAPTION_COLUMNS if column in row}
     if not given:
-        columns = ", ".join(repr(column) for column in row) or "none"
+        columns = ", ".join(shown(column) for column in list(row)[:20]) or "none"
         problems.add(where, f"no caption column; expected 'text' or 'caption', found {columns}")
         return None
     if len(set(map(str, given.values()))) > 1:
@@ -71,31 +78,81 @@ def caption_of(where: object, row: dict[str, object], problems: Problems) -> str
     if value is None:
         return ""
     if not isinstance(value, str):
-        problems.add(where, f"the caption is {value!r}, expected a string")
+        problems.add(where, f"the caption is {shown(value)}, expected a string")
         return None
-    if not value.isascii() and value.encode(errors="replace").decode() != value:
+    data = value.encode(errors="replace")
+    if len(data) > CAPTION_BYTES:
         problems.add(
-            where, f"the caption {value!r} contains half of a character (a lone surrogate); retype it"
+            where, f"the caption has {len(data):,} bytes, expected at most {CAPTION_BYTES:,}; shorten it"
+        )
+        return None
+    if not value.isascii() and data.decode() != value:
+        problems.add(
+            where, f"the caption {shown(value)} contains half of a character (a lone surrogate); retype it"
         )
         return None
     return value.strip()
 
 
 def read_text(path: Path, problems: Problems) -> str | None:
-    """Reads a UTF-8 file without its byte-order mark. Returns None after adding a problem."""
+    """Reads a caption file in UTF-8, without its byte-order mark. Returns None after adding a problem."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_regular(path, CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        problems.add(f"{path}:{line}", f"not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8")
+        problems.add(f"{path}:{line}", _not_utf8(error))
     except OSError as error:
         problems.add(path, f"cannot be read: {error.strerror}")
     return None
 
 
-def _jsonl_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, dict[str, object]]]:
-    # split, not splitlines: a caption may contain U+2028 and similar, which do not end a line in JSON Lines.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
+
+
+def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yields the rows of a metadata file with their places, without reading the whole file into memory."""
+    try:
+        if path.suffix == ".jsonl":
+            # Only \n ends a line: a caption may contain U+2028 and similar.
+            yield from _jsonl_rows(path, _lines(path, "\n", problems), problems)
+        else:
+            yield from _csv_rows(path, _lines(path, "", problems), problems)
+    except UnicodeDecodeError as error:
+        problems.add(f"{path}:{_undecodable_line(path)}", _not_utf8(error))
+    except OSError as error:
+        problems.add(path, f"cannot be read: {error.strerror}")
+
+
+def _lines(path: Path, newline: str, problems: Problems) -> Iterator[str]:
+    """Yields a metadata file's lines; `newline` as for `open`. Stops with a problem at a line that is too long."""
+    with io.TextIOWrapper(open_regular(path, _METADATA_BYTES), encoding="utf-8-sig", newline=newline) as file:
+        number = 0
+        while line := file.readline(_LINE_CHARACTERS + 1):
+            number += 1
+            if len(line) > _LINE_CHARACTERS:
+                problems.add(
+                    f"{path}:{number}", f"the line has more than {_LINE_CHARACTERS:,} characters; shorten it"
+                )
+                return
+            yield line
+
+
+def _undecodable_line(path: Path) -> int:
+    """Returns the number of the first line that is not UTF-8."""
+    with open_regular(path, _METADATA_BYTES) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _jsonl_rows(
+    path: Path, lines: Iterator[str], problems: Problems
+) -> Iterator[tuple[str, dict[str, object]]]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -109,18 +166,21 @@ def _jsonl_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[str
             continue
         if not isinstance(row, dict):
             problems.add(
-                where, f'got {line[:40]}, expected an object such as {{"file_name": ..., "text": ...}}'
+                where,
+                f'got {line[:40].rstrip()}, expected an object such as {{"file_name": ..., "text": ...}}',
             )
             continue
         yield where, row
 
 
-def _csv_rows(path: Path, text: str, problems: Problems) -> Iterator[tuple[str, dict[str, object]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _csv_rows(
+    path: Path, lines: Iterator[str], problems: Problems
+) -> Iterator[tuple[str, dict[str, object]]]:
+    reader = csv.DictReader(lines)
     try:
         columns = reader.fieldnames or []
         if "file_name" not in columns or not set(CAPTION_COLUMNS) & set(columns):
-            found = ", ".join(map(repr, columns)) or "nothing"
+            found = ", ".join(map(shown, columns[:20])) or "nothing"
             problems.add(f"{path}:1", f"found the columns {found}, expected file_name and text (or caption)")
             return
         for row in reader:

@@ -269,7 +269,7 @@ class TestBadFolders:
             ('["a.png", "x"]', ('["a.png", "x"]', "object")),
             ('{"file_name": "a.png", "text": "\\ud800"}', ("surrogate",)),
             ('{"file_name": "a.png\\u0000", "text": "x"}', ("missing", r"'a.png\x00'")),
-            ('{"file": "a.png", "text": "x"}', ("file_name: got None",)),
+            ('{"file": "a.png", "text": "x"}', ("file_name: got null",)),
             ('{"file_name": "a.png", "label": "x"}', ("'text' or 'caption'", "'label'")),
             ('{"file_name": "a.png", "text": 3}', ("caption is 3", "string")),
             ('{"file_name": "a.png", "text": "x", "caption": "y"}', ("'text' and 'caption'", "keep one")),
