@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from halfbyte.trainer.publish.push import PushRequest, check_push, prepare_push,
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder, claim
+from halfbyte.trainer.run_folder.lock import lock_run
 from halfbyte.trainer.run_folder.pinned_base import (
     INIT_FROM,
     Commits,
@@ -36,6 +38,7 @@ from halfbyte.trainer.run_folder.pinned_base import (
     started_from,
 )
 from halfbyte.trainer.runtime.progress import write_lines
+from halfbyte.trainer.runtime.signals import SIGNALS, describe
 from halfbyte.trainer.runtime.world import World, barrier, broadcast_from_leader, join
 from halfbyte.trainer.sample.sampler import PictureSampler, SampleSettings
 from halfbyte.trainer.training.loop import Finished, Training, train
@@ -50,21 +53,33 @@ _AFTER_LAST_STEP = "after the last step; its checkpoint is complete, and `halfby
 
 
 def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool:
-    """Trains and exports; returns False if the run was interrupted and can be resumed.
+    """Trains and exports; returns False if a signal stopped the run, which can be resumed.
 
     Raises:
         HalfbyteError: anything that a user can fix, before anything in `output.dir` changes.
+        Stopped: a signal came before the first step or after the last one.
     """
+    with SIGNALS.installed(), ExitStack() as held:
+        return _run(recipe, world, console, resume, held)
+
+
+def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: ExitStack) -> bool:
+    """Does the work of `run`; `held` keeps the lock on the run's folder until the end."""
     started = time.perf_counter()
     folder = RunFolder(recipe.output.dir)
 
-    # Check the settings that need no model.
-    claim(folder, recipe, resume=resume)
+    # Check the settings that need no model, and take the run's folder.
     _check_precision(recipe, world)
-    repository = recipe.output.push_to_hub
-    if world.is_leader and repository is not None:
-        check_push(repository)
     join(world)
+    repository = recipe.output.push_to_hub
+
+    def take_folder() -> None:
+        held.enter_context(lock_run(folder.root))
+        claim(folder, recipe, resume=resume)
+        if repository is not None:
+            check_push(repository)
+
+    broadcast_from_leader(world, take_folder)
 
     # Open the base model, without loading its weights.
     base = _open_base(recipe, world, folder)
@@ -111,11 +126,13 @@ def run(recipe: Recipe, world: World, *, console: Console, resume: bool) -> bool
     )
     finished = train(training)
     if not finished.done:
+        assert SIGNALS.received is not None
         console.print(
-            f"stopped at step {finished.step} of {recipe.train.steps}; continue with --resume",
+            f"{describe(SIGNALS.received)} at step {finished.step} of {recipe.train.steps}; continue with --resume",
             highlight=False,
         )
         return False
+    SIGNALS.raise_received()  # it came during the last step
 
     # Export, then upload.
     if world.is_leader:

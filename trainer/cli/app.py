@@ -7,7 +7,7 @@ import typer
 
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.cli.cache_folder import bases, clear, holdings
-from halfbyte.trainer.cli.console import reported_errors
+from halfbyte.trainer.cli.console import DebugOption, reported_errors
 from halfbyte.trainer.cli.export import export_command, push_command
 from halfbyte.trainer.cli.quantize import quant_report_command, quantize_command
 from halfbyte.trainer.cli.sample import sample_command
@@ -32,6 +32,7 @@ def schema_command(
     output: Annotated[
         Path | None, typer.Argument(help="The file to write. Without it, the schema is printed.")
     ] = None,
+    debug: DebugOption = False,
 ) -> None:
     """Write the JSON Schema of recipes for use in an editor.
 
@@ -43,7 +44,7 @@ def schema_command(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        with reported_errors():
+        with reported_errors(debug=debug):
             try:
                 write_file(output, text)
             except OSError as error:
@@ -61,6 +62,7 @@ def cache_command(
             help="Delete all entries of one kind: latents, texts, bases or digests. Can be repeated.",
         ),
     ] = None,
+    debug: DebugOption = False,
 ) -> None:
     """List the cached files and their sizes, or delete them.
 
@@ -69,7 +71,7 @@ def cache_command(
     Exit codes: 0 done, 2 unknown kind, or entries that cannot be deleted.
     """
     root = folder.expanduser()
-    with reported_errors():
+    with reported_errors(debug=debug):
         for kind in clear_kinds or []:
             typer.echo(f"deleted {kind}: {file_size(clear(root, kind).nbytes)}")
     typer.echo(str(root))

@@ -1,20 +1,26 @@
 """Shared behavior of all commands: error reports with exit codes, logging, and quiet library imports."""
 
+import io
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
+import click
 import typer
 from rich.console import Console
 
 from halfbyte.trainer.cli.interrupts import INTERRUPTED, exit_on_interrupt
-from halfbyte.trainer.errors import HalfbyteError, OutOfMemory
+from halfbyte.trainer.errors import HalfbyteError, OutOfMemory, OutOfSpace, ProcessLost
 from halfbyte.trainer.recipe.document import Document
-from halfbyte.trainer.runtime.world import World
+from halfbyte.trainer.runtime.disk import out_of_space
+from halfbyte.trainer.runtime.signals import SIGNALS, Stopped, describe, exit_code
+from halfbyte.trainer.runtime.world import World, reports_lost_process
+from halfbyte.trainer.wording import printable
 
 
 @dataclass
@@ -26,21 +32,30 @@ class Command:
     """The recipe's source. With it, error messages about a setting get file and line."""
 
 
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+"""The option of every command that `reported_errors` takes."""
+
+
 @contextmanager
-def reported_errors() -> Iterator[Command]:
+def reported_errors(*, debug: bool = False) -> Iterator[Command]:
     """Turns an error into one message on standard error and the error's exit code.
+
+    debug: also prints the traceback.
 
     Every command runs inside it. Only the first process of each machine prints the message. Out of memory is
     the exception: each process that runs out prints it, because its GPU may be the only one that is full.
     """
     command = Command()
-    try:
-        yield command
-    except HalfbyteError as error:
-        message = str(error) if command.document is None else command.document.located(str(error))
-        _exit(command.world, message, error.exit_code)
-    except KeyboardInterrupt:
-        _exit(command.world, "interrupted", INTERRUPTED)
+    _escape_unprintable()
+    with SIGNALS.installed():
+        try:
+            yield command
+        except (typer.Exit, click.ClickException):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                traceback.print_exc()
+            _exit(command.world, *_message_and_code(error, command.document))
 
 
 @contextmanager
@@ -56,9 +71,43 @@ def library_imports() -> Iterator[None]:
 
 
 def _exit(world: World | None, message: str, code: int) -> NoReturn:
-    if world is None or world.local_rank == 0 or code == OutOfMemory.exit_code:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
+    if code == ProcessLost.exit_code:
+        reports = reports_lost_process()
+    else:
+        reports = world is None or world.local_rank == 0 or code == OutOfMemory.exit_code
+    if reports:
+        shown = "\n".join(printable(line) for line in message.split("\n"))
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {shown}", markup=False)
     raise typer.Exit(code)
+
+
+def _message_and_code(error: BaseException, document: Document | None) -> tuple[str, int]:
+    if isinstance(error, HalfbyteError):
+        return str(error) if document is None else document.located(str(error)), error.exit_code
+    if isinstance(error, Stopped):
+        return describe(error.number), exit_code(error.number)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, MemoryError):
+        return "the host ran out of memory", OutOfMemory.exit_code
+    space = out_of_space(error)
+    return (_unexpected(error), HalfbyteError.exit_code) if space is None else (space, OutOfSpace.exit_code)
+
+
+def _unexpected(error: BaseException) -> str:
+    """Returns the message for an error that no part of halfbyte has foreseen."""
+    first = str(error).strip().partition("\n")[0]
+    return (
+        f"unexpected {type(error).__name__}{f': {first}' if first else ''}. This is a fault of halfbyte: run the same"
+        " command with --debug for the traceback, and report it"
+    )
+
+
+def _escape_unprintable() -> None:
+    """Lets characters that the terminal's or pipe's encoding lacks be printed as escapes, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def configure_logging(world: World) -> None:

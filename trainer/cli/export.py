@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import configure_logging, library_imports, reported_errors
+from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
 from halfbyte.trainer.runtime.world import read_world
 
 
@@ -35,6 +35,7 @@ def export_command(
     self_check: Annotated[
         bool, typer.Option(help="Load the export in stock diffusers and compare its predictions with ours.")
     ] = True,
+    debug: DebugOption = False,
 ) -> None:
     """Export an adapter for diffusers, PEFT, ComfyUI and kohya.
 
@@ -44,7 +45,7 @@ def export_command(
     Exit codes: 0 done, 2 run, checkpoint or option error, 6 out of memory, 7 the export failed its
     self-check, 130 interrupted.
     """
-    with reported_errors() as command:
+    with reported_errors(debug=debug) as command:
         world = command.world = read_world()
         configure_logging(world)
         with library_imports():
@@ -91,6 +92,7 @@ def push_command(
             " nothing.",
         ),
     ] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Push a run to the Hub, with a model card, in one commit.
 
@@ -102,7 +104,7 @@ def push_command(
 
     Exit codes: 0 done, 2 run or option error, 4 Hub error, 130 interrupted.
     """
-    with reported_errors():
+    with reported_errors(debug=debug):
         with library_imports():
             from halfbyte.trainer.publish.push import PushRequest, listing, prepare_push, push
 

@@ -1,33 +1,40 @@
-"""Ends a command cleanly when Ctrl-C arrives while libraries are still being imported."""
+"""Ends a command cleanly when a signal arrives while libraries are still being imported."""
 
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 130
+from halfbyte.trainer.runtime.signals import STOPPING, describe, exit_code
+
+INTERRUPTED = exit_code(signal.SIGINT)
 """The exit code of a command ended by Ctrl-C."""
 
 
 @contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Makes Ctrl-C end the process at once with one line of output.
+    """Makes Ctrl-C and the other stopping signals end the process at once with one line of output.
 
     Use it only around imports, before there is work to save. KeyboardInterrupt does not survive these
     imports: numpy's initialization turns it into an ImportError that torch swallows, and pybind11's aborts
-    the process (numpy 2.4, torch 2.13).
+    the process (numpy 2.4, torch 2.13). Signals that are ignored stay ignored.
     """
-    # Keep a handler that the caller installed, or SIG_IGN.
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    former = {
+        number: handler for number in STOPPING if (handler := signal.getsignal(number)) is not signal.SIG_IGN
+    }
+    try:
+        for number in former:
+            signal.signal(number, _end)
+    except ValueError:  # not in the main thread, which signals do not interrupt
         yield
         return
-    signal.signal(signal.SIGINT, _end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> None:
-    os.write(2, b"error: interrupted\n")
-    os._exit(INTERRUPTED)
+    os.write(2, f"error: {describe(number)}\n".encode())
+    os._exit(exit_code(number))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import configure_logging, library_imports, reported_errors
+from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
 from halfbyte.trainer.recipe.load import load_document
 from halfbyte.trainer.runtime.world import read_world
 
@@ -28,6 +28,7 @@ def quantize_command(
             " images.",
         ),
     ] = 256,
+    debug: DebugOption = False,
 ) -> None:
     """Write a quantized transformer, calibrated on images.
 
@@ -37,7 +38,7 @@ def quantize_command(
     Exit codes: 0 done, 2 recipe, model or folder error, 3 data error, 4 Hub error, 5 launch environment
     error, 6 out of memory, 130 interrupted.
     """
-    with reported_errors() as command:
+    with reported_errors(debug=debug) as command:
         world = read_world()
         configure_logging(world)
         settings, command.document = load_document(recipe, overrides or [], pictures_needed=samples > 0)
@@ -73,6 +74,7 @@ def quant_report_command(
         Path | None,
         typer.Option("--json", help="Also write the report to this file, with every layer."),
     ] = None,
+    debug: DebugOption = False,
 ) -> None:
     """Measure the quantization error of each layer.
 
@@ -80,7 +82,7 @@ def quant_report_command(
 
     Exit codes: 0 done, 2 folder or option error, 130 interrupted.
     """
-    with reported_errors():
+    with reported_errors(debug=debug):
         with library_imports():
             from halfbyte.trainer.quantize.report_output import run_quant_report
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import configure_logging, library_imports, reported_errors
+from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
 from halfbyte.trainer.cli.interrupts import INTERRUPTED
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.sample.request import SampleRequest, parse_seeds, parse_strengths, read_prompts
@@ -125,6 +125,7 @@ def sample_command(
             help="Cache folder for text embeddings and packed bases. [the run's, else ~/.cache/halfbyte]"
         ),
     ] = None,
+    debug: DebugOption = False,
 ) -> None:
     """Generate images with a run or an adapter, and a grid of them.
 
@@ -134,7 +135,7 @@ def sample_command(
     Exit codes: 0 done, 2 source, model or option error, 4 Hub error, 6 out of memory, 130 interrupted
     (finished images are kept).
     """
-    with reported_errors() as command:
+    with reported_errors(debug=debug) as command:
         request = SampleRequest(
             source,
             model=model,

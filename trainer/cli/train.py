@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import configure_logging, library_imports, reported_errors
-from halfbyte.trainer.cli.interrupts import INTERRUPTED
+from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.load import load_document
+from halfbyte.trainer.runtime.signals import SIGNALS, exit_code
 from halfbyte.trainer.runtime.world import leave, read_world
 
 
@@ -35,6 +35,7 @@ def train_command(
             " 8GiB means the same."
         ),
     ] = None,
+    debug: DebugOption = False,
 ) -> None:
     """Train a LoRA from a recipe.
 
@@ -42,9 +43,9 @@ def train_command(
     6 out of memory, 7 the export failed its self-check, 130 interrupted.
     """
     if plan:
-        plan_command(recipe, overrides, fit)
+        plan_command(recipe, overrides, fit, debug=debug)
         return
-    with reported_errors() as command:
+    with reported_errors(debug=debug) as command:
         if fit is not None:
             raise RecipeError("--fit: chooses settings and does not train; use it together with --plan")
         world = command.world = read_world()
@@ -62,8 +63,9 @@ def train_command(
             )
         finally:
             leave(world)
-    if not finished:
-        raise typer.Exit(INTERRUPTED)
+        if not finished:
+            assert SIGNALS.received is not None
+            raise typer.Exit(exit_code(SIGNALS.received))
 
 
 def plan_command(
@@ -78,6 +80,7 @@ def plan_command(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Predict a run's memory by phase, its steps and its time.
 
@@ -87,7 +90,7 @@ def plan_command(
     Exit codes: 0 done, 2 recipe or model error, or no settings fit the card, 3 data error, 4 Hub error, 130
     interrupted.
     """
-    with reported_errors() as command:
+    with reported_errors(debug=debug) as command:
         settings, command.document = load_document(recipe, overrides or [], pictures_needed=False)
         with library_imports():
             from halfbyte.trainer.plan.fit import parse_budget

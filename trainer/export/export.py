@@ -40,6 +40,7 @@ from halfbyte.trainer.export.text_encoder import write_text_encoder
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.lock import lock_exports
 from halfbyte.trainer.runtime.staging import keep_others
 
 MERGED = "merged"
@@ -85,7 +86,7 @@ def export_trained(
         ExportError: The export differs from the trained weights, or stock diffusers cannot load it. An
             earlier export then stays unchanged.
     """
-    with work_folder(folder.adapter) as work:
+    with lock_exports(folder.root), work_folder(folder.adapter) as work:
         save_adapter(denoiser, family.pipeline_class, str(work))
         try:
             adapter = read_saved(work / ADAPTER_FILE)
@@ -108,7 +109,7 @@ def export_saved(
     for the self-check.
     """
     adapter = read_saved(adapter_file)
-    with work_folder(folder.adapter) as work:
+    with lock_exports(folder.root), work_folder(folder.adapter) as work:
         shutil.copyfile(adapter_file, work / ADAPTER_FILE)
         return _export(family, denoiser, adapter, folder, work, settings)
 

@@ -8,6 +8,7 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.recipe.recipe import Recipe, differences
 from halfbyte.trainer.run_folder.checkpoint import folders, newest
+from halfbyte.trainer.run_folder.lock import LOCK_FILES
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
         raise RecipeError(f"output.dir: {root} is a file; expected a folder")
     holds_run = folder.recipe.is_file()
     if not holds_run:
-        if root.is_dir() and any(root.iterdir()):
+        if root.is_dir() and any(entry.name not in LOCK_FILES for entry in root.iterdir()):
             raise RecipeError(
                 f"output.dir: {root} is not empty and not the folder of a run; choose a new folder, such as"
                 " output.dir=runs/other"

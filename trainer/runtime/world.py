@@ -5,9 +5,12 @@ as a separate run at rank 0. The trainer therefore passes the ranks to Lightning
 that would not train the way the launcher was asked to.
 """
 
+import ctypes
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,8 +27,10 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 import torch
 import torch.distributed
+from torch.distributed.distributed_c10d import PrefixStore
 
 from halfbyte.trainer.errors import HalfbyteError, LaunchError
+from halfbyte.trainer.runtime.watch import RankWatch, open_store, wait
 
 T = TypeVar("T")
 
@@ -94,17 +99,72 @@ def join(world: World) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world.size == 1 or torch.distributed.is_initialized():
         return
-    # The other processes wait while rank 0 encodes or exports, which takes hours for a large data set.
+    _end_with_launcher()
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    # The other processes wait while rank 0 encodes or exports, which takes hours for a large data set. The watch
+    # notices a process that is gone or hangs much earlier.
+    timeout = timedelta(hours=12)
+    store = open_store(world.rank, world.size, timeout)
     torch.distributed.init_process_group(
-        backend, rank=world.rank, world_size=world.size, timeout=timedelta(hours=12)
+        backend,
+        store=PrefixStore("halfbyte", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+    )
+    global _watch
+    _watch = RankWatch(store, world.rank, world.size, patience=_patience())
+
+
+_watch: RankWatch | None = None  # of this process, while it has joined
+
+
+def _patience() -> float:
+    """Returns the seconds without a sign of life after which another process counts as lost."""
+    return float(_number(os.environ, "HALFBYTE_RANK_TIMEOUT", 60))
+
+
+def _end_with_launcher() -> None:
+    """Makes the kernel send this process SIGTERM when its launcher ends, however that ended.
+
+    Otherwise a killed launcher leaves its processes training, and a restarted job would meet them.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+@contextmanager
+def exchange(world: World) -> Iterator[None]:
+    """Wraps work that exchanges data with the other processes.
+
+    Raises:
+        ProcessLost: the exchange failed because another process ended or stopped responding.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or _watch is None or not _is_broken_exchange(error):
+            raise
+        raise _watch.lost(error) from error
+
+
+def _is_broken_exchange(error: RuntimeError) -> bool:
+    """Returns True for the errors of gloo, NCCL and the store after a connection has broken."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        part in str(error)
+        for part in ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL")
     )
 
 
+def reports_lost_process() -> bool:
+    """Returns True in the one process that reports the loss of another: the lowest rank that is left."""
+    return _watch is None or _watch.is_first_left(_watch.missing())
+
+
 def barrier(world: World) -> None:
-    """Waits until every process has reached this call."""
-    if world.size > 1:
-        torch.distributed.barrier()
+    """Waits until every process has reached this call. Raises ProcessLost if one never will."""
+    max_over_processes(world, 0)
 
 
 def broadcast_from_leader(world: World, find: Callable[[], T]) -> T:
@@ -112,6 +172,7 @@ def broadcast_from_leader(world: World, find: Callable[[], T]) -> T:
 
     Raises:
         HalfbyteError: `find` raised it on rank 0; it is raised in every process.
+        ProcessLost: another process is gone.
     """
     if world.size == 1:
         return find()
@@ -121,7 +182,10 @@ def broadcast_from_leader(world: World, find: Callable[[], T]) -> T:
             message = [find()]
         except HalfbyteError as error:
             message = [error]
-    torch.distributed.broadcast_object_list(message, device=torch.device("cpu"))
+    # Wait here while rank 0 searches: signals do not interrupt the broadcast itself.
+    barrier(world)
+    with exchange(world):
+        torch.distributed.broadcast_object_list(message, device=torch.device("cpu"))
     if isinstance(message[0], HalfbyteError):
         raise message[0]
     found: T = message[0]
@@ -130,17 +194,25 @@ def broadcast_from_leader(world: World, find: Callable[[], T]) -> T:
 
 def leave(world: World) -> None:
     """Shuts down torch.distributed, so that no process waits for a process that has ended."""
+    global _watch
+    if _watch is not None:
+        _watch.close()
+        _watch = None
     if world.size > 1 and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def any_process(world: World, flag: bool) -> bool:
-    """Returns True if the flag is set in any process. Every process must make this call."""
+def max_over_processes(world: World, value: int) -> int:
+    """Returns the largest value of any process. Every process must make this call."""
     if world.size == 1:
-        return flag
-    value = torch.tensor([int(flag)])
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value.item())
+        return value
+    largest = torch.tensor([value])
+    with exchange(world):
+        work = torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        wait(work.is_completed)
+        work.wait()
+    return int(largest.item())
 
 
 def _refuse_unsupported(env: Mapping[str, str]) -> None:

@@ -7,7 +7,6 @@ metrics is written, and the Checkpointer knows if the run is about to stop.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,8 @@ from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.runtime.progress import Progress
-from halfbyte.trainer.runtime.world import World, any_process, barrier
+from halfbyte.trainer.runtime.signals import SIGNALS
+from halfbyte.trainer.runtime.world import World, barrier, exchange, max_over_processes
 from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.training.module import DiffusionModule
 from halfbyte.trainer.training.validation import Validation
@@ -183,7 +183,8 @@ class MetricsRecorder(StepCallback):
             return
         loss = torch.stack(losses).float().mean()
         if self.world.size > 1:
-            torch.distributed.all_reduce(loss)
+            with exchange(self.world):
+                torch.distributed.all_reduce(loss)
             loss /= self.world.size
         value = loss.item()
         assert module.grad_norm is not None
@@ -320,42 +321,35 @@ class Sampler(StepCallback):
 
 
 class Interruption(StepCallback):
-    """Turns Ctrl-C and SIGTERM into a stop after the current optimizer step, in every process at once.
+    """Turns a stopping signal into a stop after the current optimizer step, in every process at once.
 
     Before the first step, and at the second signal, the run ends immediately. Comes before all other
     callbacks, for two reasons: their work before training can take minutes and must be interruptible, and the
     Checkpointer must see that the run is to stop.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, last_step: int) -> None:
         self.world = world
-        self.signal: int | None = None
+        self.last_step = last_step
         self.stopped = False
-        self._stepping = False
-        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Replaces Lightning's signal handlers, which would end the run with exit code 0."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+        """Puts our handlers back after Lightning has replaced that of SIGTERM, whose end has exit code 0."""
+        SIGNALS.reinstall()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Notes that a step has begun, which a signal now lets finish."""
-        self._stepping = True
+        """Lets a signal wait until the step that begins here is done."""
+        SIGNALS.defer(True)
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Stops all processes if any of them got a signal."""
-        if any_process(self.world, self.signal is not None):
+        number = max_over_processes(self.world, SIGNALS.received or 0)
+        if number and module.step < self.last_step:
+            # The processes without a signal end with the same exit code.
+            SIGNALS.received = number
             self.stopped = True
             trainer.should_stop = True
 
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Puts the former signal handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _on_signal(self, number: int, _: object) -> None:
-        if self.signal is not None or not self._stepping:
-            raise KeyboardInterrupt
-        self.signal = number
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Lets signals end the run immediately again: all its steps are in the last checkpoint."""
+        SIGNALS.defer(False)

@@ -1,7 +1,6 @@
 """The training loop of a run: Lightning's Trainer with the module, the data and the callbacks."""
 
 import logging
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,8 @@ from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.runtime.progress import Progress
-from halfbyte.trainer.runtime.world import World
+from halfbyte.trainer.runtime.signals import SIGNALS
+from halfbyte.trainer.runtime.world import World, exchange
 from halfbyte.trainer.sample.sampler import PictureSampler
 from halfbyte.trainer.training.callbacks import (
     Averager,
@@ -95,7 +95,8 @@ def train(training: Training) -> Finished:
 
     Raises:
         OutOfMemory: the device is full.
-        KeyboardInterrupt: the run was interrupted before its first step, or twice.
+        Stopped: a signal came before the first step, or a second one.
+        ProcessLost: another process ended or stopped responding.
     """
     recipe, world, saved = training.recipe, training.world, training.saved
     first_step, last_step = training.first_step, recipe.train.steps
@@ -108,7 +109,7 @@ def train(training: Training) -> Finished:
     progress = (
         Progress(training.console, "training", total=last_step, done=first_step) if world.is_leader else None
     )
-    interruption = Interruption(world)
+    interruption = Interruption(world, last_step)
     callbacks = [
         interruption,
         *([] if graphed is None else [WarmUp(lambda: _warm_up(graphed, training))]),
@@ -125,9 +126,10 @@ def train(training: Training) -> Finished:
                 # Lightning recommends worker processes, but handing batches over would take longer than
                 # reading them.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                with _interrupts_raised():
+                with _interrupts_raised(), exchange(world):
                     trainer.fit(module, loader)
     finally:
+        SIGNALS.defer(False)
         if graphed is not None:
             graphed.release()  # frees the graphs' memory for the last sample images
         if progress is not None:
@@ -137,7 +139,7 @@ def train(training: Training) -> Finished:
     # With no steps left, `Averager.on_train_end` has not run.
     if first_step >= last_step and saved is not None and saved.average is not None:
         load_adapter_state(training.denoiser, saved.average)
-    done = first_step >= last_step or not interruption.stopped or module.step >= last_step
+    done = first_step >= last_step or not interruption.stopped
     return Finished(done, module.step if first_step < last_step else first_step, time.perf_counter() - began)
 
 
@@ -239,14 +241,14 @@ def _interrupts_raised() -> Iterator[None]:
 
     On KeyboardInterrupt Lightning ignores SIGINT from then on, and exits with code 1 and no message.
     """
-    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as left:
         if not isinstance(left.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from left
+        raise left.__context__ from left
+    finally:
+        SIGNALS.reinstall()
 
 
 def records_graphs(recipe: Recipe, world: World) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte.trainer.errors import LaunchError
-from halfbyte.trainer.runtime.world import World, any_process, read_world
+from halfbyte.trainer.runtime.world import World, max_over_processes, read_world
 
 TORCHRUN = {
     "RANK": "3",
@@ -74,10 +74,8 @@ def test_inconsistent_numbers_and_unsupported_settings_are_refused(changed, frag
         read_world(TORCHRUN | {"ACCELERATE_USE_CPU": "1"} | changed)
 
 
-def test_any_process_in_a_world_of_one():
-    world = read_world({})
-    assert any_process(world, True)
-    assert not any_process(world, False)
+def test_the_largest_value_in_a_world_of_one():
+    assert max_over_processes(read_world({}), 15) == 15
 
 
 @pytest.mark.parametrize(
