@@ -65,6 +65,11 @@ class PushWorker:
         """Runs `halfbyte ARGUMENTS`. A `token` replaces HF_TOKEN; "" means no token."""
         return Answer(**self._answer({"arguments": arguments, "token": token}))
 
+    def run_forked(self, *arguments: str) -> Answer:
+        """Runs `halfbyte ARGUMENTS` in a fork of the worker, so that the worker's own state stays as it is."""
+        (answer,) = self._answer({"arguments": arguments, "ranks": 1})
+        return Answer(**answer)
+
     def run_ranks(self, number: int, *arguments: str) -> list[Answer]:
         """Runs `halfbyte ARGUMENTS` in `number` processes that train together, as torchrun would.
 
@@ -147,8 +152,9 @@ def _run_ranks(arguments: Sequence[str], number: int, waits: list[float]) -> lis
     for rank in map(str, range(number)):
         read, write = os.pipe()
         if os.fork() == 0:
-            os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if number > 1:
+                os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             with os.fdopen(write, "w") as pipe:
                 json.dump(_run(arguments, waits), pipe)
             os._exit(0)

@@ -14,40 +14,34 @@ from push_worker import PushWorker
 NOWHERE = "http://127.0.0.1:9"
 
 
-@pytest.fixture
-def worker(hub, pushed_run, tmp_path):
-    """A worker with a separate cache."""
-    hub.hub.faults, hub.hub.xet = Faults(), NOWHERE
-    with PushWorker(hub.hub.endpoint, tmp_path / "home", TOKEN, xet=True) as own:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("xet") / "home"
+
+
+@pytest.fixture(scope="module")
+def own_worker(hub, pushed_run, home):
+    """A worker with a separate cache, which stays empty: no test of this file before the last downloads anything."""
+    with PushWorker(hub.hub.endpoint, home, TOKEN, xet=True) as own:
         yield own
+
+
+@pytest.fixture
+def worker(hub, own_worker):
+    hub.hub.faults, hub.hub.xet = Faults(), NOWHERE
+    yield own_worker
     hub.hub.faults, hub.hub.xet = Faults(), None
 
 
-def sample(worker, tmp_path):
+def sample(run, tmp_path):
     options = ("--prompt", "a", "--steps", "1", "--width", "64", "--height", "64")
-    return worker.run("sample", BASE, *options, "--output", str(tmp_path / "images"))
-
-
-def test_a_failed_download_is_reported_once_and_succeeds_without_xet(hub, worker, tmp_path):
-    answer = sample(worker, tmp_path)
-    assert answer.code == 4, answer.output
-    (message,) = re.findall("^error: (.*)", answer.output, re.MULTILINE)
-    assert message.startswith(f"downloading {BASE}: the transfer failed: ")
-    assert "HF_HUB_DISABLE_XET=1" in message
-    assert "CRASHED" not in answer.output
-    assert not list((tmp_path / "home").rglob("*.incomplete"))
-    assert not list((tmp_path / "home" / "hub").rglob("*.safetensors"))
-    hub.hub.xet = None
-    # The client cached the commit's file information, and none of it mentions Xet.
-    with PushWorker(hub.hub.endpoint, tmp_path / "home", TOKEN) as plain:
-        answer = sample(plain, tmp_path)
-    assert answer.code == 0, answer.output
+    return run("sample", BASE, *options, "--output", str(tmp_path / "images"))
 
 
 @pytest.mark.parametrize("outcome", ["drop", 403])
 def test_a_refused_storage_token_is_reported_as_a_failure_of_the_hub(hub, worker, tmp_path, outcome):
     hub.hub.faults = Matching(outcome, again=True, pattern="xet-read-token")
-    answer = sample(worker, tmp_path)
+    answer = sample(worker.run_forked, tmp_path)
     assert hub.hub.faults.met
     assert answer.code == 4, answer.output
     (message,) = re.findall("^error: (.*)", answer.output, re.MULTILINE)
@@ -60,7 +54,7 @@ def test_a_failed_upload_is_reported_once_and_a_repeat_succeeds(hub, worker, pus
     hub.store.repositories.pop(("model", "ann/xet"), None)
     if outcome is not None:
         hub.hub.faults = Matching(outcome, again=True, pattern="xet-write-token")
-    answer = worker.run("push", str(pushed_run), "--repo", "ann/xet")
+    answer = worker.run_forked("push", str(pushed_run), "--repo", "ann/xet")
     assert answer.code == 4, answer.output
     (message,) = re.findall("^error: (.*)", answer.output, re.MULTILINE)
     assert message.startswith("push: uploading to ann/xet: ")
@@ -72,3 +66,19 @@ def test_a_failed_upload_is_reported_once_and_a_repeat_succeeds(hub, worker, pus
     answer = hub.worker.run("push", str(pushed_run), "--repo", "ann/xet")
     assert answer.code == 0, answer.output
     assert "pytorch_lora_weights.safetensors" in repository.tree
+
+
+def test_a_failed_download_is_reported_once_and_succeeds_without_xet(hub, worker, home, tmp_path):
+    answer = sample(worker.run_forked, tmp_path)
+    assert answer.code == 4, answer.output
+    (message,) = re.findall("^error: (.*)", answer.output, re.MULTILINE)
+    assert message.startswith(f"downloading {BASE}: the transfer failed: ")
+    assert "HF_HUB_DISABLE_XET=1" in message
+    assert "CRASHED" not in answer.output
+    assert not list(home.rglob("*.incomplete"))
+    assert not list((home / "hub").rglob("*.safetensors"))
+    hub.hub.xet = None
+    # The client cached the commit's file information, and none of it mentions Xet.
+    with PushWorker(hub.hub.endpoint, home, TOKEN) as plain:
+        answer = sample(plain.run, tmp_path)
+    assert answer.code == 0, answer.output
