@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -200,6 +201,7 @@ def _command(order: dict[str, Any], file: Path) -> int:
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.update(order["env"])
+    tempfile.tempdir = None  # TMPDIR may be another one now
     sys.argv = ["halfbyte", *order["arguments"]]
     code: object = 0
     try:

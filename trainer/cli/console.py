@@ -3,11 +3,13 @@
 import io
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, NoReturn
 
 import click
@@ -21,6 +23,8 @@ from halfbyte.trainer.runtime.disk import out_of_space
 from halfbyte.trainer.runtime.signals import SIGNALS, Stopped, describe, exit_code
 from halfbyte.trainer.runtime.world import World, reports_lost_process
 from halfbyte.trainer.wording import printable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,6 +51,7 @@ def reported_errors(*, debug: bool = False) -> Iterator[Command]:
     """
     command = Command()
     _escape_unprintable()
+    threading.excepthook = partial(_report_thread, debug=debug)
     with SIGNALS.installed():
         try:
             yield command
@@ -92,6 +97,16 @@ def _message_and_code(error: BaseException, document: Document | None) -> tuple[
         return "the host ran out of memory", OutOfMemory.exit_code
     space = out_of_space(error)
     return (_unexpected(error), HalfbyteError.exit_code) if space is None else (space, OutOfSpace.exit_code)
+
+
+def _report_thread(failure: threading.ExceptHookArgs, *, debug: bool) -> None:
+    """Reports an error that ended a thread, such as the one that writes TensorBoard's files, in one line."""
+    error = failure.exc_value
+    if error is None or isinstance(error, SystemExit):
+        return
+    if debug:
+        traceback.print_exception(error)
+    log.warning("a background thread failed: %s", printable(out_of_space(error) or _unexpected(error)))
 
 
 def _unexpected(error: BaseException) -> str:

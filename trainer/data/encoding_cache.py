@@ -23,7 +23,7 @@ from halfbyte.quant.files.atomic import write_file
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.buckets import Size, View
 from halfbyte.trainer.data.folder import load_pixels
-from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.errors import DataError, OutOfSpace
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.runtime.sizes import file_size
@@ -130,7 +130,8 @@ def encode_missing(
     batch_size 1 an entry does not depend on which others are missing; larger batches may change its last bits.
 
     Raises:
-        DataError: if an image changed, an encoder's output is not finite or the disk is too small or full.
+        DataError: if an image changed or an encoder's output is not finite.
+        OutOfSpace: if the disk is too small or full.
     """
     latents = LatentCache(folder, encoders.latent_fingerprint)
     texts = TextCache(folder, encoders.text_fingerprint)
@@ -184,11 +185,11 @@ def _encode_views(latents: LatentCache, encoders: Encoders, views: list[View], s
 
 
 def _check_space(folder: Path, first: Path, entries: int) -> None:
-    """Raises DataError if the disk has no room for `entries` entries of the size of `first`, which is written."""
+    """Raises OutOfSpace if the disk has no room for `entries` entries of the size of `first`, which is written."""
     needed = first.stat().st_size * (entries - 1)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DataError(
+        raise OutOfSpace(
             f"the cache {folder} needs {file_size(needed)} more, but its disk has only {file_size(free)} free;"
             " set data.cache_dir to a folder on a larger disk"
         )
@@ -264,4 +265,7 @@ def _write(path: Path, tensors: dict[str, Tensor], maker: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
     except OSError as error:
-        raise DataError(f"cannot write the cache entry {path}: {error.strerror}") from error
+        raise OutOfSpace(
+            f"data.cache_dir: cannot write the cache entry {path}: {error.strerror}; free space, or set"
+            " data.cache_dir to a folder on a larger disk"
+        ) from error

@@ -35,16 +35,19 @@ class RankWatch:
         self._place: dict[int, str] = {}
         self._seen = dict.fromkeys(self._others, time.monotonic())
         self._beats = dict.fromkeys(self._others, b"")
-        self._store_fails_since: float | None = None
+        # The beginning of the request to the store that has not been answered, or the first that failed.
+        self._unanswered_since: float | None = None
         self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
         store.set(_place_key(rank), json.dumps([socket.gethostname(), os.getpid()]))
-        self._thread.start()
+        # Two threads, because a store whose process is stopped never answers the first one.
+        self._beating = threading.Thread(target=self._beat_on, name="rank watch: beats", daemon=True)
+        self._beating.start()
+        threading.Thread(target=self._watch_on, name="rank watch", daemon=True).start()
 
     def close(self) -> None:
         """Ends the thread. The other processes are told, and do not take this one for lost."""
         self._leaving.set()
-        self._thread.join(timeout=5)
+        self._beating.join(timeout=5)
 
     def lost(self, error: BaseException | None = None) -> ProcessLost:
         """Returns the error to raise after an exchange with the other processes has failed.
@@ -59,9 +62,10 @@ class RankWatch:
     def missing(self, after: float = _MISSED) -> list[int]:
         """Returns the ranks without a sign of life for `after` seconds."""
         now = time.monotonic()
-        if self._store_fails_since is not None:
+        unanswered_since = self._unanswered_since
+        if unanswered_since is not None and now - unanswered_since > after:
             # The process of rank 0, or its launcher, holds the store.
-            return [0] if 0 in self._seen and now - self._store_fails_since > after else []
+            return [0] if 0 in self._seen else []
         return [rank for rank, seen in self._seen.items() if now - seen > after]
 
     def is_first_left(self, missing: list[int]) -> bool:
@@ -80,18 +84,23 @@ class RankWatch:
             " again with --resume"
         )
 
-    def _run(self) -> None:
+    def _watch_on(self) -> None:
+        while not self._leaving.wait(_BEAT):
+            if missing := self.missing(self._patience):
+                self._end(missing)
+
+    def _beat_on(self) -> None:
         beats = 0
         while not self._leaving.wait(_BEAT):
             beats += 1
             self._beat(str(beats).encode())
-            if missing := self.missing(self._patience):
-                self._end(missing)
         self._beat(b"left")
 
     def _beat(self, beat: bytes) -> None:
         """Gives a sign of life, and reads those of the others."""
         now = time.monotonic()
+        if self._unanswered_since is None:
+            self._unanswered_since = now
         try:
             self._store.set(_beat_key(self._rank), beat.decode())
             for other in self._others:
@@ -103,10 +112,9 @@ class RankWatch:
                 if other not in self._place:
                     host, pid = json.loads(self._store.get(_place_key(other)))
                     self._place[other] = f" (on {host}, process id {pid})"
-            self._store_fails_since = None
+            self._unanswered_since = None
         except (RuntimeError, OSError):
-            if self._store_fails_since is None:
-                self._store_fails_since = now
+            return
 
     def _end(self, missing: list[int]) -> None:
         """Ends the process: its main thread waits for a process that does not respond, and cannot be woken."""

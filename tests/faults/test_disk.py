@@ -1,0 +1,107 @@
+"""Tests disks that are full or read-only: one message, exit code 6, and nothing lost."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from halfbyte.trainer.errors import OutOfSpace
+from halfbyte.trainer.export.export import ADAPTER_FILE
+from halfbyte.trainer.run_folder import checkpoint
+from halfbyte.trainer.training.metrics import read_metrics
+
+from runs import run_here, write_recipe
+
+
+def mounted(folder: Path, options: str) -> bool:
+    """Mounts a file system of its own at `folder`; returns False where this process may not."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk; the test sets its size."""
+    folder = tmp_path / "disk"
+    if not mounted(folder, "size=64m"):
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def resize(disk: Path, free: int) -> None:
+    """Leaves `free` bytes on the disk."""
+    used = sum(path.stat().st_blocks * 512 for path in disk.rglob("*") if path.is_file())
+    options = f"remount,size={used + free + 4096 * (1 + sum(1 for _ in disk.rglob('*')))}"
+    subprocess.run(["mount", "-o", options, str(disk)], check=True)
+
+
+@pytest.mark.parametrize("megabytes", [0, 1, 2, 3])
+def test_a_full_disk_of_the_output_ends_the_run_with_a_message(
+    server, tmp_path, mini_flux, small_disk, megabytes
+):
+    recipe = write_recipe(tmp_path, mini_flux)
+    out = f"output.dir={small_disk / 'run'}"
+    run_here(recipe, "train.steps=2", "checkpoint.keep=10", out)
+    before = {
+        path: path.read_bytes() for path in (small_disk / "run" / "checkpoints").rglob("*") if path.is_file()
+    }
+    adapter = (small_disk / "run" / "adapter" / ADAPTER_FILE).read_bytes()
+    resize(small_disk, megabytes * 10**6)
+    process = server.start("train", str(recipe), "train.steps=12", "checkpoint.keep=10", out, "--resume")
+    code = process.wait()
+    if code == 0:
+        assert megabytes == 3, "there was room for everything"
+        return
+    assert code == OutOfSpace.exit_code, process.errors
+    (line,) = [line for line in process.errors.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in line or "free" in line, line
+    assert "Traceback" not in process.errors
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert (small_disk / "run" / "adapter" / ADAPTER_FILE).read_bytes() == adapter
+    # With room again, the run goes on to the same end as one that was never stopped.
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run_here(recipe, "train.steps=12", "checkpoint.keep=10", out, resume=True)
+    whole = run_here(recipe, "train.steps=12", f"output.dir={tmp_path / 'whole'}")
+    losses = [[row.loss for row in read_metrics(run / "metrics.csv")] for run in (small_disk / "run", whole)]
+    assert losses[0] == losses[1]
+
+
+def test_a_full_disk_of_the_cache_ends_the_run_before_training(server, tmp_path, mini_flux, small_disk):
+    recipe = write_recipe(tmp_path, mini_flux)
+    resize(small_disk, 8192)
+    process = server.start("train", str(recipe), f"data.cache_dir={small_disk}")
+    assert process.wait() == OutOfSpace.exit_code, process.errors
+    (line,) = [line for line in process.errors.splitlines() if line.startswith("error: ")]
+    assert str(small_disk) in line
+    assert "Traceback" not in process.errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_temporary_folder_is_not_taken_for_a_damaged_checkpoint(
+    server, tmp_path, mini_flux, small_disk
+):
+    recipe = write_recipe(tmp_path, mini_flux)
+    run = run_here(recipe)
+    resize(small_disk, 4096)
+    process = server.start("export", str(run), "--no-self-check", environ={"TMPDIR": str(small_disk)})
+    assert process.wait() == OutOfSpace.exit_code, process.errors
+    assert "damaged" not in process.errors
+    assert "Traceback" not in process.errors
+    assert checkpoint.newest(run / "checkpoints") is not None
+
+
+def test_a_folder_that_vanishes_ends_the_run_with_a_message(server, tmp_path, mini_flux):
+    recipe = write_recipe(tmp_path, mini_flux)
+    slow = "import time\nfrom halfbyte.trainer.training.module import DiffusionModule\nreal = DiffusionModule.loss\n"
+    slow += "DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]"
+    process = server.start("train", str(recipe), "train.steps=60", before=slow)
+    process.wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
+    os.rename(tmp_path / "run", tmp_path / "moved")
+    (tmp_path / "run").write_text("a file")
+    assert process.wait() == OutOfSpace.exit_code, process.errors
+    assert "Traceback" not in process.errors
+    assert json.loads((tmp_path / "moved" / "checkpoints" / "step-000002" / "manifest.json").read_text())
