@@ -8,25 +8,23 @@ written atomically, and several processes may fill one cache.
 import json
 import logging
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from halfbyte.quant.files.atomic import write_file
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.buckets import Size, View
+from halfbyte.trainer.data.cache_entry import DamagedEntry, read_entry, write_entry
 from halfbyte.trainer.data.folder import load_pixels
 from halfbyte.trainer.errors import DataError, OutOfSpace
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.runtime.sizes import file_size
+from halfbyte.trainer.wording import printable, shown
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,9 @@ _PIXELS_VERSION = 1
 # Of images whose color profile is named sRGB and is not: version 1 did not convert their colors.
 _MISNAMED_PIXELS_VERSION = 2
 
-_LATENT_NAMES = ("mean", "std")
-_TEXT_NAMES = ("prompt_embeds", "pooled_prompt_embeds")
+_Shapes = Mapping[str, Sequence[int | None]]  # by tensor; None: any length
+_LATENTS: _Shapes = {"mean": (None, None, None), "std": (None, None, None)}
+_TEXTS: _Shapes = {"prompt_embeds": (None, None), "pooled_prompt_embeds": (None,)}
 
 _Item = TypeVar("_Item")
 
@@ -63,20 +62,27 @@ class LatentCache:
 
     def read(self, view: View) -> LatentMoments:
         """Reads the posterior's mean and std, (1, C, H/8, W/8) fp32. Raises DataError if the entry is unusable."""
-        tensors = _read(self.path(view), _LATENT_NAMES, view.sample.path)
+        path, what = self.path(view), printable(view.sample.path)
+        tensors = _read(path, _LATENTS, torch.float32, what)
+        height, width = tensors["mean"].shape[1:]
+        if tensors["std"].shape != tensors["mean"].shape or view.width * height != view.height * width:
+            raise DataError(
+                f"{what}: cache entry {path} has latents of {width}x{height} for {view.width}x{view.height} pixels;"
+                " delete it and start again"
+            )
         return LatentMoments(tensors["mean"][None], tensors["std"][None])
 
     def write(self, view: View, moments: LatentMoments) -> None:
         """Writes one view's mean and std, (1, C, H/8, W/8), as fp32. Raises DataError if they are not finite."""
         tensors = {"mean": moments.mean[0].float(), "std": moments.std[0].float()}
-        _write(self.path(view), tensors, f"{view.sample.path}: the VAE")
+        write_entry(self.path(view), tensors, f"{printable(view.sample.path)}: the VAE")
 
     def missing(self, views: Iterable[View], on_sound: Callable[[], None] = lambda: None) -> list[View]:
         """Returns the views that have no intact entry, without duplicates. Logs a warning for damaged entries.
 
         Reads every entry completely to verify its checksum, and calls `on_sound` for each intact one.
         """
-        return _without_entry({self.path(view): view for view in views}, _LATENT_NAMES, on_sound)
+        return _without_entry({self.path(view): view for view in views}, _LATENTS, torch.float32, on_sound)
 
 
 class TextCache:
@@ -94,7 +100,7 @@ class TextCache:
 
     def read(self, caption: str) -> TextEmbedding:
         """Reads the embedding, (1, T, D), and the pooled one, (1, P). Raises DataError if the entry is unusable."""
-        tensors = _read(self.path(caption), _TEXT_NAMES, repr(caption))
+        tensors = _read(self.path(caption), _TEXTS, torch.bfloat16, shown(caption))
         return TextEmbedding(tensors["prompt_embeds"][None], tensors["pooled_prompt_embeds"][None])
 
     def write(self, caption: str, embedding: TextEmbedding) -> None:
@@ -103,14 +109,16 @@ class TextCache:
             "prompt_embeds": embedding.prompt_embeds[0],
             "pooled_prompt_embeds": embedding.pooled_prompt_embeds[0],
         }
-        _write(self.path(caption), tensors, f"{caption!r}: the text encoder")
+        write_entry(self.path(caption), tensors, f"{shown(caption)}: the text encoder")
 
     def missing(self, captions: Iterable[str], on_sound: Callable[[], None] = lambda: None) -> list[str]:
         """Returns the captions that have no intact entry, without duplicates. Logs a warning for damaged entries.
 
         Reads every entry completely to verify its checksum, and calls `on_sound` for each intact one.
         """
-        return _without_entry({self.path(caption): caption for caption in captions}, _TEXT_NAMES, on_sound)
+        return _without_entry(
+            {self.path(caption): caption for caption in captions}, _TEXTS, torch.bfloat16, on_sound
+        )
 
 
 def encode_missing(
@@ -205,67 +213,37 @@ def _digest(made_from: list[object]) -> str:
     return sha256_of(json.dumps(made_from))
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    """Returns the CRC-32 of all tensors in the order of their names.
-
-    safetensors notices a truncated file, but not a changed byte.
-    """
-    value = 0
-    for name in sorted(tensors):
-        raw = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        value = zlib.crc32(raw.data, value)
-    return f"{value:08x}"
-
-
-def _read(path: Path, names: Sequence[str], what: object) -> dict[str, Tensor]:
+def _read(path: Path, shapes: _Shapes, dtype: torch.dtype, what: object) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+        return read_entry(path, shapes, dtype)
     except FileNotFoundError as error:
         raise DataError(
             f"{what}: not in the cache ({path} does not exist); start again to encode it"
         ) from error
-    except (SafetensorError, OSError) as error:
+    except DamagedEntry as error:
         raise DataError(
             f"{what}: cache entry {path} cannot be read ({error}); delete it and start again"
         ) from error
 
 
-def _is_sound(path: Path, names: Sequence[str]) -> bool:
+def _is_sound(path: Path, shapes: _Shapes, dtype: torch.dtype) -> bool:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in names}
-            return bool((file.metadata() or {}).get("crc32") == _checksum(tensors))
-    except (SafetensorError, OSError):
+        read_entry(path, shapes, dtype)
+    except (FileNotFoundError, DamagedEntry):
         return False
+    return True
 
 
 def _without_entry(
-    items: dict[Path, _Item], names: Sequence[str], on_sound: Callable[[], None]
+    items: dict[Path, _Item], shapes: _Shapes, dtype: torch.dtype, on_sound: Callable[[], None]
 ) -> list[_Item]:
     absent: list[_Item] = []
     for path, item in items.items():
         if not path.is_file():
             absent.append(item)
-        elif not _is_sound(path, names):
+        elif not _is_sound(path, shapes, dtype):
             log.warning("cache entry %s is damaged and will be encoded again", path)
             absent.append(item)
         else:
             on_sound()
     return absent
-
-
-def _write(path: Path, tensors: dict[str, Tensor], maker: str) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise DataError(f"{maker} produced NaN or infinity in {name}; run it in bfloat16 or float32")
-    data = save(tensors, metadata={"crc32": _checksum(tensors)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
-    except OSError as error:
-        raise OutOfSpace(
-            f"data.cache_dir: cannot write the cache entry {path}: {error.strerror}; free space, or set"
-            " data.cache_dir to a folder on a larger disk"
-        ) from error
