@@ -13,6 +13,7 @@ from rich.console import Console
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.adapters.lora import load_adapter_state
 from halfbyte.trainer.data.prepare import Prepared, prepare
+from halfbyte.trainer.data.record import write_record
 from halfbyte.trainer.data.size_limits import refuse_large
 from halfbyte.trainer.denoiser.attention import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser.load import Loaded, load_denoiser, start_layers
@@ -93,7 +94,8 @@ def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: Exi
 
     # Encode captions and images into the cache.
     with when_full("while encoding captions and images; finished encodings stay in the cache", *_ENCODING):
-        prepared = prepare(recipe, family, world, console)
+        started_on = folder.data if resume and folder.can_go_on else None
+        prepared = prepare(recipe, family, world, console, started_on=started_on)
     saved = _saved_state(folder, recipe, world) if resume else None
 
     # Load and quantize the transformer, and add the adapters.
@@ -108,6 +110,8 @@ def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: Exi
     sampler = _sampler(recipe, family, world, loaded, prepared, folder)
     if world.is_leader:
         _write_start(recipe, base, folder)
+        if started_on is None or not folder.data.is_file():
+            write_record(folder.data, prepared.record)
         if saved is None:
             with when_full("while generating the first sample images", *_sampling_phases(recipe)):
                 sampler.draw(0)

@@ -15,6 +15,7 @@ from halfbyte.trainer.data.folder import Sample, read_samples
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
 from halfbyte.trainer.data.order import SampleOrder
 from halfbyte.trainer.data.prompts import Prompt, references_for
+from halfbyte.trainer.data.record import RecordedSample, recorded, require_same
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
@@ -37,6 +38,7 @@ class Prepared:
     training_set: TrainingSet
     held_out: Sequence[View]  # one per validation image
     held_out_set: TrainingSet
+    record: Sequence[RecordedSample]  # of samples and held-out images
 
     def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
         """Makes the loader of this process's micro-batches, from the given one to the end of the run."""
@@ -56,17 +58,27 @@ class Prepared:
         )
 
 
-def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> Prepared:
+def prepare(
+    recipe: Recipe, family: Family, world: World, console: Console, *, started_on: Path | None = None
+) -> Prepared:
     """Reads the data and fills the cache; each process encodes its share. Frees the encoders before it returns.
 
+    started_on: the record of the data that a resumed run was started on.
+
     Raises:
-        DataError: with all problems of the images and captions at once.
+        DataError: with all problems of the images and captions at once, or with what differs from `started_on`.
     """
     data = recipe.data
     reading = LazyProgress(console, "reading images", "image")
     samples = _read(recipe, data.path, reading)
     reading.close()
     samples, held_out = _split(recipe, samples)
+    record = [
+        *recorded(samples, data.path, held_out=False),
+        *recorded(held_out, recipe.validation.path or data.path, held_out=True),
+    ]
+    if started_on is not None:
+        require_same(started_on, record)
     references = _references(recipe)
     cropping = Cropping(
         data.resolution, family.size_multiple, data.aspect_buckets, data.crop, data.random_crops, data.flip
@@ -109,6 +121,7 @@ def prepare(recipe: Recipe, family: Family, world: World, console: Console) -> P
         TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
         held_out_views,
         TrainingSet(latents, texts),
+        record,
     )
 
 

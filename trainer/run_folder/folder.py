@@ -23,6 +23,8 @@ _FREE = (
     "model.cache_base",
     "train.steps",
 )
+# The places of the data. They may change freely if the run has a record of the data's content.
+_COMPARED_BY_CONTENT = ("data.path", "validation.path")
 # Settings that a resumed run may change with a warning: they decide where and how the run computes, and
 # change its results only by rounding.
 EXECUTION_SETTINGS = (
@@ -51,6 +53,11 @@ class RunFolder:
     def pin(self) -> Path:
         """The exact base that the run was started on, see `pinned_base`."""
         return self.root / "base.json"
+
+    @property
+    def data(self) -> Path:
+        """The record of the data that the run was started on, see `data.record`."""
+        return self.root / "data.jsonl.gz"
 
     @property
     def checkpoints(self) -> Path:
@@ -114,7 +121,8 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
     if not folder.can_go_on:
         return  # nothing was trained yet: the run starts at step 0, with any settings
     before = load_written(folder.recipe)
-    changed = [line for line in differences(before, recipe) if not line.startswith(_FREE)]
+    free = (*_FREE, *_COMPARED_BY_CONTENT) if folder.data.is_file() else _FREE
+    changed = [line for line in differences(before, recipe) if not line.startswith(free)]
     rounding_only = [line for line in changed if line.startswith(EXECUTION_SETTINGS)]
     if len(rounding_only) < len(changed):
         raise RecipeError(

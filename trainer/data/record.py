@@ -1,0 +1,155 @@
+"""The record of the data that a run was started on, by content, so that a resume notices what changed.
+
+It is one file in the run's folder: gzip over JSON lines, a head and one line for each sample. A million images take
+about 70 MB. gzip's own checksum finds damage.
+"""
+
+import gzip
+import io
+import json
+import logging
+import os
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.digest import sha256_of
+from halfbyte.trainer.data.folder import Sample
+from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.wording import printable
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_Key = tuple[bool, str, int]  # held out, file, number among those of one name
+_NAMED = 5  # samples named in a message for each kind of change
+
+
+@dataclass(frozen=True)
+class RecordedSample:
+    """One sample of the record."""
+
+    file: str  # relative to the folder of the data; for parquet with the row's number
+    image: str  # SHA-256 of the image file
+    caption: str  # start of the caption's SHA-256
+    held_out: bool
+
+    @property
+    def content(self) -> tuple[str, str, bool]:
+        """Everything that the run's results depend on."""
+        return self.image, self.caption, self.held_out
+
+
+def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> list[RecordedSample]:
+    """Returns the samples of the data at `root` for the record, in their order."""
+    return [
+        RecordedSample(_name(sample, root), sample.sha256, sha256_of(sample.caption)[:32], held_out)
+        for sample in samples
+    ]
+
+
+def _name(sample: Sample, root: Path) -> str:
+    name = os.path.relpath(sample.path, root) if sample.path != root else root.name
+    return name if sample.row is None else f"{name} row {sample.row}"
+
+
+def write_record(file: Path, samples: Sequence[RecordedSample]) -> None:
+    """Writes the record atomically."""
+    stream = io.BytesIO()
+    with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1, mtime=0) as packed:
+        packed.write(json.dumps({"format": _FORMAT, "samples": len(samples)}).encode() + b"\n")
+        for sample in samples:
+            packed.write(json.dumps(vars(sample)).encode() + b"\n")
+    write_file(file, stream.getvalue())
+
+
+def read_record(file: Path) -> list[RecordedSample]:
+    """Reads the record. Raises DataError if it is damaged."""
+    try:
+        with gzip.open(file, "rb") as lines:
+            head = json.loads(lines.readline())
+            if head["format"] != _FORMAT:
+                raise ValueError(f"format {head['format']}, expected {_FORMAT}")
+            samples = [RecordedSample(**json.loads(line)) for line in lines]
+        if len(samples) != head["samples"]:
+            raise ValueError(f"{len(samples)} samples, expected {head['samples']}")
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(
+            f"{file}: cannot be read: {printable(error)}. Without this file the run would continue on the data in its"
+            " current state; delete it to allow that"
+        ) from error
+    return samples
+
+
+def require_same(file: Path, now: Sequence[RecordedSample]) -> None:
+    """Checks that a resumed run has the data of its start; the names and the place of the files may differ.
+
+    Runs of older versions have no record: they continue with a warning.
+
+    Raises:
+        DataError: captions, images or their order differ. The message names the first of each kind.
+    """
+    if not file.is_file():
+        log.warning(
+            "--resume: %s is missing, as in runs of older versions; using the data in its current state", file
+        )
+        return
+    before = read_record(file)
+    if [sample.content for sample in before] == [sample.content for sample in now]:
+        return
+    run = printable(file.parent)
+    raise DataError(
+        f"--resume: the data differ from those that {run} was started on ({file.name}), which would change its"
+        " results:\n  "
+        + "\n  ".join(_differences(before, now))
+        + "\nPut the old files back, or start a new run on the"
+        f" new data from this run's adapter: lora.init_from={run} output.dir=runs/other"
+    )
+
+
+def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]) -> list[str]:
+    """Returns one line for each kind of difference."""
+    then, present = _by_name(before), _by_name(now)
+    both = [name for name in then if name in present]
+    images = [name for name in both if then[name].image != present[name].image]
+    captions = [name for name in both if then[name].caption != present[name].caption]
+    missing = [name for name in then if name not in present]
+    added = [name for name in present if name not in then]
+    # A file with another name and the same content was renamed.
+    names: defaultdict[tuple[str, str, bool], list[_Key]] = defaultdict(list)
+    for name in reversed(added):
+        names[present[name].content].append(name)
+    renamed = {name: names[then[name].content].pop() for name in missing if names[then[name].content]}
+    taken = set(renamed.values())
+    lines = [
+        _line(captions, "caption", "changed"),
+        _line(images, "image", "changed"),
+        _line([name for name in missing if name not in renamed], "image", "missing"),
+        _line([name for name in added if name not in taken], "image", "new"),
+    ]
+    found = [line for line in lines if line]
+    if not found:
+        found = [_line(list(renamed), "image", "renamed, which changes the order")]
+    return [line for line in found if line] or ["the order of the images changed"]
+
+
+def _by_name(samples: Sequence[RecordedSample]) -> dict[_Key, RecordedSample]:
+    """Returns the samples by set, name, and number among those of one name: rows of a table may share a file."""
+    count: defaultdict[tuple[bool, str], int] = defaultdict(int)
+    named = {}
+    for sample in samples:
+        key = (sample.held_out, sample.file)
+        named[(*key, count[key])] = sample
+        count[key] += 1
+    return named
+
+
+def _line(names: Sequence[_Key], noun: str, change: str) -> str:
+    if not names:
+        return ""
+    listed = [f"{printable(name)}{' (held out)' if held_out else ''}" for held_out, name, _ in names[:_NAMED]]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} {change}: {', '.join(listed)}{more}"
