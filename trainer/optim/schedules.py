@@ -14,7 +14,7 @@ class Schedule(StatelessChoice):
 
     falls: ClassVar[bool] = True  # True if the rate ends lower than it is after the warm-up
 
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10**8)
     """Optimizer steps over which the learning rate rises linearly to its full value."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from halfbyte.quant.files.regular import read_regular
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.yaml12 import (
     SCALARS,
@@ -19,9 +20,13 @@ from halfbyte.trainer.recipe.yaml12 import (
     RecipeLoader,
     converted,
 )
-from halfbyte.trainer.wording import nearest
+from halfbyte.trainer.wording import nearest, printable
 
 KeyPath = tuple[str | int, ...]
+
+MAX_PROBLEMS = 50
+_RECIPE_BYTES = 10**6
+_LONGEST = 2000  # characters of one message
 
 _SETTING = re.compile(r"(\w+)\.(\w+): ")
 
@@ -45,9 +50,17 @@ class SourceLocation:
     def report(self, path: KeyPath, message: str) -> str:
         """Formats a message as `flux_lora.yaml:14: optimizer.lr: ...` or `command line: optimizer.lr=x: ...`."""
         if self.override is None:
-            return f"{self.source}:{self.line}: {dotted(path)}{': ' if path else ''}{message}"
+            return _line(f"{self.source}:{self.line}: {dotted(path)}{': ' if path else ''}{message}")
         deeper = dotted(path[len(self.override) :])
-        return f"command line: {self.source}: {deeper}{': ' if deeper else ''}{message}"
+        source = self.source if len(self.source) <= _LONGEST // 4 else f"{self.source[: _LONGEST // 4]}..."
+        return _line(f"command line: {source}: {deeper}{': ' if deeper else ''}{message}")
+
+
+def _line(message: str) -> str:
+    """Escapes control characters, and cuts the middle out of a message about a very long value."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    return printable(message)
 
 
 @dataclass
@@ -59,6 +72,7 @@ class Document:
     problems: list[tuple[SourceLocation, str]] = field(default_factory=list)
     # Fields whose value could not be read. They are null in `data`, and validation errors about them are dropped.
     unread: set[KeyPath] = field(default_factory=set)
+    more: int = 0  # problems that were counted but not recorded
 
     def place(self, path: KeyPath) -> SourceLocation:
         """Returns where the value at `path` was written; for an absent value, where its section was."""
@@ -121,7 +135,11 @@ class Document:
         """Raises RecipeError if there are problems: one line each, in the file's order, then the command line's."""
         if self.problems:
             ordered = sorted(self.problems, key=lambda item: (item[0].override is not None, item[0].line))
-            raise RecipeError("\n".join(dict.fromkeys(text for _, text in ordered)))
+            lines = list(dict.fromkeys(text for _, text in ordered))
+            hidden = self.more + max(0, len(lines) - MAX_PROBLEMS)
+            if hidden:
+                lines[MAX_PROBLEMS:] = [f"... and {hidden} more like these"]
+            raise RecipeError("\n".join(lines))
 
 
 def dotted(path: KeyPath) -> str:
@@ -134,13 +152,13 @@ def dotted(path: KeyPath) -> str:
 
 def read(file: str | Path) -> Document:
     """Reads a recipe file into a document. Raises RecipeError if the file is absent, unreadable or not YAML."""
-    path = Path(file)
+    path, file = Path(file), printable(file)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path, _RECIPE_BYTES).decode("utf-8-sig")
     except FileNotFoundError as error:
         near = nearest(path.stem, [other.stem for other in path.parent.glob("*.yaml")])
         hint = f"; did you mean {path.parent / near}.yaml?" if near else ""
-        raise RecipeError(f"{file}: no such recipe{hint}") from error
+        raise RecipeError(f"{file}: no such recipe{printable(hint)}") from error
     except IsADirectoryError as error:
         raise RecipeError(f"{file}: this is a folder, expected a recipe in YAML") from error
     except UnicodeDecodeError as error:

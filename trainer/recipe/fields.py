@@ -8,6 +8,11 @@ from pydantic import BaseModel, Field
 from halfbyte.trainer.registry import SETTINGS
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+MOST_STEPS = 10**8
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+"""A number of optimizer steps, at least one."""
+Interval = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+"""A number of optimizer steps; 0 turns something off."""
 SIDE_STEP = 16  # pixels: sides of images are multiples of this
 PictureSide = Annotated[int, Field(ge=SIDE_STEP, le=8192, multiple_of=SIDE_STEP)]
 FilePath = Annotated[Path, Field(strict=False)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from halfbyte.trainer.hub.reference import is_repository
-from halfbyte.trainer.recipe.fields import FilePath, PictureSide, Section, Seed, Texts
+from halfbyte.trainer.recipe.fields import FilePath, Interval, PictureSide, Section, Seed, Steps, Texts
 from halfbyte.trainer.registry import conflict
 from halfbyte.trainer.wording import shown
 
@@ -33,13 +33,13 @@ class ValidationSection(Section):
     path: FilePath | None = None
     """A folder of images with captions, in the same form as data.path, that are not trained on. null measures on the
     images that held_out sets aside, if any."""
-    held_out: int = Field(default=0, ge=0)
+    held_out: int = Field(default=0, ge=0, le=1_000_000)
     """The number of images of data.path that are set aside for validation; 0 sets none aside. The choice depends only
     on the images' contents, so it is the same for every seed and file name."""
     sigmas: NoiseLevels = (0.1, 0.3, 0.5, 0.7, 0.9)
     """The noise levels, above 0 and up to 1, at which each image is measured. They are given to the model unchanged,
     whatever objective.timesteps and objective.shift say, so that runs with different objectives can be compared."""
-    every: int = Field(default=0, ge=0)
+    every: Interval = 0
     """Optimizer steps between measurements; 0 measures only before and after training."""
 
     @property
@@ -65,7 +65,7 @@ class EmaSection(Section):
     decay: float | None = Field(default=None, gt=0, lt=1)
     """The share of the average that each step keeps; null turns averaging off. 0.99 averages over about 100 steps. The
     average takes as much device memory as the adapter, and the same again while samples are generated."""
-    every: int = Field(default=1, ge=1)
+    every: Steps = 1
     """Optimizer steps between updates of the average. Each update applies the decay of that many steps; larger values
     save a little time."""
     warmup: bool = True
@@ -90,9 +90,9 @@ class SampleSection(Section):
     """A folder of reference images with captions, in the same form as data.path; null uses none. For each prompt that
     equals the caption of a reference image, the summary reports the distance of the generated image from it before
     and after training."""
-    every: int = Field(default=0, ge=0)
+    every: Interval = 0
     """Optimizer steps between samples; 0 generates them only before and after training."""
-    steps: int = Field(default=28, ge=1)
+    steps: int = Field(default=28, ge=1, le=1000)
     """Sampling steps per image. FLUX.1-schnell needs only 4."""
     guidance_scale: float = Field(default=3.5, ge=0)
     """The guidance scale, as the pipeline uses it: an input of the model for FLUX.1-dev, classifier-free guidance for
@@ -119,9 +119,9 @@ class SampleSection(Section):
 class CheckpointSection(Section):
     """Checkpoints, from which `--resume` continues a run."""
 
-    every: int = Field(default=250, ge=1)
+    every: Steps = 250
     """Optimizer steps between checkpoints. The last step always writes one."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=1_000_000)
     """The number of latest checkpoints to keep; older ones are deleted."""
 
 
@@ -140,7 +140,7 @@ class OutputSection(Section):
     dir: FilePath
     """The run's folder, for logs, samples, checkpoints and exports; a relative path starts from the current folder.
     It must not lie inside data.path."""
-    log_every: int = Field(default=1, ge=1)
+    log_every: Steps = 1
     """Optimizer steps between rows of the metrics."""
     formats: Formats | None = None
     """The formats in which the adapter is exported: diffusers (also read by PEFT), comfyui and kohya. null exports all

@@ -5,20 +5,23 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
+from halfbyte.trainer.recipe.document import MAX_PROBLEMS, Document, KeyPath, dotted
 from halfbyte.trainer.recipe.schema import Node, SchemaTree
 from halfbyte.trainer.wording import in_prose, nearest, shown
 
 
 def report(error: ValidationError, document: Document, tree: SchemaTree) -> None:
-    """Adds pydantic's errors to the document's problems, at most one per field."""
+    """Adds pydantic's errors to the document's problems, at most one per field. Only counts the last of very many."""
     reported = set(document.unread)
     for detail in error.errors(include_url=False):
         path = _field(detail, document.data)
         if path not in reported:
             # pydantic reports a value that fits no member of a union once per member.
             reported.add(path)
-            document.problem(path, _message(detail, path, document, tree))
+            if len(document.problems) < MAX_PROBLEMS:
+                document.problem(path, _message(detail, path, document, tree))
+            else:
+                document.more += 1
 
 
 def _field(detail: ErrorDetails, data: Any) -> KeyPath:

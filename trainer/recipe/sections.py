@@ -16,10 +16,20 @@ from halfbyte.trainer.objective.losses import LOSSES, MSE, Loss
 from halfbyte.trainer.objective.shift import SHIFTS, ResolutionShift, Shift
 from halfbyte.trainer.objective.timesteps import TIMESTEPS, LogitNormal, TimestepScheme
 from halfbyte.trainer.objective.weighting import WEIGHTINGS, NoWeighting, Weighting
-from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER, FilePath, PictureSide, Section, Seed, Text, Texts
+from halfbyte.trainer.recipe.fields import (
+    DEFAULT_FOLDER,
+    FilePath,
+    PictureSide,
+    Section,
+    Seed,
+    Steps,
+    Text,
+    Texts,
+)
 from halfbyte.trainer.registry import conflict
 from halfbyte.trainer.wording import in_prose, nearest, shown
 
+MOST_RANK = 2**14  # above the smaller side of every layer
 _TARGET_PRESETS = ("all-linear", "attention")
 
 
@@ -34,7 +44,7 @@ def _check_patterns(patterns: dict[str, float]) -> dict[str, float]:
     return patterns
 
 
-Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_check_patterns)]
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1, le=MOST_RANK)]], AfterValidator(_check_patterns)]
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_check_patterns)]
 
 
@@ -176,7 +186,7 @@ class QuantSection(Section):
 class LoraSection(Section):
     """The adapters: low-rank updates B A of the base's linear layers, the only weights that are trained."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=MOST_RANK)
     """The rank of the adapters: the inner dimension of A and B. A higher rank can learn more detail; parameters,
     optimizer state and file size grow in proportion."""
     alpha: float = Field(default=16, gt=0)
@@ -227,7 +237,7 @@ class DataSection(Section):
     crop: Literal["center", "random"] = "center"
     """The part of an image that is kept if its aspect ratio does not match the training size: the center, or random
     parts."""
-    random_crops: int = Field(default=1, ge=1)
+    random_crops: int = Field(default=1, ge=1, le=1000)
     """The number of random crops of each image that are encoded and cached; must be 1 if crop is center. More crops
     add variety but take that many times the encoding time and disk space."""
     flip: bool = False
@@ -276,12 +286,12 @@ class ObjectiveSection(Section):
 class TrainSection(Section):
     """The length of the run, its batch size, and how steps are computed."""
 
-    steps: int = Field(default=1000, ge=1)
+    steps: Steps = 1000
     """The number of optimizer steps in the whole run, including those before a resume."""
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1, le=10_000)
     """Images per process and micro-batch. All images of a micro-batch have one size. Activation memory grows in
     proportion."""
-    grad_accumulation: int = Field(default=1, ge=1)
+    grad_accumulation: int = Field(default=1, ge=1, le=1_000_000)
     """Micro-batches per optimizer step. Each step trains on batch_size x processes x grad_accumulation images, so this
     makes larger batches without more memory."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)

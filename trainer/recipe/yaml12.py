@@ -1,7 +1,7 @@
 """Makes PyYAML read and write scalars by the rules of YAML 1.2 rather than 1.1."""
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,17 +24,38 @@ SCALARS = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
 TAG = "tag:yaml.org,2002:"
 
 
+MAX_VALUES = 10_000
+MAX_DEPTH = 50
+
+
 class RecipeLoader(yaml.SafeLoader):
-    """Reads plain values by YAML 1.2, and refuses aliases, which would hide where a value is written."""
+    """Reads plain values by YAML 1.2, and refuses aliases, which would hide where a value is written.
+
+    Also refuses more values and deeper nesting than any recipe has, before they take long to read.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, replaced as a whole
 
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._values = 0
+        self._depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self._values += 1
+        if self._values > MAX_VALUES:
+            self._refuse(f"more than {MAX_VALUES:,} keys and values")
+        if self._depth == MAX_DEPTH:
+            self._refuse(f"nested too deeply, more than {MAX_DEPTH} levels")
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            problem = "YAML aliases are not supported in recipes; write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        return super().compose_node(parent, index)
+            self._refuse("YAML aliases are not supported in recipes; write the value out")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
 
 
 class RecipeDumper(yaml.SafeDumper):

@@ -11,6 +11,7 @@ from halfbyte.trainer.objective.shift import StaticShift
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.schema import SchemaTree, json_schema
 from halfbyte.trainer.recipe.yaml12 import RecipeLoader, scalar
+from halfbyte.trainer.wording import printable
 
 from small_recipe import SMALL, Write, problems
 
@@ -63,7 +64,7 @@ output: {dir: out}
         ("recipe.yaml:2: model.family: ", "'fluxx'", "flux or sd3", "did you mean 'flux'?"),
         ("recipe.yaml:3: model.path: ", "'name'", "owner/name", "./, ../, / or ~"),
         ("recipe.yaml:4: quant.type: ", "'nf5'", "nf4, fp4, int8 or none", "did you mean 'nf4'?"),
-        ("recipe.yaml:6: lora.rank: ", "1.5", "whole number", "1 or more"),
+        ("recipe.yaml:6: lora.rank: ", "1.5", "whole number", "from 1 to"),
         ("recipe.yaml:7: lora.lr: ", "unknown key", "did you mean optimizer.lr?"),
         ("recipe.yaml:8: lora.targets: ", "'all_linear'", "did you mean 'all-linear'?"),
         ("recipe.yaml:11: data.resolution: ", "1000", "divisible by 16", "16 to 8192"),
@@ -78,7 +79,7 @@ output: {dir: out}
         ),
         ("recipe.yaml:21: train.seed: ", "-1", "0 to 4294967295"),
         ("command line: train.stepz=10: ", "unknown key", "did you mean 'steps'?"),
-        ("command line: sample.steps=many: ", "'many'", "whole number", "1 or more"),
+        ("command line: sample.steps=many: ", "'many'", "whole number", "from 1 to"),
     ]
     lines = problems(path, "train.stepz=10", "sample.steps=many")
     assert len(lines) == len(expected)
@@ -105,11 +106,11 @@ def test_a_missing_required_field_is_named_with_its_meaning(write: Write) -> Non
 @pytest.mark.parametrize(
     ("line", "setting", "fragments"),
     [
-        ("train: {steps: yes}", "train.steps", ("'yes'", "whole number", "1 or more")),
-        ("train: {steps: true}", "train.steps", ("true", "whole number", "1 or more")),
-        ("train: {steps: '10'}", "train.steps", ("'10'", "whole number", "1 or more")),
-        ("train: {steps: 10.0}", "train.steps", ("10.0", "whole number", "1 or more")),
-        ("train: {steps: 0}", "train.steps", ("got 0,", "whole number", "1 or more")),
+        ("train: {steps: yes}", "train.steps", ("'yes'", "whole number", "from 1 to")),
+        ("train: {steps: true}", "train.steps", ("true", "whole number", "from 1 to")),
+        ("train: {steps: '10'}", "train.steps", ("'10'", "whole number", "from 1 to")),
+        ("train: {steps: 10.0}", "train.steps", ("10.0", "whole number", "from 1 to")),
+        ("train: {steps: 0}", "train.steps", ("got 0,", "whole number", "from 1 to")),
         ("train: {max_grad_norm: .nan}", "train.max_grad_norm", ("NaN", "positive number or null")),
         ("train: {max_grad_norm: .inf}", "train.max_grad_norm", ("Infinity", "positive number or null")),
         ("optimizer: {name: adamw, lr: true}", "optimizer.lr", ("true", "positive number")),
@@ -263,7 +264,7 @@ def test_an_override_without_brackets_is_the_text_itself(write: Write, text: str
         ("optimizer={name: adamw, lr: 1, lr: 2}", ("lr: ", "twice")),
         ("objective.loss.name=hubert", ("got 'hubert',", "mse, huber or l1", "did you mean 'huber'?")),
         ("lora.targetz=", ("unknown key", "did you mean 'targets'?")),
-        ("lora.rank=", ("got null,", "whole number, 1 or more")),
+        ("lora.rank=", ("got null,", "whole number, from 1 to 16384")),
         ("data.caption_prefix=a\udcff", (r"got 'a\udcff',", "text")),
     ],
 )
@@ -271,7 +272,7 @@ def test_a_wrong_override_is_named_as_it_was_given(
     write: Write, override: str, fragments: tuple[str, ...]
 ) -> None:
     (problem,) = problems(write(SMALL), override)
-    start = f"command line: {override}: "
+    start = f"command line: {printable(override)}: "
     assert problem.startswith(start)
     assert all(fragment in problem[len(start) :] for fragment in fragments), problem
 

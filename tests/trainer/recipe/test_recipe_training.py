@@ -38,7 +38,7 @@ FREE = "optimizer: {name: schedule_free_adamw}\n"
         (
             "lora: {rank_pattern: {to_q: 0}}",
             "4: lora.rank_pattern.to_q: got 0,",
-            ("a whole number, 1 or more",),
+            ("a whole number, from 1 to 16384",),
         ),
         (
             "lora: {alpha_pattern: {to_q: big}}",
