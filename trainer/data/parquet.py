@@ -39,21 +39,28 @@ def read_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, o
             for group in groups:
                 size = _decoded_bytes(file.metadata.row_group(group))
                 if size > _GROUP_BYTES:
-                    problems.add(
-                        path,
-                        f"row group {group} has {size:,} bytes of images and captions, expected at most"
-                        f" {_GROUP_BYTES:,}; write it with fewer rows in each group, such as"
-                        " to_parquet(..., batch_size=100)",
-                    )
+                    problems.add(path, _too_large(group, size))
                     return
             number = 0
             for group in groups:
+                held = 0  # bytes of the group's images; a dictionary may store many equal ones as one
                 for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted):
                     for row in batch.to_pylist():
+                        held += len(embedded_bytes(row[IMAGE_COLUMN]) or b"")
                         yield number, row
                         number += 1
+                    if held > _GROUP_BYTES:
+                        problems.add(path, _too_large(group, held))
+                        return
     except (pyarrow.ArrowException, OSError) as error:
         problems.add(path, f"not a readable parquet file: {error}")
+
+
+def _too_large(group: int, size: int) -> str:
+    return (
+        f"row group {group} has at least {size:,} bytes of images and captions, expected at most {_GROUP_BYTES:,};"
+        " write it with fewer rows in each group, such as to_parquet(..., batch_size=100)"
+    )
 
 
 def _decoded_bytes(group: pyarrow.parquet.RowGroupMetaData) -> int:
