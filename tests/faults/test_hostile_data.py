@@ -197,6 +197,42 @@ def test_images_of_row_groups_are_read_in_any_order(tmp_path: Path) -> None:
         assert round((red + 1) * 127.5) == int(sample.caption)
 
 
+def test_loops_of_links(tmp_path: Path) -> None:
+    for name in NAMES[:4]:
+        (tmp_path / name).symlink_to(tmp_path / name)
+    lines = complaint(tmp_path)
+    for name in ("a.png", "a.txt", "metadata.jsonl"):
+        (line,) = [line for line in lines if line.startswith(f"{tmp_path / name}: ")]
+        assert "Too many levels of symbolic links" in line
+    table = tmp_path / "table" / "data.parquet"
+    table.parent.mkdir()
+    table.symlink_to(table)
+    (line,) = complaint(table.parent)
+    assert "Too many levels of symbolic links" in line
+    table.unlink()
+    (table.parent / "loop").symlink_to(table.parent / "loop")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [{"bytes": None, "path": "loop"}], "text": ["x"]}), table
+    )
+    (line,) = complaint(table.parent)
+    assert "names a missing image, 'loop'" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 5000 + ".png", "a/" * 3000 + "a.png", "a.png/" * 3, "\0.png", "//dev/zero"]
+)
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}), encoding="utf-8")
+    (line,) = complaint(tmp_path)
+    assert line.startswith(f"{tmp_path / 'metadata.jsonl'}:1: names ")
+    table = pyarrow.table({"image": [{"bytes": None, "path": name}], "text": ["x"]})
+    (tmp_path / "table").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "table" / "data.parquet")
+    (line,) = complaint(tmp_path / "table")
+    assert line.startswith(f"{tmp_path / 'table' / 'data.parquet'} row 0: ")
+
+
 EVIL = "\x1b]0;owned\x07\x9b31m\u202e\n\r"
 
 

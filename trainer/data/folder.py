@@ -35,7 +35,7 @@ from halfbyte.trainer.data.decode import (
 from halfbyte.trainer.data.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
-from halfbyte.trainer.wording import printable
+from halfbyte.trainer.wording import printable, shown
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,8 @@ def _files(root: Path, problems: Problems) -> list[Path]:
 
 
 def _is_inside(root: Path, file: Path) -> bool:
-    return file.resolve().is_relative_to(root.resolve())
+    # realpath, because Path.resolve raises RuntimeError for a loop of links.
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
 
 
 def _picture_items(
@@ -261,7 +262,7 @@ def _metadata_captions(
             elif picture in first_row:
                 problems.add(
                     row.where,
-                    f"{row.file_name!r} already has a row at {first_row[picture]}; keep one of them",
+                    f"{shown(row.file_name)} already has a row at {first_row[picture]}; keep one of them",
                 )
             else:
                 first_row[picture] = row.where
@@ -271,14 +272,14 @@ def _metadata_captions(
 
 def _missing(root: Path, folder: Path, name: str, picture: Path, candidates: list[Path]) -> str:
     if not picture.is_relative_to(root):
-        return f"names {name!r}, which is outside {root}; move the image inside"
-    if picture.exists() or picture.is_symlink():
-        return f"names {name!r}, which is not an image; accepted: {', '.join(PICTURE_SUFFIXES)}"
+        return f"names {shown(name)}, which is outside {root}; move the image inside"
+    if os.path.lexists(picture):  # Path.exists raises OSError for a name that is too long
+        return f"names {shown(name)}, which is not an image; accepted: {', '.join(PICTURE_SUFFIXES)}"
     names = [os.path.relpath(other, folder) for other in candidates]
     folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
-    hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
-    return f"names a missing image, {name!r}{hint}"
+    hint = f"; did you mean {shown(folded[close[0]])}?" if close else ""
+    return f"names a missing image, {shown(name)}{hint}"
 
 
 def _text_captions(
@@ -333,9 +334,11 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
         if picture is None:
             problems.add(where, f"{IMAGE_COLUMN}: contains neither bytes nor a path")
         elif not _is_inside(root, picture):
-            problems.add(where, f"names {name!r}, which is outside {root}; embed the image's bytes instead")
-        elif not picture.is_file():
-            problems.add(where, f"names a missing image, {name!r}")
+            problems.add(
+                where, f"names {shown(name)}, which is outside {root}; embed the image's bytes instead"
+            )
+        elif not os.path.isfile(picture):
+            problems.add(where, f"names a missing image, {shown(name)}")
         else:
             yield _Found(picture, None, _joined(prefix, caption))
 
