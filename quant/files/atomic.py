@@ -1,11 +1,25 @@
-"""Writes files and folders atomically: they appear complete or not at all, even after a crash."""
+"""Writes files and folders atomically: they appear complete or not at all, even after a crash.
 
+A process that is killed can leave work files behind. Their names contain `.halfbyte.`, or end with `.partial`, so
+nobody else's files are mistaken for them. `recover` and `recover_all` remove them, and put back a folder that was
+moved aside.
+"""
+
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from halfbyte.quant.files.exchange import exchange
+
+_WORK = ".{}.halfbyte.tmp"
+_ASIDE = ".{}.halfbyte.old"
+_LEFTOVER = re.compile(r"\.(.+)\.halfbyte\.(?:tmp|old)")
+_PARTIAL = re.compile(r"\..{1,16}\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -30,30 +44,87 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def work_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder next to `folder`; deletes it at the end unless `put_in_place` has moved it."""
-    work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    """Yields an empty folder next to `folder`; deletes it at the end unless `put_in_place` has moved it.
+
+    First recovers from an earlier process that was killed while it replaced `folder`.
+    """
+    make_folder(folder.parent)
+    recover(folder)
+    work = folder.with_name(_WORK.format(folder.name))
+    work.mkdir()
     try:
         yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
 
 
 def put_in_place(work: Path, folder: Path) -> None:
-    """Flushes `work` to the disk, then renames it to `folder`; a previous `folder` is deleted after that."""
+    """Flushes `work` to the disk, then renames it to `folder`; a previous `folder` is deleted after that.
+
+    Where the filesystem can exchange two folders in one operation, `folder` exists at every moment. Elsewhere there
+    is a moment without it, and a process killed then leaves the previous folder under another name, from which
+    `recover` puts it back. Raises OSError; then `folder` is unchanged.
+    """
     _share_weights(work)
-    for path in work.rglob("*"):
-        if not path.is_symlink():
-            flush(path)
-    flush(work)
-    replaced = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, replaced)
-    os.rename(work, folder)
+    _flush_all(work)
+    aside = folder.with_name(_ASIDE.format(folder.name))
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder; move it away", str(folder))
+    if not os.path.lexists(folder):
+        os.rename(work, folder)
+        flush(folder.parent)
+    elif exchange(work, folder):
+        flush(folder.parent)
+        _remove(work)  # the previous folder
+    else:
+        _remove(aside)
+        os.rename(folder, aside)
+        os.rename(work, folder)
+        flush(folder.parent)
+        _remove(aside)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder: to readers, it disappears at once. `recover` completes an interrupted deletion."""
+    work = folder.with_name(_WORK.format(folder.name))
+    _remove(work)
+    os.rename(folder, work)
+    _remove(work)
+
+
+def recover(folder: Path) -> None:
+    """Undoes what a killed process left of a replacement of `folder`: puts the previous folder back, if it is gone."""
+    earlier = folder.with_name(f".{folder.name}.old")  # the name until version 0.2
+    for aside in (folder.with_name(_ASIDE.format(folder.name)), earlier):
+        if not os.path.lexists(folder) and aside.is_dir():
+            os.rename(aside, folder)
+            flush(folder.parent)
+    # Not `earlier`: if `folder` exists, a user may have made it.
+    _remove(folder.with_name(_WORK.format(folder.name)))
+    _remove(folder.with_name(_ASIDE.format(folder.name)))
+
+
+def recover_all(parent: Path) -> None:
+    """Recovers every folder in `parent`, and deletes files that `write_file` could not finish.
+
+    No other process may be writing into `parent`.
+    """
+    if not parent.is_dir():
+        return
+    names = sorted(entry.name for entry in parent.iterdir())
+    for name in dict.fromkeys(found[1] for found in map(_LEFTOVER.fullmatch, names) if found):
+        recover(parent / name)
+    for name in filter(_PARTIAL.fullmatch, names):
+        (parent / name).unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents, and flushes the entries of new ones to the disk."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
     flush(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -65,6 +136,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_all(work: Path) -> None:
+    for path in work.rglob("*"):
+        # A file with a second name is a user's, see `keep_others`: it was not written now, and may not be readable.
+        if not path.is_symlink() and (path.is_dir() or (path.is_file() and path.stat().st_nlink == 1)):
+            flush(path)
+    flush(work)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a work folder, or the link that was in its place."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _share_weights(folder: Path) -> None:
     """Gives safetensors files the read and write permissions of the folder.
 
@@ -73,5 +160,5 @@ def _share_weights(folder: Path) -> None:
     """
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*.safetensors"):
-        if not file.is_symlink():
+        if not file.is_symlink() and file.stat().st_nlink == 1:
             file.chmod(mode)

@@ -57,9 +57,10 @@ def check_written(
         raise ExportError(f"export: cannot read the exported files: {error}") from error
     if wrong:
         more = ", ..." if len(wrong) > _SHOWN else ""
+        name = folder.name.removeprefix(".").removesuffix(".halfbyte.tmp")
         raise ExportError(
-            f"export: {folder.name.removeprefix('.').removesuffix('.tmp')}/ differs from the model in memory in"
-            f" {len(wrong)} entries: {', '.join(wrong[:_SHOWN])}{more}; nothing was exported"
+            f"export: {name}/ differs from the model in memory in {len(wrong)} entries:"
+            f" {', '.join(wrong[:_SHOWN])}{more}; nothing was exported"
         )
 
 

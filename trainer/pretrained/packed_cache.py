@@ -167,6 +167,8 @@ class BaseCache:
                 if not locked or (entry.is_dir() and _identity(entry) != damaged):
                     return
                 shutil.rmtree(entry, ignore_errors=True)
+                # What a killed process of version 0.2 or older left.
+                shutil.rmtree(entry.with_name(f".{entry.name}.tmp"), ignore_errors=True)
                 needed = sum(tensor.nbytes for tensor in model.state_dict().values())
                 free = shutil.disk_usage(self._folder).free
                 if needed + _SPARE_BYTES > free:

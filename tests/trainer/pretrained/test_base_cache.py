@@ -302,18 +302,21 @@ def test_simultaneous_starts_write_one_complete_entry(mini_sd3, tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    (entry,) = entries(tmp_path)
+    assert len(entries(tmp_path)) == 1
     assert_identical(start(mini_sd3, tmp_path / "alone"), start(mini_sd3, tmp_path))
-    assert not (tmp_path / "bases" / f".{entry.name}.tmp").exists()
+    assert not list((tmp_path / "bases").glob("*.tmp"))
 
 
-def test_the_files_of_a_killed_writer_are_cleared(mini_sd3, tmp_path):
+@pytest.mark.parametrize("suffix", ["halfbyte.tmp", "tmp"])
+def test_the_files_of_a_killed_writer_are_cleared(mini_sd3, tmp_path, suffix):
     start(mini_sd3, tmp_path)
     (entry,) = entries(tmp_path)
-    entry.rename(entry.with_name(f".{entry.name}.tmp"))
-    (entry.with_name(f".{entry.name}.tmp") / "config.json").unlink()
+    left = entry.with_name(f".{entry.name}.{suffix}")
+    entry.rename(left)
+    (left / "config.json").unlink()
     start(mini_sd3, tmp_path)
     assert entries(tmp_path) == [entry]
+    assert not left.exists()
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_cached(sd3, tmp_path, monkeypatch, logged):
