@@ -23,7 +23,7 @@ from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.runtime.progress import Progress
 from halfbyte.trainer.runtime.signals import SIGNALS
 from halfbyte.trainer.runtime.world import World, barrier, exchange, max_over_processes
-from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics
+from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics, sync_rows
 from halfbyte.trainer.training.module import DiffusionModule
 from halfbyte.trainer.training.validation import Validation
 
@@ -278,6 +278,7 @@ class Checkpointer(StepCallback):
         if not torch.stack([parameter.isfinite().all() for parameter in weights]).all():
             raise HalfbyteError(f"step {module.step}: the adapter has values that are not finite; {_STOPPED}")
         if self.world.is_leader:
+            sync_rows(self.root.parent)
             accumulation = int(trainer.accumulate_grad_batches)
             position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
             checkpoint.save_checkpoint(
