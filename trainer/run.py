@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.adapters.lora import load_adapter_state
 from halfbyte.trainer.data.prepare import Prepared, prepare
 from halfbyte.trainer.data.record import write_record
@@ -27,7 +26,8 @@ from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.publish.push import PushRequest, check_push, prepare_push, push
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
-from halfbyte.trainer.run_folder.folder import RunFolder, claim
+from halfbyte.trainer.run_folder.batching import check_order
+from halfbyte.trainer.run_folder.folder import RunFolder, begin, claim
 from halfbyte.trainer.run_folder.lock import lock_run
 from halfbyte.trainer.run_folder.pinned_base import (
     INIT_FROM,
@@ -76,7 +76,7 @@ def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: Exi
 
     def take_folder() -> None:
         held.enter_context(lock_run(folder.root))
-        claim(folder, recipe, resume=resume)
+        claim(folder, recipe, resume=resume, processes=world.size)
         if repository is not None:
             check_push(repository)
 
@@ -96,7 +96,7 @@ def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: Exi
     with when_full("while encoding captions and images; finished encodings stay in the cache", *_ENCODING):
         started_on = folder.data if resume and folder.can_go_on else None
         prepared = prepare(recipe, family, world, console, started_on=started_on)
-    saved = _saved_state(folder, recipe, world) if resume else None
+    saved = _saved_state(folder, recipe, world, prepared) if resume else None
 
     # Load and quantize the transformer, and add the adapters.
     attention = _choose_attention(recipe, family, world, prepared)
@@ -178,23 +178,19 @@ def _open_base(recipe: Recipe, world: World, folder: RunFolder) -> _Base:
     return _Base(family, commits, digests, init_from)
 
 
-def _saved_state(folder: RunFolder, recipe: Recipe, world: World) -> checkpoint.Checkpoint | None:
+def _saved_state(
+    folder: RunFolder, recipe: Recipe, world: World, prepared: Prepared
+) -> checkpoint.Checkpoint | None:
     """Reads the newest checkpoint; None with a warning if there is none.
 
     Raises:
-        RecipeError: the checkpoint was made with another number of samples per micro-batch, or after
-            `train.steps`.
+        RecipeError: the run would take the samples in another order, or the checkpoint is after `train.steps`.
     """
     saved = checkpoint.newest(folder.checkpoints)
     if saved is None:
         log.warning("--resume: %s has no complete checkpoint; starting at step 0", folder.root)
         return None
-    wanted = recipe.train.batch_size * world.size
-    if saved.position.global_batch != wanted:
-        raise RecipeError(
-            f"--resume: the run had {saved.position.global_batch} samples per micro-batch over all processes, but now"
-            f" it has {wanted}; start as many processes as before, or change train.batch_size to match"
-        )
+    check_order(saved.position, recipe.train, world.size, len(prepared.plan.pictures_by_size))
     if saved.position.step > recipe.train.steps:
         raise RecipeError(
             f"--resume: the run is at step {saved.position.step}, but train.steps is {recipe.train.steps}; set"
@@ -265,8 +261,7 @@ def _sampler(
 
 
 def _write_start(recipe: Recipe, base: _Base, folder: RunFolder) -> None:
-    folder.root.mkdir(parents=True, exist_ok=True)
-    write_file(folder.recipe, recipe.to_yaml())
+    begin(folder, recipe)
     # Pinned only now: loading has read the base's files, so their digests are known and cost nothing.
     pin_base(folder, base.family, base.digests, base.commits)
 

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.quant.convert.recipe import QuantRecipe
-from halfbyte.quant.files.atomic import put_in_place, work_folder, write_file
+from halfbyte.quant.files.atomic import put_in_place, recover, work_folder, write_file
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE
 from halfbyte.quant.load.serialize import CONFIG_FILE, save_quantized
 from halfbyte.trainer.adapters.formats import (
@@ -86,7 +86,7 @@ def export_trained(
         ExportError: The export differs from the trained weights, or stock diffusers cannot load it. An
             earlier export then stays unchanged.
     """
-    with lock_exports(folder.root), work_folder(folder.adapter) as work:
+    with _work(family, folder) as work:
         save_adapter(denoiser, family.pipeline_class, str(work))
         try:
             adapter = read_saved(work / ADAPTER_FILE)
@@ -109,7 +109,7 @@ def export_saved(
     for the self-check.
     """
     adapter = read_saved(adapter_file)
-    with lock_exports(folder.root), work_folder(folder.adapter) as work:
+    with _work(family, folder) as work:
         shutil.copyfile(adapter_file, work / ADAPTER_FILE)
         return _export(family, denoiser, adapter, folder, work, settings)
 
@@ -173,7 +173,8 @@ def _export(
             check = stock.result()
         for place, built_in in built.items():
             keep_others(place, built_in, partial(_is_ours, settings.name))
-        for place, built_in in built.items():
+        # The adapter last: with it, an export counts as finished.
+        for place, built_in in reversed(built.items()):
             put_in_place(built_in, place)
     return Exported(
         folder.adapter / ADAPTER_FILE,
@@ -184,6 +185,21 @@ def _export(
         tuple(survivals or ()),
         component,
     )
+
+
+@contextmanager
+def _work(family: Family, folder: RunFolder) -> Iterator[Path]:
+    """Yields the work folder of the adapter, while no other process exports into the run's folder."""
+    with lock_exports(folder.root):
+        _recover(family, folder)
+        with work_folder(folder.adapter) as work:
+            yield work
+
+
+def _recover(family: Family, folder: RunFolder) -> None:
+    """Undoes what an export that was killed left, also of the parts that are not exported now."""
+    for place in (folder.adapter, folder.base, folder.root / family.t5_component, folder.root / MERGED):
+        recover(place)
 
 
 def _write_merged(denoiser: nn.Module, adapter: SavedAdapter, folder: Path) -> list[Survival]:

@@ -20,10 +20,9 @@ from halfbyte.trainer.export.export import Exported, ExportSettings, export_save
 from halfbyte.trainer.export.text_encoder import check_text_encoder
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.run_folder.checkpoint import copy_adapter
-from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter
+from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
 from halfbyte.trainer.run_folder.pinned_base import open_base, started_from
 from halfbyte.trainer.runtime.device_memory import when_full
 from halfbyte.trainer.runtime.world import World
@@ -63,7 +62,7 @@ def export_run(root: Path, request: ExportRequest, world: World, console: Consol
         raise RecipeError(
             f"{root}: contains no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
         )
-    recipe = load_written(run.recipe)
+    recipe = written_recipe(run)
     with tempfile.TemporaryDirectory() as copies:
         checkpoint = copy_adapter(run.checkpoints, request.step, Path(copies))
         adapter_file = Path(copies) / ADAPTER_FILE

@@ -10,7 +10,8 @@ from halfbyte.quant.files.digest import file_digest, sha256_of
 
 log = logging.getLogger(__name__)
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+# A digest, and since version 0.3 a checksum of it.
+_KEPT = re.compile(r"([0-9a-f]{64})(?: ([0-9a-f]{16})\n)?")
 
 
 class FileDigests:
@@ -43,17 +44,21 @@ class FileDigests:
         kept = self._kept(file, status)
         try:
             self._memo.mkdir(parents=True, exist_ok=True)
-            write_file(kept, digest)
+            write_file(kept, f"{digest} {_check(kept, digest)}\n")
         except OSError as error:
             log.warning("cannot store the digest of %s, so the next run reads it again: %s", file, error)
 
     def _remembered(self, file: Path, status: os.stat_result) -> str | None:
+        kept = self._kept(file, status)
         try:
-            digest = self._kept(file, status).read_text()
-        except OSError:
+            text = kept.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
             return None
-        # A crash can leave a truncated digest.
-        return digest if _DIGEST.fullmatch(digest) else None
+        # Damage may leave anything. A digest that is believed wrongly would say that the file has changed.
+        found = _KEPT.fullmatch(text)
+        if found is None or found[2] not in (None, _check(kept, found[1])):
+            return None
+        return found[1]
 
     def _kept(self, file: Path, status: os.stat_result) -> Path:
         return self._memo / sha256_of(_identity(file, status))
@@ -61,3 +66,7 @@ class FileDigests:
 
 def _identity(file: Path, status: os.stat_result) -> str:
     return f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _check(kept: Path, digest: str) -> str:
+    return sha256_of(f"{kept.name} {digest}")[:16]

@@ -15,8 +15,7 @@ from halfbyte.trainer.pretrained.license import CARD_FILE
 from halfbyte.trainer.publish.files import BASE, PushFile, adapter_files, base_files, sample_pictures
 from halfbyte.trainer.publish.model_card import CardFacts, model_card, read_validation_summary
 from halfbyte.trainer.publish.repository import change, commit, create, find_repository, require_write
-from halfbyte.trainer.recipe.load import load_written
-from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
 from halfbyte.trainer.runtime.progress import UploadLog
 from halfbyte.trainer.runtime.sizes import file_size
 
@@ -55,7 +54,7 @@ def prepare_push(request: PushRequest) -> Push:
         raise RecipeError(
             f"{request.run}: contains no {run.recipe.name}; expected the folder of a run (a recipe's output.dir)"
         )
-    recipe = load_written(run.recipe)
+    recipe = written_recipe(run)
     repository = request.repository or recipe.output.push_to_hub
     if repository is None or not is_repository(repository):
         got = "nothing, and output.push_to_hub is null" if repository is None else repr(repository)

@@ -12,7 +12,7 @@ from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
 from halfbyte.trainer.hub.download import download
 from halfbyte.trainer.hub.reference import HubReference
-from halfbyte.trainer.run_folder.checkpoint import copy_adapter, folders
+from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, folders
 from halfbyte.trainer.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)

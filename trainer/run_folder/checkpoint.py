@@ -6,15 +6,13 @@ safetensors, and the rest is JSON. There is no random state to save (see `random
 """
 
 import json
-import logging
-import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,23 +20,30 @@ from halfbyte.quant.files.atomic import put_in_place, work_folder
 from halfbyte.quant.files.digest import sha256_file
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.run_folder.checkpoint_folders import (
+    MANIFEST,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TRAINED_FILE,
+    folders,
+    name_of,
+    newest_sound,
+    note_written,
+    prune,
+)
+from halfbyte.trainer.run_folder.saved_state import Position, read_state
 
-log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"step-(\d{6,})")
-_OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
-_MANIFEST = "manifest.json"
-TRAINED_FILE = "trained_lora_weights.safetensors"
-
-
-@dataclass(frozen=True)
-class Position:
-    """The progress of a run, in units that do not depend on the number of processes."""
-
-    step: int  # optimizer steps
-    micro_batches: int  # micro-batches; all processes together take one
-    global_batch: int  # samples in one micro-batch, over all processes
+__all__ = [
+    "TRAINED_FILE",
+    "Checkpoint",
+    "Position",
+    "folders",
+    "named_optimizer_state",
+    "newest",
+    "prune",
+    "restore_optimizer",
+    "save_checkpoint",
+]
 
 
 @dataclass(frozen=True)
@@ -66,45 +71,33 @@ def save_checkpoint(
     write_adapter: writes ADAPTER_FILE into the given folder; if that is an average, also the trained weights
     as TRAINED_FILE. optimizer, scaler: see `Checkpoint`.
     """
-    target = root / f"step-{position.step:06d}"
+    target = root / name_of(position.step)
     with work_folder(target) as work:
         write_adapter(str(work))
         tensors, scalars = _flatten(optimizer["state"])
-        save_file(tensors, work / _OPTIMIZER)
+        save_file(tensors, work / OPTIMIZER_FILE)
         state = {
             "position": asdict(position),
             "optimizer_scalars": scalars,
             "param_groups": optimizer["param_groups"],
             "scaler": dict(scaler),
         }
-        (work / _STATE).write_text(json.dumps(state, indent=1))
+        (work / STATE_FILE).write_text(json.dumps(state, indent=1))
         digests = {file.name: sha256_file(file) for file in sorted(work.iterdir())}
-        (work / _MANIFEST).write_text(json.dumps(digests, indent=1))
+        (work / MANIFEST).write_text(json.dumps(digests, indent=1))
         put_in_place(work, target)
+    note_written(target)
     return target
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """Reads the newest undamaged checkpoint, and warns about damaged ones; None if there is none."""
-    for folder in sorted(folders(root), key=_step, reverse=True):
-        fault = _fault(folder)
-        if fault is None:
-            return _read(folder)
-        log.warning("checkpoint %s is damaged (%s); trying an older one", folder, fault)
-    return None
+    """Reads the newest sound checkpoint, and warns about damaged ones; None if there is none.
 
-
-def folders(root: Path) -> list[Path]:
-    """Returns the folders of all finished checkpoints, oldest first."""
-    if not root.is_dir():
-        return []
-    return sorted((p for p in root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=_step)
-
-
-def prune(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
-    for folder in folders(root)[:-keep]:
-        shutil.rmtree(folder)
+    Raises:
+        RecipeError: the checkpoint's state is not what this version writes.
+    """
+    folder = newest_sound(root)
+    return None if folder is None else _read(folder)
 
 
 def _names(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -164,75 +157,20 @@ def _flatten(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor],
 
 
 def _read(folder: Path) -> Checkpoint:
-    state = json.loads((folder / _STATE).read_text())
-    entries: dict[str, dict[str, Any]] = {n: dict(e) for n, e in state["optimizer_scalars"].items()}
-    for path, tensor in load_file(folder / _OPTIMIZER).items():
-        name, field = path.rsplit("/", 1)
-        entries.setdefault(name, {})[field] = tensor
-    adapter, average = _lora(folder / ADAPTER_FILE), None
-    if (folder / TRAINED_FILE).is_file():
-        adapter, average = _lora(folder / TRAINED_FILE), adapter
-    optimizer = {"state": entries, "param_groups": state["param_groups"]}
-    return Checkpoint(folder, Position(**state["position"]), adapter, optimizer, state["scaler"], average)
+    state = read_state(folder)
+    entries = {name: dict(entry) for name, entry in state.optimizer_scalars.items()}
+    try:
+        for path, tensor in load_file(folder / OPTIMIZER_FILE).items():
+            name, _, field = path.rpartition("/")
+            entries.setdefault(name, {})[field] = tensor
+        adapter, average = _lora(folder / ADAPTER_FILE), None
+        if (folder / TRAINED_FILE).is_file():
+            adapter, average = _lora(folder / TRAINED_FILE), adapter
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"--resume: {folder}: cannot be read: {error}") from error
+    optimizer = {"state": entries, "param_groups": state.param_groups}
+    return Checkpoint(folder, state.position, adapter, optimizer, state.scaler, average)
 
 
 def _lora(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-
-
-def _fault(folder: Path) -> str | None:
-    try:
-        digests = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"{_MANIFEST}: {error}"
-    for name, digest in digests.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if sha256_file(file) != digest:
-            return f"{name} does not match its checksum"
-    return None
-
-
-def _step(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match.group(1))
-
-
-def copy_adapter(checkpoints: Path, step: int | None, copies: Path) -> str:
-    """Copies a checkpoint's adapter into `copies`, checks it, and returns the checkpoint's name.
-
-    step: the checkpoint to use; None for the newest undamaged one.
-
-    Raises:
-        RecipeError: there is no such checkpoint, or it is damaged.
-    """
-    saved = folders(checkpoints)
-    names = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in saved)
-    if not saved:
-        raise RecipeError(
-            f"{checkpoints.parent}: has no checkpoint yet; the first is saved after checkpoint.every steps"
-        )
-    if step is not None:
-        saved = [folder for folder in saved if folder.name == f"step-{step:06d}"]
-        if not saved:
-            raise RecipeError(
-                f"--checkpoint: {checkpoints.parent} has no checkpoint of step {step}; it has {names}"
-            )
-    for folder in reversed(saved):
-        fault = _copy_whole(folder, copies / ADAPTER_FILE)
-        if fault is None:
-            return folder.name
-        log.warning("cannot use checkpoint %s: %s", folder, fault)
-    raise RecipeError(f"{checkpoints}: {saved[-1].name} is damaged, and there is no other checkpoint to use")
-
-
-def _copy_whole(folder: Path, copy: Path) -> str | None:
-    """Copies a checkpoint's adapter; returns what is wrong with it, or None."""
-    try:
-        wanted = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))[ADAPTER_FILE]
-        shutil.copyfile(folder / ADAPTER_FILE, copy)
-    except (OSError, ValueError, KeyError) as error:
-        return f"it is incomplete: {error}"
-    return None if sha256_file(copy) == wanted else f"{ADAPTER_FILE} does not match its checksum"

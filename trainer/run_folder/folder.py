@@ -1,14 +1,25 @@
 """The folder of a run: its layout, and the check that a run may write into it."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.quant.files.atomic import flush, make_folder, recover, recover_all, write_file
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.recipe.recipe import Recipe, differences
-from halfbyte.trainer.run_folder.checkpoint import folders, newest
+from halfbyte.trainer.run_folder.batching import check_batching
+from halfbyte.trainer.run_folder.checkpoint_folders import (
+    folders,
+    is_unusable,
+    newest_sound,
+    recover_checkpoints,
+    refusal,
+)
 from halfbyte.trainer.run_folder.lock import LOCK_FILES
+from halfbyte.trainer.run_folder.saved_state import read_state
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +47,9 @@ EXECUTION_SETTINGS = (
     "train.stream_blocks",
     "train.cuda_graphs",
 )
+# Settings whose product with the number of processes must stay the same, see `batching`.
+_BATCHING = ("train.batch_size", "train.grad_accumulation")
+_CHECKSUM = re.compile(rb"# SHA-256 of the lines above: ([0-9a-f]{64})\n?\Z")
 
 
 @dataclass(frozen=True)
@@ -87,23 +101,66 @@ class RunFolder:
     @property
     def can_go_on(self) -> bool:
         """True if the run has an undamaged checkpoint or an exported adapter, so that its settings are fixed."""
-        return newest(self.checkpoints) is not None or self.adapter.is_dir()
+        return newest_sound(self.checkpoints) is not None or self.adapter.is_dir()
 
 
-def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
+def begin(folder: RunFolder, recipe: Recipe) -> None:
+    """Makes or continues the run's folder: completes what a killed process left, and writes the recipe."""
+    make_folder(folder.root)
+    recover_all(folder.root)
+    for exported in (folder.adapter, folder.base):
+        recover(exported)
+    recover_checkpoints(folder.checkpoints)
+    text = recipe.to_yaml()
+    write_file(folder.recipe, f"{text}# SHA-256 of the lines above: {sha256_of(text)}\n")
+    flush(folder.root)
+
+
+def written_recipe(folder: RunFolder) -> Recipe:
+    """Loads the recipe that the run wrote; warns if it was changed since.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        recipe = load_written(folder.recipe)
+        content = folder.recipe.read_bytes()
+    except (RecipeError, OSError) as error:
+        raise RecipeError(
+            f"{error}\n{folder.recipe} is the run's own copy of its recipe, and is damaged. Put back an intact copy of"
+            " the file. To resume with the settings that you give now, which must be those of the run, delete it"
+        ) from error
+    checksum = _CHECKSUM.search(content)  # runs of version 0.2 and older have none
+    if checksum is not None and sha256_of(content[: checksum.start()]) != checksum[1].decode():
+        log.warning(
+            "%s was edited or damaged after the run wrote it: check its settings. To accept them, delete its last line",
+            folder.recipe,
+        )
+    return recipe
+
+
+def claim(folder: RunFolder, recipe: Recipe, *, resume: bool, processes: int = 1) -> None:
     """Checks that the run may write into `folder`; changes nothing.
 
     A resumed run may change how it computes, with a warning. Before its first checkpoint it may change any
     setting.
 
     Raises:
-        RecipeError: the folder is not empty and not a run, holds a run that is not resumed, or the recipe
-            changes settings that a resumed run must keep.
+        RecipeError: the folder is not empty and not a run, holds a run that is not resumed, has only damaged
+            checkpoints, or the recipe changes settings that a resumed run must keep.
     """
     root = folder.root
     if root.exists() and not root.is_dir():
         raise RecipeError(f"output.dir: {root} is a file; expected a folder")
     holds_run = folder.recipe.is_file()
+    if resume and is_unusable(folder.checkpoints):
+        raise refusal(folder.checkpoints)
+    if not holds_run and resume and folder.can_go_on:
+        log.warning(
+            "--resume: %s is missing; the settings given now are taken for those of the run", folder.recipe
+        )
+        _check_batching(folder, recipe, processes)
+        return
     if not holds_run:
         if root.is_dir() and any(entry.name not in LOCK_FILES for entry in root.iterdir()):
             raise RecipeError(
@@ -120,10 +177,11 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
         )
     if not folder.can_go_on:
         return  # nothing was trained yet: the run starts at step 0, with any settings
-    before = load_written(folder.recipe)
+    _check_batching(folder, recipe, processes)
+    before = written_recipe(folder)
     free = (*_FREE, *_COMPARED_BY_CONTENT) if folder.data.is_file() else _FREE
     changed = [line for line in differences(before, recipe) if not line.startswith(free)]
-    rounding_only = [line for line in changed if line.startswith(EXECUTION_SETTINGS)]
+    rounding_only = [line for line in changed if line.startswith((*EXECUTION_SETTINGS, *_BATCHING))]
     if len(rounding_only) < len(changed):
         raise RecipeError(
             f"--resume: these settings differ from the run's recipe, {folder.recipe}, and would change its results. Set"
@@ -147,3 +205,9 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool) -> None:
             last + 1,
             *reversed(rates),
         )
+
+
+def _check_batching(folder: RunFolder, recipe: Recipe, processes: int) -> None:
+    newest = newest_sound(folder.checkpoints)
+    if newest is not None:
+        check_batching(read_state(newest).position, recipe.train, processes)

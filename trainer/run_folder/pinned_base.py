@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
@@ -64,7 +65,8 @@ def pin_base(run: RunFolder, family: Family, digests: FileDigests, commits: Comm
     if run.pin.exists() and run.can_go_on:
         return
     pinned = replace(base_of(family, digests), commits={**commits, **family.commits})
-    write_file(run.pin, json.dumps(asdict(pinned), indent=1) + "\n")
+    facts = asdict(pinned)
+    write_file(run.pin, json.dumps({**facts, "checksum": _checksum(facts)}, indent=1) + "\n")
 
 
 def pinned_commits(run: RunFolder) -> Commits:
@@ -194,13 +196,28 @@ def _require(pinned: PinnedBase, found: PinnedBase, run: RunFolder, model: Model
 
 def _read(file: Path) -> PinnedBase:
     try:
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        facts: Any = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("expected a JSON object")
+        checksum = facts.pop("checksum", None)  # runs of version 0.2 and older have none
+        if checksum not in (None, _checksum(facts)):
+            raise ValueError("its checksum does not match")
         if "revision" in facts:  # the older format, in which only model.path could be a repository
             revision = facts.pop("revision")
             facts |= {"commits": {} if revision is None else {PIPELINE: revision}, "text_encoder": None}
-        return PinnedBase(**facts)
+        pinned = PinnedBase(**facts)
+        if not isinstance(pinned.commits, dict) or not all(
+            value is None or isinstance(value, str)
+            for value in (*pinned.commits.values(), pinned.transformer, pinned.text_encoder, pinned.rest)
+        ):
+            raise ValueError("commits and digests must be text")
+        return pinned
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(
-            f"{file}: cannot be read: {error}. Without this file the run would use the base in its current state;"
-            " delete it to allow that"
+            f"{file}: cannot be read: {error}. Put back an intact copy of it. Without this file the run would use the"
+            " base in its current state; delete it to allow that"
         ) from error
+
+
+def _checksum(facts: Mapping[str, Any]) -> str:
+    return sha256_of(json.dumps(facts, sort_keys=True))

@@ -25,11 +25,10 @@ from halfbyte.trainer.hub.reference import HubReference, is_repository
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.pipeline import is_pipeline, transformer_class
 from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
-from halfbyte.trainer.recipe.load import load_written
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.adapter_source import download_adapter
-from halfbyte.trainer.run_folder.checkpoint import copy_adapter, folders
-from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, folders
+from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
 from halfbyte.trainer.run_folder.pinned_base import open_base
 from halfbyte.trainer.sample.request import SampleRequest
 from halfbyte.trainer.sample.sampler import SampleSettings
@@ -120,7 +119,7 @@ def _of_run(request: SampleRequest, run: RunFolder) -> Subject:
     for option, value in (("--model", request.model), ("--revision", request.revision)):
         if value is not None:
             raise RecipeError(f"{option}: {run.root} is a run, whose recipe names the base; leave it out")
-    recipe = load_written(run.recipe)
+    recipe = written_recipe(run)
     cache_folder = recipe.data.cache_folder if request.cache is None else request.cache.expanduser()
     family = open_base(
         run,
