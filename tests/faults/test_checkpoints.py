@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from halfbyte.quant.files.digest import sha256_file
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
@@ -19,22 +17,7 @@ from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, recover
 from halfbyte.trainer.run_folder.folder import RunFolder, begin, claim
 
 from runs import write_recipe
-
-
-def save(root: Path, step: int) -> Path:
-    weight = torch.nn.Parameter(torch.full((4, 3), float(step)))
-    optimizer = torch.optim.AdamW([("layer.lora_A.weight", weight)], lr=0.1)
-    weight.grad = torch.ones(4, 3)
-    optimizer.step()
-    return checkpoint.save_checkpoint(
-        root,
-        checkpoint.Position(step, step * 2, 1),
-        write_adapter=lambda folder: save_file(
-            {"transformer.layer.lora_A.weight": weight.detach()}, f"{folder}/{ADAPTER_FILE}"
-        ),
-        optimizer=checkpoint.named_optimizer_state(optimizer),
-        scaler={},
-    )
+from small_checkpoint import save
 
 
 def flip(file: Path) -> None:
