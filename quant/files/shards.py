@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.json_object import LFS_POINTER, is_lfs_pointer, read_object
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
@@ -70,6 +71,7 @@ class ShardedWeights:
         self._files: dict[str, Any] = {}
         self._stored: dict[str, Stored] = {}
         self._shard_of = self._find()
+        self._name_in_file: dict[str, str] = {}  # only names that `use_names` has changed
 
     def __enter__(self) -> "ShardedWeights":
         return self
@@ -112,8 +114,26 @@ class ShardedWeights:
 
     def read(self, name: str) -> Tensor:
         """Reads a tensor to the CPU, memory-mapped where the system supports it."""
-        tensor: Tensor = self._files[self._shard_of[name]].get_tensor(name)
+        stored = self._name_in_file.get(name, name)
+        tensor: Tensor = self._files[self._shard_of[name]].get_tensor(stored)
         return tensor
+
+    def use_names(self, own_name: Mapping[str, str]) -> None:
+        """Gives tensors other names; `own_name` maps names in the files to names in the model.
+
+        Raises ValueError where two tensors get the same name.
+        """
+        given: dict[str, str] = {}
+        for name in self._shard_of:
+            twin = given.setdefault(own_name.get(name, name), name)
+            if twin != name:
+                raise ValueError(
+                    f"{self.path(name)}: has both {twin} and {name}, which are the same tensor of the model; it is"
+                    " unclear which copy is right: download the model again"
+                )
+        self._stored = {name: self._stored[stored] for name, stored in given.items()}
+        self._shard_of = {name: self._shard_of[stored] for name, stored in given.items()}
+        self._name_in_file = {name: stored for name, stored in given.items() if name != stored}
 
     def _find(self) -> dict[str, str]:
         index, single = self.folder / self._index_file, self.folder / self._weights_file
@@ -142,11 +162,15 @@ class ShardedWeights:
         if not path.is_file():
             raise ValueError(f"{path}: missing, but {self._index_file} lists it; download the model again")
         try:
+            if is_lfs_pointer(path):
+                raise ValueError(f"{path}: not a complete safetensors file {LFS_POINTER}")
             self._files[shard] = self._stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: not a complete safetensors file ({error}); download it again"
             ) from error
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
         stored = _read_header(path, shard)
         self._stored.update(stored)
         return frozenset(stored)
@@ -157,11 +181,16 @@ class ShardedWeights:
         if pickled:
             return (
                 f"{self.folder}: found {pickled[0]} but no safetensors weights, {expected}; pickled files are rejected"
-                " because loading one runs the code in it: convert the model with diffusers' save_pretrained"
+                " because loading one runs the code in it: load the model in a safe environment and save it again with"
+                " save_pretrained, which writes safetensors, or download its safetensors files"
             )
         variants = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        found = f"; found {', '.join(variants[:5])}" if variants else ""
-        return f"{self.folder}: no weights, {expected}{found}"
+        if not variants:
+            return f"{self.folder}: no weights, {expected}"
+        return (
+            f"{self.folder}: no weights, {expected}; found {', '.join(variants[:5])}. To use weights with another name,"
+            f" as variants such as fp16 have, rename their file to {self._weights_file}"
+        )
 
 
 def _read_header(path: Path, shard: str) -> dict[str, Stored]:
@@ -190,11 +219,8 @@ def weight_files(folder: Path, weights_file: str = WEIGHTS_FILE) -> list[str]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    shard_of = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_object(path)
+    shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise ValueError(f"{path}: weight_map is missing; expected a map from tensor names to files")
     for name, shard in shard_of.items():

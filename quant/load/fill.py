@@ -54,19 +54,14 @@ def fill(
     leave_out: names of tensors in the files or in the model to ignore. All other names must be in both.
 
     Raises ValueError, naming the file or the tensor, for missing, unexpected or damaged tensors, and for
-    tensors that are not finite if the model is quantized. Errors that are visible in the files' headers are
-    raised before any tensor is read.
+    tensors that are not finite. Errors that are visible in the files' headers are raised before any tensor is
+    read.
     """
-    quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
     own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
     statistic_names = {name for suffixes in statistics.values() for name in suffixes.values()}
-    names = [name for name in weights.names if name not in statistic_names and name not in leave_out]
-    _check_names(weights, own.keys() - set(leave_out), set(names))
+    names = check_headers(model, weights, packed=packed, leave_out=leave_out)
     packed_layers = {name for name in names if packed and _is_quantized(model, name)}
-    for name in names:
-        if name not in packed_layers:
-            _check_header(weights, name, own[name])
     total = sum(_nbytes(weights, name) for name in (*names, *statistic_names))
     done = 0
     for name, parts in _complete(weights, names, statistics, device, on_file):
@@ -85,8 +80,7 @@ def fill(
                 module.quantize(tensor.to(tensor_dtype), name)
             else:
                 value = tensor.to(tensor_dtype) if own[name].is_floating_point() else tensor
-                if quantized:
-                    check_finite(name, value)
+                check_finite(name, value)
                 _place(module, leaf, value)
         except ValueError as error:
             raise ValueError(f"{weights.path(name)}: {error}") from error
@@ -95,6 +89,24 @@ def fill(
         done += sum(_nbytes(weights, part) for part in (name, *parts))
         if progress is not None:
             progress(done, total)
+
+
+def check_headers(
+    model: nn.Module, weights: ShardedWeights, *, packed: bool, leave_out: Collection[str] = ()
+) -> list[str]:
+    """Compares the names and shapes in the files' headers with the model, which may be on meta.
+
+    Returns the names without those of statistics, in the order of the files. Raises ValueError, see `fill`.
+    """
+    own = dict(model.state_dict())
+    statistics = packed_statistics(model, weights.names) if packed else {}
+    statistic_names = {name for suffixes in statistics.values() for name in suffixes.values()}
+    names = [name for name in weights.names if name not in statistic_names and name not in leave_out]
+    _check_names(weights, own.keys() - set(leave_out), set(names))
+    for name in names:
+        if not (packed and _is_quantized(model, name)):
+            _check_header(weights, name, own[name])
+    return names
 
 
 def packed_statistics(model: nn.Module, names: Collection[str]) -> Statistics:
@@ -172,7 +184,10 @@ def _check_names(weights: ShardedWeights, expected: set[str], found: set[str]) -
         if names
     ]
     if problems:
-        raise ValueError(f"{weights.folder}: the weights do not match config.json: {'; '.join(problems)}")
+        raise ValueError(
+            f"{weights.folder}: the weights do not match config.json: {'; '.join(problems)}; download the model"
+            " again, in the layout of diffusers"
+        )
 
 
 def _check_header(weights: ShardedWeights, name: str, own: Tensor) -> None:

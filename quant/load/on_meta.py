@@ -16,7 +16,7 @@ from halfbyte.quant.formats.nf4 import NESTED_BLOCKSIZE, NestedState, QuantSpec,
 from halfbyte.quant.layers.linear4bit import Linear4bit, Params4bit
 from halfbyte.quant.layers.linear8bit import Int8Params
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
-from halfbyte.quant.load.transformer import default_dtype
+from halfbyte.quant.load.transformer import blame_config, default_dtype
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -49,11 +49,8 @@ def model_on_meta(
     Raises ValueError where no model can be built from the config, and SkipListError where an entry of the
     skip list matches no layer, unless the config itself contains the list.
     """
-    try:
-        with default_dtype(dtype), built_on_meta():
-            model: Model = model_cls.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"no {model_cls.__name__} can be built from its config.json: {error}") from error
+    with blame_config("config.json", model_cls), default_dtype(dtype), built_on_meta():
+        model: Model = model_cls.from_config(config)
     if recipe is not None:
         with built_on_meta():
             # Loading warns where an entry matches too much, so this only checks that every entry matches.

@@ -7,17 +7,18 @@ from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.skip_list import linear_layers
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
-from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, fill
+from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, check_headers, fill
+from halfbyte.quant.load.limits import refuse_oversized
 from halfbyte.quant.load.on_meta import built_on_meta, place_weights_on_meta
 from halfbyte.quant.load.serialize import CONFIG_FILE, read_quantization_config, split_statistic
-from halfbyte.quant.load.transformer import default_dtype, read_config, stored_quantization
+from halfbyte.quant.load.tensor_names import is_harmless, own_names
+from halfbyte.quant.load.transformer import blame_config, default_dtype, read_config, stored_quantization
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +60,7 @@ def load_text_encoder(
         recipe = own
     model = _empty_encoder(model_cls, folder, dtype)
     with ShardedWeights(folder, TEXT_WEIGHTS_FILE) as weights:
-        tied = _tied(model, weights.names)
-        ignored = [
-            re.compile(pattern)
-            for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        ]
-        surplus = {name for name in weights.names if any(pattern.search(name) for pattern in ignored)}
-        if recipe is not None:
-            layers = (
-                None
-                if stored is None
-                else {parts[0] for parts in map(split_statistic, weights.names) if parts}
-            )
-            _convert(model, recipe, layers)
+        tied, surplus = _fit(model, weights, recipe, packed=stored is not None)
         fill(
             model,
             weights,
@@ -86,6 +75,41 @@ def load_text_encoder(
         _share(model, target, source)
     # Moves the buffers that are not in the checkpoint: the model computed them when it was built, on the CPU.
     return model.to(device).eval().requires_grad_(False)
+
+
+def check_text_encoder(model_cls: type[PreTrainedModel], folder: Path) -> None:
+    """Checks that `load_text_encoder` would find the right tensors, from the configuration and the headers.
+
+    Raises ValueError, see `load_text_encoder`.
+    """
+    stored = stored_quantization(folder)
+    with ShardedWeights(folder, TEXT_WEIGHTS_FILE) as weights:
+        refuse_oversized(read_config(folder), folder / CONFIG_FILE, most_layers=len(weights.names))
+        with built_on_meta():
+            model = _built(model_cls, folder)
+            tied, surplus = _fit(model, weights, stored, packed=stored is not None)
+        check_headers(model, weights, packed=stored is not None, leave_out={*surplus, *tied})
+
+
+def _fit(
+    model: PreTrainedModel, weights: ShardedWeights, recipe: QuantRecipe | None, *, packed: bool
+) -> tuple[dict[str, str], set[str]]:
+    """Prepares an empty model and the names of its weights for `fill`.
+
+    Returns the tied parameters, see `_tied`, and the names of tensors in the files that are not needed.
+    """
+    weights.use_names(own_names(weights.names, model.state_dict()))
+    tied = _tied(model, weights.names)
+    ignored = [
+        re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ]
+    surplus = {name for name in weights.names if any(pattern.search(name) for pattern in ignored)}
+    own = model.state_dict().keys()
+    surplus |= {name for name in weights.names if name not in own and is_harmless(name)}
+    if recipe is not None:
+        layers = {parts[0] for parts in map(split_statistic, weights.names) if parts} if packed else None
+        _convert(model, recipe, layers)
+    return tied, surplus
 
 
 def count_parameters(model_cls: type[PreTrainedModel], folder: Path) -> int:
@@ -119,15 +143,23 @@ def text_encoder_on_meta(
 
 
 def _empty_encoder(model_cls: type[TextEncoder], folder: Path, dtype: torch.dtype) -> TextEncoder:
-    try:
-        config = model_cls.config_class.from_pretrained(folder)
+    with default_dtype(dtype), init_empty_weights():
+        return _built(model_cls, folder)
+
+
+def text_config(model_cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
+    """Reads the configuration of a text encoder. Raises ValueError, naming the file, if it is damaged."""
+    read_config(folder)
+    with blame_config(folder / CONFIG_FILE, model_cls):
+        config = model_cls.config_class.from_pretrained(folder, local_files_only=True)
         assert isinstance(config, PreTrainedConfig)
-        with default_dtype(dtype), init_empty_weights():
-            return model_cls(config)
-    except (TypeError, ValueError, OSError, StrictDataclassError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: no {model_cls.__name__} can be built from it: {error}"
-        ) from error
+    return config
+
+
+def _built(model_cls: type[TextEncoder], folder: Path) -> TextEncoder:
+    config = text_config(model_cls, folder)
+    with blame_config(folder / CONFIG_FILE, model_cls):
+        return model_cls(config)
 
 
 def _convert(model: PreTrainedModel, recipe: QuantRecipe, layers: set[str] | None) -> None:

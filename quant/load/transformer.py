@@ -5,7 +5,6 @@ while it loads. The codes of a folder that bitsandbytes or this package has quan
 identical.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +19,13 @@ from diffusers import ModelMixin
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.convert.skip_list import kept_in_fp32
+from halfbyte.quant.files.json_object import read_object
 from halfbyte.quant.files.read_ahead import FileRead
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, fill
+from halfbyte.quant.load.limits import refuse_oversized
 from halfbyte.quant.load.serialize import CONFIG_FILE, quantization_config, read_quantization_config
+from halfbyte.quant.load.tensor_names import own_names
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ def load_quantized(
         convert(model, recipe, check_skip=stored is None)
         model.register_to_config(quantization_config=quantization_config(recipe))
     with ShardedWeights(folder) as weights:
+        weights.use_names(own_names(weights.names, model.state_dict()))
         fill(
             model,
             weights,
@@ -88,14 +91,18 @@ def read_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path}: missing; expected the folder of a diffusers model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    config = read_object(path)
+    refuse_oversized(config, path)
+    if "auto_map" in config:
+        raise ValueError(
+            f"{path}: auto_map names code in the model's repository, which is never run; expected a model of a class"
+            " in diffusers or transformers"
+        )
+    architectures = config.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ValueError(f"{path}: architectures is {architectures!r}, expected a list of class names")
     # diffusers writes _class_name, transformers writes architectures.
-    stored_class = config.get("_class_name", next(iter(config.get("architectures") or ()), class_name))
+    stored_class = config.get("_class_name", next(iter(architectures), class_name))
     if class_name is not None and stored_class != class_name:
         raise ValueError(f"{path}: describes a {stored_class}, expected a {class_name}")
     return config
@@ -121,14 +128,25 @@ def empty_model(
 
     Raises ValueError, naming the config file, if that fails.
     """
-    try:
-        with default_dtype(dtype), init_empty_weights():
-            model: Model = model_cls.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: no {model_cls.__name__} can be built from it: {error}"
-        ) from error
+    with blame_config(folder / CONFIG_FILE, model_cls), default_dtype(dtype), init_empty_weights():
+        model: Model = model_cls.from_config(config)
     return model
+
+
+@contextmanager
+def blame_config(file: Path | str, model_cls: type[Any]) -> Iterator[None]:
+    """Turns errors of a library that builds a model from a configuration into a ValueError with its file.
+
+    Libraries hardly check the values of a configuration. A wrong one can cause any exception, so all are
+    caught.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, KeyError | AttributeError | IndexError):
+            reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: no {model_cls.__name__} can be built from it: {reason}") from error
 
 
 def merge_settings(own: QuantRecipe, requested: QuantRecipe | None, folder: Path) -> QuantRecipe:

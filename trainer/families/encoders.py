@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families.stock_parts import load_clips, load_tokenizers, load_vae, stock_pipeline
 from halfbyte.trainer.families.t5 import T5Setting, load_t5, resolve_quant, warn_if_stored_differently
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.runtime.device_memory import free_unused
@@ -54,11 +54,10 @@ class PipelineEncoders(Encoders):
             # A small card has no room for the VAE and the text encoders at once.
             self._pipeline = None
             free_unused(self._device)
-            folder = self._family.source.folder / "vae"
-            vae: Any = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
+            vae: Any = load_vae(self._family, torch.float32, self._device)
             # cuDNN's layout. With another one it copies each convolution's input and output, 1 GB at 1024 px.
             layout = torch.channels_last if self._device.type == "cuda" else torch.preserve_format
-            self._vae = vae.to(self._device, memory_format=layout)
+            self._vae = vae.to(memory_format=layout)
         posterior = self._vae.encode(pixels.to(self._device, torch.float32)).latent_dist
         return LatentMoments(posterior.mean.cpu(), posterior.std.cpu())
 
@@ -68,20 +67,20 @@ class PipelineEncoders(Encoders):
         if self._pipeline is None:
             self._vae = None
             free_unused(self._device)
+            # First, as it is fast and its files are damaged as often.
+            tokenizers = load_tokenizers(self._family)
+            loads_on = self._placement.loads_on
             t5 = load_t5(
                 self._family.t5.path,
                 self._t5_quant,
                 dtype=self._dtype,
-                device=self._placement.loads_on,
+                device=loads_on,
                 stream=self._stream_t5,
                 named_by=self._family.t5.setting,
             )
-            self._pipeline = self._family.pipeline_class.from_pretrained(
-                self._family.source.folder,
-                transformer=None,
-                vae=None,
-                dtype=self._dtype,
-                **{self._family.t5_component: t5},
+            clips = load_clips(self._family, self._dtype, loads_on)
+            self._pipeline = stock_pipeline(
+                self._family, **tokenizers, **clips, **{self._family.t5_component: t5}
             )
             self._placement.place(self._pipeline)
         embedding = self._family.embed(self._pipeline, list(captions), self._device)

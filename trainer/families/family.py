@@ -9,22 +9,34 @@ To add a family, write a folder next to `flux` and `sd3` with the same files (`f
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import PreTrainedModel, T5EncoderModel
 
 from halfbyte.quant.files.digest import file_digest
 from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, WEIGHTS_FILE
+from halfbyte.quant.load.check import check_model
 from halfbyte.quant.load.serialize import CONFIG_FILE
+from halfbyte.quant.load.text_encoder import check_text_encoder
 from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.families.requirements import (
+    clip_components,
+    part_classes,
+    require_configurations,
+    tokenizer_classes,
+)
+from halfbyte.trainer.families.tokenizing import check_tokenizer_files
 from halfbyte.trainer.pretrained.component import PIPELINE, Component, find_component, pipelines_component
+from halfbyte.trainer.pretrained.fields import Kind
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 from halfbyte.trainer.pretrained.pipeline import ModelSource, resolve, resolve_configurations
@@ -40,6 +52,10 @@ class Family(ABC):
     denoiser_class: ClassVar[type[Any]]
     text_components: ClassVar[tuple[str, ...]]
     t5_component: ClassVar[str]
+    clip_class: ClassVar[type[PreTrainedModel]]  # of all text encoders except T5
+    denoiser_fields: ClassVar[
+        Mapping[str, Kind]
+    ]  # values that the family reads besides those of every family
     # The recipe's target presets: regular expressions that must match a module's full name.
     target_presets: ClassVar[dict[str, str]]
 
@@ -74,8 +90,7 @@ class Family(ABC):
             cls.denoiser_class.__name__,
             () if transformer is None else ("transformer",),
         )
-        for component in (family.transformer, family.t5):
-            component.require_weights()
+        family.require_weights()
         return family
 
     @classmethod
@@ -92,6 +107,11 @@ class Family(ABC):
         source = resolve_configurations(path, revision, needed, denoiser)
         if source.revision is None:
             source.require(needed, denoiser, () if transformer is None else ("transformer",))
+        source.require_classes(
+            part_classes(
+                cls.text_components, cls.t5_component, cls.clip_class, own_t5=text_encoder is not None
+            )
+        )
         family = cls(source, max_sequence_length)
         if transformer is not None:
             family.take_transformer(transformer)
@@ -100,13 +120,44 @@ class Family(ABC):
         return family
 
     def __init__(self, source: ModelSource, max_sequence_length: int | None) -> None:
+        require_configurations(source, self.denoiser_fields)
         self.source = source
         self.denoiser_config = source.config("transformer")
         self.vae_config = source.config("vae")
         self.scheduler_config = source.config("scheduler")
         self.transformer = pipelines_component(source, "transformer", WEIGHTS_FILE)
+        self.vae = pipelines_component(source, "vae", WEIGHTS_FILE)
+        self.clips = {
+            part: pipelines_component(source, part, TEXT_WEIGHTS_FILE)
+            for part in clip_components(self.text_components, self.t5_component)
+        }
         self.t5 = pipelines_component(source, self.t5_component, TEXT_WEIGHTS_FILE)
         self.max_sequence_length = max_sequence_length or self.default_sequence_length()
+
+    def require_weights(self) -> None:
+        """Checks all weights from the headers of their files: every tensor is there, in the model's shape.
+
+        Downloads weights that a setting names and that are missing. Checks that the tokenizers have their
+        files, too.
+
+        Raises:
+            HubError: A download failed.
+            RecipeError: A file is missing or damaged, or does not fit the model's configuration.
+        """
+        for component in (self.transformer, self.vae, *self.clips.values(), self.t5):
+            component.require_weights()
+        if self.transformer.file is None:  # a single file was checked when it was found
+            with blame(self.transformer):
+                check_model(self.denoiser_class, self.transformer.path)
+        with blame(self.vae):
+            check_model(AutoencoderKL, self.vae.path)
+        for clip in self.clips.values():
+            with blame(clip):
+                check_text_encoder(self.clip_class, clip.path)
+        with blame(self.t5):
+            check_text_encoder(T5EncoderModel, self.t5.path)
+        for name, tokenizer_cls in tokenizer_classes(self.text_components, self.t5_component).items():
+            check_tokenizer_files(tokenizer_cls, self.source.folder / name)
 
     def take_transformer(self, named: Path) -> None:
         """Takes the transformer's weights from `named` instead of the pipeline.

@@ -1,12 +1,13 @@
 """Locates a pipeline, in a local folder or a Hub snapshot, and computes its fingerprint for the cache."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halfbyte.quant.files.digest import sha256_of
+from halfbyte.quant.files.json_object import read_object
+from halfbyte.quant.load.limits import refuse_oversized
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.hub.download import NoSuchRevision, download
 from halfbyte.trainer.hub.reference import is_folder, is_repository
@@ -16,6 +17,7 @@ from halfbyte.trainer.pretrained.license import CARD_FILE
 # Copies of the same weights in another precision, 9.5 GB of them T5.
 _OTHER_PRECISIONS = ["*.fp16*"]
 
+_LIBRARIES = ("diffusers", "transformers")
 _CONFIGURATIONS = ("config.json",)  # also matches scheduler_config.json
 _ALL = (".json", ".safetensors", ".txt", ".model")
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx")
@@ -32,8 +34,12 @@ class ModelSource:
 
     def config(self, component: str) -> dict[str, Any]:
         """Reads the configuration of a component."""
+        return _read_json(self.config_file(component))
+
+    def config_file(self, component: str) -> Path:
+        """Returns the path of a component's configuration."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return _read_json(self.folder / component / name)
+        return self.folder / component / name
 
     def pipeline_index(self) -> dict[str, Any]:
         """Reads model_index.json, which gives the class of each component as [library, name]."""
@@ -52,13 +58,34 @@ class ModelSource:
                 f" diffusers' layout (as DiffusionPipeline.save_pretrained writes it){self._suggestion()}"
             )
         listed = _read_json(index)
-        found = (listed.get("transformer") or [None, None])[1]
+        found = _entry(listed, "transformer")[1]
         if found not in (None, denoiser):
             raise RecipeError(
                 f"model.family: {self.name} has a {found}, but this family trains a {denoiser}; choose the family of"
                 " the model"
             )
         return listed
+
+    def require_classes(self, accepted: Mapping[str, str]) -> None:
+        """Checks the classes of components against those that will be built, by name.
+
+        A pipeline may name classes of its own, whose code diffusers would load from the repository. No such
+        code is run.
+
+        Raises:
+            RecipeError: A component is of another class.
+        """
+        listed = self.pipeline_index()
+        for component, class_name in accepted.items():
+            library, found = _entry(listed, component)
+            # Older pipelines list a tokenizer that is written in Rust with this ending.
+            known = found in (class_name, f"{class_name}Fast") and library in _LIBRARIES
+            if found is not None and not known:
+                raise RecipeError(
+                    f"model.path: {self.folder / 'model_index.json'}: {component} is a {library}.{found}, expected"
+                    f" {class_name} of diffusers or transformers; code from a model's repository is never run. Name"
+                    " the pipeline that the model was made from, or download it again"
+                )
 
     def _suggestion(self) -> str:
         """Returns the settings to use for a folder that is not a pipeline but holds a transformer, a T5 or both."""
@@ -186,8 +213,7 @@ def transformer_class(path: str, revision: str | None) -> str | None:
     source = _find(path, revision, (), ())
     if not (source.folder / "model_index.json").is_file():
         raise RecipeError(f"{path}: no model_index.json; expected a pipeline in diffusers' layout")
-    entry = source.pipeline_index().get("transformer") or (None, None)
-    return None if entry[1] is None else str(entry[1])
+    return _entry(source.pipeline_index(), "transformer")[1]
 
 
 def is_pipeline(name: str, revision: str | None) -> bool:
@@ -248,17 +274,30 @@ def _download(
 
 
 def _is_listed(component: str, listed: dict[str, Any]) -> bool:
+    return component in listed and _entry(listed, component)[1] is not None
+
+
+def _entry(listed: Mapping[str, Any], component: str) -> tuple[str | None, str | None]:
+    """Returns library and class of a component in a pipeline's index, (None, None) if it has none."""
     entry = listed.get(component)
-    return entry is not None and entry[0] is not None
+    if entry is None:
+        return None, None
+    if (
+        not isinstance(entry, list)
+        or len(entry) != 2
+        or not all(part is None or isinstance(part, str) for part in entry)
+    ):
+        raise RecipeError(
+            f"model.path: model_index.json: {component} is {entry!r:.80}, expected a library and a class, such as"
+            ' ["diffusers", "AutoencoderKL"]; download the pipeline again'
+        )
+    return entry[0], entry[1]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"model.path: {path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"model.path: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"model.path: {path}: expected a JSON object")
+        content = read_object(path)
+        refuse_oversized(content, path)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from error
     return content

@@ -18,9 +18,10 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
 from halfbyte.quant.convert.skip_list import kept_in_fp32
 from halfbyte.quant.files.row_ranges import Rows, SingleFile
-from halfbyte.quant.load.fill import Finish, OnLayerLoaded, OnProgress, fill
+from halfbyte.quant.load.fill import Finish, OnLayerLoaded, OnProgress, check_headers, fill
+from halfbyte.quant.load.on_meta import built_on_meta
 from halfbyte.quant.load.serialize import quantization_config
-from halfbyte.quant.load.transformer import empty_model
+from halfbyte.quant.load.transformer import blame_config, empty_model
 from halfbyte.trainer.pretrained.layer_names import OriginalName, swap_halves
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,21 @@ def load_single_file(
         )
     loaded: nn.Module = model.to(device).eval()
     return loaded
+
+
+def check_single_file(
+    model_cls: type[Any], file: Path, config: Mapping[str, Any], names: Sequence[OriginalName]
+) -> None:
+    """Compares the file's header with the model that `config` describes; see `load_single_file`.
+
+    Raises:
+        ValueError: The file is damaged or does not fit.
+    """
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with original_weights(file, names) as (weights, _), built_on_meta():
+        with blame_config(file, model_cls):
+            model: nn.Module = model_cls.from_config(plain)
+        check_headers(model, weights, packed=False)
 
 
 @contextmanager

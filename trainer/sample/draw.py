@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from rich.console import Console
@@ -24,6 +23,7 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families.stock_parts import load_vae, stock_pipeline
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.placement import Placement
 from halfbyte.trainer.sample.picture_files import Job
@@ -109,12 +109,10 @@ class Drawing:
     def _pipeline(self, denoiser: nn.Module) -> Any:
         """Loads and places the stock pipeline, without text encoders, and without the VAE if that is loaded later."""
         family = self.subject.family
-        absent: dict[str, Any] = dict.fromkeys(family.text_components)
-        if not self.placement.holds_all:
-            absent["vae"] = None
-        pipeline: Any = family.pipeline_class.from_pretrained(
-            family.source.folder, transformer=denoiser, dtype=self.subject.dtype, **absent
-        )
+        vae = None
+        if self.placement.holds_all:
+            vae = load_vae(family, self.subject.dtype, torch.device("cpu"))
+        pipeline = stock_pipeline(family, transformer=denoiser, vae=vae)
         # Without a VAE the pipeline would guess this factor.
         pipeline.vae_scale_factor = family.vae_scale
         pipeline.set_progress_bar_config(disable=True)
@@ -127,8 +125,7 @@ class Drawing:
         if not latents:
             return
         family, device = self.subject.family, self.placement.device
-        folder = family.source.folder / "vae"
-        vae: Any = AutoencoderKL.from_pretrained(folder, dtype=self.subject.dtype).to(device)
+        vae: Any = load_vae(family, self.subject.dtype, device)
         processor = VaeImageProcessor(vae_scale_factor=family.vae_scale)
         for job, drawn in latents:
             decodable = family.decodable(

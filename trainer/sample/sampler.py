@@ -14,6 +14,7 @@ from halfbyte.trainer.data.folder import unchanged_pictures
 from halfbyte.trainer.data.prompts import Prompt
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families.stock_parts import load_vae, stock_pipeline
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,9 @@ class PictureSampler:
         """
         if not self.prompts:
             return []
-        absent: dict[str, Any] = dict.fromkeys(self.family.text_components)
-        pipeline: Any = self.family.pipeline_class.from_pretrained(
-            self.family.source.folder, transformer=self.denoiser, dtype=self.dtype, **absent
+        pipeline = stock_pipeline(
+            self.family, transformer=self.denoiser, vae=load_vae(self.family, self.dtype, self.device)
         )
-        pipeline.vae.to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         call = PipelineCall(self.family, pipeline, self.empty, self.settings, self.device, self.dtype)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def open_flux(folder):
     ("damage", "fragment"),
     [
         (lambda folder: (folder / "model_index.json").unlink(), "model_index.json"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), r"model_index\.json .*JSON"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), r"model_index\.json: .*JSON"),
         (lambda folder: shutil.rmtree(folder / "vae"), "model: vae missing;"),
         (lambda folder: (folder / "vae" / "config.json").unlink(), "model: vae missing;"),
         (

@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
-from halfbyte.quant.files.row_ranges import SingleFile
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.blocks import fuse_flux_blocks
 from halfbyte.trainer.families.flux.names import flux_names
+from halfbyte.trainer.pretrained.fields import COUNT, FLAG
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 from halfbyte.trainer.pretrained.pipeline import ModelSource
+from halfbyte.trainer.pretrained.single_file import check_single_file
 
 _COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
 _BLOCKS = r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -32,6 +34,8 @@ class Flux(Family):
     denoiser_class = FluxTransformer2DModel
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     t5_component = "text_encoder_2"
+    clip_class = CLIPTextModel
+    denoiser_fields = {"num_single_layers": COUNT, "guidance_embeds": FLAG}  # noqa: RUF012 - a class constant
     target_presets = {  # noqa: RUF012 - a class constant
         "attention": _BLOCKS + r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         # Every linear layer in the blocks that sees all tokens. diffusers' training script leaves out
@@ -99,9 +103,8 @@ class Flux(Family):
         return tuple(flux_names(self.denoiser_config))
 
     def check_file(self, file: Path) -> None:
-        """Raises ValueError if the file is damaged. FLUX can be read from a single file."""
-        with SingleFile(file):
-            pass
+        """Raises ValueError if the file is damaged or of another model. FLUX can be read from a single file."""
+        check_single_file(self.denoiser_class, file, self.denoiser_config, self.original_names())
 
     def block_kinds(self) -> tuple[tuple[str, ...], ...]:
         """Returns the dual blocks and the single blocks."""

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
 
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.sd3.blocks import fuse_sd3_blocks
 from halfbyte.trainer.families.sd3.names import sd3_names
+from halfbyte.trainer.pretrained.fields import OPTIONAL_COUNT, OPTIONAL_NUMBERS
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 
 _BLOCKS = r"transformer_blocks\.\d+\."
@@ -33,6 +35,11 @@ class SD3(Family):
         "tokenizer_3",
     )
     t5_component = "text_encoder_3"
+    clip_class = CLIPTextModelWithProjection
+    denoiser_fields = {  # noqa: RUF012 - a class constant
+        "pos_embed_max_size": OPTIONAL_COUNT,
+        "dual_attention_layers": OPTIONAL_NUMBERS,
+    }
     target_presets = {  # noqa: RUF012 - a class constant
         "attention": _BLOCKS + _ATTENTION,
         "all-linear": _BLOCKS + rf"({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",

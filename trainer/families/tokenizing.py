@@ -1,0 +1,96 @@
+"""Loads the tokenizers of a pipeline and checks that they know the words of a plain sentence."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from halfbyte.quant.files.json_object import LFS_POINTER, is_lfs_pointer
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.pretrained.component import PIPELINE
+
+# The sets of files that a tokenizer can be read from. With only its tokenizer_config.json, transformers builds a
+# tokenizer without words.
+_FILES: dict[type[Any], tuple[tuple[str, ...], ...]] = {
+    CLIPTokenizer: (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    T5Tokenizer: (("tokenizer.json",), ("spiece.model",)),
+}
+_CONFIG = "tokenizer_config.json"
+_SENTENCE = "a photo of a dog in the park"
+
+
+def check_tokenizer_files(tokenizer_cls: type[Any], folder: Path) -> None:
+    """Checks that a tokenizer's files are there.
+
+    Raises:
+        RecipeError: A file is missing, or Git-LFS has put a pointer in its place.
+    """
+    sets = _FILES[tokenizer_cls]
+    complete = [names for names in sets if all((folder / name).is_file() for name in names)]
+    if not complete:
+        # The set of which some files are there, else all.
+        begun = [names for names in sets if any((folder / name).is_file() for name in names)] or sets
+        missing = " or ".join(
+            " and ".join(name for name in names if not (folder / name).is_file()) for names in begun
+        )
+        raise RecipeError(
+            f"{PIPELINE}: {folder}: {missing} missing; without it, all captions would become unknown tokens. Download"
+            " the folder again"
+        )
+    if not (folder / _CONFIG).is_file():
+        raise RecipeError(
+            f"{PIPELINE}: {folder / _CONFIG} is missing, which has the tokenizer's length and special tokens; download"
+            " the folder again"
+        )
+    for name in (*complete[0], _CONFIG):
+        try:
+            pointer = is_lfs_pointer(folder / name)
+        except OSError as error:
+            raise RecipeError(f"{PIPELINE}: {folder / name}: cannot be read: {error.strerror}") from error
+        if pointer:
+            raise RecipeError(f"{PIPELINE}: {folder / name}: not a tokenizer's file {LFS_POINTER}")
+
+
+def load_tokenizer(
+    tokenizer_cls: type[Any], folder: Path, *, vocabulary: int, longest: int | None = None
+) -> Any:
+    """Loads a tokenizer.
+
+    vocabulary: the number of tokens that the text encoder knows. longest: the number of tokens that it takes;
+    None: it takes any.
+
+    Raises:
+        RecipeError: The files are damaged, or the tokenizer does not fit the text encoder.
+    """
+    check_tokenizer_files(tokenizer_cls, folder)
+    where = f"{PIPELINE}: {folder}"
+    try:
+        tokenizer = tokenizer_cls.from_pretrained(folder, local_files_only=True)
+        ids = list(tokenizer(_SENTENCE, add_special_tokens=False).input_ids)
+        special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+        length = tokenizer.model_max_length
+    except Exception as error:
+        # The library checks nothing; a damaged file can cause any exception, also Rust's.
+        reason = f"{type(error).__name__}: {error}"
+        raise RecipeError(
+            f"{where}: no {tokenizer_cls.__name__} can be loaded from it: {reason}; download the folder again"
+        ) from error
+    if None in special[:2]:
+        raise RecipeError(f"{where}: the tokenizer has no pad or end token; download the folder again")
+    if set(ids) <= set(special):
+        raise RecipeError(
+            f"{where}: the tokenizer knows no word of {_SENTENCE!r}; its vocabulary is damaged: download the folder"
+            " again"
+        )
+    highest = max([*ids, *(token for token in special if token is not None)])
+    if highest >= vocabulary:
+        raise RecipeError(
+            f"{where}: the tokenizer uses token {highest}, but its text encoder knows {vocabulary} tokens; expected the"
+            " tokenizer of the same model"
+        )
+    if longest is not None and not (isinstance(length, int) and 2 < length <= longest):
+        raise RecipeError(
+            f"{where}: model_max_length is {length}, but its text encoder takes {longest} tokens; expected the"
+            " tokenizer of the same model"
+        )
+    return tokenizer
