@@ -194,7 +194,8 @@ def _check_header(weights: ShardedWeights, name: str, own: Tensor) -> None:
     stored = weights.stored(name)
     if stored.shape != tuple(own.shape):
         raise ValueError(
-            f"{weights.path(name)}: {name}: got shape {stored.shape}, expected {tuple(own.shape)}"
+            f"{weights.path(name)}: {name}: got shape {stored.shape}, expected {tuple(own.shape)} by the model's"
+            " config.json; one of the two files is damaged or of another model: download both again"
         )
     if own.is_floating_point() and not stored.dtype.is_floating_point:
         raise ValueError(

@@ -99,6 +99,12 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "takes 77 tokens",
     ),
+    "a new start token": (
+        lambda model: edit_json(
+            model / "tokenizer/tokenizer_config.json", lambda c: c.update(bos_token="own")
+        ),
+        "knows 768 tokens",
+    ),
     "tokens of a larger model": (
         lambda model: edit_json(
             model / "tokenizer/tokenizer.json",

@@ -66,7 +66,8 @@ def load_tokenizer(
     where = f"{PIPELINE}: {folder}"
     try:
         tokenizer = tokenizer_cls.from_pretrained(folder, local_files_only=True)
-        ids = list(tokenizer(_SENTENCE, add_special_tokens=False).input_ids)
+        words = list(tokenizer(_SENTENCE, add_special_tokens=False).input_ids)
+        ids = list(tokenizer(_SENTENCE).input_ids)
         special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
         length = tokenizer.model_max_length
     except Exception as error:
@@ -77,7 +78,7 @@ def load_tokenizer(
         ) from error
     if None in special[:2]:
         raise RecipeError(f"{where}: the tokenizer has no pad or end token; download the folder again")
-    if set(ids) <= set(special):
+    if set(words) <= set(special):
         raise RecipeError(
             f"{where}: the tokenizer knows no word of {_SENTENCE!r}; its vocabulary is damaged: download the folder"
             " again"

@@ -40,6 +40,7 @@ WIDTHS = Kind(
 OPTIONAL_COUNT = Kind("a positive integer or null", lambda v: v is None or _is_positive(v), required=False)
 OPTIONAL_NUMBER = Kind("a number or null", lambda v: v is None or _is_number(v), required=False)
 OPTIONAL_FLAG = Kind("true or false", lambda value: isinstance(value, bool), required=False)
+OPTIONAL_WIDTHS = Kind(WIDTHS.described, WIDTHS.accepts, required=False)
 OPTIONAL_NUMBERS = Kind(
     "a list of layers' numbers",
     lambda v: v is None or (isinstance(v, list) and all(_is_integer(n) and n >= 0 for n in v)),

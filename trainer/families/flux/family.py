@@ -15,7 +15,7 @@ from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.blocks import fuse_flux_blocks
 from halfbyte.trainer.families.flux.names import flux_names
-from halfbyte.trainer.pretrained.fields import COUNT, FLAG
+from halfbyte.trainer.pretrained.fields import COUNT, FLAG, OPTIONAL_WIDTHS
 from halfbyte.trainer.pretrained.layer_names import OriginalName
 from halfbyte.trainer.pretrained.pipeline import ModelSource
 from halfbyte.trainer.pretrained.single_file import check_single_file
@@ -35,7 +35,11 @@ class Flux(Family):
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     t5_component = "text_encoder_2"
     clip_class = CLIPTextModel
-    denoiser_fields = {"num_single_layers": COUNT, "guidance_embeds": FLAG}  # noqa: RUF012 - a class constant
+    denoiser_fields = {  # noqa: RUF012 - a class constant
+        "num_single_layers": COUNT,
+        "guidance_embeds": FLAG,
+        "axes_dims_rope": OPTIONAL_WIDTHS,
+    }
     target_presets = {  # noqa: RUF012 - a class constant
         "attention": _BLOCKS + r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         # Every linear layer in the blocks that sees all tokens. diffusers' training script leaves out
@@ -52,6 +56,13 @@ class Flux(Family):
                 f"model.path: the transformer of {source.name} takes {self.denoiser_config['in_channels']}"
                 f" channels, expected {expected}, as a latent has. FLUX.1 Fill and control models, which take"
                 " more inputs, cannot be trained; name FLUX.1-dev, FLUX.1-schnell or a model based on them"
+            )
+
+        axes, head = self.denoiser_config.get("axes_dims_rope"), self.denoiser_config["attention_head_dim"]
+        if axes is not None and sum(axes) != head:
+            raise RecipeError(
+                f"model.path: {source.config_file('transformer')}: axes_dims_rope is {axes}, but the sum must be"
+                f" attention_head_dim, {head}; download the model again"
             )
 
     def default_sequence_length(self) -> int:
