@@ -15,7 +15,7 @@ from halfbyte.trainer.data.prepare import Prepared, prepare
 from halfbyte.trainer.data.record import write_record
 from halfbyte.trainer.data.size_limits import refuse_large
 from halfbyte.trainer.denoiser.attention import AttentionChoice, AttentionShape, choose_attention
-from halfbyte.trainer.denoiser.load import Loaded, load_denoiser, start_layers
+from halfbyte.trainer.denoiser.load import Loaded, check_exact, load_denoiser, start_layers
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export.export import ExportSettings, export_trained, exported_lines
@@ -87,10 +87,12 @@ def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: Exi
     family = base.family
     refuse_large(recipe, family)
     when_full = partial(oom_advice, recipe, family)
-    # A dry run and the adapter's file, so that wrong layer names and a broken adapter fail before the
-    # encoding.
-    DryRun(recipe, family)
-    start = start_layers(base.init_from, family)
+    # A dry run and the adapter's file, so that wrong layer names, exact layers that cannot be read and an
+    # adapter that does not fit fail before the encoding.
+    dry_run = DryRun(recipe, family)
+    check_exact(family, dry_run.denoiser, recipe.quant.exact)
+    start = start_layers(base.init_from, family, dry_run.denoiser)
+    del dry_run
 
     # Encode captions and images into the cache.
     with when_full("while encoding captions and images; finished encodings stay in the cache", *_ENCODING):

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant.files.digest import CHUNK_BYTES, READING_THREADS, chunk_digest, combined
-from halfbyte.quant.files.shards import ShardedWeights
+from halfbyte.quant.files.shards import SHRUNK, ShardedWeights
 
 FileRead = Callable[[Path, str], None]
 """Called with each file and its `file_digest`, once all of the file has been read."""
-
-_SHRUNK = "the file became shorter during reading; is another process writing it?"
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class ReadAhead:
                         chunk.targets_ready.record(torch.cuda.current_stream(self._device))
                     yield chunk
             if left:
-                raise ValueError(f"{path}: {_SHRUNK}")
+                raise ValueError(f"{path}: {SHRUNK}")
 
     def _plan(self, chunk: _Chunk, left: deque[str]) -> None:
         """Assigns the chunk's bytes to the tensors in `left`, and removes the tensors that end in it."""
@@ -220,5 +218,5 @@ def _read_into(data: memoryview, chunk: _Chunk) -> None:
         except OSError as error:
             raise ValueError(f"{chunk.path}: cannot read the file: {error.strerror}") from error
         if count == 0:
-            raise ValueError(f"{chunk.path}: {_SHRUNK}")
+            raise ValueError(f"{chunk.path}: {SHRUNK}")
         done += count

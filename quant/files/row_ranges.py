@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from halfbyte.quant.files.shards import ShardedWeights
 
 
@@ -29,7 +27,6 @@ class SingleFile(ShardedWeights):
     def __init__(self, path: Path) -> None:
         """Opens the file. Raises ValueError, naming it, where it is missing or damaged."""
         super().__init__(path.parent, path.name)
-        self._rows: dict[str, Rows] = {name: Rows(name) for name in self._shard_of}
 
     def rename(self, rows: Mapping[str, Rows]) -> None:
         """Replaces `names` by the keys of `rows`; each key stands for these rows of a tensor in the file."""
@@ -45,11 +42,4 @@ class SingleFile(ShardedWeights):
                     stop=whole.start + part.stop * row,
                     shape=(part.stop - part.start, *whole.shape[1:]),
                 )
-        self._stored, self._shard_of, self._rows = stored, shard_of, dict(rows)
-
-    def read(self, name: str) -> Tensor:
-        """Reads a tensor, see `ShardedWeights.read`."""
-        part = self._rows[name]
-        file = self._files[self._shard_of[name]]
-        tensor: Tensor = file.get_tensor(part.name)
-        return tensor if part.stop is None else tensor[part.start : part.stop]
+        self._stored, self._shard_of = stored, shard_of

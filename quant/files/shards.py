@@ -21,6 +21,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 # The name that transformers uses.
 TEXT_WEIGHTS_FILE = "model.safetensors"
+SHRUNK = "the file became shorter during reading; is another process writing it?"
 # Weights in pickled files, which this reader rejects: loading a pickle runs the code in it.
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -71,7 +72,6 @@ class ShardedWeights:
         self._files: dict[str, Any] = {}
         self._stored: dict[str, Stored] = {}
         self._shard_of = self._find()
-        self._name_in_file: dict[str, str] = {}  # only names that `use_names` has changed
 
     def __enter__(self) -> "ShardedWeights":
         return self
@@ -113,10 +113,24 @@ class ShardedWeights:
         return self._stored[name].shape
 
     def read(self, name: str) -> Tensor:
-        """Reads a tensor to the CPU, memory-mapped where the system supports it."""
-        stored = self._name_in_file.get(name, name)
-        tensor: Tensor = self._files[self._shard_of[name]].get_tensor(stored)
-        return tensor
+        """Reads a tensor to the CPU.
+
+        It is not memory-mapped: the values would change with the file, and a file that is cut would end the
+        process with a bus error. Raises ValueError, naming the file, where that happens during the read.
+        """
+        stored, path = self._stored[name], self.path(name)
+        data = torch.empty(stored.stop - stored.start, dtype=torch.uint8)
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(stored.start)
+                view = data.numpy().data
+                while view and (count := file.readinto(view)):
+                    view = view[count:]
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        if view:
+            raise ValueError(f"{path}: {SHRUNK}")
+        return data.view(stored.dtype).view(stored.shape)
 
     def use_names(self, own_name: Mapping[str, str]) -> None:
         """Gives tensors other names; `own_name` maps names in the files to names in the model.
@@ -133,7 +147,6 @@ class ShardedWeights:
                 )
         self._stored = {name: self._stored[stored] for name, stored in given.items()}
         self._shard_of = {name: self._shard_of[stored] for name, stored in given.items()}
-        self._name_in_file = {name: stored for name, stored in given.items() if name != stored}
 
     def _find(self) -> dict[str, str]:
         index, single = self.folder / self._index_file, self.folder / self._weights_file

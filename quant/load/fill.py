@@ -6,7 +6,6 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
-from halfbyte.quant.files.digest import file_digest
 from halfbyte.quant.files.read_ahead import FileRead, ReadAhead
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
@@ -164,15 +163,6 @@ def _tensors(
         if suffix not in _LONG_STATISTICS
     }
     keys = {*names, *(key for suffixes in statistics.values() for key in suffixes.values())}
-    if statistics and device.type == "cpu":
-        # On the CPU, packed weights stay memory-mapped. Processes that map the same file share the memory.
-        if on_file is not None:
-            for path in weights.files:
-                on_file(path, file_digest(path))
-        for key in weights.names:
-            if key in keys:
-                yield key, weights.read(key)
-        return
     yield from ReadAhead(weights, keys, device, on_host=short, on_file=on_file)
 
 

@@ -47,8 +47,7 @@ def load_quantized(
 
     Weights are cast to `dtype` before they are quantized, and tensors that are not quantized are cast to
     `dtype` as `from_pretrained(torch_dtype=dtype)` does. An already quantized folder keeps its own settings,
-    except `recipe.compute_dtype`. On the CPU such a folder is memory-mapped, and its files must not change
-    while the model exists. `on_file` is called with each weight file and its digest once the file has been
+    except `recipe.compute_dtype`. `on_file` is called with each weight file and its digest once the file has been
     read. `place` is called with each quantized layer when it has its weight.
 
     Raises ValueError, naming the file or the tensor, where files or tensors are missing, unexpected, damaged

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from opened_model import (
     CLIP,
     LFS_POINTER,
@@ -21,6 +22,9 @@ from opened_model import (
     replace,
 )
 
+from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.load.serialize import save_quantized
+from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.trainer.errors import RecipeError
 
 Damage = Callable[[Path], object]
@@ -252,3 +256,20 @@ def test_any_value_in_a_configuration_is_used_or_refused_in_one_message(
     except RecipeError as error:
         refused = str(error)
     assert not refused or refused.startswith("model.")
+
+
+def test_a_loaded_packed_base_does_not_change_with_its_files(tmp_path: Path, mini_flux: Path) -> None:
+    """A mapped file would end the process with a bus error where it is cut."""
+    recipe = QuantRecipe("nf4", compute_dtype=torch.float32)
+    made = load_quantized(
+        FluxTransformer2DModel, mini_flux / "transformer", recipe, dtype=torch.float32, device="cpu"
+    )
+    save_quantized(made, tmp_path / "packed")
+    loaded = load_quantized(
+        FluxTransformer2DModel, tmp_path / "packed", recipe, dtype=torch.float32, device="cpu"
+    )
+    for file in (tmp_path / "packed").glob("*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.truncate(100)
+    expected = made.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())

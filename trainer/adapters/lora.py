@@ -242,12 +242,8 @@ def _saved_name(name: str) -> str:
     return name.replace(f"{MAGNITUDE}.{ADAPTER}.weight", MAGNITUDE).replace(f".{ADAPTER}.", ".")
 
 
-@torch.no_grad()
-def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
-    """Starts the adapters on `denoiser` with exactly the updates of `layers`; True if DoRA's too.
-
-    If the run's rank is larger, the rest of A keeps its random start and the rest of B is zero. Layers
-    without an update start as usual.
+def check_start(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> None:
+    """Checks that the adapters on `denoiser`, which may be on meta, can start with the updates of `layers`.
 
     path: names the adapter in messages.
 
@@ -255,16 +251,12 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
         RecipeError: an update has no adapter to go to, another shape, a larger rank, or magnitudes while the
             run trains no DoRA.
     """
-    own = {
-        name: module
-        for name, module in denoiser.named_modules()
-        if isinstance(module, PeftLayer) and adapter in module.lora_A
-    }
+    own = _adapted(denoiser, adapter)
     unmatched = sorted(layers.keys() - own.keys())
     if unmatched:
         _refuse(denoiser, unmatched, own, path)
     for name, layer in layers.items():
-        module: Any = own[name]
+        module = own[name]
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         expected, got = (len(up), down.shape[1]), (len(layer.up), layer.down.shape[1])
         if expected != got:
@@ -280,6 +272,29 @@ def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: st
             )
         if layer.magnitude is not None and adapter not in module.lora_magnitude_vector:
             raise RecipeError(f"{path} is a DoRA adapter; set lora.dora: true")
+
+
+def _adapted(denoiser: nn.Module, adapter: str) -> dict[str, Any]:
+    """Returns the layers that have this adapter, by name."""
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, PeftLayer) and adapter in module.lora_A
+    }
+
+
+@torch.no_grad()
+def start_from(denoiser: nn.Module, layers: Mapping[str, LoraLayer], adapter: str, path: Path | str) -> bool:
+    """Starts the adapters on `denoiser` with exactly the updates of `layers`; True if DoRA's too.
+
+    If the run's rank is larger, the rest of A keeps its random start and the rest of B is zero. Layers
+    without an update start as usual.
+
+    Raises:
+        RecipeError: the updates do not fit, see `check_start`.
+    """
+    check_start(denoiser, layers, adapter, path)
+    own = _adapted(denoiser, adapter)
     for name, layer in layers.items():
         module = own[name]
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight

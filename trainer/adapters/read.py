@@ -61,7 +61,11 @@ def read_layers(path: Path, names: Sequence[OriginalName]) -> dict[str, LoraLaye
     parts = layer_parts(file, own)
     for prefix, dots in ((COMFYUI_PREFIX, "."), (KOHYA_PREFIX, "_")):
         if all(layer.startswith(prefix) for layer in parts):
-            known = {prefix + original.name.replace(".", dots): original for original in names}
+            known = {
+                prefix + part.replace(".", dots): OriginalName(part, (part,))
+                for original in names
+                for part in original.parts
+            } | {prefix + original.name.replace(".", dots): original for original in names}
             return _split(file, parts, known)
     if all(layer.startswith(_DIFFUSERS_PREFIX) for layer in parts):
         return {layer.removeprefix(_DIFFUSERS_PREFIX): _layer(part) for layer, part in parts.items()}
@@ -117,7 +121,8 @@ def _split(
 ) -> dict[str, LoraLayer]:
     """Splits the authors' fused layers into diffusers' layers, and renames the others.
 
-    known: key of a layer in the file -> its names in both models.
+    known: key of a layer in the file -> its names in both models. Some trainers write diffusers' names in the form
+    of ComfyUI or kohya, so these are keys too.
     """
     found: dict[str, LoraLayer] = {}
     for name, part in parts.items():

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
+from halfbyte.quant.files.digest import sha256_of
+from halfbyte.quant.files.json_object import read_object
 from halfbyte.trainer.errors import RecipeError
 
 METADATA = "lora_adapter_metadata"
+MANIFEST = "manifest.json"  # a checkpoint's, with the SHA-256 of each of its files
 _PREFIX = "transformer."
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 DOWN = ".lora_A.weight"
 MAGNITUDE = ".lora_magnitude_vector"
 # Ending of a key in files of PEFT and diffusers, after the layer's name -> the tensor's role.
@@ -220,14 +225,40 @@ def _peft_regex(pattern: str) -> str:
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads all tensors of a safetensors file, and its metadata.
 
+    The file is read once, so that the bytes that were checked are the bytes that are used. A checkpoint's file
+    is compared with the manifest next to it.
+
     Raises:
-        RecipeError: the file is missing, incomplete or not a safetensors file.
+        RecipeError: the file is missing, incomplete or not a safetensors file, or differs from its checksum.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        content = file.read_bytes()
+        wanted = _checksum(file)
+        if wanted is not None and sha256_of(content) != wanted:
+            raise RecipeError(
+                f"{file}: does not match its checksum in {MANIFEST}; the file is damaged: use another checkpoint, or"
+                " copy it again"
+            )
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{file}: not a complete safetensors file: {error}") from error
+    return tensors, header.get("__metadata__") or {}
+
+
+def _checksum(file: Path) -> str | None:
+    """Returns the SHA-256 of a file according to the manifest next to it; None if it lists no such file."""
+    manifest = file.with_name(MANIFEST)
+    if not manifest.is_file():
+        return None
+    try:
+        checksum = read_object(manifest).get(file.name)
+    except ValueError as error:
+        raise RecipeError(
+            f"{error}; it has the checksum of {file.name}. Use another checkpoint, or to read the file unchecked,"
+            " copy it to another folder"
+        ) from error
+    return checksum if isinstance(checksum, str) and _SHA256.fullmatch(checksum) else None
 
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"

@@ -10,10 +10,18 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from halfbyte.quant.convert.recipe import QuantRecipe
+from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.layers.exact import exact_weights, hold_exact
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.lora.dora import reset_magnitudes
-from halfbyte.trainer.adapters.lora import ADAPTER, LoraVariant, TrainedLayers, add_lora, start_from
+from halfbyte.trainer.adapters.lora import (
+    ADAPTER,
+    LoraVariant,
+    TrainedLayers,
+    add_lora,
+    check_start,
+    start_from,
+)
 from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import LoraLayer
 from halfbyte.trainer.denoiser.base import load_base
@@ -87,27 +95,55 @@ def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> Non
     Raises:
         RecipeError: the base is a single file, or a weight is not stored in full precision.
     """
-    if not paths or not any(isinstance(module, QuantizedLayer) for module in denoiser.modules()):
-        return
-    folder = family.denoiser_folder
+    folder = _exact_folder(family, denoiser, paths)
     if folder is None:
-        raise RecipeError(
-            f"quant.exact: got {list(paths)}, but {family.transformer.path} is a single file; expected []"
-        )
+        return
     try:
         with exact_weights(folder) as weights:
 
             def read(name: str) -> Tensor:
-                if name not in weights.names or not weights.stored(name).dtype.is_floating_point:
-                    raise ValueError(
-                        f"{folder} does not hold {name} in full precision; quantize the model again, with"
-                        " `halfbyte quantize` and this setting, or set []"
-                    )
+                _require_exact(weights, name)
                 return weights.read(name)
 
             hold_exact(denoiser, paths, read)
     except ValueError as error:
         raise RecipeError(f"quant.exact: {error}") from error
+
+
+def check_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> None:
+    """Checks from the files' headers that `keep_exact` can work; the denoiser may be on meta.
+
+    Raises:
+        RecipeError: see `keep_exact`.
+    """
+    folder = _exact_folder(family, denoiser, paths)
+    if folder is None:
+        return
+    try:
+        with exact_weights(folder) as weights:
+            for path in paths:
+                _require_exact(weights, f"{path}.weight")
+    except ValueError as error:
+        raise RecipeError(f"quant.exact: {error}") from error
+
+
+def _exact_folder(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> Path | None:
+    """Returns the folder of the full-precision weights; None if none are needed."""
+    if not paths or not any(isinstance(module, QuantizedLayer) for module in denoiser.modules()):
+        return None
+    if family.denoiser_folder is None:
+        raise RecipeError(
+            f"quant.exact: got {list(paths)}, but {family.transformer.path} is a single file; expected []"
+        )
+    return family.denoiser_folder
+
+
+def _require_exact(weights: ShardedWeights, name: str) -> None:
+    if name not in weights.names or not weights.stored(name).dtype.is_floating_point:
+        raise ValueError(
+            f"{weights.folder} does not hold {name} in full precision; quantize the model again, with"
+            " `halfbyte quantize` and this setting, or set []"
+        )
 
 
 def _stream(family: Family, denoiser: nn.Module, world: World) -> BlockStream:
@@ -125,18 +161,26 @@ def streamed_blocks(family: Family, denoiser: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def start_layers(init_from: Path | None, family: Family) -> dict[str, LoraLayer] | None:
+def start_layers(
+    init_from: Path | None, family: Family, denoiser: nn.Module | None = None
+) -> dict[str, LoraLayer] | None:
     """Reads the adapter that lora.init_from names; returns None if the setting is None.
 
+    denoiser: the run's denoiser with its adapters on meta; the adapter that is read must fit it.
+
     Raises:
-        RecipeError: the file is not an adapter of this model, see `read_layers`.
+        RecipeError: the file is not an adapter of this model, see `read_layers`, or it does not fit the
+            recipe, see `check_start`.
         HubError: its repository cannot be read.
     """
     if init_from is None:
         return None
     try:
         with adapter_at(init_from) as path:
-            return read_layers(path, family.original_names())
+            layers = read_layers(path, family.original_names())
+        if denoiser is not None:
+            check_start(denoiser, layers, ADAPTER, init_from)
+        return layers
     except RecipeError as error:
         raise RecipeError(f"lora.init_from: {error}") from error
 
