@@ -21,7 +21,7 @@ from halfbyte.trainer.run_folder.folder import RunFolder, claim
 from runs import run_here, write_pictures, write_recipe
 
 QUICK = ("output.export_base=false", "sample.prompts=[]", "train.grad_accumulation=1")
-RECORD = "data.jsonl.gz"
+RECORD = "training_data.jsonl.gz"
 
 
 def record_of(folder: Path, prefix: str = "") -> list[RecordedSample]:

@@ -42,8 +42,8 @@ def export_command(
     The checkpoint of the run's last step is exported to adapter/, transformer/ and merged/ in the run's
     folder. Any other checkpoint is exported to the same folders in exports/step-N.
 
-    Exit codes: 0 done, 2 run, checkpoint or option error, 6 out of memory, 7 the export failed its
-    self-check, 130 interrupted.
+    Exit codes: 0 done, 2 run, checkpoint or option error, 6 out of memory or disk space, 7 the
+    export failed its self-check, 128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
         world = command.world = read_world()
@@ -102,7 +102,8 @@ def push_command(
     already uploaded are not sent twice. The push deletes only files that an earlier push wrote and that have
     not changed since, and it keeps a model card that was written by hand.
 
-    Exit codes: 0 done, 2 run or option error, 4 Hub error, 130 interrupted.
+    Exit codes: 0 done, 2 run or option error, 4 Hub error, 6 out of disk space,
+    128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug):
         with library_imports():

@@ -36,7 +36,8 @@ def quantize_command(
     model.transformer to its folder.
 
     Exit codes: 0 done, 2 recipe, model or folder error, 3 data error, 4 Hub error, 5 launch environment
-    error, 6 out of memory, 130 interrupted.
+    error, 6 out of memory or disk space,
+    128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
         world = read_world()
@@ -80,7 +81,8 @@ def quant_report_command(
 
     Compares NF4, FP4, int8 and searched scales, so you can choose quant.skip from measured errors.
 
-    Exit codes: 0 done, 2 folder or option error, 130 interrupted.
+    Exit codes: 0 done, 2 folder or option error,
+    128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug):
         with library_imports():

@@ -132,8 +132,8 @@ def sample_command(
     The images come from the quantized base with the adapter, for every combination of prompt, strength and
     seed.
 
-    Exit codes: 0 done, 2 source, model or option error, 4 Hub error, 6 out of memory, 130 interrupted
-    (finished images are kept).
+    Exit codes: 0 done, 2 source, model or option error, 4 Hub error, 6 out of memory or disk
+    space, 128 + N stopped by signal N (130: Ctrl-C; finished images are kept), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
         request = SampleRequest(

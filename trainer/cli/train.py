@@ -40,7 +40,8 @@ def train_command(
     """Train a LoRA from a recipe.
 
     Exit codes: 0 done, 2 recipe or model error, 3 data error, 4 Hub error, 5 launch environment error,
-    6 out of memory, 7 the export failed its self-check, 130 interrupted.
+    6 out of memory or disk space, 7 the export failed its self-check, 8 the loss is NaN or infinite, 9 another
+    process was lost, 128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     if plan:
         plan_command(recipe, overrides, fit, debug=debug)
@@ -87,8 +88,8 @@ def plan_command(
     Loads no weights and needs no GPU. If the Hub does not provide the configuration files of a well-known
     model, the plan uses the configurations that the model was published with.
 
-    Exit codes: 0 done, 2 recipe or model error, or no settings fit the card, 3 data error, 4 Hub error, 130
-    interrupted.
+    Exit codes: 0 done, 2 recipe or model error, or no settings fit the card, 3 data error, 4 Hub error,
+    128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
         settings, command.document = load_document(recipe, overrides or [], pictures_needed=False)

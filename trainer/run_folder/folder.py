@@ -71,7 +71,7 @@ class RunFolder:
     @property
     def data(self) -> Path:
         """The record of the data that the run was started on, see `data.record`."""
-        return self.root / "data.jsonl.gz"
+        return self.root / "training_data.jsonl.gz"
 
     @property
     def checkpoints(self) -> Path:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from halfbyte.trainer.adapters.lora import by_parameter, save_adapter, trained_parameters
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
-from halfbyte.trainer.errors import HalfbyteError, RecipeError
+from halfbyte.trainer.errors import NonFiniteError, RecipeError
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.runtime.progress import Progress
 from halfbyte.trainer.runtime.signals import SIGNALS
@@ -154,6 +154,7 @@ class MetricsRecorder(StepCallback):
         self._since = 0
         self._started = 0.0
         self._overflows = 0  # consecutive rows of metrics with an overflow
+        self._finite: torch.Tensor | None = None  # on the device: are all losses since the last row finite?
         self._tolerated = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -170,18 +171,24 @@ class MetricsRecorder(StepCallback):
         """Writes a row of metrics after every `every`-th step, the last step and each validation.
 
         Raises:
-            HalfbyteError: the loss is NaN or infinite, or the gradient norm is for too many rows in a row.
+            NonFiniteError: a loss since the last row is NaN or infinite, or the gradient norm is for too many
+                rows in a row.
         """
         step = module.step
         # One loss per micro-batch of this step.
         losses, module.losses = module.losses, []
         validation_loss, module.validation_loss = module.validation_loss, None
+        mean = torch.stack(losses).float().mean()
+        # A loss without a row must not be lost if it is NaN: the next row's loss is NaN then.
+        finite = mean.isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
         if step % self.every and step != self.last_step and validation_loss is None:
             # No `.item()` in steps without a row: it would wait for the GPU.
             if self.progress is not None:
                 self.progress.advance(step)
             return
-        loss = torch.stack(losses).float().mean()
+        loss = torch.where(self._finite, mean, math.nan)
+        self._finite = None
         if self.world.size > 1:
             with exchange(self.world):
                 torch.distributed.all_reduce(loss)
@@ -194,7 +201,7 @@ class MetricsRecorder(StepCallback):
         self._since, self._started = step, now
         self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
         if not math.isfinite(value) or self._overflows > self._tolerated:
-            raise HalfbyteError(
+            raise NonFiniteError(
                 f"step {step}: the loss is {value} and the gradient norm {grad_norm}; {_STOPPED}"
             )
         device = self.world.device
@@ -271,12 +278,14 @@ class Checkpointer(StepCallback):
         """Saves a checkpoint now and deletes old ones; every process must call this.
 
         Raises:
-            HalfbyteError: the adapter has NaN or infinite values, which the last row of metrics may not show
+            NonFiniteError: the adapter has NaN or infinite values, which the last row of metrics may not show
                 yet. A checkpoint of such weights would replace a good one.
         """
         weights = trained_parameters(module.denoiser).values()
         if not torch.stack([parameter.isfinite().all() for parameter in weights]).all():
-            raise HalfbyteError(f"step {module.step}: the adapter has values that are not finite; {_STOPPED}")
+            raise NonFiniteError(
+                f"step {module.step}: the adapter has values that are not finite; {_STOPPED}"
+            )
         if self.world.is_leader:
             sync_rows(self.root.parent)
             accumulation = int(trainer.accumulate_grad_batches)

@@ -126,9 +126,9 @@ def _in_order(found: Sequence[tuple[int, Row]]) -> tuple[list[Row], str | None]:
     """Returns the rows whose steps increase, and the first line that breaks the order."""
     rows: list[Row] = []
     fault = None
-    for (number, row), following in zip(found, [*found[1:], None], strict=True):
+    for index, (number, row) in enumerate(found):
         after_last = not rows or rows[-1].step < row.step
-        if after_last and (following is None or row.step < following[1].step):
+        if after_last and (index + 1 == len(found) or row.step < found[index + 1][1].step):
             rows.append(row)
         else:
             fault = fault or f"line {number}: step {row.step} is out of order"
