@@ -4,6 +4,7 @@
 # other processes. Their files also start in this order, so that no process is left with a long file at the end.
 SLOW = (
     "tests/whole_runs/",
+    "tests/faults/",
     "tests/faults/test_kill_points.py",
     "tests/trainer/export/",
     "tests/trainer/publish/test_push",
