@@ -9,15 +9,15 @@ from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.run_folder import checkpoint
 
 
-def save(root: Path, step: int) -> Path:
-    """Saves a checkpoint of a step; returns its folder."""
+def save(root: Path, step: int, *, samples: int = 1) -> Path:
+    """Saves a checkpoint of a step with two micro-batches of `samples`; returns its folder."""
     weight = torch.nn.Parameter(torch.full((4, 3), float(step)))
     optimizer = torch.optim.AdamW([("layer.lora_A.weight", weight)], lr=0.1)
     weight.grad = torch.ones(4, 3)
     optimizer.step()
     return checkpoint.save_checkpoint(
         root,
-        checkpoint.Position(step, step * 2, 1),
+        checkpoint.Position(step, step * 2, samples),
         write_adapter=lambda folder: save_file(
             {"transformer.layer.lora_A.weight": weight.detach()}, f"{folder}/{ADAPTER_FILE}"
         ),

@@ -39,6 +39,15 @@ def test_accelerate_launch_trains_two_processes_as_one(tmp_path, mini_flux):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes") == 1, "only one process prints"
     assert_same_as_one_process(recipe, tmp_path / "run", tmp_path / "alone")
+    # One process continues what two began.
+    settings = ("train.batch_size=2", "train.steps=6", "sample.prompts=[]")
+    for run in ("run", "alone"):
+        run_here(recipe, *settings, f"output.dir={tmp_path / run}", resume=True)
+    pair, one = (
+        [row.loss for row in read_metrics(tmp_path / run / "metrics.csv")] for run in ("run", "alone")
+    )
+    assert len(pair) == 6
+    assert pair == pytest.approx(one, rel=1e-4)
 
 
 OBSERVED = """

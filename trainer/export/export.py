@@ -31,7 +31,6 @@ from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.export.merge import FAINT, Survival, merge, total
 from halfbyte.trainer.export.provenance import (
     BASE_ERROR_FILE,
-    PROVENANCE_FILE,
     write_base_error,
     write_provenance,
 )
@@ -40,6 +39,7 @@ from halfbyte.trainer.export.text_encoder import write_text_encoder
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.run_folder.lock import lock_exports
 from halfbyte.trainer.runtime.staging import keep_others
 

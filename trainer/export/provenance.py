@@ -11,6 +11,7 @@ from torch import nn
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.digest import sha256_file
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.base_error import BaseError, base_error
 from halfbyte.quant.load.transformer import read_config
@@ -20,12 +21,11 @@ from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.pretrained.component import Component
 from halfbyte.trainer.pretrained.license import Licence, base_licence
 from halfbyte.trainer.pretrained.single_file import original_weights
+from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, checksum_of
 from halfbyte.trainer.runtime.version import halfbyte_version
 
 log = logging.getLogger(__name__)
 
-PROVENANCE_FILE = "halfbyte.json"
-"""Stored next to the adapter, and at the top of a repository that halfbyte has pushed to."""
 BASE_ERROR_FILE = "quantization_error.json"
 """Stored next to the quantized base."""
 
@@ -48,12 +48,13 @@ class Provenance:
     # The components from other Hub repositories, by their names in the pipeline.
     parts: Mapping[str, HubPart] = field(default_factory=dict)
     started_from: HubPart | None = None  # the Hub adapter that training started from (lora.init_from)
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the adapter's files, by path
 
 
 def write_provenance(
     family: Family, step: int, quant: QuantRecipe | None, started_from: HubPart | None, folder: Path
 ) -> None:
-    """Writes the adapter's provenance into its folder."""
+    """Writes the adapter's provenance into its folder, which holds the adapter in all its formats."""
     source = family.source
     repository = None if source.revision is None else source.name
     own = {"transformer": family.transformer, family.t5_component: family.t5}
@@ -72,8 +73,14 @@ def write_provenance(
         family.t5.is_own,
         {name: part for name, part in parts.items() if part is not None},
         started_from,
+        {
+            file.relative_to(folder).as_posix(): sha256_file(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
     )
     facts = asdict(provenance) | {"quant": None if quant is None else quant.as_json()}
+    facts["checksum"] = checksum_of(facts)
     write_file(folder / PROVENANCE_FILE, json.dumps(facts, indent=1) + "\n")
 
 
@@ -84,6 +91,9 @@ def read_provenance(file: Path) -> Provenance:
         RecipeError: The file does not exist, or an export of this version did not write it.
     """
     facts = _read(file)
+    checksum = facts.pop("checksum", None)  # exports of version 0.2 and older have none
+    if checksum not in (None, checksum_of(facts)):
+        raise RecipeError(f"{file}: damaged or changed, its checksum does not match; export the run again")
     try:
         licence, quant = facts.pop("licence"), facts.pop("quant")
         parts, started_from = facts.pop("parts", {}), facts.pop("started_from", None)

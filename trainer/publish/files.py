@@ -15,8 +15,9 @@ from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
 from halfbyte.trainer.data.decode import DECODE_ERRORS, decoded_size
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, PROVENANCE_FILE
+from halfbyte.trainer.export.provenance import BASE_ERROR_FILE
 from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, require_intact
 
 BASE = "transformer"
 SAMPLES = "samples"
@@ -135,6 +136,7 @@ def _complete(folder: Path, paths: Iterator[Path]) -> Iterator[PushFile]:
                 raise RecipeError(
                     f"{path}: not a complete safetensors file ({error}); export it again"
                 ) from error
+        require_intact(path)
         yield PushFile(path.relative_to(folder).as_posix(), path)
 
 

@@ -14,6 +14,7 @@ from halfbyte.trainer.hub.download import download
 from halfbyte.trainer.hub.reference import HubReference
 from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, folders
 from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.listed_digests import require_intact
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def require_adapter(path: Path) -> str | None:
     """
     try:
         with adapter_at(path) as found:
-            find_file(found)
+            require_intact(find_file(found))
             return None if HubReference.of(path) is None else found.name
     except HalfbyteError as error:
         raise type(error)(f"lora.init_from: {error}") from error

@@ -47,6 +47,11 @@ def step_of(folder: Path) -> int:
     return int(match.group(1))
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Returns True if the folder has the name of a checkpoint in a run's folder."""
+    return _NAME.fullmatch(folder.name) is not None and folder.parent.name == "checkpoints"
+
+
 def folders(root: Path) -> list[Path]:
     """Returns the folders of all finished checkpoints, oldest first; some may be damaged."""
     if not root.is_dir():

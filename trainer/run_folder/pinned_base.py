@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.quant.files.atomic import write_file
-from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
@@ -23,6 +22,7 @@ from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.recipe.sections import ModelSection
 from halfbyte.trainer.run_folder.adapter_source import require_adapter
 from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.run_folder.listed_digests import checksum_of
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def pin_base(run: RunFolder, family: Family, digests: FileDigests, commits: Comm
         return
     pinned = replace(base_of(family, digests), commits={**commits, **family.commits})
     facts = asdict(pinned)
-    write_file(run.pin, json.dumps({**facts, "checksum": _checksum(facts)}, indent=1) + "\n")
+    write_file(run.pin, json.dumps({**facts, "checksum": checksum_of(facts)}, indent=1) + "\n")
 
 
 def pinned_commits(run: RunFolder) -> Commits:
@@ -200,7 +200,7 @@ def _read(file: Path) -> PinnedBase:
         if not isinstance(facts, dict):
             raise ValueError("expected a JSON object")
         checksum = facts.pop("checksum", None)  # runs of version 0.2 and older have none
-        if checksum not in (None, _checksum(facts)):
+        if checksum not in (None, checksum_of(facts)):
             raise ValueError("its checksum does not match")
         if "revision" in facts:  # the older format, in which only model.path could be a repository
             revision = facts.pop("revision")
@@ -217,7 +217,3 @@ def _read(file: Path) -> PinnedBase:
             f"{file}: cannot be read: {error}. Put back an intact copy of it. Without this file the run would use the"
             " base in its current state; delete it to allow that"
         ) from error
-
-
-def _checksum(facts: Mapping[str, Any]) -> str:
-    return sha256_of(json.dumps(facts, sort_keys=True))

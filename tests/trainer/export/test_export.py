@@ -21,8 +21,8 @@ from halfbyte.trainer.errors import ExportError, RecipeError
 from halfbyte.trainer.export import check_part as compared_part
 from halfbyte.trainer.export import export, self_check
 from halfbyte.trainer.export.from_run import ExportRequest, export_run
-from halfbyte.trainer.export.provenance import PROVENANCE_FILE
 from halfbyte.trainer.recipe.load import load_recipe
+from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.runtime.world import read_world
 
 from judge import stock_bitsandbytes_on_cpu

@@ -1,0 +1,130 @@
+"""Tests that flipped bits and cut files of a run are noticed before use, or change nothing that is used."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
+from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.export.provenance import read_provenance
+from halfbyte.trainer.publish.files import adapter_files
+from halfbyte.trainer.run_folder import checkpoint, checkpoint_folders
+from halfbyte.trainer.run_folder.adapter_source import require_adapter
+from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter
+from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
+from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, require_intact
+from halfbyte.trainer.run_folder.pinned_base import pinned_commits
+from halfbyte.trainer.training.metrics import read_metrics
+
+from runs import run_here, write_recipe
+
+FLIPS = int(os.environ.get("HALFBYTE_FLIPS", "300"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, mini_flux: Path) -> RunFolder:
+    recipe = write_recipe(tmp_path_factory.mktemp("run"), mini_flux)
+    return RunFolder(run_here(recipe, "sample.prompts=[]", "output.export_base=false"))
+
+
+def damaged(content: bytes, draws: random.Random) -> bytes:
+    """Flips a bit, or cuts the end off at every tenth call."""
+    if draws.randrange(10) == 0:
+        return content[: draws.randrange(len(content))]
+    flipped = bytearray(content)
+    flipped[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+    return bytes(flipped)
+
+
+def read_checkpoint(run: RunFolder, copies: Path) -> object:
+    """Reads what a resume, an export and `sample` read; the last checkpoint must be the one that is used."""
+    saved = checkpoint.newest(run.checkpoints)
+    assert saved is not None
+    name = copy_adapter(run.checkpoints, None, copies)
+    require_intact(saved.folder / ADAPTER_FILE)
+    return saved.position, name, {k: v.tolist() for k, v in load_file(copies / ADAPTER_FILE).items()}
+
+
+def read_export(run: RunFolder, copies: Path) -> object:
+    """Reads what a push and `lora.init_from` read."""
+    require_adapter(run.adapter)
+    names = [file.name for file in adapter_files(run)]
+    return names, read_provenance(run.adapter / PROVENANCE_FILE)
+
+
+def read_recipe(run: RunFolder, copies: Path) -> object:
+    return written_recipe(run)
+
+
+def read_pin(run: RunFolder, copies: Path) -> object:
+    return pinned_commits(run)
+
+
+def read_rows(run: RunFolder, copies: Path) -> object:
+    return read_metrics(run.root / "metrics.csv")
+
+
+def targets(run: RunFolder) -> Iterator[tuple[Path, Callable[[RunFolder, Path], object]]]:
+    for file in sorted((run.checkpoints / "step-000004").iterdir()):
+        yield file, read_checkpoint
+    for file in sorted(run.adapter.rglob("*")):
+        if file.is_file():
+            yield file, read_export
+    yield run.recipe, read_recipe
+    yield run.pin, read_pin
+    yield run.root / "metrics.csv", read_rows
+
+
+def test_no_damage_is_used_in_silence(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draws = random.Random(0)
+    every = list(targets(run))
+    assert len(every) >= 11
+    intact = {file: (file.read_bytes(), read(run, tmp_path)) for file, read in every}
+    silent = []
+    for number in range(FLIPS):
+        file, read = every[number % len(every)]
+        content, expected = intact[file]
+        file.write_bytes(damaged(content, draws))
+        caplog.clear()
+        checkpoint_folders._named.clear()  # each damaged checkpoint is named once
+        refused = None
+        try:
+            found = read(run, tmp_path)
+            if found != expected and not caplog.records and read is not read_rows:
+                silent.append((file.name, number))
+            if read is read_rows and not caplog.records:
+                # A digit of one number may be another one. Nothing but the reports uses these numbers.
+                wrong = [row for row in found if row not in expected]  # type: ignore[attr-defined, operator]
+                assert len(wrong) <= 1
+        except RecipeError as error:
+            refused = str(error)
+        finally:
+            file.write_bytes(content)
+        assert refused is None or str(file.parent) in refused, (file.name, number, refused)
+    assert silent == []
+    for file, read in every:
+        assert read(run, tmp_path) == intact[file][1]
+
+
+def test_a_damaged_last_checkpoint_is_reported_wherever_it_is_read(run: RunFolder) -> None:
+    file = run.checkpoints / "step-000004" / ADAPTER_FILE
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        for path in (file, file.parent):
+            with pytest.raises(RecipeError, match=r"does not match its checksum.*use another checkpoint"):
+                require_adapter(path)
+        (file.parent / "manifest.json").rename(run.root / "manifest.json")
+        file.write_bytes(content)
+        with pytest.raises(RecipeError, match="not listed"):
+            require_adapter(file)
+    finally:
+        (run.root / "manifest.json").rename(file.parent / "manifest.json")
+        file.write_bytes(content)
+    require_adapter(file)
