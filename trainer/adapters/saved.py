@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.quant.files.json_object import read_object
+from halfbyte.trainer.adapters.patterns import peft_regex, refuse_slow
 from halfbyte.trainer.errors import RecipeError
 
 METADATA = "lora_adapter_metadata"
@@ -130,13 +131,7 @@ def whole_adapter(
             raise RecipeError(
                 f"{where} has {name} {alpha!r}, expected a number: the scale of the adapter depends on it"
             )
-    for pattern in patterns:
-        try:
-            re.compile(_peft_regex(pattern))
-        except re.error as error:
-            raise RecipeError(
-                f"{where} has alpha_pattern {pattern!r}, which is not a regular expression: {error}"
-            ) from error
+    refuse_slow(f"{where} has alpha_pattern", list(patterns), list(parts), "match")
     if config.get("use_dora") and not all("magnitude" in part for part in parts.values()):
         raise RecipeError(
             f"{file}: is a DoRA adapter (use_dora), but layers have no magnitude (…{MAGNITUDE})"
@@ -214,12 +209,7 @@ def _by_layer(tensors: Mapping[str, Tensor], endings: Mapping[str, str]) -> dict
 
 def first_matching(patterns: Iterable[str], layer: str) -> str | None:
     """Returns the first pattern that matches a layer, which is the one that PEFT uses; None if none matches."""
-    return next((pattern for pattern in patterns if re.match(_peft_regex(pattern), layer)), None)
-
-
-def _peft_regex(pattern: str) -> str:
-    """Returns PEFT's regular expression for a pattern, which matches the end of a layer's name."""
-    return rf"(.*\.)?({pattern})$"
+    return next((pattern for pattern in patterns if re.match(peft_regex(pattern), layer)), None)
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -243,7 +233,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{file}: not a complete safetensors file: {error}") from error
-    return tensors, header.get("__metadata__") or {}
+    # safetensors returns them in a random order, which messages that name the first key would show.
+    return dict(sorted(tensors.items())), header.get("__metadata__") or {}
 
 
 def _checksum(file: Path) -> str | None:

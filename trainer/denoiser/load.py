@@ -22,6 +22,7 @@ from halfbyte.trainer.adapters.lora import (
     check_start,
     start_from,
 )
+from halfbyte.trainer.adapters.patterns import refuse_slow
 from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import LoraLayer
 from halfbyte.trainer.denoiser.base import load_base
@@ -69,6 +70,7 @@ def load_run_base(recipe: Recipe, family: Family, device: torch.device, console:
 def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> TrainedLayers:
     """Adds the recipe's adapters to the layers; see `add_lora`."""
     targets = recipe.lora.targets
+    _refuse_slow_patterns(recipe, family, denoiser)
     return add_lora(
         denoiser,
         rank=recipe.lora.rank,
@@ -85,6 +87,15 @@ def add_adapters(recipe: Recipe, family: Family, denoiser: nn.Module) -> Trained
             alpha_pattern=recipe.lora.alpha_pattern,
         ),
     )
+
+
+def _refuse_slow_patterns(recipe: Recipe, family: Family, denoiser: nn.Module) -> None:
+    lora = recipe.lora
+    names = [name for name, _ in denoiser.named_modules()]
+    if isinstance(lora.targets, str) and lora.targets not in family.target_presets:
+        refuse_slow("lora.targets: got", [lora.targets], names, "fullmatch")
+    refuse_slow("lora.rank_pattern: got", list(lora.rank_pattern), names, "match")
+    refuse_slow("lora.alpha_pattern: got", list(lora.alpha_pattern), names, "match")
 
 
 def keep_exact(family: Family, denoiser: nn.Module, paths: Sequence[str]) -> None:

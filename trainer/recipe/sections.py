@@ -4,12 +4,12 @@ Each section is validated once into a frozen object. The string under a field de
 reference page and the error messages are made from these strings and from the field's constraints.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from halfbyte.trainer.adapters.patterns import fault_of
 from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.hub.reference import is_folder, is_repository
 from halfbyte.trainer.objective.losses import LOSSES, MSE, Loss
@@ -35,12 +35,9 @@ _TARGET_PRESETS = ("all-linear", "attention")
 
 def _check_patterns(patterns: dict[str, float]) -> dict[str, float]:
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"got the pattern '{pattern}', expected a regular expression ({error})"
-            ) from error
+        fault = fault_of(pattern)
+        if fault is not None:
+            raise ValueError(f"got the pattern '{pattern}', expected a regular expression ({fault})")
     return patterns
 
 
@@ -55,11 +52,10 @@ def _check_targets(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         return targets
     if near := nearest(targets, [preset.replace("-", "_") for preset in _TARGET_PRESETS]):
         raise ValueError(f"got '{targets}'; did you mean '{near.replace('_', '-')}'?")
-    try:
-        re.compile(targets)
-    except re.error as error:
+    fault = fault_of(targets)
+    if fault is not None:
         accepted = "all-linear, attention, a list of module names, or a regular expression"
-        raise ValueError(f"got '{targets}', expected {accepted} ({error})") from error
+        raise ValueError(f"got '{targets}', expected {accepted} ({fault})")
     return targets
 
 
