@@ -5,8 +5,6 @@
 SLOW = (
     "tests/whole_runs/",
     "tests/faults/",
-    "tests/faults/test_kill_points.py",
-    "tests/faults/test_other_world_size.py",
     "tests/trainer/export/",
     "tests/trainer/publish/test_push",
     "tests/trainer/publish/test_hub_checks.py",

@@ -47,7 +47,7 @@ class Mini:
 
 
 MINIS = (
-    Mini("flux", steps=200, loss_left=0.4, level_left=0.8, distance_left=0.4, kept=0.06),
+    Mini("flux", steps=100, loss_left=0.4, level_left=0.8, distance_left=0.4, kept=0.06),
     Mini("sd3", steps=120, loss_left=0.1, level_left=0.25, distance_left=0.4, kept=0.07),
 )
 
