@@ -175,6 +175,15 @@ def test_every_flipped_bit_of_a_checkpoints_adapter_is_found(tmp_path: Path, min
         read_layers(file, names)
 
 
+def test_a_tensor_type_that_torch_does_not_have_is_a_message(tmp_path: Path) -> None:
+    header = {"transformer.a.lora_A.weight": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}
+    encoded = json.dumps(header).encode()
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"0")
+    with pytest.raises(RecipeError, match="F8_E8M0"):
+        read_tensors(file)
+
+
 def test_a_manifest_of_another_program_is_ignored(tmp_path: Path, mini_flux: Path) -> None:
     file = tmp_path / "lora.safetensors"
     write_lora(file, dict(list(layers_of(mini_flux).items())[:1]), "diffusers")

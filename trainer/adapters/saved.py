@@ -233,6 +233,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"{file}: not a complete safetensors file: {error}") from error
+    except KeyError as error:
+        raise RecipeError(f"{file}: has a tensor of type {error}, which torch does not have") from error
     # safetensors returns them in a random order, which messages that name the first key would show.
     return dict(sorted(tensors.items())), header.get("__metadata__") or {}
 
