@@ -16,6 +16,7 @@ from halfbyte.trainer.data.order import Entry
 from halfbyte.trainer.errors import DataError
 
 from counting_encoders import CountingEncoders, captions_of, views_in, write_pictures
+from soak import report, tries
 
 
 class Filled:
@@ -49,7 +50,8 @@ def test_every_flipped_bit_is_noticed_by_the_next_read(filled: Filled, kind: str
     intact = victim.read_bytes()
     places = random.Random(kind)
     silent, messages = [], []
-    for _ in range(120):
+    flips = tries("ENTRY_FLIPS", 120)
+    for _ in range(flips):
         place, bit = places.randrange(len(intact)), places.randrange(8)
         damaged = bytearray(intact)
         damaged[place] ^= 1 << bit
@@ -60,6 +62,7 @@ def test_every_flipped_bit_is_noticed_by_the_next_read(filled: Filled, kind: str
             messages.append(str(error))
         else:
             silent.append((place, bit))
+    report(f"flipped bits of cached {kind}", tried=flips, undetected=len(silent))
     assert silent == []
     assert all(names_the_sample(message, kind, view) for message in messages)
     assert all("start again" in message for message in messages)

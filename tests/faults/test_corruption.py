@@ -1,6 +1,5 @@
 """Tests that flipped bits and cut files of a run are noticed before use, or change nothing that is used."""
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,9 @@ from halfbyte.trainer.run_folder.pinned_base import pinned_commits
 from halfbyte.trainer.training.metrics import read_metrics
 
 from runs import run_here, write_recipe
+from soak import report, tries
 
-FLIPS = int(os.environ.get("HALFBYTE_FLIPS", "300"))
+FLIPS = tries("FLIPS", 300)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ def test_no_damage_is_used_in_silence(
         finally:
             file.write_bytes(content)
         assert refused is None or str(file.parent) in refused, (file.name, number, refused)
+    report("damaged files of a run", tried=FLIPS, undetected=len(silent))
     assert silent == []
     for file, read in every:
         assert read(run, tmp_path) == intact[file][1]

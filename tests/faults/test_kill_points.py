@@ -35,6 +35,7 @@ from halfbyte.trainer.training.metrics import (
 from kill_points import kill, leftovers, points, sample, tree
 from runs import run_here, write_recipe
 from small_checkpoint import save
+from soak import report
 
 SHORT = 8  # points of each action in the short form
 BOTH_WAYS = pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
@@ -252,7 +253,8 @@ def test_an_export_is_complete_in_each_folder(
     after = contents(target.root)
     assert after.items() >= {name: before[name] for name in before if "mine" in name}.items()
     assert earlier is bool(before)
-    for point in sample(found, 5):
+    chosen = list(sample(found, 5))
+    for point in chosen:
         assert prepare() == before
         kill(lambda: export(target, 4), point, exchange=exchange)
         for place in (target.adapter, target.base):
@@ -262,6 +264,8 @@ def test_an_export_is_complete_in_each_folder(
             assert left in (part(before, place.name), part(after, place.name)), found[point]
         export(target, 4)
         assert contents(target.root) == after, found[point]
+    kind = f"{'second' if earlier else 'first'} export, {'exchange' if exchange else 'two renames'}"
+    report(f"{kind}, killed at one of its {len(found)} file operations", tried=len(chosen), lost=0)
 
 
 def test_a_whole_run_killed_anywhere_and_resumed_ends_the_same(
@@ -269,7 +273,8 @@ def test_a_whole_run_killed_anywhere_and_resumed_ends_the_same(
 ) -> None:
     recipe = write_recipe(tmp_path, mini_flux)
     run = tmp_path / "run"
-    for point in sample(whole.points, 2):
+    chosen = list(sample(whole.points, 2))
+    for point in chosen:
         for folder in (run, tmp_path / "cache"):
             shutil.rmtree(folder, ignore_errors=True)
         kill(lambda: run_here(recipe, *QUIET), point)
@@ -279,3 +284,4 @@ def test_a_whole_run_killed_anywhere_and_resumed_ends_the_same(
         assert leftovers(run) == [], what
         assert sorted(os.listdir(run)) == sorted(os.listdir(whole.run)), what
         assert tree(run / "transformer") == tree(whole.run / "transformer"), what
+    report(f"a whole run killed at one of its {len(whole.points)} file operations", tried=len(chosen), lost=0)

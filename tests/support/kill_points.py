@@ -20,6 +20,8 @@ import safetensors.torch
 
 from halfbyte.quant.files import atomic
 
+from soak import tries
+
 Action = Callable[[], object]
 
 _KILLED = 77
@@ -85,7 +87,7 @@ def kill(action: Action, point: int, *, exchange: bool = True) -> None:
 
 def sample(found: Sequence[str], count: int, *, seed: int = 0) -> Iterator[int]:
     """Yields `count` points, spread over all of them; all where the environment asks for the long form."""
-    if os.environ.get("HALFBYTE_ALL_KILL_POINTS") or count >= len(found):
+    if tries("ALL_KILL_POINTS", 0) or count >= len(found):
         yield from range(len(found))
         return
     draws = random.Random(seed)

@@ -1,0 +1,72 @@
+"""Tests runs of one and two processes that are killed at random times: resumed, they end as if nothing had happened."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
+from halfbyte.trainer.training.metrics import read_metrics, read_validation
+
+from kill_points import leftovers
+from runs import write_recipe
+from soak import report, tries
+
+SETTINGS = (
+    "train.steps=8",
+    "sample.prompts=[]",
+    "validation.held_out=1",
+    "validation.every=2",
+    "lora.dropout=0.1",
+)
+
+
+def results(run):
+    """Returns the adapter and every number of the CSV files, apart from the speed."""
+    rows = [(r.step, r.loss, r.lr, r.grad_norm, r.validation_loss) for r in read_metrics(run / "metrics.csv")]
+    adapter = {name: tensor.tolist() for name, tensor in load_file(run / "adapter" / ADAPTER_FILE).items()}
+    return rows, read_validation(run / "validation.csv"), adapter
+
+
+def start(server, ranks, recipe, *arguments):
+    if ranks == 1:
+        return [server.start("train", str(recipe), *SETTINGS, *arguments)]
+    return server.start_ranks(ranks, "train", str(recipe), *SETTINGS, "train.grad_accumulation=1", *arguments)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini_flux, ranks):
+    draws, kills, lost = random.Random(ranks), 0, 0
+    (tmp_path / "whole").mkdir()
+    began = time.monotonic()
+    for process in start(server, ranks, write_recipe(tmp_path / "whole", mini_flux)):
+        assert process.wait() == 0, process.errors
+    duration = time.monotonic() - began
+    expected = results(tmp_path / "whole" / "run")
+    (tmp_path / "killed").mkdir()
+    recipe = write_recipe(tmp_path / "killed", mini_flux)
+    run = tmp_path / "killed" / "run"
+    wanted = tries("KILLS", 2)
+    while kills < wanted:
+        for folder in (run, tmp_path / "killed" / "cache"):
+            shutil.rmtree(folder, ignore_errors=True)
+        finished = False
+        while not finished:
+            resume = ["--resume"] if (run / "recipe.yaml").exists() else []
+            processes = start(server, ranks, recipe, *resume)
+            if kills < wanted:
+                time.sleep(draws.uniform(0.1, duration))
+                for process in processes:
+                    # A signal to a process that has just ended reaches nobody.
+                    if process.poll() is None:
+                        process.send(signal.SIGKILL)
+            codes = [process.wait() for process in processes]
+            kills += -signal.SIGKILL in codes
+            finished = codes == [0] * ranks
+            assert all(code in (0, -signal.SIGKILL) for code in codes), [p.errors for p in processes]
+        lost += results(run) != expected or bool(leftovers(run))
+    report(f"random kills, processes: {ranks}", tried=kills, lost=lost)
+    assert lost == 0
