@@ -141,6 +141,18 @@ def test_only_the_damaged_row_is_lost(tmp_path: Path, caplog: pytest.LogCaptureF
     assert f"line {lost + 1}:" in caplog.text
 
 
+@pytest.mark.parametrize("content", [b"", b"\r\n", b"step,loss\r\n"])
+@pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
+def test_a_file_without_rows_is_read(tmp_path: Path, name: str, content: bytes) -> None:
+    """A run that is killed before its first row leaves the header only."""
+    write(tmp_path, 0, 0)
+    assert read_metrics(tmp_path / "metrics.csv") == []
+    assert resumed(tmp_path)[0] == WHOLE[4:]
+    (tmp_path / name).write_bytes(content)
+    assert (read_metrics if name == "metrics.csv" else read_validation)(tmp_path / name) == []
+    resumed(tmp_path)
+
+
 def test_columns_that_are_gone_cost_the_rows_but_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
 from halfbyte.trainer.data.decode import DECODE_ERRORS, decoded_size
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.export.provenance import BASE_ERROR_FILE
+from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, read_provenance
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, require_intact
 
@@ -67,6 +67,7 @@ def adapter_files(run: RunFolder) -> list[PushFile]:
             f"{folder}: has no {PROVENANCE_FILE}, so it was exported by an older version; export it again with:"
             " halfbyte export RUN --base"
         )
+    read_provenance(folder / PROVENANCE_FILE)  # a damaged one is refused before it is used to check the files
     paths = [folder / name for name in (PROVENANCE_FILE, ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG)]
     for kind in _OTHER_FORMATS:
         paths += sorted((folder / kind).glob("*.safetensors"))

@@ -126,9 +126,9 @@ def _in_order(found: Sequence[tuple[int, Row]]) -> tuple[list[Row], str | None]:
     """Returns the rows whose steps increase, and the first line that breaks the order."""
     rows: list[Row] = []
     fault = None
-    for index, (number, row) in enumerate(found):
+    for place, (number, row) in enumerate(found):
         after_last = not rows or rows[-1].step < row.step
-        if after_last and (index + 1 == len(found) or row.step < found[index + 1][1].step):
+        if after_last and all(row.step < following.step for _, following in found[place + 1 : place + 2]):
             rows.append(row)
         else:
             fault = fault or f"line {number}: step {row.step} is out of order"
