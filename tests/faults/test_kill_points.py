@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from halfbyte.quant.files.atomic import put_in_place, recover, work_folder, write_file
+from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.denoiser.load import load_run_base
 from halfbyte.trainer.denoiser.settings import base_recipe
@@ -207,8 +208,20 @@ def export(whole: Whole) -> Callable[[RunFolder, int], None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Returns what `tree` does, with the entries of safetensors' headers in order: safetensors writes them in any."""
+    """Returns what `tree` does, with the entries of safetensors' headers in order: safetensors writes them in any.
+
+    Checks that the provenance has the digests of the files that are there, and leaves the digests out.
+    """
     files = tree(folder)
+    # A work folder, whose name begins with a dot, may be half deleted.
+    for name in [name for name in files if name.endswith("halfbyte.json") and not name.startswith(".")]:
+        facts = json.loads(files[name])
+        assert facts.pop("checksum")
+        listed = facts.pop("files")
+        assert len(listed) >= 4
+        for file, digest in listed.items():
+            assert sha256_of(files[f"{name.removesuffix('halfbyte.json')}{file}"]) == digest, file
+        files[name] = json.dumps(facts).encode()
     for name in [name for name in files if name.endswith(".safetensors") and b"{" in files[name]]:
         end = 8 + int.from_bytes(files[name][:8], "little")
         header = json.loads(files[name][8:end])
