@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
@@ -46,7 +47,9 @@ def read_checkpoint(run: RunFolder, copies: Path) -> object:
     assert saved is not None
     name = copy_adapter(run.checkpoints, None, copies)
     require_intact(saved.folder / ADAPTER_FILE)
-    return saved.position, name, {k: v.tolist() for k, v in load_file(copies / ADAPTER_FILE).items()}
+    tensors = [load_file(copies / ADAPTER_FILE), saved.adapter, *saved.optimizer["state"].values()]
+    values = [{key: torch.as_tensor(value).tolist() for key, value in part.items()} for part in tensors]
+    return saved.position, name, saved.optimizer["param_groups"], saved.scaler, values
 
 
 def read_export(run: RunFolder, copies: Path) -> object:

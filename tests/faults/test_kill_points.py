@@ -38,7 +38,9 @@ from runs import run_here, write_recipe
 from small_checkpoint import save
 from soak import report
 
-SHORT = 8  # points of each action in the short form
+SHORT = 4  # points of each action in the short form, besides those after these operations
+RENAMES = ("rename", "exchange")
+CRITICAL = (*RENAMES, "replace", "open")
 BOTH_WAYS = pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 
 
@@ -82,7 +84,7 @@ def test_a_folder_is_old_or_new_and_keeps_a_users_files(tmp_path: Path, exchange
     before = prepare()
     after = before | {"ours": b"new"}
     found = points(lambda: put(place, "new"), exchange=exchange)
-    for point in sample(found, SHORT):
+    for point in sample(found, SHORT, after=CRITICAL):
         what = found[point]
         assert prepare() == before
         kill(lambda: put(place, "new"), point, exchange=exchange)
@@ -114,7 +116,7 @@ def test_no_checkpoint_is_lost(tmp_path: Path, exchange: bool) -> None:
     prepare()
     found = points(step, exchange=exchange)
     saved = next(n for n, what in enumerate(found) if what.startswith("after rename .step-000006"))
-    for point in sample(found, SHORT):
+    for point in sample(found, SHORT, after=CRITICAL):
         what = found[point]
         prepare()
         kill(step, point, exchange=exchange)
@@ -145,7 +147,7 @@ def test_no_row_up_to_the_checkpoint_is_lost(tmp_path: Path) -> None:
 
     prepare()
     found = points(lambda: write_rows(tmp_path / "run", 4, 6))
-    for point in sample(found, SHORT):
+    for point in sample(found, SHORT, after=CRITICAL):
         what = found[point]
         prepare()
         kill(lambda: write_rows(tmp_path / "run", 4, 6), point)
@@ -165,7 +167,7 @@ def test_the_recipe_of_a_run_is_never_cut_short(tmp_path: Path, mini_flux: Path)
     run = RunFolder(recipe.output.dir)
     begin(run, recipe)
     found = points(lambda: begin(run, recipe))
-    for point in sample(found, SHORT):
+    for point in sample(found, SHORT, after=CRITICAL):
         what = found[point]
         kill(lambda: begin(run, recipe), point)
         assert written_recipe(run) == recipe, what
@@ -266,7 +268,7 @@ def test_an_export_is_complete_in_each_folder(
     after = contents(target.root)
     assert after.items() >= {name: before[name] for name in before if "mine" in name}.items()
     assert earlier is bool(before)
-    chosen = list(sample(found, 5))
+    chosen = list(sample(found, 2, after=RENAMES))
     for point in chosen:
         assert prepare() == before
         kill(lambda: export(target, 4), point, exchange=exchange)

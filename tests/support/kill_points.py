@@ -85,14 +85,20 @@ def kill(action: Action, point: int, *, exchange: bool = True) -> None:
     assert code == _KILLED, f"the action was not killed, but ended with {code}"
 
 
-def sample(found: Sequence[str], count: int, *, seed: int = 0) -> Iterator[int]:
-    """Yields `count` points, spread over all of them; all where the environment asks for the long form."""
+def sample(found: Sequence[str], count: int, *, after: Sequence[str] = ()) -> Iterator[int]:
+    """Yields `count` points, spread over all of them; all where the environment asks for the long form.
+
+    after: operations after each of which is always a point, because a fault there is likely.
+    """
     if tries("ALL_KILL_POINTS", 0) or count >= len(found):
         yield from range(len(found))
         return
-    draws = random.Random(seed)
-    for part in range(count):
-        yield draws.randrange(part * len(found) // count, (part + 1) * len(found) // count)
+    draws = random.Random(0)
+    chosen = {
+        draws.randrange(part * len(found) // count, (part + 1) * len(found) // count) for part in range(count)
+    }
+    always = tuple(f"after {operation} " for operation in after)
+    yield from sorted(chosen | {point for point, what in enumerate(found) if what.startswith(always)})
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from halfbyte.trainer.run_folder.checkpoint_folders import (
     recover_checkpoints,
     refusal,
 )
-from halfbyte.trainer.run_folder.lock import LOCK_FILES
+from halfbyte.trainer.run_folder.lock import LOCK_FILES, lock_exports
 from halfbyte.trainer.run_folder.saved_state import read_state
 
 log = logging.getLogger(__name__)
@@ -107,9 +107,10 @@ class RunFolder:
 def begin(folder: RunFolder, recipe: Recipe) -> None:
     """Makes or continues the run's folder: completes what a killed process left, and writes the recipe."""
     make_folder(folder.root)
-    recover_all(folder.root)
-    for exported in (folder.adapter, folder.base):
-        recover(exported)
+    with lock_exports(folder.root):  # waits for an export of another process, whose work files are here too
+        recover_all(folder.root)
+        for exported in (folder.adapter, folder.base):
+            recover(exported)
     recover_checkpoints(folder.checkpoints)
     text = recipe.to_yaml()
     write_file(folder.recipe, f"{text}# SHA-256 of the lines above: {sha256_of(text)}\n")
