@@ -73,17 +73,6 @@ def stack_weight(out, *fields):
         out[:, width + first : width + first + up.shape[1]] = up * scale
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Traces and functionalizes blocks without compiling them: these tests check graphs, and this is faster."""
-
-    def compile_block(block, fullgraph):
-        compiled = torch.compile(block._call_impl, backend="aot_eager", fullgraph=fullgraph)
-        block._compiled_call_impl = compiled
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
-
-
 @pytest.mark.usefixtures("traced")
 def test_stacked_weights_compile_and_strengths_share_a_graph(mini_sd3, monkeypatch):
     """Stacks weights as on a GPU, where an op dequantizes each weight of a product into its part of one matrix."""

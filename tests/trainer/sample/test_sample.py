@@ -234,6 +234,7 @@ def test_a_prompt_that_is_cut_off_gives_a_warning(flux, tmp_path, caplog):
     assert "mushroom" in warning
 
 
+@pytest.mark.usefixtures("traced")
 def test_blocks_are_compiled(run_of, tmp_path):
     """Uses SD3, whose blocks compile faster than FLUX's."""
     _, run = run_of("sd3")

@@ -26,7 +26,7 @@ from halfbyte.trainer.runtime.world import World, read_world
 from halfbyte.trainer.training.metrics import read_metrics, read_validation
 from halfbyte.trainer.training.validation import Validation
 
-from runs import PICTURES, command, run_here, write_pictures, write_recipe
+from runs import PICTURES, run_here, write_pictures, write_recipe
 
 CPU = torch.device("cpu")
 SIGMAS = (0.25, 0.5, 0.75)
@@ -247,13 +247,12 @@ def test_resuming_keeps_step_0_and_repeats_the_rest_bitwise(measured_run, mini_f
     assert one["validation"] == other["validation"]
 
 
-def test_two_processes_measure_the_same_as_one(mini_flux, tmp_path):
+def test_two_processes_measure_the_same_as_one(server, mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
     settings = (*HELD_OUT, "train.steps=2", "sample.prompts=[]", "output.export_base=false")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    result = command(*launcher, "-m", "halfbyte.trainer", str(recipe), *settings)
-    assert result.returncode == 0, result.stderr
-    assert "validation" in result.stdout
+    processes = server.start_ranks(2, "train", str(recipe), *settings)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].errors
+    assert "validation" in processes[0].output
     alone = run_here(recipe, *settings, "train.batch_size=2", f"output.dir={tmp_path / 'alone'}", world=ALONE)
     pair, one = (read_validation(run / "validation.csv") for run in (tmp_path / "run", alone))
     assert [row.loss for row in pair] == pytest.approx([row.loss for row in one], rel=1e-5)
