@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from halfbyte.trainer.plan import meta_results
 from halfbyte.trainer.plan.op_costs import ops_inside, work
 
 _GRANULE = 512  # bytes; torch's CUDA allocator rounds every size up to a multiple of it
@@ -121,7 +122,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs an operation and counts its results and its work; torch calls it for every operation."""
-        result = func(*args, **(kwargs or {}))
+        result = meta_results.run(func, args, kwargs or {})
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

@@ -142,7 +142,9 @@ def test_a_plan_prints_memory_in_gib(planner: Planner) -> None:
     huge = replace(plan, phases=[replace(plan.largest, device={"weights": 971 * GIB})])
     lines = [line for printed in (plan, copying, huge) for line in plan_lines(printed)]
     fitted = fit_to_budget(planner, 8 * GIB)
-    lines += [line for result in (fitted, replace(fitted, fits=False, nearest=fitted)) for line in fit_lines(result)]
+    lines += [
+        line for result in (fitted, replace(fitted, fits=False, nearest=fitted)) for line in fit_lines(result)
+    ]
     lines.append(full_device.out_of_memory(planner.recipe, planner.family, "in a test", "step"))
     text = "\n".join(lines)
     assert re.search(r"\d\.\d\d GiB", text)
