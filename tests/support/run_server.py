@@ -192,8 +192,10 @@ def _put(path: Path, text: str) -> None:
 
 def _command(order: dict[str, Any], file: Path) -> int:
     """Runs the command in this process, as the installed script would; returns its exit code."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        signal.signal(number, handler)
+    # As in a terminal, also if the tests run where some signals are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     os.close(0)
     os.open(os.devnull, os.O_RDONLY)
     for descriptor, ending in ((1, ".out"), (2, ".err")):

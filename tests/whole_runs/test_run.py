@@ -202,7 +202,7 @@ def test_bad_images_end_with_exit_code_3(tmp_path, mini_flux, damage, named):
 def test_a_loss_that_is_nan_or_infinite_stops_the_run(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     result = invoke(recipe, "optimizer.lr=1e30", "train.max_grad_norm=null", "checkpoint.every=1")
-    assert result.exit_code == 1
+    assert result.exit_code == 8
     assert "loss" in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "run" / "adapter").exists(), "nothing is exported"
@@ -213,7 +213,7 @@ def test_weights_that_are_nan_or_infinite_are_not_saved(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     settings = ("optimizer.lr=1e30", "train.steps=20", "output.log_every=10", "checkpoint.every=1")
     result = invoke(recipe, *settings, "checkpoint.keep=1")
-    assert result.exit_code == 1
+    assert result.exit_code == 8
     assert "step 2" in result.output
     assert "adapter" in result.output
     (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
