@@ -64,7 +64,12 @@ def read_entry(
 
 
 def write_entry(path: Path, tensors: Mapping[str, Tensor], maker: str) -> None:
-    """Writes an entry atomically. Raises DataError if a tensor is not finite or the file cannot be written."""
+    """Writes an entry atomically.
+
+    Raises:
+        DataError: a tensor is not finite.
+        OutOfSpace: the file cannot be written.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
