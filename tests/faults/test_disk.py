@@ -12,6 +12,7 @@ from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.training.metrics import read_metrics
 
+from run_server import SLOW_STEPS
 from runs import run_here, write_recipe
 
 
@@ -96,9 +97,7 @@ def test_a_full_temporary_folder_is_not_taken_for_a_damaged_checkpoint(
 
 def test_a_folder_that_vanishes_ends_the_run_with_a_message(server, tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
-    slow = "import time\nfrom halfbyte.trainer.training.module import DiffusionModule\nreal = DiffusionModule.loss\n"
-    slow += "DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]"
-    process = server.start("train", str(recipe), "train.steps=60", before=slow)
+    process = server.start("train", str(recipe), "train.steps=60", before=SLOW_STEPS)
     process.wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
     os.rename(tmp_path / "run", tmp_path / "moved")
     (tmp_path / "run").write_text("a file")

@@ -8,14 +8,13 @@ import pytest
 from halfbyte.trainer.errors import OutOfSpace, RecipeError
 from halfbyte.trainer.run_folder.lock import LOCK_FILE, lock_run
 
+from run_server import SLOW_STEPS
 from runs import run_here, write_recipe
 
 
 def test_a_second_run_names_the_process_that_holds_the_folder(server, tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
-    slow = "import time\nfrom halfbyte.trainer.training.module import DiffusionModule\nreal = DiffusionModule.loss\n"
-    slow += "DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]"
-    process = server.start("train", str(recipe), "train.steps=60", before=slow)
+    process = server.start("train", str(recipe), "train.steps=60", before=SLOW_STEPS)
     process.wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
     for resume in (False, True):
         with pytest.raises(RecipeError, match=f"process {process.pid} on ") as refused:

@@ -8,14 +8,9 @@ import pytest
 from halfbyte.trainer.errors import ProcessLost
 from halfbyte.trainer.run_folder import checkpoint
 
+from run_server import SLOW_STEPS
 from runs import run_here, write_recipe
 
-SLOW = """
-import time
-from halfbyte.trainer.training.module import DiffusionModule
-real = DiffusionModule.loss
-DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]
-"""
 PATIENCE = {"HALFBYTE_RANK_TIMEOUT": "8"}
 
 
@@ -23,7 +18,9 @@ PATIENCE = {"HALFBYTE_RANK_TIMEOUT": "8"}
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_a_lost_process_is_named_and_the_other_ends(server, tmp_path, mini_flux, lost, number):
     recipe = write_recipe(tmp_path, mini_flux)
-    processes = server.start_ranks(2, "train", str(recipe), "train.steps=200", environ=PATIENCE, before=SLOW)
+    processes = server.start_ranks(
+        2, "train", str(recipe), "train.steps=200", environ=PATIENCE, before=SLOW_STEPS
+    )
     processes[0].wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
     gone, left = processes[lost], processes[1 - lost]
     gone.send(number)

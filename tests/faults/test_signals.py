@@ -7,6 +7,7 @@ import pytest
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.run_folder import checkpoint
 
+from run_server import SLOW_STEPS
 from runs import run_here, write_recipe
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -39,9 +40,7 @@ def assert_nothing_left(folder):
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_a_signal_during_a_step_saves_a_checkpoint(server, tmp_path, mini_flux, number):
     recipe = write_recipe(tmp_path, mini_flux)
-    slow = "import time\nfrom halfbyte.trainer.training.module import DiffusionModule\nreal = DiffusionModule.loss\n"
-    slow += "DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]"
-    process = server.start("train", str(recipe), "train.steps=60", "checkpoint.every=2", before=slow)
+    process = server.start("train", str(recipe), "train.steps=60", "checkpoint.every=2", before=SLOW_STEPS)
     process.wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
     process.send(number)
     assert process.wait() == 128 + number, process.errors
@@ -121,9 +120,7 @@ def test_a_second_signal_ends_the_step(server, tmp_path, mini_flux):
 
 def test_a_signal_to_one_of_two_processes_stops_both(server, tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
-    slow = "import time\nfrom halfbyte.trainer.training.module import DiffusionModule\nreal = DiffusionModule.loss\n"
-    slow += "DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]"
-    leader, other = server.start_ranks(2, "train", str(recipe), "train.steps=60", before=slow)
+    leader, other = server.start_ranks(2, "train", str(recipe), "train.steps=60", before=SLOW_STEPS)
     leader.wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
     other.send(signal.SIGTERM)
     assert (leader.wait(30), other.wait(30)) == (143, 143), leader.errors + other.errors

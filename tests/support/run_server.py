@@ -27,6 +27,15 @@ _POLL = 0.02  # seconds
 _STARTS = 240  # seconds that the imports of the forked process may take on a busy machine
 
 
+# For `before`: steps of a fifth of a second, so that a signal arrives before a run of some seconds ends.
+SLOW_STEPS = """
+import time
+from halfbyte.trainer.training.module import DiffusionModule
+real = DiffusionModule.loss
+DiffusionModule.loss = lambda *given: (time.sleep(0.2), real(*given))[1]
+"""
+
+
 class Command:
     """A running `halfbyte ARGUMENTS`, in a process of its own."""
 

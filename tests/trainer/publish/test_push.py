@@ -39,6 +39,18 @@ def test_a_finished_run_is_pushed_to_a_private_repository_in_one_commit(hub, pus
         assert repository.tree[name].content == (pushed_run / local).read_bytes()
 
 
+def test_the_token_is_in_no_file(hub, pushed_run):
+    """The worker has trained and pushed: neither its files nor its log nor the repository has the token."""
+    held = [path for path in hub.folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert held == []
+    assert (pushed_run / "recipe.yaml").is_file()
+    assert pushed_run.is_relative_to(hub.folder)
+    assert TOKEN not in hub.worker.stderr.read_text()
+    tree = hub.store.model("ann/dog").tree
+    assert [name for name, blob in tree.items() if TOKEN.encode() in blob.content] == []
+    assert hub.hub.leaks == [], "requests with the token in the address or the body"
+
+
 def test_metadata_and_card_pin_the_base(hub, pushed_run):
     tree, commit = hub.store.model("ann/dog").tree, hub.store.model(BASE).head
     for name, key in (("adapter_config.json", "revision"), ("halfbyte.json", "revision")):
