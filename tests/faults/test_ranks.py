@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 
 import pytest
 
 from halfbyte.trainer.errors import ProcessLost
 from halfbyte.trainer.run_folder import checkpoint
+from halfbyte.trainer.runtime.world import end_with_launcher
 
 from run_server import SLOW_STEPS
 from runs import run_here, write_recipe
@@ -69,3 +71,23 @@ def test_an_error_of_the_leader_is_printed_once_and_ends_all(server, tmp_path, m
     processes = server.start_ranks(2, "train", str(recipe), "train.steps=2")
     assert [process.wait(60) for process in processes] == [2, 2]
     assert sum(process.errors.count("error: ") for process in processes) == 1
+
+
+def test_a_process_ends_when_its_launcher_is_killed(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    reader, writer = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, lambda number, frame: (os.write(writer, b"stopped"), os._exit(0)))
+            end_with_launcher()
+            os.write(writer, b"ready ")
+            time.sleep(60)
+        time.sleep(60)
+        os._exit(1)
+    os.close(writer)
+    assert os.read(reader, 100) == b"ready "
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert os.read(reader, 100) == b"stopped"
+    os.close(reader)

@@ -99,7 +99,7 @@ def join(world: World) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
     if world.size == 1 or torch.distributed.is_initialized():
         return
-    _end_with_launcher()
+    end_with_launcher()
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     # The other processes wait while rank 0 encodes or exports, which takes hours for a large data set. The watch
     # notices a process that is gone or hangs much earlier.
@@ -124,7 +124,7 @@ def _patience() -> float:
     return float(_number(os.environ, "HALFBYTE_RANK_TIMEOUT", 60))
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """Makes the kernel send this process SIGTERM when its launcher ends, however that ended.
 
     Otherwise a killed launcher leaves its processes training, and a restarted job would meet them.
