@@ -7,6 +7,11 @@ from typing import Any
 # Indexes of the largest models have less than 1 MB.
 _LARGEST = 64 * 2**20
 _LFS = b"version https://git-lfs.github.com/spec/"
+# Follows "not a ... file".
+LFS_POINTER = (
+    "but the pointer that Git LFS leaves in its place; run `git lfs pull` in the repository, or download it with"
+    " `hf download`"
+)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -26,23 +31,14 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: not a JSON file: nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-# Follows "not a ... file".
-LFS_POINTER = (
-    "but the pointer that Git LFS leaves in its place; run `git lfs pull` in the repository, or download it with"
-    " `hf download`"
-)
-
-
 def is_lfs_pointer(path: Path) -> bool:
-    """Tests whether a file holds the few lines that Git leaves in place of a large file. Raises OSError."""
+    """Returns True if a file holds the few lines that Git leaves in place of a large file. Raises OSError."""
     with path.open("rb") as file:
         return file.read(len(_LFS)) == _LFS

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from halfbyte.quant.files.atomic import put_in_place, recover, work_folder, write_file
 from halfbyte.quant.files.digest import sha256_of
@@ -34,7 +33,7 @@ from halfbyte.trainer.training.metrics import (
 )
 
 from kill_points import kill, leftovers, points, sample, tree
-from runs import run_here, write_recipe
+from runs import results, run_here, write_recipe
 from small_checkpoint import save
 from soak import report
 
@@ -229,13 +228,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         header = json.loads(files[name][8:end])
         files[name] = json.dumps(header, sort_keys=True).encode() + files[name][end:]
     return files
-
-
-def results(run: Path) -> tuple[object, ...]:
-    """Returns the adapter and every number of the CSV files, apart from the speed."""
-    rows = [(r.step, r.loss, r.lr, r.grad_norm, r.validation_loss) for r in read_metrics(run / "metrics.csv")]
-    adapter = {name: tensor.tolist() for name, tensor in load_file(run / "adapter" / ADAPTER_FILE).items()}
-    return rows, read_validation(run / "validation.csv"), adapter
 
 
 @BOTH_WAYS

@@ -6,13 +6,9 @@ import signal
 import time
 
 import pytest
-from safetensors.torch import load_file
-
-from halfbyte.trainer.adapters.saved import ADAPTER_FILE
-from halfbyte.trainer.training.metrics import read_metrics, read_validation
 
 from kill_points import leftovers
-from runs import write_recipe
+from runs import results, write_recipe
 from soak import report, tries
 
 SETTINGS = (
@@ -22,13 +18,6 @@ SETTINGS = (
     "validation.every=2",
     "lora.dropout=0.1",
 )
-
-
-def results(run):
-    """Returns the adapter and every number of the CSV files, apart from the speed."""
-    rows = [(r.step, r.loss, r.lr, r.grad_norm, r.validation_loss) for r in read_metrics(run / "metrics.csv")]
-    adapter = {name: tensor.tolist() for name, tensor in load_file(run / "adapter" / ADAPTER_FILE).items()}
-    return rows, read_validation(run / "validation.csv"), adapter
 
 
 def start(server, ranks, recipe, *arguments):

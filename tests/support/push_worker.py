@@ -7,7 +7,6 @@ of a command as a line of JSON and writes its exit code, output and waits as ano
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from runs import environment
+from runs import environment, free_port
 
 ORDERS = "orders: "
 
@@ -145,10 +144,7 @@ def _run(arguments: Sequence[str], waits: list[float]) -> dict[str, Any]:
 
 def _run_ranks(arguments: Sequence[str], number: int, waits: list[float]) -> list[dict[str, Any]]:
     """Runs a command in `number` forks with the environment of torchrun; returns the fields of their Answers."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    size, readers = str(number), []
+    port, size, readers = str(free_port()), str(number), []
     for rank in map(str, range(number)):
         read, write = os.pipe()
         if os.fork() == 0:

@@ -16,12 +16,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from runs import environment
+from runs import environment, free_port
 
 _POLL = 0.02  # seconds
 _STARTS = 240  # seconds that the imports of the forked process may take on a busy machine
@@ -80,7 +80,7 @@ class Command:
         """Sends a signal to the process."""
         os.kill(self.pid, number)
 
-    def _until(self, holds: Any, failure: str, timeout: float) -> None:
+    def _until(self, holds: Callable[[], bool], failure: str, timeout: float) -> None:
         end = time.monotonic() + timeout
         while not holds():
             assert self.poll() is None, f"ended with {self.poll()}\n{self.output}\n{self.errors}"
@@ -119,7 +119,7 @@ class RunServer:
         """Starts one command in several processes that train together, as torchrun would."""
         ranks = str(number)
         shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-        shared["MASTER_PORT"] = str(_free_port())
+        shared["MASTER_PORT"] = str(free_port())
         return [
             self.start(
                 *arguments,
@@ -152,14 +152,6 @@ def _content(path: Path, timeout: float) -> str:
         assert time.monotonic() < end, f"no {path} after {timeout} s"
         time.sleep(_POLL)
     return path.read_text()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _serve() -> None:

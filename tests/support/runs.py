@@ -1,6 +1,7 @@
 """A recipe that trains within seconds, and ways to run it, for the tests of whole runs."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import World, read_world
+from halfbyte.trainer.training.metrics import read_metrics, read_validation
 
 PICTURES = 6
 
@@ -82,3 +86,17 @@ def command(
         text=True,
         timeout=timeout,
     )
+
+
+def results(run: Path) -> tuple[object, ...]:
+    """Returns the adapter and every number of the CSV files, apart from the speed."""
+    rows = [(r.step, r.loss, r.lr, r.grad_norm, r.validation_loss) for r in read_metrics(run / "metrics.csv")]
+    adapter = {name: tensor.tolist() for name, tensor in load_file(run / "adapter" / ADAPTER_FILE).items()}
+    return rows, read_validation(run / "validation.csv"), adapter
+
+
+def free_port() -> int:
+    """Returns a port of the loopback interface that is not in use."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -46,8 +46,9 @@ def reported_errors(*, debug: bool = False) -> Iterator[Command]:
 
     debug: also prints the traceback.
 
-    Every command runs inside it. Only the first process of each machine prints the message. Out of memory is
-    the exception: each process that runs out prints it, because its GPU may be the only one that is full.
+    Every command runs inside it. Only the first process of each machine prints the message, with two
+    exceptions: each process that runs out of memory prints it, because its GPU may be the only one that is full,
+    and the loss of a process is printed by the lowest rank that is left.
     """
     command = Command()
     _escape_unprintable()

@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.quant.files.atomic import flush, recover_all, remove_folder
 from halfbyte.quant.files.digest import sha256_file, sha256_of
-from halfbyte.trainer.adapters.saved import ADAPTER_FILE
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE, MANIFEST
 from halfbyte.trainer.errors import OutOfSpace, RecipeError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 TRAINED_FILE = "trained_lora_weights.safetensors"
-MANIFEST = "manifest.json"
 _REQUIRED = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
 _NAME = re.compile(r"step-(\d{6,})")
 # Left by a process that was killed while it saved a step again; without `.halfbyte` by version 0.2 or older.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.quant.files.digest import sha256_file, sha256_of
+from halfbyte.trainer.adapters.saved import MANIFEST
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.run_folder.checkpoint_folders import MANIFEST, is_checkpoint
+from halfbyte.trainer.run_folder.checkpoint_folders import is_checkpoint
 
 PROVENANCE_FILE = "halfbyte.json"
 """Stored next to an exported adapter, and at the top of a repository that halfbyte has pushed to."""

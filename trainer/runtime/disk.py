@@ -24,7 +24,7 @@ _ERRORS = (
 )
 # safetensors and torch report the system's error only as text, such as "No space left on device (os error 28)".
 _NUMBER = re.compile(r"\(os error (\d+)\)")
-_TEXTS = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)}
+_TEXTS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 _AFTER = (
     "Nothing that was saved before is lost. Free space or change the folder, then start again with --resume"
 )

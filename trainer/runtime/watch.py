@@ -45,11 +45,11 @@ class RankWatch:
         threading.Thread(target=self._watch_on, name="rank watch", daemon=True).start()
 
     def close(self) -> None:
-        """Ends the thread. The other processes are told, and do not take this one for lost."""
+        """Ends the thread. Leaves a mark for the other processes, which then do not take this one for lost."""
         self._leaving.set()
         self._beating.join(timeout=5)
 
-    def lost(self, error: BaseException | None = None) -> ProcessLost:
+    def lost(self) -> ProcessLost:
         """Returns the error to raise after an exchange with the other processes has failed.
 
         Waits some seconds for the signs of life, to name the process that is missing.

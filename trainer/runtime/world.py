@@ -146,7 +146,7 @@ def exchange(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size == 1 or _watch is None or not _is_broken_exchange(error):
             raise
-        raise _watch.lost(error) from error
+        raise _watch.lost() from error
 
 
 def _is_broken_exchange(error: RuntimeError) -> bool:
