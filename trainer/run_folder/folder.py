@@ -49,7 +49,8 @@ EXECUTION_SETTINGS = (
 )
 # Settings whose product with the number of processes must stay the same, see `batching`.
 _BATCHING = ("train.batch_size", "train.grad_accumulation")
-_CHECKSUM = re.compile(rb"# SHA-256 of the lines above: ([0-9a-f]{64})\n?\Z")
+# The first line, so that a file whose end was cut off still has it.
+_CHECKSUM = re.compile(rb"# SHA-256 of the lines below: ([0-9a-f]{64})\n")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def begin(folder: RunFolder, recipe: Recipe) -> None:
             recover(exported)
     recover_checkpoints(folder.checkpoints)
     text = recipe.to_yaml()
-    write_file(folder.recipe, f"{text}# SHA-256 of the lines above: {sha256_of(text)}\n")
+    write_file(folder.recipe, f"# SHA-256 of the lines below: {sha256_of(text)}\n{text}")
     flush(folder.root)
 
 
@@ -131,10 +132,10 @@ def written_recipe(folder: RunFolder) -> Recipe:
             f"{error}\n{folder.recipe} is the run's own copy of its recipe, and is damaged. Put back an intact copy of"
             " the file. To resume with the settings that you give now, which must be those of the run, delete it"
         ) from error
-    checksum = _CHECKSUM.search(content)  # runs of version 0.2 and older have none
-    if checksum is not None and sha256_of(content[: checksum.start()]) != checksum[1].decode():
+    checksum = _CHECKSUM.match(content)  # runs of version 0.2 and older have none
+    if checksum is not None and sha256_of(content[checksum.end() :]) != checksum[1].decode():
         log.warning(
-            "%s was edited or damaged after the run wrote it: check its settings. To accept them, delete its last line",
+            "%s was edited or damaged after the run wrote it: check its settings. To accept them, delete the first line",
             folder.recipe,
         )
     return recipe
