@@ -135,7 +135,7 @@ def written_recipe(folder: RunFolder) -> Recipe:
     checksum = _CHECKSUM.match(content)  # runs of version 0.2 and older have none
     if checksum is not None and sha256_of(content[checksum.end() :]) != checksum[1].decode():
         log.warning(
-            "%s was edited or damaged after the run wrote it: check its settings. To accept them, delete the first line",
+            "%s was edited or damaged after the run wrote it: check its settings. To accept them, delete line 1",
             folder.recipe,
         )
     return recipe
