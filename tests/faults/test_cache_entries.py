@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfbyte.trainer.data.batches import TrainingSet
-from halfbyte.trainer.data.buckets import View
-from halfbyte.trainer.data.cache_entry import checksum
-from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache, encode_missing
-from halfbyte.trainer.data.order import Entry
+from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode_missing
+from halfbyte.trainer.data.cache.entry import checksum
+from halfbyte.trainer.data.views.buckets import View
+from halfbyte.trainer.data.views.order import Entry
 from halfbyte.trainer.errors import DataError
 
 from counting_encoders import CountingEncoders, captions_of, views_in, write_pictures

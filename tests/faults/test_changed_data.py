@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import halfbyte.trainer.run as story
-from halfbyte.trainer.data.folder import read_samples
 from halfbyte.trainer.data.record import RecordedSample, read_record, recorded, require_same, write_record
+from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.recipe.load import load_recipe

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from halfbyte.quant.files.regular import open_regular, read_regular, require_regular
-from halfbyte.trainer.data import captions, parquet
-from halfbyte.trainer.data.buckets import Cropping, views_of
-from halfbyte.trainer.data.captions import CAPTION_BYTES, Problems, read_metadata
-from halfbyte.trainer.data.folder import load_pixels, read_samples
 from halfbyte.trainer.data.prompts import references_for
+from halfbyte.trainer.data.sources import captions, parquet
+from halfbyte.trainer.data.sources.captions import CAPTION_BYTES, Problems, read_metadata
+from halfbyte.trainer.data.sources.folder import load_pixels, read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
 
 NAMES = ("a.png", "a.txt", "metadata.jsonl", "metadata.csv", "data.parquet")

@@ -10,12 +10,12 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 
 from halfbyte.quant.files.digest import sha256_of
-from halfbyte.trainer.data import decode as decoding
-from halfbyte.trainer.data.buckets import Cropping, views_of
-from halfbyte.trainer.data.color import to_srgb
-from halfbyte.trainer.data.decode import PICTURE_SUFFIXES, decode, has_misnamed_profile
-from halfbyte.trainer.data.encoding_cache import LatentCache
-from halfbyte.trainer.data.folder import read_samples
+from halfbyte.trainer.data.cache.encodings import LatentCache
+from halfbyte.trainer.data.pictures import decode as decoding
+from halfbyte.trainer.data.pictures.color import to_srgb
+from halfbyte.trainer.data.pictures.decode import PICTURE_SUFFIXES, decode, has_misnamed_profile
+from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
 
 ACCEPTED = {

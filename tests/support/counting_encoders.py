@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from halfbyte.trainer.data.buckets import Cropping, View, views_of
-from halfbyte.trainer.data.folder import read_samples
+from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 
 

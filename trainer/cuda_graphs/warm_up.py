@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.trainer.cuda_graphs.denoiser import MOST_SHAPES, GraphedDenoiser
 from halfbyte.trainer.cuda_graphs.recorder import relative_difference
-from halfbyte.trainer.data.buckets import Size
+from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 

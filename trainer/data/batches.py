@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache
-from halfbyte.trainer.data.order import Entry, SampleOrder
+from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache
+from halfbyte.trainer.data.views.order import Entry, SampleOrder
 from halfbyte.trainer.randomness import uniform
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from halfbyte.trainer.data.folder import Sample
+from halfbyte.trainer.data.sources.folder import Sample
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.wording import printable
 

@@ -9,13 +9,13 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
-from halfbyte.trainer.data.buckets import Cropping, Size, View, views_of
-from halfbyte.trainer.data.encoding_cache import LatentCache, encode_missing
-from halfbyte.trainer.data.folder import Sample, read_samples
+from halfbyte.trainer.data.cache.encodings import LatentCache, encode_missing
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
-from halfbyte.trainer.data.order import SampleOrder
 from halfbyte.trainer.data.prompts import Prompt, references_for
 from halfbyte.trainer.data.record import RecordedSample, recorded, require_same
+from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, Size, View, views_of
+from halfbyte.trainer.data.views.order import SampleOrder
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family

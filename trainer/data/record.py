@@ -17,7 +17,7 @@ from pathlib import Path
 
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.quant.files.digest import sha256_of
-from halfbyte.trainer.data.folder import Sample
+from halfbyte.trainer.data.sources.folder import Sample
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.wording import printable
 

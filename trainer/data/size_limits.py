@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from halfbyte.trainer.data.buckets import Cropping
+from halfbyte.trainer.data.views.buckets import Cropping
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.fields import SIDE_STEP

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from halfbyte.trainer.data.buckets import Size
+from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.runtime.sizes import GIB, MIB
 
 RECORDED = "cuda graphs: a step's memory"

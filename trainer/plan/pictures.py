@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.trainer.data.buckets import Cropping, Size, nearest_size
-from halfbyte.trainer.data.folder import Sample, read_samples
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
+from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, Size, nearest_size
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe

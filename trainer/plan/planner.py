@@ -11,8 +11,8 @@ import torch
 
 from halfbyte.quant.files.digest import CHUNK_BYTES, READING_THREADS
 from halfbyte.trainer.cuda_graphs.denoiser import MOST_SHAPES
-from halfbyte.trainer.data.buckets import Size
 from halfbyte.trainer.data.size_limits import refuse_large
+from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family

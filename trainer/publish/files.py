@@ -13,7 +13,7 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
-from halfbyte.trainer.data.decode import DECODE_ERRORS, decoded_size
+from halfbyte.trainer.data.pictures.decode import DECODE_ERRORS, decoded_size
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, read_provenance
 from halfbyte.trainer.run_folder.folder import RunFolder

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from halfbyte.quant.convert.calibrate import LayerFit, calibrate
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.trainer.data.batches import collate
-from halfbyte.trainer.data.order import Entry
 from halfbyte.trainer.data.prepare import Prepared
+from halfbyte.trainer.data.views.order import Entry
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.objective.shift import NoShift

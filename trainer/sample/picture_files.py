@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from halfbyte.quant.files.atomic import write_file
-from halfbyte.trainer.data.decode import open_picture
+from halfbyte.trainer.data.pictures.decode import open_picture
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 
 LIST_FILE = "pictures.json"

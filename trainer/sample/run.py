@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from halfbyte.trainer.cuda_graphs.recorder import CudaRecorder
-from halfbyte.trainer.data.encoding_cache import encode_missing
+from halfbyte.trainer.data.cache.encodings import encode_missing
 from halfbyte.trainer.data.size_limits import refuse_large_drawings
 from halfbyte.trainer.denoiser.attention import AttentionShape, choose_attention
 from halfbyte.trainer.errors import LaunchError, RecipeError

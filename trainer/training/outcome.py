@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from halfbyte.quant.files.atomic import write_file
-from halfbyte.trainer.data.folder import Sample, unchanged_pictures
 from halfbyte.trainer.data.prepare import Prepared
+from halfbyte.trainer.data.sources.folder import Sample, unchanged_pictures
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 from halfbyte.trainer.sample.image_distance import PictureChange, picture_change

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfbyte.trainer.data.batches import TrainingSet, collate
-from halfbyte.trainer.data.buckets import View
-from halfbyte.trainer.data.order import Entry
+from halfbyte.trainer.data.views.buckets import View
+from halfbyte.trainer.data.views.order import Entry
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family

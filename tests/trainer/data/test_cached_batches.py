@@ -9,10 +9,10 @@ from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import Batch, PlannedBatches, TrainingSet, collate
-from halfbyte.trainer.data.buckets import Cropping, View, views_of
-from halfbyte.trainer.data.encoding_cache import encode_missing
-from halfbyte.trainer.data.folder import read_samples
-from halfbyte.trainer.data.order import SampleOrder
+from halfbyte.trainer.data.cache.encodings import encode_missing
+from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
+from halfbyte.trainer.data.views.order import SampleOrder
 
 from counting_encoders import CountingEncoders, captions_of, write_pictures
 

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as PictureFeature
 from PIL import Image
 
-from halfbyte.trainer.data.folder import Sample, load_pixels, read_samples, sample_bytes
+from halfbyte.trainer.data.sources.folder import Sample, load_pixels, read_samples, sample_bytes
 from halfbyte.trainer.errors import DataError
 
 from repository import RECIPES

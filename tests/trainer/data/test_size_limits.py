@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app, train_app
-from halfbyte.trainer.data.buckets import bucket_sizes
 from halfbyte.trainer.data.size_limits import refuse_large
+from halfbyte.trainer.data.views.buckets import bucket_sizes
 from halfbyte.trainer.denoiser import base
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families import encoders

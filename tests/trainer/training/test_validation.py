@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.data.batches import TrainingSet
-from halfbyte.trainer.data.buckets import Cropping, views_of
-from halfbyte.trainer.data.encoding_cache import encode_missing
-from halfbyte.trainer.data.folder import read_samples
+from halfbyte.trainer.data.cache.encodings import encode_missing
 from halfbyte.trainer.data.held_out import set_aside
+from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import DataError, HalfbyteError
 from halfbyte.trainer.export.export import ADAPTER_FILE

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halfbyte.trainer.data.buckets import View
-from halfbyte.trainer.data.encoding_cache import LatentCache, TextCache, encode_missing
+from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode_missing
+from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.errors import DataError, OutOfSpace
 from halfbyte.trainer.families.embedding import LatentMoments
 

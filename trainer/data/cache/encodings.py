@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant.files.digest import sha256_of
-from halfbyte.trainer.data.buckets import Size, View
-from halfbyte.trainer.data.cache_entry import DamagedEntry, read_entry, write_entry
-from halfbyte.trainer.data.folder import load_pixels
+from halfbyte.trainer.data.cache.entry import DamagedEntry, read_entry, write_entry
+from halfbyte.trainer.data.sources.folder import load_pixels
+from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.errors import DataError, OutOfSpace
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.runtime.progress import OnProgress

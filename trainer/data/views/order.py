@@ -14,7 +14,7 @@ from itertools import count
 
 import torch
 
-from halfbyte.trainer.data.buckets import Size, View
+from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.randomness import generator, uniform
 
 

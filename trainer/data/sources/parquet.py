@@ -10,7 +10,7 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from halfbyte.quant.files.regular import require_regular
-from halfbyte.trainer.data.captions import CAPTION_COLUMNS, Problems
+from halfbyte.trainer.data.sources.captions import CAPTION_COLUMNS, Problems
 from halfbyte.trainer.wording import shown
 
 IMAGE_COLUMN = "image"

@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from halfbyte.trainer.data.color import misnamed_srgb, to_srgb
+from halfbyte.trainer.data.pictures.color import misnamed_srgb, to_srgb
 from halfbyte.trainer.wording import in_prose
 
 # The formats that are decoded, whatever a file is called. Pillow would also run Ghostscript for an EPS file.

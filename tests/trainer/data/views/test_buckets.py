@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.trainer.data.batches import PlannedBatches
-from halfbyte.trainer.data.buckets import Cropping, bucket_sizes, nearest_size, views_of
-from halfbyte.trainer.data.folder import Sample
-from halfbyte.trainer.data.order import Entry, SampleOrder
+from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.views.buckets import Cropping, bucket_sizes, nearest_size, views_of
+from halfbyte.trainer.data.views.order import Entry, SampleOrder
 from halfbyte.trainer.errors import RecipeError
 
 SHAPES = [(640, 480)] * 7 + [(480, 640)] * 5 + [(500, 500)] * 3 + [(300, 900)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from halfbyte.trainer.data.decode import DECODE_ERRORS, decode, pixels, upright_size
+from halfbyte.trainer.data.pictures.decode import DECODE_ERRORS, decode, pixels, upright_size
 
 # Top row red and green, bottom row blue and white, each a flat square.
 COLORS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8)

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.quant.files.regular import read_regular
-from halfbyte.trainer.data.captions import METADATA_NAMES, Problems, caption_of, read_metadata, read_text
-from halfbyte.trainer.data.decode import (
+from halfbyte.trainer.data.pictures.decode import (
     DECODE_ERRORS,
     PICTURE_BYTES,
     PICTURE_SUFFIXES,
@@ -32,7 +31,14 @@ from halfbyte.trainer.data.decode import (
     pixels,
     upright_size,
 )
-from halfbyte.trainer.data.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
+from halfbyte.trainer.data.sources.captions import (
+    METADATA_NAMES,
+    Problems,
+    caption_of,
+    read_metadata,
+    read_text,
+)
+from halfbyte.trainer.data.sources.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.wording import printable, shown
