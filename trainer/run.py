@@ -192,7 +192,7 @@ def _saved_state(
     if saved is None:
         log.warning("--resume: %s has no complete checkpoint; starting at step 0", folder.root)
         return None
-    check_order(saved.position, recipe.train, world.size, len(prepared.plan.pictures_by_size))
+    check_order(saved.position, recipe.train, world.size, len(prepared.plan.sizes))
     if saved.position.step > recipe.train.steps:
         raise RecipeError(
             f"--resume: the run is at step {saved.position.step}, but train.steps is {recipe.train.steps}; set"
@@ -238,8 +238,7 @@ def _opening(
         quantized_layers=loaded.quantized_layers,
         footprint=loaded.footprint,
         streamed=0 if loaded.stream is None else loaded.stream.host_bytes,
-        pictures=len(prepared.samples),
-        views=prepared.views,
+        data=prepared.summaries,
         sizes=prepared.sizes,
         attention=attention,
         held_out=len(prepared.held_out),

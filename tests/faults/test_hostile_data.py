@@ -260,7 +260,7 @@ def test_no_control_character_reaches_the_log(tmp_path: Path, caplog: pytest.Log
     picture(tmp_path / f"a{EVIL}.png", f"cap\x1b[31m{EVIL}tion")
     (tmp_path / f"unused{EVIL}.txt").write_text("x")
     samples = read_samples(tmp_path)
-    views_of(samples, Cropping(512, 16), seed=0)
+    views_of(samples, [Cropping(512, 16)], seed=0)
     assert len(caplog.messages) == 2
     assert all(message.isprintable() for message in caplog.messages)
     assert caplog.records[0].levelno == logging.WARNING

@@ -193,7 +193,7 @@ def test_a_gray_image_with_a_linear_profile_is_converted() -> None:
 def test_only_the_cache_entries_of_misnamed_profiles_change(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png((1, 2, 3), profile("sRGB", SRGB, SRGB_CURVE)))
     (tmp_path / "b.png").write_bytes(png((1, 2, 3), profile("Linear sRGB", SRGB, LINEAR)))
-    views = [group[0] for group in views_of(read_samples(tmp_path, "x"), Cropping(32, 16), seed=0)]
+    views = [group[0] for group in views_of(read_samples(tmp_path, "x"), [Cropping(32, 16)], seed=0)]
     assert [view.sample.misnamed_profile for view in views] == [False, True]
     cache = LatentCache(tmp_path, "vae")
     # Names that version 0.2.0 gave: the entry of a real sRGB image is still found.

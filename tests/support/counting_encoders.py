@@ -51,7 +51,7 @@ def write_pictures(folder: Path) -> Path:
 
 
 def views_in(folder: Path, prefix: str = "", **cropping: object) -> list[View]:
-    groups = views_of(read_samples(folder, prefix), Cropping(32, 16, **cropping), seed=0)
+    groups = views_of(read_samples(folder, prefix), [Cropping(32, 16, **cropping)], seed=0)
     return [view for group in groups for view in group]
 
 

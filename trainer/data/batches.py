@@ -1,8 +1,9 @@
 """Makes training batches from the order of samples and the cached encodings."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache
 from halfbyte.trainer.data.views.order import Entry, SampleOrder
 from halfbyte.trainer.randomness import uniform
+from halfbyte.trainer.recipe.data_section import DataSet
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class TrainingSample:
     latent_std: Tensor  # (C, h, w) fp32
     prompt_embeds: Tensor  # (T, D)
     pooled_prompt_embeds: Tensor  # (P,)
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,21 @@ class Batch:
     latent_std: Tensor  # (B, C, h, w) fp32
     prompt_embeds: Tensor  # (B, T, D)
     pooled_prompt_embeds: Tensor  # (B, P)
+    loss_weight: Tensor | None = None  # (B,) fp32, factors of the samples' losses; None: 1 for all
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies the batch to a device, asynchronously if its memory is pinned. Lightning calls this."""
-        return Batch(self.positions, *(t.to(device, non_blocking=t.is_pinned()) for t in self._tensors()))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> "Batch":
         """Copies the batch to page-locked memory. DataLoader(pin_memory=True) calls this."""
-        return Batch(self.positions, *(t.pin_memory() for t in self._tensors()))
+        return self._mapped(Tensor.pin_memory)
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (self.latent_mean, self.latent_std, self.prompt_embeds, self.pooled_prompt_embeds)
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 class TrainingSet(Dataset[TrainingSample]):
@@ -53,28 +60,35 @@ class TrainingSet(Dataset[TrainingSample]):
     """
 
     def __init__(
-        self, latents: LatentCache, texts: TextCache, *, caption_dropout: float = 0.0, seed: int = 0
+        self, latents: LatentCache, texts: TextCache, sets: Sequence[DataSet] = (), *, seed: int = 0
     ) -> None:
+        """`sets` are the data sets of the samples. Without them, no caption is dropped and all losses count alike."""
         self._latents = latents
         self._texts = texts
-        self._caption_dropout = caption_dropout
+        self._sets = sets
         self._seed = seed
 
-    def dropping(self, caption_dropout: float) -> "TrainingSet":
-        """Returns the same samples with another share of empty captions, from 0 to 1."""
-        return TrainingSet(self._latents, self._texts, caption_dropout=caption_dropout, seed=self._seed)
+    def dropping(self, least: float) -> "TrainingSet":
+        """Returns the same samples with a share of at least `least` (0 to 1) of empty captions."""
+        sets = [replace(given, caption_dropout=max(given.caption_dropout, least)) for given in self._sets]
+        return TrainingSet(self._latents, self._texts, sets, seed=self._seed)
 
     def __getitem__(self, entry: Entry) -> TrainingSample:
         """Reads one sample from the cache. Raises DataError if its entry is missing or unreadable."""
+        sample = entry.view.sample
+        given = self._sets[sample.data_set] if self._sets else None
         moments = self._latents.read(entry.view)
-        dropped = uniform(self._seed, "caption_dropout", entry.position) < self._caption_dropout
-        text = self._texts.read("" if dropped else entry.view.sample.caption)
+        dropped = given is not None and (
+            uniform(self._seed, "caption_dropout", entry.position) < given.caption_dropout
+        )
+        text = self._texts.read("" if dropped else sample.caption)
         return TrainingSample(
             entry.position,
             moments.mean[0],
             moments.std[0],
             text.prompt_embeds[0],
             text.pooled_prompt_embeds[0],
+            1.0 if given is None else given.loss_weight,
         )
 
 
@@ -103,4 +117,10 @@ def collate(samples: Sequence[TrainingSample]) -> Batch:
         torch.stack([sample.latent_std for sample in samples]),
         torch.stack([sample.prompt_embeds for sample in samples]),
         torch.stack([sample.pooled_prompt_embeds for sample in samples]),
+        _loss_weight(samples),
     )
+
+
+def _loss_weight(samples: Sequence[TrainingSample]) -> Tensor | None:
+    weights = [sample.loss_weight for sample in samples]
+    return None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Prepares a run's data before the transformer is loaded: reads images, fills the cache, frees the encoders."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,11 +11,19 @@ from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
 from halfbyte.trainer.data.cache.encodings import LatentCache, encode_missing
-from halfbyte.trainer.data.held_out import refuse_trained, set_aside
 from halfbyte.trainer.data.prompts import Prompt, references_for
+from halfbyte.trainer.data.read_sets import (
+    ReadData,
+    SetSummary,
+    held_out_views,
+    read_data,
+    read_references,
+    summaries,
+    training_views,
+)
 from halfbyte.trainer.data.record import RecordedSample, recorded, require_same
-from halfbyte.trainer.data.sources.folder import Sample, read_samples
-from halfbyte.trainer.data.views.buckets import Cropping, Size, View, views_of
+from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.data.views.order import SampleOrder
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
@@ -29,8 +38,8 @@ from halfbyte.trainer.runtime.world import World, barrier
 class Prepared:
     """Everything that training needs apart from the transformer."""
 
-    samples: Sequence[Sample]  # the training samples
-    views: int  # the number of training views
+    data: ReadData
+    summaries: Sequence[SetSummary]  # one for each data set
     sizes: Sequence[Size]  # the sizes that occur, not all buckets
     prompts: Sequence[Prompt]
     empty: TextEmbedding  # of the empty caption, a batch of one
@@ -68,40 +77,36 @@ def prepare(
     Raises:
         DataError: with all problems of the images and captions at once, or with what differs from `started_on`.
     """
-    data = recipe.data
+    cache = recipe.data.cache_folder
+    is_decoded = partial(LatentCache.has_decoded, cache)
     reading = LazyProgress(console, "reading images", "image")
-    samples = _read(recipe, data.path, reading)
+    data = read_data(recipe, is_decoded=is_decoded, progress=reading)
     reading.close()
-    samples, held_out = _split(recipe, samples)
-    record = [
-        *recorded(samples, data.path, held_out=False),
-        *recorded(held_out, recipe.validation.path or data.path, held_out=True),
-    ]
+    record = _record(recipe, data)
     if started_on is not None:
         require_same(started_on, record)
-    references = _references(recipe)
-    cropping = Cropping(
-        data.resolution, family.size_multiple, data.aspect_buckets, data.crop, data.random_crops, data.flip
-    )
-    groups = views_of(samples, cropping, recipe.train.seed)
-    views = [view for group in groups for view in group]
-    # Validation measures one center crop per image, so that results do not depend on how training crops.
-    center = replace(cropping, crop="center", random_crops=1, flip=False)
-    held_out_views = [group[0] for group in views_of(held_out, center, recipe.train.seed)]
+    references: dict[str, Sample] = {}
+    if recipe.sample.references is not None:
+        folder = recipe.sample.references
+        found = read_references(recipe, folder, is_decoded=is_decoded)
+        references = references_for(recipe.sample.prompts, found, folder)
+    sets = training_views(data, family, recipe.train.seed)
+    views = [view for ordered in sets for group in ordered.views for view in group]
+    held_out = held_out_views(data, family, recipe.train.seed)
     encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         family,
         device=world.device,
         dtype=torch.bfloat16,
-        memo=data.cache_folder / "digests",
+        memo=cache / "digests",
         t5_quant=recipe.model.text_encoder_quant,
         stream_t5=recipe.model.stream_text_encoder,
     )
     latents, texts = encode_missing(
-        data.cache_folder,
+        cache,
         encoders,
-        [*views, *held_out_views],
-        [*(sample.caption for sample in (*samples, *held_out)), *recipe.sample.prompts],
+        [*views, *held_out],
+        [*(sample.caption for sample in (*data.samples, *data.held_out)), *recipe.sample.prompts],
         rank=world.rank,
         world_size=world.size,
         progress=encoding,
@@ -112,43 +117,27 @@ def prepare(
     barrier(world)
     train = recipe.train
     return Prepared(
-        samples,
-        len(views),
+        data,
+        summaries(data, sets),
         sorted({(view.width, view.height) for view in views}),
         [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
-        SampleOrder(groups, seed=train.seed, global_batch=train.batch_size * world.size),
-        TrainingSet(latents, texts, caption_dropout=data.caption_dropout, seed=train.seed),
-        held_out_views,
+        SampleOrder(sets, seed=train.seed, global_batch=train.batch_size * world.size),
+        TrainingSet(latents, texts, recipe.data.resolved_sets, seed=train.seed),
+        held_out,
         TrainingSet(latents, texts),
         record,
     )
 
 
-def _split(recipe: Recipe, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Returns the samples to train on and those for validation. Raises DataError if they overlap or too few remain."""
-    validation = recipe.validation
-    if validation.path is None:
-        return set_aside(samples, validation.held_out)
-    held_out = _read(recipe, validation.path)
-    refuse_trained(held_out, samples)
-    return samples, held_out
-
-
-def _references(recipe: Recipe) -> dict[str, Sample]:
-    """Reads the reference images of the sample prompts, by prompt. Raises DataError for unusable images."""
-    folder = recipe.sample.references
-    if folder is None:
-        return {}
-    return references_for(recipe.sample.prompts, _read(recipe, folder), folder)
-
-
-def _read(recipe: Recipe, folder: Path, progress: LazyProgress | None = None) -> list[Sample]:
-    """Reads the samples of a folder. Raises DataError for unusable images."""
-    data = recipe.data
-    return read_samples(
-        folder,
-        data.caption_prefix,
-        is_decoded=lambda sha256: LatentCache.has_decoded(data.cache_folder, sha256),
-        progress=progress,
-    )
+def _record(recipe: Recipe, data: ReadData) -> list[RecordedSample]:
+    """Returns the record of all samples: the training samples in the order of the sets, then those held out."""
+    record: list[RecordedSample] = []
+    for read in data.sets:
+        record += recorded(read.samples, read.settings.path, held_out=False)
+    if recipe.validation.path is not None:
+        return record + recorded(data.held_out, recipe.validation.path, held_out=True)
+    for number, read in enumerate(data.sets):
+        own = [sample for sample in data.held_out if sample.data_set == number]
+        record += recorded(own, read.settings.path, held_out=True)
+    return record

@@ -24,7 +24,7 @@ from halfbyte.trainer.wording import printable
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_Key = tuple[bool, str, int]  # held out, file, number among those of one name
+_Key = tuple[bool, int, str, int]  # held out, data set, file, number among those of one name
 _NAMED = 5  # samples named in a message for each kind of change
 
 
@@ -36,17 +36,20 @@ class RecordedSample:
     image: str  # SHA-256 of the image file
     caption: str  # start of the caption's SHA-256
     held_out: bool
+    data_set: int = 0  # the place of its data set in the recipe
 
     @property
-    def content(self) -> tuple[str, str, bool]:
+    def content(self) -> tuple[str, str, bool, int]:
         """Everything that the run's results depend on."""
-        return self.image, self.caption, self.held_out
+        return self.image, self.caption, self.held_out, self.data_set
 
 
 def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> list[RecordedSample]:
     """Returns the samples of the data at `root` for the record, in their order."""
     return [
-        RecordedSample(_name(sample, root), sample.sha256, sha256_of(sample.caption)[:32], held_out)
+        RecordedSample(
+            _name(sample, root), sample.sha256, sha256_of(sample.caption)[:32], held_out, sample.data_set
+        )
         for sample in samples
     ]
 
@@ -119,7 +122,7 @@ def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]
     missing = [name for name in then if name not in present]
     added = [name for name in present if name not in then]
     # A file with another name and the same content was renamed.
-    names: defaultdict[tuple[str, str, bool], list[_Key]] = defaultdict(list)
+    names: defaultdict[tuple[str, str, bool, int], list[_Key]] = defaultdict(list)
     for name in reversed(added):
         names[present[name].content].append(name)
     renamed = {name: names[then[name].content].pop() for name in missing if names[then[name].content]}
@@ -138,10 +141,10 @@ def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]
 
 def _by_name(samples: Sequence[RecordedSample]) -> dict[_Key, RecordedSample]:
     """Returns the samples by set, name, and number among those of one name: rows of a table may share a file."""
-    count: defaultdict[tuple[bool, str], int] = defaultdict(int)
+    count: defaultdict[tuple[bool, int, str], int] = defaultdict(int)
     named = {}
     for sample in samples:
-        key = (sample.held_out, sample.file)
+        key = (sample.held_out, sample.data_set, sample.file)
         named[(*key, count[key])] = sample
         count[key] += 1
     return named
@@ -150,6 +153,9 @@ def _by_name(samples: Sequence[RecordedSample]) -> dict[_Key, RecordedSample]:
 def _line(names: Sequence[_Key], noun: str, change: str) -> str:
     if not names:
         return ""
-    listed = [f"{printable(name)}{' (held out)' if held_out else ''}" for held_out, name, _ in names[:_NAMED]]
+    listed = [
+        f"{printable(name)}{f' of data.sets[{number}]' if number else ''}{' (held out)' if held_out else ''}"
+        for held_out, number, name, _ in names[:_NAMED]
+    ]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} {change}: {', '.join(listed)}{more}"

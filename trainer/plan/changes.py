@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from halfbyte.trainer.optim.optimizers import AdamW, AdamW8Bit, OptimizerChoice, Prodigy, ScheduleFreeAdamW
 from halfbyte.trainer.plan.planner import Planner
+from halfbyte.trainer.recipe.data_section import as_resolutions
 from halfbyte.trainer.recipe.fields import SIDE_STEP
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.sizes import memory_size
@@ -239,11 +240,15 @@ def _rank(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
 
 
 def _resolution(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
-    multiple = planner.family.size_multiple
+    multiple, data = planner.family.size_multiple, recipe.data
+    if any(given.resolution is not None for given in data.sets):
+        return  # lowering data.resolution would not change these sets
+    present = as_resolutions(data.resolution)
     for resolution in _RESOLUTIONS:
-        if resolution < recipe.data.resolution and resolution % multiple == 0:
+        if resolution < present[-1] and resolution % multiple == 0:
+            lower = list(dict.fromkeys(min(side, resolution) for side in present))
             cost = "training images have less detail"
-            yield RecipeChange([Setting("data", "resolution", resolution)], cost)
+            yield RecipeChange([Setting("data", "resolution", lower if len(lower) > 1 else lower[0])], cost)
             return
 
 

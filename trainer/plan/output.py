@@ -74,7 +74,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     )
     yield f"largest: {plan.largest.name}, {_needed(plan)}; {_card(plan)}"
     width, height = plan.size
-    pictures = "" if plan.pictures is None else f", {plan.pictures} images {_times(plan)} each"
+    pictures = "" if plan.pictures is None else f", {plan.pictures} images, {_times(plan)}"
     yield f"{plan.steps} steps at up to {width}x{height}{pictures}"
     yield from _time_lines(plan)
     yield from plan.notes
@@ -141,9 +141,12 @@ def _parts(parts: Mapping[str, int]) -> list[str]:
 
 
 def _times(plan: RunPlan) -> str:
-    assert plan.pictures
-    times = plan.seen / plan.pictures
-    return f"{times:.1f} times" if times < 10 else f"{times:.0f} times"
+    assert plan.epoch
+    times = plan.seen / plan.epoch
+    number = f"{times:.1f}" if times < 10 else f"{times:.0f}"
+    if plan.epoch == plan.pictures:
+        return f"{number} times each"
+    return f"{number} epochs of {plan.epoch} samples"
 
 
 def _duration(seconds: float) -> str:

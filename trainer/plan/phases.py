@@ -94,7 +94,8 @@ class RunPlan:
     phases: Sequence[Phase]
     size: Size  # pixels, the largest of the run
     steps: int
-    pictures: int | None  # training images; None if the image folder does not exist yet
+    pictures: int | None  # training images; None if an image folder does not exist yet
+    epoch: int | None  # samples in an epoch; differs from `pictures` with repeats or several resolutions
     seen: int  # images over the whole run, counting repetitions
     step: Work
     draws: int  # sample images that are generated

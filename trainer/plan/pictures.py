@@ -3,13 +3,13 @@
 If the folder of images does not exist yet, the plan assumes square images.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.trainer.data.held_out import refuse_trained, set_aside
+from halfbyte.trainer.data.read_sets import croppings_of, held_out_views, split_data, training_views
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
-from halfbyte.trainer.data.views.buckets import Cropping, Size, nearest_size
+from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
@@ -20,6 +20,9 @@ class PlannedPictures:
     """The facts about the images that a plan needs."""
 
     count: int | None  # training images; None if unknown
+    epoch: (
+        int | None
+    )  # samples in an epoch, which counts images as often as they are repeated; None if unknown
     sizes: frozenset[Size]  # sizes of training images, in pixels
     held_out_sizes: frozenset[Size]  # sizes of validation images, in pixels
     notes: tuple[str, ...]
@@ -36,43 +39,54 @@ class PlannedPictures:
 
 
 def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
-    """Returns the facts about a recipe's images; without an image folder, only the square size.
+    """Returns the facts about a recipe's images; for sets that cannot be read yet, only the square sizes.
 
     Raises:
         DataError: all images are held out, or an image is both held out and trained on.
+        RecipeError: a resolution does not suit the model.
     """
-    data, validation = recipe.data, recipe.validation
-    square = frozenset({(data.resolution, data.resolution)})
-    cropping = Cropping(data.resolution, family.size_multiple, data.aspect_buckets)
-    samples, notes = _read("data.path", data.path, data.caption_prefix)
-    held_out: Sequence[Sample] | None = None
-    if validation.path is not None:
-        held_out, more = _read("validation.path", validation.path, data.caption_prefix)
-        notes = (*notes, *more)
-        refuse_trained(held_out or (), samples or ())
-    elif samples is not None:
-        samples, held_out = set_aside(samples, validation.held_out)
+    settings = recipe.data.resolved_sets
+    squares = frozenset(
+        (cropping.resolution, cropping.resolution)
+        for given in settings
+        for cropping in croppings_of(given, family)
+    )
+    read, notes = [], []
+    for number, given in enumerate(settings):
+        setting = "data.path" if recipe.data.path is not None else f"{given.setting}.path"
+        samples, note = _read(setting, given.path, given.caption_prefix, number)
+        read.append(samples)
+        notes += note
+    validation: list[Sample] | None = None
+    if recipe.validation.path is not None:
+        validation, note = _read("validation.path", recipe.validation.path, settings[0].caption_prefix, 0)
+        notes += note
+    known = [samples for samples in read if samples is not None]
+    if len(known) < len(read):
+        return PlannedPictures(None, None, squares, squares, tuple(notes))
+    data = split_data(recipe, known, validation if recipe.validation.path is None else validation or [])
+    ordered = training_views(data, family, recipe.train.seed)
+    held_out = held_out_views(data, family, recipe.train.seed)
+    views = [group[0] for one in ordered for group in one.views]
     return PlannedPictures(
-        None if samples is None else len(samples),
-        square if samples is None else _sizes(samples, cropping),
-        _sizes(held_out, cropping) if held_out else square,
-        notes,
+        len(data.samples),
+        sum(one.uses for one in ordered),
+        frozenset((view.width, view.height) for view in views),
+        frozenset((view.width, view.height) for view in held_out) or squares,
+        tuple(notes),
     )
 
 
-def _read(setting: str, path: Path, caption_prefix: str) -> tuple[list[Sample] | None, tuple[str, ...]]:
+def _read(
+    setting: str, path: Path, caption_prefix: str, number: int
+) -> tuple[list[Sample] | None, list[str]]:
     """Returns the samples of a folder, or None with a note that says why it cannot be read."""
     if not path.exists():
-        return None, (f"{setting}: {path} does not exist; planned at data.resolution",)
+        return None, [f"{setting}: {path} does not exist; planned at data.resolution"]
     try:
-        return read_samples(path, caption_prefix, is_decoded=lambda _: True), ()
+        return read_samples(path, caption_prefix, data_set=number, is_decoded=lambda _: True), []
     except DataError as error:
-        return None, (f"{setting}: {str(error).splitlines()[0]}; planned at data.resolution",)
-
-
-def _sizes(samples: Sequence[Sample], cropping: Cropping) -> frozenset[Size]:
-    sizes = cropping.sizes()
-    return frozenset(nearest_size(sample.width, sample.height, sizes) for sample in samples)
+        return None, [f"{setting}: {str(error).splitlines()[0]}; planned at data.resolution"]
 
 
 def largest_size(sizes: Iterable[Size]) -> Size:

@@ -69,9 +69,8 @@ class Planner:
 
     def _at_resolution(self, recipe: Recipe, size: Size) -> Size:
         """Returns `size` of the planner's recipe, or the square of `recipe`'s resolution if that differs."""
-        if recipe.data.resolution == self.recipe.data.resolution:
-            return size
-        return (recipe.data.resolution, recipe.data.resolution)
+        side = recipe.data.largest_resolution
+        return size if side == self.recipe.data.largest_resolution else (side, side)
 
     def plan(self, recipe: Recipe | None = None) -> RunPlan:
         """Returns the plan of the planner's recipe, or of a variant with settings that `changes` may change."""
@@ -88,6 +87,7 @@ class Planner:
             size,
             steps=train.steps,
             pictures=self.pictures.count,
+            epoch=self.pictures.epoch,
             seen=train.steps * train.batch_size * train.grad_accumulation,
             step=Work(
                 step.flops * train.grad_accumulation,
@@ -209,7 +209,7 @@ class Planner:
 
     def _more_than_recorded(self, recipe: Recipe) -> bool:
         """Returns True if there are more image sizes than CUDA graphs are kept for."""
-        return recipe.data.aspect_buckets and len(self.pictures.sizes) > MOST_SHAPES
+        return len(self.pictures.sizes) > MOST_SHAPES
 
     def _on_host(self, recipe: Recipe) -> dict[str, int]:
         """Returns the host memory that stays in use from loading to the end of the run."""

@@ -22,6 +22,7 @@ from halfbyte.trainer.hub.reference import HubPart, HubReference, is_folder
 from halfbyte.trainer.publish.files import BASE, PushFile, SamplePicture
 from halfbyte.trainer.publish.markdown import escaped, fenced, table
 from halfbyte.trainer.publish.usage_snippet import Usage, usage_sample
+from halfbyte.trainer.recipe.data_section import common_prefix
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.yaml12 import RecipeDumper
 from halfbyte.trainer.run_folder.folder import RunFolder
@@ -76,9 +77,16 @@ def _introduction(facts: CardFacts) -> str:
         f"A {_kind(facts.recipe)} for {model}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
     )
     text += _other_sources(facts.provenance)
-    if prompt := facts.recipe.data.caption_prefix.strip():
+    if prompt := common_prefix(facts.recipe.data):
         text += f"\nAll training captions start with: {escaped(prompt)}\n"
     return text
+
+
+def _resolution(recipe: Recipe) -> str:
+    sets = recipe.data.resolved_sets
+    resolutions = sorted({resolution for given in sets for resolution in given.resolutions})
+    buckets = " (buckets)" if any(given.aspect_buckets for given in sets) else ""
+    return ", ".join(map(str, resolutions)) + buckets
 
 
 def _at(part: HubPart) -> str:
@@ -150,7 +158,7 @@ def _training(facts: CardFacts) -> str:
     rows = [
         ("steps", f"{facts.provenance.step} of {train.steps}"),
         ("images per step and process", f"{train.batch_size} x {train.grad_accumulation} micro-batches"),
-        ("resolution", f"{recipe.data.resolution}" + (" (buckets)" if recipe.data.aspect_buckets else "")),
+        ("resolution", _resolution(recipe)),
         ("adapter", f"{_kind(recipe)}, rank {lora.rank}, alpha {lora.alpha:g}, targets {_targets(recipe)}"),
         ("base during training", _storage(facts)),
         ("optimizer", recipe.optimizer.describe()),
@@ -262,7 +270,7 @@ def front_matter(facts: CardFacts) -> str:
     more: dict[str, Any] = {}
     if provenance.base_model is not None:
         more |= {"base_model_relation": "adapter", "base_model_revision": provenance.revision}
-    if prompt := facts.recipe.data.caption_prefix.strip():
+    if prompt := common_prefix(facts.recipe.data):
         more["instance_prompt"] = prompt
     if facts.pictures:
         more["widget"] = [

@@ -53,7 +53,7 @@ def calibrate_for(
     """
     dtype = DTYPES[recipe.quant.compute_dtype]
     modules = list(_modules(recipe, family, denoiser, dtype))
-    pictures = prepared.training_set.dropping(max(recipe.data.caption_dropout, _LEAST_CAPTION_DROPOUT))
+    pictures = prepared.training_set.dropping(_LEAST_CAPTION_DROPOUT)
     denoiser.eval()
 
     def forward(module: DiffusionModule, entries: Sequence[Entry]) -> None:

@@ -15,6 +15,7 @@ Interval = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 """A number of optimizer steps; 0 turns something off."""
 SIDE_STEP = 16  # pixels: sides of images are multiples of this
 PictureSide = Annotated[int, Field(ge=SIDE_STEP, le=8192, multiple_of=SIDE_STEP)]
+PictureSides = Annotated[tuple[PictureSide, ...], Field(strict=False, min_length=1)]
 FilePath = Annotated[Path, Field(strict=False)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from halfbyte.trainer.hub.reference import is_folder, is_repository
-from halfbyte.trainer.recipe.document import Document, KeyPath
+from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
 from halfbyte.trainer.wording import shown
 
 _REVISION = re.compile(r"\w[\w./+-]{0,99}")
@@ -22,16 +22,21 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
     _resolve_unless_repository(document, ("model", "transformer"), file=True)
     _resolve_unless_repository(document, ("model", "text_encoder"))
     _resolve_unless_repository(document, ("lora", "init_from"), file=True)
-    data = _resolve(document, ("data", "path"), must_exist=pictures_needed)
+    sets = document.at(("data", "sets"))
+    places: list[KeyPath] = [("data", "path")]
+    if isinstance(sets, list):
+        places += [
+            ("data", "sets", index, "path") for index, item in enumerate(sets) if isinstance(item, dict)
+        ]
+    read = {dotted(place): _resolve(document, place, must_exist=pictures_needed) for place in places}
     _resolve(document, ("validation", "path"), must_exist=True)
     _resolve(document, ("sample", "references"), must_exist=True)
     _resolve(document, ("data", "cache_dir"))
     output = _resolve(document, ("output", "dir"), base=Path.cwd())
-    if data is not None and output is not None and output.is_relative_to(data):
-        message = (
-            f"{output} is inside data.path; the next start would train on its images. Choose another folder"
-        )
-        document.problem(("output", "dir"), message)
+    for setting, data in read.items():
+        if data is not None and output is not None and output.is_relative_to(data):
+            message = f"{output} is inside {setting}; the next start would train on its images. Choose another folder"
+            document.problem(("output", "dir"), message)
 
 
 def _resolve_model(document: Document) -> None:

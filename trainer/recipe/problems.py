@@ -37,8 +37,9 @@ def _field(detail: ErrorDetails, data: Any) -> KeyPath:
         path.append(key)
     if detail["type"] == "union_tag_invalid":
         path.append("name")
-    path += detail.get("ctx", {}).get("field", "").split(".")
-    return tuple(path[:-1] if path[-1] == "" else path)
+    inner = detail.get("ctx", {}).get("field", "")
+    path += [int(key) if key.isdecimal() else key for key in inner.split(".") if key]
+    return tuple(path)
 
 
 def _message(detail: ErrorDetails, path: KeyPath, document: Document, tree: SchemaTree) -> str:

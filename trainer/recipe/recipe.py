@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
 from halfbyte.trainer.optim.schedules import SCHEDULES, Constant, Schedule
+from halfbyte.trainer.recipe.data_section import DataSection
 from halfbyte.trainer.recipe.document import KeyPath, dotted
 from halfbyte.trainer.recipe.fields import Section
 from halfbyte.trainer.recipe.output_sections import (
@@ -17,7 +18,6 @@ from halfbyte.trainer.recipe.output_sections import (
     ValidationSection,
 )
 from halfbyte.trainer.recipe.sections import (
-    DataSection,
     LoraSection,
     ModelSection,
     ObjectiveSection,
@@ -128,7 +128,10 @@ class Recipe(Section):
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Returns one line per field that differs, such as `train.steps: 100 -> 200`; a list counts as one field."""
+    """Returns one line per field that differs, such as `train.steps: 100 -> 200`.
+
+    A list of texts or numbers counts as one field; of sections in a list, each field counts.
+    """
     old, new = _flat(before.dump()), _flat(after.dump())
     changed = [name for name in old | new if (name in old, old.get(name)) != (name in new, new.get(name))]
     old_text = {name: shown(old[name]) if name in old else "absent" for name in changed}
@@ -140,5 +143,11 @@ def _flat(values: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in values.items():
         inner = (*path, key)
-        fields |= _flat(value, inner) if isinstance(value, dict) else {dotted(inner): value}
+        if isinstance(value, dict):
+            fields |= _flat(value, inner)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value):
+                fields |= _flat(item, (*inner, index))
+        else:
+            fields[dotted(inner)] = value
     return fields

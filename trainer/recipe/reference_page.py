@@ -38,6 +38,14 @@ def _lines(tree: SchemaTree) -> Iterator[str]:
                 yield tree.resolve(field)["description"]
                 yield ""
                 yield from _choice(tree, field)
+            elif items := tree.item_properties(field):
+                item = tree.resolve(tree.resolve(field)["items"])
+                yield ""
+                yield f"### each of {section}.{name}"
+                yield ""
+                yield item["description"]
+                yield ""
+                yield from _table(tree, items, set(item.get("required", [])))
 
 
 def _choice(tree: SchemaTree, node: Node) -> Iterator[str]:

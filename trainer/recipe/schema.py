@@ -43,6 +43,11 @@ class SchemaTree:
             fields |= variant["properties"]
         return fields | {"name": {"enum": list(variants)}}
 
+    def item_properties(self, node: Node) -> dict[str, Node]:
+        """Returns the fields of the sections in a list; an empty dict for any other node."""
+        items = self.resolve(node).get("items")
+        return {} if items is None else self.properties(items)
+
     def at(self, path: KeyPath, data: Any) -> Node | None:
         """Returns the node of a field, None if unknown. `data` holds the recipe's values, which name the choices."""
         node = self.schema
@@ -67,7 +72,7 @@ class SchemaTree:
         for section, outer in self.properties(self.schema).items():
             for name, inner in self.properties(outer).items():
                 yield (section, name), self.resolve(inner)
-                for deeper, node in self.properties(inner).items():
+                for deeper, node in (self.properties(inner) | self.item_properties(inner)).items():
                     yield (section, name, deeper), self.resolve(node)
 
     def expected(self, node: Node) -> str:
@@ -83,8 +88,11 @@ class SchemaTree:
         if kind in ("integer", "number"):
             return _number(node)
         if kind == "array":
-            items = node["prefixItems"] if "prefixItems" in node else [node["items"]]
-            return f"a list of {'texts' if items[0]['type'] == 'string' else 'numbers'}, such as [one, two]"
+            item = self.resolve(node["prefixItems"][0] if "prefixItems" in node else node["items"])
+            if item["type"] == "object":
+                first = next(iter(item["properties"]))
+                return f"a list of mappings, such as [{{{first}: ...}}, {{{first}: ...}}]"
+            return f"a list of {'texts' if item['type'] == 'string' else 'numbers'}, such as [one, two]"
         if kind == "object" and isinstance(node.get("additionalProperties"), dict):
             return f"a mapping, such as {{name: {self.expected(node['additionalProperties'])}}}"
         if kind == "string" and "format" in node:

@@ -4,7 +4,6 @@ Each section is validated once into a frozen object. The string under a field de
 reference page and the error messages are made from these strings and from the field's constraints.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
@@ -17,9 +16,7 @@ from halfbyte.trainer.objective.shift import SHIFTS, ResolutionShift, Shift
 from halfbyte.trainer.objective.timesteps import TIMESTEPS, LogitNormal, TimestepScheme
 from halfbyte.trainer.objective.weighting import WEIGHTINGS, NoWeighting, Weighting
 from halfbyte.trainer.recipe.fields import (
-    DEFAULT_FOLDER,
     FilePath,
-    PictureSide,
     Section,
     Seed,
     Steps,
@@ -215,50 +212,6 @@ class LoraSection(Section):
     of diffusers, PEFT, ComfyUI or kohya; or a Hub repository (owner/name or owner/name@revision) with a diffusers or
     PEFT file. With a rank above the loaded adapter's, training starts from the same update. Layers that the loaded
     adapter does not have start as init says."""
-
-
-class DataSection(Section):
-    """The training images and their captions."""
-
-    path: FilePath
-    """A folder of images with captions in metadata.jsonl, metadata.csv or .txt files of the same names; or a folder of
-    .parquet files, or a single .parquet file. In a recipe file a relative path starts from that file's folder; on the
-    command line it starts from the current folder."""
-    resolution: PictureSide = 1024
-    """The training resolution in pixels: the side of the square, or with aspect_buckets the side of a square whose area
-    no bucket exceeds. 1024 suits the full-size models; lower values take less memory and time per step."""
-    aspect_buckets: bool = True
-    """Train each image at the aspect ratio closest to its own, from 1:4 to 4:1, in batches of one size; false crops
-    every image to a square."""
-    crop: Literal["center", "random"] = "center"
-    """The part of an image that is kept if its aspect ratio does not match the training size: the center, or random
-    parts."""
-    random_crops: int = Field(default=1, ge=1, le=1000)
-    """The number of random crops of each image that are encoded and cached; must be 1 if crop is center. More crops
-    add variety but take that many times the encoding time and disk space."""
-    flip: bool = False
-    """Also train on horizontally mirrored images. Leave it off if left and right matter, as in text."""
-    # pydantic validates the text as UTF-8 only if a length is given; shell arguments may hold lone surrogates.
-    caption_prefix: str = Field(default="", min_length=0)
-    """Text put before every caption, separated by a space, such as a trigger word. With a prefix, images need no
-    caption of their own."""
-    caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    """The share of samples, from 0 to 1, that are trained with an empty caption. A value such as 0.1 also
-    trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
-    cache_dir: FilePath | None = None
-    """The folder that keeps latents, text embeddings and the quantized base between runs; null uses
-    ~/.cache/halfbyte. Runs may share it."""
-
-    @property
-    def cache_folder(self) -> Path:
-        """The cache folder with the default applied and ~ expanded."""
-        return self.cache_dir or DEFAULT_FOLDER.expanduser()
-
-    @model_validator(mode="after")
-    def _crops_differ_only_at_random(self) -> Self:
-        if self.random_crops > 1 and self.crop == "center":
-            raise conflict("random_crops", f"got {self.random_crops}, expected 1 because data.crop is center")
-        return self
 
 
 class ObjectiveSection(Section):

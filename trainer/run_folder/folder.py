@@ -35,7 +35,7 @@ _FREE = (
     "train.steps",
 )
 # The places of the data. They may change freely if the run has a record of the data's content.
-_COMPARED_BY_CONTENT = ("data.path", "validation.path")
+_COMPARED_BY_CONTENT = re.compile(r"(data|validation|data\.sets\[\d+\])\.path: ")
 # Settings that a resumed run may change with a warning: they decide where and how the run computes, and
 # change its results only by rounding.
 EXECUTION_SETTINGS = (
@@ -181,8 +181,9 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool, processes: int = 1
         return  # nothing was trained yet: the run starts at step 0, with any settings
     _check_batching(folder, recipe, processes)
     before = written_recipe(folder)
-    free = (*_FREE, *_COMPARED_BY_CONTENT) if folder.data.is_file() else _FREE
-    changed = [line for line in differences(before, recipe) if not line.startswith(free)]
+    changed = [line for line in differences(before, recipe) if not line.startswith(_FREE)]
+    if folder.data.is_file():
+        changed = [line for line in changed if not _COMPARED_BY_CONTENT.match(line)]
     rounding_only = [line for line in changed if line.startswith((*EXECUTION_SETTINGS, *_BATCHING))]
     if len(rounding_only) < len(changed):
         raise RecipeError(

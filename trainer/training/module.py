@@ -150,7 +150,10 @@ class DiffusionModule(LightningModule):
             self.objective.guidance_scale,
         )
         per_sample = self.objective.loss.per_sample(velocity, point.target)
-        return (self.objective.weighting.weights(point.sigma) * per_sample).mean()
+        weights = self.objective.weighting.weights(point.sigma)
+        if batch.loss_weight is not None:
+            weights = weights * batch.loss_weight
+        return (weights * per_sample).mean()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Computes the loss of one micro-batch; Lightning runs the backward.

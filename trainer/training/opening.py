@@ -7,6 +7,7 @@ import torch
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.adapters.lora import TrainedLayers
+from halfbyte.trainer.data.read_sets import SetSummary
 from halfbyte.trainer.denoiser.attention import AttentionChoice
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
@@ -26,8 +27,7 @@ class Opening:
     quantized_layers: int
     footprint: int  # bytes of the frozen base
     streamed: int  # bytes of the base that stay in host memory
-    pictures: int
-    views: int  # cached crops and mirrored copies of the images
+    data: Sequence[SetSummary]  # one for each data set
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
     attention: AttentionChoice
     held_out: int  # validation images
@@ -58,11 +58,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f"{_adapter_kind(recipe)} rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"
             f" {trained.total_layers} linear layers: {trained.parameters:,} parameters in fp32",
         ),
-        (
-            "data",
-            f"{opening.pictures} images, {opening.views} views, sizes"
-            f" {', '.join(f'{w}x{h}' for w, h in opening.sizes)}",
-        ),
+        *_data(opening.data),
         ("validation", _validation_plan(recipe, opening.held_out)),
         ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
         ("blocks", _blocks(recipe, opening.quant)),
@@ -77,9 +73,50 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             "run",
             f"{train.steps} steps of {step} samples ({train.batch_size} x {train.grad_accumulation} micro-batches"
             f" x {_processes(world)}), about"
-            f" {train.steps * step / max(1, opening.pictures):.1f} passes over the images, seed {train.seed}",
+            f" {train.steps * step / sum(one.uses for one in opening.data):.1f} {_passes(opening.data)}, seed"
+            f" {train.seed}",
         ),
     ]
+
+
+def _data(sets: Sequence[SetSummary]) -> list[tuple[str, str]]:
+    """Returns a row for each data set."""
+    if len(sets) == 1:
+        return [("data", f"{_images(sets[0])}, {_sizes(sets[0])}")]
+    rows = []
+    for number, one in enumerate(sets, start=1):
+        settings = one.settings
+        times = f" x {settings.repeats:g}" if settings.weight is None else ""
+        kind = "" if settings.kind == "train" else f", {settings.kind}"
+        weight = "" if settings.loss_weight == 1 else f", loss weight {settings.loss_weight:g}"
+        rows.append(
+            (
+                f"data {number}",
+                f"{settings.path.name}{kind}: {_images(one)}{times}, {one.share:.0%} of the samples{weight},"
+                f" {_sizes(one)}",
+            )
+        )
+    return rows
+
+
+def _images(one: SetSummary) -> str:
+    return f"{one.images} images, {one.views} views"
+
+
+def _sizes(one: SetSummary) -> str:
+    by_resolution = []
+    for resolution, sizes in one.sizes.items():
+        prefix = f"{resolution} px: " if len(one.sizes) > 1 else ""
+        by_resolution.append(prefix + ", ".join(f"{w}x{h}" for w, h in sizes))
+    return f"sizes {'; '.join(by_resolution)}; cropping removes {one.cropped:.0%}, {one.enlarged} enlarged"
+
+
+def _passes(sets: Sequence[SetSummary]) -> str:
+    """Names the epochs: passes over the images, unless some images count more often than others."""
+    samples = sum(one.uses for one in sets)
+    if samples == sum(one.images for one in sets):
+        return "passes over the images"
+    return f"epochs of {samples} samples"
 
 
 def _blocks(recipe: Recipe, quant: QuantRecipe | None) -> str:

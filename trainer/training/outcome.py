@@ -75,8 +75,8 @@ def what_was_learned(
         heading,
         _columns(step, drawn),
         _rows(drawn),
-        _training_images(prepared.samples),
-        of=len(prepared.samples),
+        _training_images(prepared.data.samples),
+        of=len(prepared.data.samples),
     )
     sheet.save(folder.comparison)
     return Learned(validation, pictures, folder.comparison)

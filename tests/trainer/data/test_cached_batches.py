@@ -12,7 +12,8 @@ from halfbyte.trainer.data.batches import Batch, PlannedBatches, TrainingSet, co
 from halfbyte.trainer.data.cache.encodings import encode_missing
 from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
-from halfbyte.trainer.data.views.order import SampleOrder
+from halfbyte.trainer.data.views.order import OrderedSet, SampleOrder
+from halfbyte.trainer.recipe.data_section import DataSection
 
 from counting_encoders import CountingEncoders, captions_of, write_pictures
 
@@ -25,15 +26,22 @@ def pictures(tmp_path: Path) -> Path:
 class TestBatches:
     @pytest.fixture
     def groups(self, pictures: Path) -> list[tuple[View, ...]]:
-        return views_of(read_samples(pictures), Cropping(32, 16), seed=0)
+        return views_of(read_samples(pictures), [Cropping(32, 16)], seed=0)
 
-    def loaded(self, groups: list[tuple[View, ...]], cache: Path, **options: object) -> DataLoader[Batch]:
+    def loaded(
+        self, groups: list[tuple[View, ...]], cache: Path, caption_dropout: float = 0.0, seed: int = 0
+    ) -> DataLoader[Batch]:
         views = [view for group in groups for view in group]
         latents, texts = encode_missing(cache, CountingEncoders(), views, captions_of(views))
         batches = PlannedBatches(
-            SampleOrder(groups, seed=0, global_batch=2), batch_size=2, rank=0, start=0, stop=24
+            SampleOrder([OrderedSet(groups, len(groups))], seed=0, global_batch=2),
+            batch_size=2,
+            rank=0,
+            start=0,
+            stop=24,
         )
-        data = TrainingSet(latents, texts, **options)
+        (given,) = DataSection(path=Path("pictures"), caption_dropout=caption_dropout).resolved_sets
+        data = TrainingSet(latents, texts, [given], seed=seed)
         return DataLoader(data, batch_sampler=batches, collate_fn=collate)
 
     def test_latents_come_with_their_own_captions(
@@ -48,7 +56,7 @@ class TestBatches:
         assert rows == 48
 
     def test_shapes_positions_and_order(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
-        plan = SampleOrder(groups, seed=0, global_batch=2)
+        plan = SampleOrder([OrderedSet(groups, len(groups))], seed=0, global_batch=2)
         loader = self.loaded(groups, tmp_path / "cache")
         assert len(loader) == 24
         for batch, planned in zip(loader, islice(plan.micro_batches(), 24), strict=True):
@@ -62,8 +70,8 @@ class TestBatches:
     def test_caption_dropout_is_keyed_by_position(
         self, groups: list[tuple[View, ...]], tmp_path: Path
     ) -> None:
-        def dropped(**options: object) -> list[bool]:
-            batches = self.loaded(groups, tmp_path / "cache", **options)
+        def dropped(caption_dropout: float, seed: int = 0) -> list[bool]:
+            batches = self.loaded(groups, tmp_path / "cache", caption_dropout, seed)
             return [not row.any() for batch in batches for row in batch.prompt_embeds]
 
         half = dropped(caption_dropout=0.5, seed=0)

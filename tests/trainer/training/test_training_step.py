@@ -1,5 +1,7 @@
 """One training step against a float64 reference that dequantizes the base and uses plain autograd."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +143,26 @@ def test_cuda_gradients_match_the_cpus(request, family_class, fixture, settings)
         steps.append(torch.cat(grads))
     ours, theirs = steps
     assert (ours - theirs).norm() < 0.05 * ours.norm()
+
+
+def test_a_loss_weight_multiplies_the_loss_of_its_sample(mini_flux):
+    family = family_at(mini_flux, Flux)
+    module = module_of(family, adapted(family, dtype=torch.float32).eval(), torch.float32)
+    batch = batch_for(family)
+    alone = [
+        module.loss(
+            Batch(
+                (position,),
+                batch.latent_mean[[row]],
+                batch.latent_std[[row]],
+                batch.prompt_embeds[[row]],
+                batch.pooled_prompt_embeds[[row]],
+            )
+        )
+        for row, position in enumerate(batch.positions)
+    ]
+    weighted = module.loss(replace(batch, loss_weight=torch.tensor([0.25, 3.0])))
+    assert torch.allclose(
+        weighted.double(), (0.25 * alone[0].double() + 3 * alone[1].double()) / 2, rtol=1e-5
+    )
+    assert module.loss(replace(batch, loss_weight=torch.ones(2))).equal(module.loss(batch))

@@ -39,7 +39,7 @@ def prepared(tmp_path_factory, mini_flux):
     folder = tmp_path_factory.mktemp("validation")
     samples = read_samples(write_pictures(folder / "pictures"))
     family = Flux.open(str(mini_flux), None, 24)
-    views = [group[0] for group in views_of(samples, Cropping(64, family.size_multiple), 0)]
+    views = [group[0] for group in views_of(samples, [Cropping(64, family.size_multiple)], 0)]
     encoders = load_encoders(family, device=CPU, dtype=torch.bfloat16, memo=folder / "digests")
     caches = encode_missing(folder / "cache", encoders, views, [sample.caption for sample in samples])
     return family, views, TrainingSet(*caches)

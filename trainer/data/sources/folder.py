@@ -63,6 +63,7 @@ class Sample:
     sha256: str  # of the image file's bytes
     row: int | None = None  # in the parquet file at `path`; None: `path` is the image itself
     misnamed_profile: bool = False  # its color profile says sRGB but is not, see `color`
+    data_set: int = 0  # the place of its data set in the recipe
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def read_samples(
     path: Path | str,
     caption_prefix: str = "",
     *,
+    data_set: int = 0,
     is_decoded: Callable[[str], bool] = lambda sha256: False,
     progress: OnProgress | None = None,
 ) -> list[Sample]:
@@ -92,6 +94,7 @@ def read_samples(
 
     Args:
         caption_prefix: put before every caption, followed by a space. With a prefix, images need no caption.
+        data_set: the number that the samples get, see `Sample`.
         is_decoded: returns True for the SHA-256 of an image that has been decoded before and need not be again.
 
     Raises:
@@ -104,7 +107,7 @@ def read_samples(
     found = _find(root, caption_prefix.strip(), problems)
     samples: list[Sample] = []
     for number, item in enumerate(found):
-        sample = _open(item, len(samples), is_decoded, problems)
+        sample = _open(item, len(samples), data_set, is_decoded, problems)
         if sample is not None:
             samples.append(sample)
         if progress is not None:
@@ -349,7 +352,9 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
             yield _Found(picture, None, _joined(prefix, caption))
 
 
-def _open(item: _Found, index: int, is_decoded: Callable[[str], bool], problems: Problems) -> Sample | None:
+def _open(
+    item: _Found, index: int, data_set: int, is_decoded: Callable[[str], bool], problems: Problems
+) -> Sample | None:
     try:
         data = _bytes(item.path, item.row)
     except OSError as error:
@@ -362,7 +367,7 @@ def _open(item: _Found, index: int, is_decoded: Callable[[str], bool], problems:
     except DECODE_ERRORS as error:
         problems.add(item.where, _undecodable(data, error))
         return None
-    return Sample(index, item.path, item.caption, width, height, sha256, item.row, misnamed)
+    return Sample(index, item.path, item.caption, width, height, sha256, item.row, misnamed, data_set)
 
 
 def _undecodable(data: bytes, error: Exception) -> str:

@@ -18,6 +18,8 @@ Size = tuple[int, int]  # width, height, in pixels
 # Buckets with less than this share of resolution**2 are left out: they would train on less detail than the user
 # expects from data.resolution.
 _LEAST_AREA = 0.8
+# An image is large enough for a resolution if it is enlarged by no more than this.
+_SHARP = 1.05
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class View:
     width: int
     height: int
     flip: bool
+    resolution: int  # the training resolution that the size belongs to, in pixels
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,14 @@ class Cropping:
     crop: Literal["center", "random"] = "center"
     random_crops: int = 1
     flip: bool = False
+    setting: str = "data"  # the section of the recipe that names the resolution
 
     def __post_init__(self) -> None:
         if self.resolution % self.size_multiple or self.resolution < self.size_multiple:
             low = max(self.resolution // self.size_multiple, 1) * self.size_multiple
             raise RecipeError(
-                f"data.resolution: got {self.resolution}, expected a multiple of {self.size_multiple} for this"
-                f" model, such as {low} or {low + self.size_multiple}"
+                f"{self.setting}.resolution: got {self.resolution}, expected a multiple of {self.size_multiple} for"
+                f" this model, such as {low} or {low + self.size_multiple}"
             )
 
     def sizes(self) -> list[Size]:
@@ -83,18 +87,37 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
     return max(sizes, key=lambda size: (round(kept(size), 6), size[0] * size[1], size))
 
 
-def views_of(samples: Sequence[Sample], cropping: Cropping, seed: int) -> list[tuple[View, ...]]:
-    """Returns the views of each sample, all of one size; several with random crops or mirroring.
+def views_of(
+    samples: Sequence[Sample], croppings: Sequence[Cropping], seed: int, *, only_largest: bool = False
+) -> list[tuple[View, ...]]:
+    """Returns groups of views, those of a group of one image and size; several with random crops or mirroring.
 
-    Random crops depend on the image's bytes and the seed, not on its name or position in the data: adding an image
-    does not change the crops of others.
+    An image has one group for each resolution for which it is large enough, or one at the smallest. Random crops
+    depend on the image's bytes and the seed, not on its name or position in the data: adding an image does not change
+    the crops of others.
+
+    Args:
+        croppings: one for each resolution, the smallest first.
+        only_largest: give each image only the largest resolution for which it is large enough.
     """
-    sizes = cropping.sizes()
-    groups = [
-        _views(sample, nearest_size(sample.width, sample.height, sizes), cropping, seed) for sample in samples
-    ]
+    sizes = [cropping.sizes() for cropping in croppings]
+    groups = []
+    for sample in samples:
+        nearest = [nearest_size(sample.width, sample.height, choice) for choice in sizes]
+        fitting = [
+            (cropping, size)
+            for cropping, size in zip(croppings, nearest, strict=True)
+            if _enlargement(sample, size) <= _SHARP
+        ]
+        chosen = (fitting[-1:] if only_largest else fitting) or [(croppings[0], nearest[0])]
+        groups += [_views(sample, size, cropping, seed) for cropping, size in chosen]
     _warn_of_enlargement(groups)
     return groups
+
+
+def _enlargement(sample: Sample, size: Size) -> float:
+    """Returns the factor by which an image is enlarged to fill a size; below 1 if it is reduced."""
+    return max(size[0] / sample.width, size[1] / sample.height)
 
 
 def _views(sample: Sample, size: Size, cropping: Cropping, seed: int) -> tuple[View, ...]:
@@ -108,7 +131,9 @@ def _views(sample: Sample, size: Size, cropping: Cropping, seed: int) -> tuple[V
         ]
     flips = (False, True) if cropping.flip else (False,)
     # An image with exactly the bucket's aspect ratio has only one possible crop. dict.fromkeys removes the copies.
-    return tuple(View(sample, box, *size, flip) for box in dict.fromkeys(boxes) for flip in flips)
+    return tuple(
+        View(sample, box, *size, flip, cropping.resolution) for box in dict.fromkeys(boxes) for flip in flips
+    )
 
 
 def _box(sample: Sample, size: Size, right: float, down: float) -> Box:
@@ -121,18 +146,30 @@ def _box(sample: Sample, size: Size, right: float, down: float) -> Box:
     return (left, top, left + width, top + height)
 
 
+def kept_share(view: View) -> float:
+    """Returns the share of the image's pixels that the view's box holds, from 0 to 1."""
+    left, top, right, bottom = view.box
+    return (right - left) * (bottom - top) / (view.sample.width * view.sample.height)
+
+
+def is_enlarged(view: View) -> bool:
+    """Returns True if the view enlarges its part of the image by more than 5 %."""
+    return _factor(view) > _SHARP
+
+
+def _factor(view: View) -> float:
+    return view.width / (view.box[2] - view.box[0])
+
+
 def _warn_of_enlargement(groups: Sequence[Sequence[View]]) -> None:
-    factors = {
-        view.sample.path: view.width / (view.box[2] - view.box[0]) for views in groups for view in views
-    }
-    enlarged = {path: factor for path, factor in factors.items() if factor > 1.05}
+    enlarged = {view.sample.path: _factor(view) for views in groups for view in views if is_enlarged(view)}
     if enlarged:
         worst = max(enlarged, key=lambda path: enlarged[path])
         log.warning(
             "%d of %d images are smaller than their training size and will be enlarged, the most %s, by %.1f; lower"
             " data.resolution to keep them sharp",
             len(enlarged),
-            len(groups),
+            len({view.sample.path for views in groups for view in views}),
             printable(worst),
             enlarged[worst],
         )

@@ -1,10 +1,12 @@
 """Orders the samples of a whole run, as a function of its seed: their positions and their micro-batches.
 
-Epochs form one endless stream; each is a permutation of all samples, keyed by (seed, epoch). The index of a sample in
-the stream is its position, which keys all its random numbers. Samples of one size wait in a queue, across the ends of
-epochs, and leave it as a micro-batch when it is full. Every sample is therefore trained on once per epoch; none is
-dropped, or repeated to fill a batch. The order depends on batch sizes only through batch_size * world_size: two
-processes with one image each train the same micro-batches as one process with two.
+Epochs form one endless stream. In an epoch each data set gives a fixed number of samples, evenly spread over the
+epoch, so that the sets keep their shares over any part of the run. A set goes through its samples again and again, each
+time in another permutation, keyed by (seed, pass, set). The index of a sample in the stream is its position, which keys
+all its random numbers. Samples of one size wait in a queue, across the ends of epochs, and leave it as a micro-batch
+when it is full. Every sample is therefore trained as often as its set says; none is dropped, or repeated to fill a
+batch. The order depends on batch sizes only through batch_size * world_size: two processes with one image each train
+the same micro-batches as one process with two.
 """
 
 from collections import Counter, defaultdict
@@ -12,10 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy
 import torch
 
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.randomness import generator, uniform
+
+_Use = tuple[int, int, int]  # position, set, sample of the set
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,35 @@ class Entry:
     view: View
 
 
+@dataclass(frozen=True)
+class OrderedSet:
+    """One data set as the order sees it."""
+
+    views: Sequence[Sequence[View]]  # of each sample, all of one size
+    uses: int  # samples in an epoch; the number of samples for one pass over the set
+
+
 class SampleOrder:
     """The endless sequence of a run's micro-batches, each over all processes."""
 
-    def __init__(self, views: Sequence[Sequence[View]], *, seed: int, global_batch: int) -> None:
-        """`views` holds each sample's views, all of one size; `global_batch` is batch_size * world_size."""
-        assert views, "an order needs samples"
+    def __init__(self, sets: Sequence[OrderedSet], *, seed: int, global_batch: int) -> None:
+        """`global_batch` is batch_size * world_size."""
+        assert sets, "an order needs sets"
+        assert all(given.views and given.uses > 0 for given in sets), "an order needs samples"
         assert global_batch > 0, "a micro-batch needs room"
-        self._views = [tuple(group) for group in views]
+        self._sets = [([tuple(group) for group in given.views], given.uses) for given in sets]
         self._seed = seed
         self._global_batch = global_batch
-        self._sizes: list[Size] = [(group[0].width, group[0].height) for group in self._views]
-        self.pictures_by_size = Counter(self._sizes)
+        self._turns = _spread([given.uses for given in sets])
+        self._sizes: list[list[Size]] = [
+            [(group[0].width, group[0].height) for group in views] for views, _ in self._sets
+        ]
+        self.sizes = frozenset(size for sizes in self._sizes for size in sizes)
+
+    @property
+    def epoch_length(self) -> int:
+        """The number of samples of an epoch, over all sets."""
+        return len(self._turns)
 
     def micro_batches(self, start: int = 0) -> Iterator[tuple[Entry, ...]]:
         """Yields micro-batch `start` and all later ones. Starting takes two epochs of shuffling, at any `start`."""
@@ -45,9 +67,9 @@ class SampleOrder:
         queues = self._waiting_before(epoch)
         number = self._emitted_before(epoch)
         for current in count(epoch):
-            for position, sample in self._stream(current):
-                queue = queues[self._sizes[sample]]
-                queue.append((position, sample))
+            for position, turn, sample in self._stream(current):
+                queue = queues[self._sizes[turn][sample]]
+                queue.append((position, turn, sample))
                 if len(queue) < self._global_batch:
                     continue
                 if number >= start:
@@ -55,18 +77,47 @@ class SampleOrder:
                 number += 1
                 queue.clear()
 
-    def _entry(self, position: int, sample: int) -> Entry:
-        views = self._views[sample]
+    def _entry(self, position: int, turn: int, sample: int) -> Entry:
+        views = self._sets[turn][0][sample]
         return Entry(position, views[int(uniform(self._seed, "view", position) * len(views))])
 
-    def _stream(self, epoch: int) -> list[tuple[int, int]]:
-        """Returns (position, sample index) for each use in one epoch, in order."""
-        order = torch.randperm(len(self._views), generator=generator(self._seed, "epoch", epoch)).tolist()
-        return list(enumerate(order, start=epoch * len(order)))
+    def _stream(self, epoch: int) -> list[_Use]:
+        """Returns (position, set, sample of the set) for each use in one epoch, in order."""
+        draws = [self._draws(turn, epoch) for turn in range(len(self._sets))]
+        first = epoch * self.epoch_length
+        return [(first + place, turn, next(draws[turn])) for place, turn in enumerate(self._turns)]
+
+    def _draws(self, turn: int, epoch: int) -> Iterator[int]:
+        """Yields the samples that a set gives in one epoch, in order."""
+        views, uses = self._sets[turn]
+        number, skipped = divmod(epoch * uses, len(views))
+        while uses > 0:
+            order = self._pass(turn, number)[skipped : skipped + uses]
+            yield from order
+            uses -= len(order)
+            number, skipped = number + 1, 0
+
+    def _pass(self, turn: int, number: int) -> list[int]:
+        """Returns the order of a set's samples in its pass `number`."""
+        position = (number, turn) if turn else (number,)
+        drawn = torch.randperm(len(self._sets[turn][0]), generator=generator(self._seed, "epoch", *position))
+        return drawn.tolist()
+
+    def _uses_before(self, epoch: int) -> Counter[Size]:
+        """Returns how many samples of each size come before an epoch."""
+        uses: Counter[Size] = Counter()
+        for turn, (views, in_epoch) in enumerate(self._sets):
+            passes, rest = divmod(epoch * in_epoch, len(views))
+            sizes = self._sizes[turn]
+            for size, images in Counter(sizes).items():
+                uses[size] += passes * images
+            if rest:
+                uses.update(sizes[sample] for sample in self._pass(turn, passes)[:rest])
+        return uses
 
     def _emitted_before(self, epoch: int) -> int:
         """Returns the number of micro-batches that are complete when an epoch begins."""
-        return sum(epoch * pictures // self._global_batch for pictures in self.pictures_by_size.values())
+        return sum(uses // self._global_batch for uses in self._uses_before(epoch).values())
 
     def _last_epoch_before(self, micro_batch: int) -> int:
         """Returns the last epoch that begins with at most this many micro-batches complete, by bisection."""
@@ -78,22 +129,27 @@ class SampleOrder:
             low, high = (middle, high) if self._emitted_before(middle) <= micro_batch else (low, middle)
         return low
 
-    def _waiting_before(self, epoch: int) -> defaultdict[Size, list[tuple[int, int]]]:
+    def _waiting_before(self, epoch: int) -> defaultdict[Size, list[_Use]]:
         """Rebuilds the queues at the beginning of an epoch: for each size, its last few samples in the stream.
 
         The lengths follow from the counts, so walking the stream backwards until the queues are full is enough.
         """
-        missing = {
-            size: epoch * pictures % self._global_batch for size, pictures in self.pictures_by_size.items()
-        }
-        queues: defaultdict[Size, list[tuple[int, int]]] = defaultdict(list)
+        missing = {size: uses % self._global_batch for size, uses in self._uses_before(epoch).items()}
+        queues: defaultdict[Size, list[_Use]] = defaultdict(list)
         while any(missing.values()):
             epoch -= 1
-            for position, sample in reversed(self._stream(epoch)):
-                size = self._sizes[sample]
+            for use in reversed(self._stream(epoch)):
+                size = self._sizes[use[1]][use[2]]
                 if missing[size]:
-                    queues[size].append((position, sample))
+                    queues[size].append(use)
                     missing[size] -= 1
         for queue in queues.values():
             queue.reverse()
         return queues
+
+
+def _spread(uses: Sequence[int]) -> list[int]:
+    """Returns the set of each place in an epoch, evenly spread: use j of u comes at (j + 1/2) / u of the epoch."""
+    times = numpy.concatenate([(numpy.arange(count) + 0.5) / count for count in uses])
+    turns = numpy.repeat(numpy.arange(len(uses)), uses)
+    return turns[numpy.argsort(times, kind="stable")].tolist()

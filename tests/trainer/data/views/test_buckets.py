@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from halfbyte.trainer.data.batches import PlannedBatches
 from halfbyte.trainer.data.sources.folder import Sample
 from halfbyte.trainer.data.views.buckets import Cropping, bucket_sizes, nearest_size, views_of
-from halfbyte.trainer.data.views.order import Entry, SampleOrder
+from halfbyte.trainer.data.views.order import Entry, OrderedSet, SampleOrder
 from halfbyte.trainer.errors import RecipeError
 
 SHAPES = [(640, 480)] * 7 + [(480, 640)] * 5 + [(500, 500)] * 3 + [(300, 900)]
@@ -27,8 +27,8 @@ def samples(shapes: list[tuple[int, int]]) -> list[Sample]:
 def plan_of(
     shapes: list[tuple[int, int]], global_batch: int, seed: int = 0, **cropping: object
 ) -> SampleOrder:
-    views = views_of(samples(shapes), Cropping(64, 16, **cropping), seed)
-    return SampleOrder(views, seed=seed, global_batch=global_batch)
+    views = views_of(samples(shapes), [Cropping(64, 16, **cropping)], seed)
+    return SampleOrder([OrderedSet(views, len(views))], seed=seed, global_batch=global_batch)
 
 
 class TestSizes:
@@ -85,7 +85,7 @@ class TestViews:
         self, width: int, height: int, crop: str, buckets: bool
     ) -> None:
         cropping = Cropping(256, 16, aspect_buckets=buckets, crop=crop, random_crops=3)
-        (views,) = views_of(samples([(width, height)]), cropping, seed=5)
+        (views,) = views_of(samples([(width, height)]), [cropping], seed=5)
         for view in views:
             left, top, right, bottom = view.box
             assert 0 <= left < right <= width
@@ -96,17 +96,17 @@ class TestViews:
             assert (view.width, view.height) == (views[0].width, views[0].height)
 
     def test_a_centered_crop(self) -> None:
-        ((view,),) = views_of(samples([(300, 100)]), Cropping(64, 16, aspect_buckets=False), seed=0)
+        ((view,),) = views_of(samples([(300, 100)]), [Cropping(64, 16, aspect_buckets=False)], seed=0)
         assert view.box == (100, 0, 200, 100)
         assert (view.width, view.height, view.flip) == (64, 64, False)
 
     def test_random_crops_differ_by_number_seed_and_image(self) -> None:
         cropping = Cropping(64, 16, aspect_buckets=False, crop="random", random_crops=8)
-        first, second = views_of(samples([(3000, 100)] * 2), cropping, seed=0)
+        first, second = views_of(samples([(3000, 100)] * 2), [cropping], seed=0)
         assert len({view.box for view in first}) == 8
         assert {view.box for view in first}.isdisjoint(view.box for view in second)
-        again, _ = views_of(samples([(3000, 100)] * 2), cropping, seed=0)
-        other, _ = views_of(samples([(3000, 100)] * 2), cropping, seed=1)
+        again, _ = views_of(samples([(3000, 100)] * 2), [cropping], seed=0)
+        other, _ = views_of(samples([(3000, 100)] * 2), [cropping], seed=1)
         assert again == first
         assert {view.box for view in first}.isdisjoint(view.box for view in other)
 
@@ -114,21 +114,21 @@ class TestViews:
         cropping = Cropping(64, 16, aspect_buckets=False, crop="random", random_crops=2)
         (sample,) = samples([(3000, 100)])
         moved = replace(sample, index=7, path=Path("elsewhere/b.jpg"), caption="other")
-        boxes = [[view.box for view in views_of([one], cropping, 0)[0]] for one in (sample, moved)]
+        boxes = [[view.box for view in views_of([one], [cropping], 0)[0]] for one in (sample, moved)]
         assert boxes[0] == boxes[1]
 
     def test_random_crops_reach_both_ends(self) -> None:
         cropping = Cropping(64, 16, aspect_buckets=False, crop="random", random_crops=400)
-        (views,) = views_of(samples([(110, 100)]), cropping, seed=0)
+        (views,) = views_of(samples([(110, 100)]), [cropping], seed=0)
         assert {view.box[0] for view in views} == set(range(11))
 
     def test_an_image_of_the_right_aspect_ratio_has_one_crop(self) -> None:
         cropping = Cropping(64, 16, crop="random", random_crops=5, flip=True)
-        (views,) = views_of(samples([(128, 128)]), cropping, seed=0)
+        (views,) = views_of(samples([(128, 128)]), [cropping], seed=0)
         assert [view.flip for view in views] == [False, True]
 
     def test_enlargement_is_reported(self, caplog: pytest.LogCaptureFixture) -> None:
-        views_of(samples([(32, 32), (640, 640)]), Cropping(64, 16), seed=0)
+        views_of(samples([(32, 32), (640, 640)]), [Cropping(64, 16)], seed=0)
         assert "1 of 2 " in caplog.text
         assert "0.png" in caplog.text
         assert "2.0" in caplog.text

@@ -1,0 +1,183 @@
+"""Reads the images of a recipe's data sets and splits them into those to train on and those for validation."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from halfbyte.trainer.data.held_out import refuse_trained, set_aside
+from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
+from halfbyte.trainer.data.views.order import OrderedSet
+from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.recipe.data_section import DataSet, set_uses
+from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.progress import LazyProgress
+from halfbyte.trainer.wording import printable
+
+
+@dataclass(frozen=True)
+class ReadSet:
+    """One data set with the samples that are trained on."""
+
+    settings: DataSet
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class ReadData:
+    """All images of a run."""
+
+    sets: Sequence[ReadSet]
+    held_out: Sequence[Sample]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples that are trained on, in the order of the sets."""
+        return [sample for read in self.sets for sample in read.samples]
+
+
+def read_data(
+    recipe: Recipe, *, is_decoded: Callable[[str], bool], progress: LazyProgress | None = None
+) -> ReadData:
+    """Reads all data sets and the validation images.
+
+    Args:
+        is_decoded: see `read_samples`.
+
+    Raises:
+        DataError: with the problems of all images and captions of one set; or see `split_data`.
+    """
+    read = [
+        read_samples(
+            given.path, given.caption_prefix, data_set=number, is_decoded=is_decoded, progress=progress
+        )
+        for number, given in enumerate(recipe.data.resolved_sets)
+    ]
+    validation = None
+    if recipe.validation.path is not None:
+        prefix = recipe.data.resolved_sets[0].caption_prefix
+        validation = read_samples(recipe.validation.path, prefix, is_decoded=is_decoded)
+    return split_data(recipe, read, validation)
+
+
+def split_data(
+    recipe: Recipe, read: Sequence[Sequence[Sample]], validation: Sequence[Sample] | None
+) -> ReadData:
+    """Splits the samples of each data set into those to train on and those for validation.
+
+    Args:
+        validation: the samples of validation.path; None: they are chosen from the sets of the kind train.
+
+    Raises:
+        DataError: a set has nothing left to train on, or an image is both held out and trained on.
+    """
+    settings = recipe.data.resolved_sets
+    samples = [sample for own in read for sample in own]
+    if validation is None:
+        train = {number for number, given in enumerate(settings) if given.kind == "train"}
+        setting = "data.path" if recipe.data.path is not None else "data.sets"
+        samples, held_out = set_aside(samples, recipe.validation.held_out, setting=setting, from_sets=train)
+    else:
+        held_out = list(validation)
+        refuse_trained(held_out, samples)
+    by_set: list[list[Sample]] = [[] for _ in settings]
+    for sample in samples:
+        by_set[sample.data_set].append(sample)
+    for given, own in zip(settings, by_set, strict=True):
+        if not own:
+            raise DataError(
+                f"{given.setting}: all images of {printable(given.path)} are held out for validation; lower"
+                " validation.held_out, or remove the set"
+            )
+    return ReadData([ReadSet(given, own) for given, own in zip(settings, by_set, strict=True)], held_out)
+
+
+def croppings_of(settings: DataSet, family: Family) -> list[Cropping]:
+    """Returns how a data set's images are cropped, one for each of its resolutions, the smallest first.
+
+    Raises:
+        RecipeError: a resolution does not suit the model.
+    """
+    return [
+        Cropping(
+            resolution,
+            family.size_multiple,
+            settings.aspect_buckets,
+            settings.crop,
+            settings.random_crops,
+            settings.flip,
+            settings.setting,
+        )
+        for resolution in settings.resolutions
+    ]
+
+
+def training_views(data: ReadData, family: Family, seed: int) -> list[OrderedSet]:
+    """Returns the views of each data set with the number of its samples in an epoch."""
+    groups = [
+        views_of(
+            read.samples,
+            croppings_of(read.settings, family),
+            seed,
+            only_largest=read.settings.image_sizes == "largest",
+        )
+        for read in data.sets
+    ]
+    uses = set_uses([read.settings for read in data.sets], [len(own) for own in groups])
+    return [OrderedSet(own, count) for own, count in zip(groups, uses, strict=True)]
+
+
+@dataclass(frozen=True)
+class SetSummary:
+    """What a run takes from one data set, for the report before training."""
+
+    settings: DataSet
+    images: int
+    views: int  # crops, mirrored copies and sizes of the images
+    uses: int  # samples in an epoch
+    share: float  # of all samples of the run, from 0 to 1
+    sizes: Mapping[int, Sequence[Size]]  # the sizes that occur, by resolution, in pixels
+    cropped: float  # the share of the images' pixels that cropping removes, from 0 to 1, in the mean
+    enlarged: int  # images that are enlarged by more than 5 %
+
+
+def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]:
+    """Returns a summary of each data set."""
+    total = sum(one.uses for one in ordered)
+    found = []
+    for read, one in zip(data.sets, ordered, strict=True):
+        views = [view for group in one.views for view in group]
+        sizes: defaultdict[int, set[Size]] = defaultdict(set)
+        for view in views:
+            sizes[view.resolution].add((view.width, view.height))
+        found.append(
+            SetSummary(
+                read.settings,
+                len(read.samples),
+                len(views),
+                one.uses,
+                one.uses / total,
+                {resolution: sorted(sizes[resolution]) for resolution in sorted(sizes)},
+                fmean(1 - kept_share(group[0]) for group in one.views),
+                len({group[0].sample.index for group in one.views if is_enlarged(group[0])}),
+            )
+        )
+    return found
+
+
+def held_out_views(data: ReadData, family: Family, seed: int) -> list[View]:
+    """Returns one view of each validation image: a center crop, so that results do not depend on how training crops."""
+    views = []
+    for sample in data.held_out:
+        settings = data.sets[sample.data_set].settings
+        center = replace(settings, crop="center", random_crops=1, flip=False)
+        views.append(views_of([sample], croppings_of(center, family), seed, only_largest=True)[0][0])
+    return views
+
+
+def read_references(recipe: Recipe, folder: Path, *, is_decoded: Callable[[str], bool]) -> list[Sample]:
+    """Reads the reference images of the sample prompts. Raises DataError for unusable images."""
+    return read_samples(folder, recipe.data.resolved_sets[0].caption_prefix, is_decoded=is_decoded)

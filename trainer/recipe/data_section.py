@@ -1,0 +1,209 @@
+"""The recipe section `data`: one data set, or a list of several with settings of their own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER, FilePath, PictureSide, PictureSides, Section
+from halfbyte.trainer.registry import conflict
+
+Kind = Literal["train", "regularization"]
+Crop = Literal["center", "random"]
+Sizes = Literal["each", "largest"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set with all its settings; see the fields of the same names in `DataSection` and `SetSection`."""
+
+    setting: str  # where the recipe names it: "data" or "data.sets[0]"
+    path: Path
+    kind: Kind
+    repeats: float
+    weight: float | None
+    loss_weight: float
+    resolution: int | tuple[int, ...]
+    image_sizes: Sizes
+    aspect_buckets: bool
+    crop: Crop
+    random_crops: int
+    flip: bool
+    caption_prefix: str
+    caption_dropout: float
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The training resolutions in pixels, the smallest first."""
+        return as_resolutions(self.resolution)
+
+
+def as_resolutions(resolution: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the different resolutions of a setting, in pixels, the smallest first."""
+    return (resolution,) if isinstance(resolution, int) else tuple(sorted(set(resolution)))
+
+
+class SetSection(Section):
+    """One of several data sets. A setting that is null has the value that the section data has for it."""
+
+    path: FilePath
+    """A folder of captioned images or of .parquet files, or a single .parquet file, as in data.path."""
+    kind: Kind = "train"
+    """What the images show: train for what is to be learned; regularization for other things of the same class, which
+    keep the model from changing them. Validation images are taken from sets of the kind train only."""
+    repeats: float = Field(default=1.0, gt=0, le=100_000)
+    """How often each image is trained in one epoch. With 0.5, an epoch takes half of the images, and the next the other
+    half."""
+    weight: float | None = Field(default=None, gt=0)
+    """The set's share of the samples, in proportion to the weights of the other sets, however many images they have.
+    Replaces repeats; give a weight to all sets or to none."""
+    loss_weight: float = Field(default=1.0, gt=0)
+    """A factor for the loss of the set's samples."""
+    resolution: PictureSide | PictureSides | None = None
+    """The training resolution in pixels, or several."""
+    image_sizes: Sizes | None = None
+    """The resolutions at which an image is trained: each or largest."""
+    aspect_buckets: bool | None = None
+    """Train each image at the aspect ratio closest to its own."""
+    crop: Crop | None = None
+    """The part of an image that is kept: center or random."""
+    random_crops: int | None = Field(default=None, ge=1, le=1000)
+    """The number of random crops of each image."""
+    flip: bool | None = None
+    """Also train on horizontally mirrored images."""
+    caption_prefix: str | None = Field(default=None, min_length=0)
+    """Text put before every caption."""
+    caption_dropout: float | None = Field(default=None, ge=0, le=1)
+    """The share of samples that are trained with an empty caption."""
+
+    @model_validator(mode="after")
+    def _repeats_or_weight(self) -> Self:
+        if self.weight is not None and self.repeats != 1:
+            raise conflict("repeats", f"got {self.repeats:g} and weight {self.weight:g}; keep one of them")
+        return self
+
+
+class DataSection(Section):
+    """The training images and their captions: one data set at path, or several in sets."""
+
+    path: FilePath | None = None
+    """A folder of images with captions in metadata.jsonl, metadata.csv or .txt files of the same names; or a folder of
+    .parquet files, or a single .parquet file. In a recipe file a relative path starts from that file's folder; on the
+    command line it starts from the current folder. null if sets lists the data."""
+    sets: tuple[SetSection, ...] = Field(default=(), strict=False)
+    """Several data sets in place of path, such as [{path: ./dog, repeats: 10}, {path: ./dogs, kind: regularization}].
+    The settings below hold for all sets that do not set their own."""
+    resolution: PictureSide | PictureSides = 1024
+    """The training resolution in pixels: the side of the square, or with aspect_buckets the side of a square whose area
+    no bucket exceeds. 1024 suits the full-size models; lower values take less memory and time per step. With several,
+    such as [512, 768, 1024], images are trained at those for which they are large enough, at least at the smallest."""
+    image_sizes: Sizes = "each"
+    """Which of several resolutions an image is trained at: each for which it is large enough, so that it counts as that
+    many images, or only the largest of them."""
+    aspect_buckets: bool = True
+    """Train each image at the aspect ratio closest to its own, from 1:4 to 4:1, in batches of one size; false crops
+    every image to a square."""
+    crop: Crop = "center"
+    """The part of an image that is kept if its aspect ratio does not match the training size: the center, or random
+    parts."""
+    random_crops: int = Field(default=1, ge=1, le=1000)
+    """The number of random crops of each image that are encoded and cached; must be 1 if crop is center. More crops
+    add variety but take that many times the encoding time and disk space."""
+    flip: bool = False
+    """Also train on horizontally mirrored images. Leave it off if left and right matter, as in text."""
+    # pydantic validates the text as UTF-8 only if a length is given; shell arguments may hold lone surrogates.
+    caption_prefix: str = Field(default="", min_length=0)
+    """Text put before every caption, separated by a space, such as a trigger word. With a prefix, images need no
+    caption of their own."""
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    """The share of samples, from 0 to 1, that are trained with an empty caption. A value such as 0.1 also
+    trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
+    cache_dir: FilePath | None = None
+    """The folder that keeps latents, text embeddings and the quantized base between runs; null uses
+    ~/.cache/halfbyte. Runs may share it."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """The cache folder with the default applied and ~ expanded."""
+        return self.cache_dir or DEFAULT_FOLDER.expanduser()
+
+    @property
+    def resolved_sets(self) -> tuple[DataSet, ...]:
+        """The data sets with all their settings, in the recipe's order."""
+        if self.path is not None:
+            return (self._resolved("data", SetSection(path=self.path)),)
+        return tuple(self._resolved(f"data.sets[{index}]", given) for index, given in enumerate(self.sets))
+
+    @property
+    def largest_resolution(self) -> int:
+        """The largest resolution of any set, in pixels."""
+        return max(data_set.resolutions[-1] for data_set in self.resolved_sets)
+
+    def _resolved(self, setting: str, given: SetSection) -> DataSet:
+        values = dict(given)
+        inherited = {
+            name: getattr(self, name) for name, value in values.items() if value is None and name != "weight"
+        }
+        return DataSet(setting, **(values | inherited))
+
+    @model_validator(mode="after")
+    def _one_way_to_name_the_data(self) -> Self:
+        if self.path is None and not self.sets:
+            raise conflict(
+                "path",
+                "missing, expected a path: a folder of images with captions; several folders go into data.sets",
+            )
+        if self.path is not None and self.sets:
+            raise conflict(
+                "path", f"got {self.path}, expected null because data.sets lists the data; move it there"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sets_fit_together(self) -> Self:
+        weighted = [given.weight is not None for given in self.sets]
+        if any(weighted) and not all(weighted):
+            missing = weighted.index(False)
+            raise conflict(
+                f"sets.{missing}.weight", "missing, expected a number because other sets have a weight"
+            )
+        if self.sets and all(given.kind == "regularization" for given in self.sets):
+            raise conflict(
+                "sets", "all sets are regularization sets, expected at least one of the kind train"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_differ_only_at_random(self) -> Self:
+        self._check_crops("", self.crop, self.random_crops)
+        for index, (given, resolved) in enumerate(zip(self.sets, self.resolved_sets, strict=False)):
+            field = f"sets.{index}." if given.random_crops is not None or given.crop is not None else ""
+            self._check_crops(field, resolved.crop, resolved.random_crops)
+        return self
+
+    @staticmethod
+    def _check_crops(section: str, crop: Crop, random_crops: int) -> None:
+        if random_crops > 1 and crop == "center":
+            raise conflict(f"{section}random_crops", f"got {random_crops}, expected 1 because crop is center")
+
+
+def set_uses(sets: Sequence[DataSet], counts: Sequence[int]) -> list[int]:
+    """Returns how many samples of each set an epoch has, at least one; counts: the images of each set.
+
+    With repeats, that is repeats * images. With weights, an epoch has as many samples as there are images, shared in
+    proportion to the weights.
+    """
+    total = sum(given.weight or 0 for given in sets)
+    shares = [
+        given.repeats * count if given.weight is None else sum(counts) * given.weight / total
+        for given, count in zip(sets, counts, strict=True)
+    ]
+    return [max(1, round(share)) for share in shares]
+
+
+def common_prefix(data: DataSection) -> str:
+    """Returns the prefix of all sets of the kind train; empty if they have none, or different ones."""
+    prefixes = {given.caption_prefix.strip() for given in data.resolved_sets if given.kind == "train"}
+    return prefixes.pop() if len(prefixes) == 1 else ""
