@@ -118,8 +118,9 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
             found = read_record(file)
         except DataError:
             continue
-        # gzip's head holds a time and the system's name, which nothing reads.
-        assert 3 <= place < 10
+        # gzip's head holds a time and the system's name, which nothing reads, and the last bits before its checksum
+        # fill up a byte.
+        assert 3 <= place < 10 or place == len(intact) - 9
         assert found == samples
     for length in range(len(intact)):
         file.write_bytes(intact[:length])

@@ -9,7 +9,7 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.runtime.sizes import file_size
 
-KINDS = ("latents", "texts", "bases", "digests")
+KINDS = ("latents", "masks", "texts", "bases", "digests")
 
 
 @dataclass(frozen=True)

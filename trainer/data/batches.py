@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache
+from halfbyte.trainer.data.cache.masks import MaskCache
+from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.data.views.order import Entry, SampleOrder
 from halfbyte.trainer.randomness import uniform
 from halfbyte.trainer.recipe.data_section import DataSet
@@ -25,6 +27,7 @@ class TrainingSample:
     prompt_embeds: Tensor  # (T, D)
     pooled_prompt_embeds: Tensor  # (P,)
     loss_weight: float = 1.0
+    pixel_weight: Tensor | None = None  # (1, h, w) fp32 from 0 to 1, of each latent cell in the loss; None: 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Batch:
     prompt_embeds: Tensor  # (B, T, D)
     pooled_prompt_embeds: Tensor  # (B, P)
     loss_weight: Tensor | None = None  # (B,) fp32, factors of the samples' losses; None: 1 for all
+    pixel_weight: Tensor | None = (
+        None  # (B, 1, h, w) fp32 from 0 to 1, weights in the samples' losses; None: 1
+    )
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies the batch to a device, asynchronously if its memory is pinned. Lightning calls this."""
@@ -60,9 +66,19 @@ class TrainingSet(Dataset[TrainingSample]):
     """
 
     def __init__(
-        self, latents: LatentCache, texts: TextCache, sets: Sequence[DataSet] = (), *, seed: int = 0
+        self,
+        latents: LatentCache,
+        texts: TextCache,
+        sets: Sequence[DataSet] = (),
+        masks: MaskCache | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
-        """`sets` are the data sets of the samples. Without them, no caption is dropped and all losses count alike."""
+        """`sets` are the data sets of the samples, `masks` their masks.
+
+        Without sets, no caption is dropped and all losses count alike; without masks, all parts of the images do.
+        """
+        self._masks = masks
         self._latents = latents
         self._texts = texts
         self._sets = sets
@@ -71,7 +87,7 @@ class TrainingSet(Dataset[TrainingSample]):
     def dropping(self, least: float) -> "TrainingSet":
         """Returns the same samples with a share of at least `least` (0 to 1) of empty captions."""
         sets = [replace(given, caption_dropout=max(given.caption_dropout, least)) for given in self._sets]
-        return TrainingSet(self._latents, self._texts, sets, seed=self._seed)
+        return TrainingSet(self._latents, self._texts, sets, self._masks, seed=self._seed)
 
     def __getitem__(self, entry: Entry) -> TrainingSample:
         """Reads one sample from the cache. Raises DataError if its entry is missing or unreadable."""
@@ -89,7 +105,14 @@ class TrainingSet(Dataset[TrainingSample]):
             text.prompt_embeds[0],
             text.pooled_prompt_embeds[0],
             1.0 if given is None else given.loss_weight,
+            self._pixel_weight(entry.view, given),
         )
+
+    def _pixel_weight(self, view: View, given: DataSet | None) -> Tensor | None:
+        if self._masks is None or given is None or view.sample.mask is None:
+            return None
+        outside = given.masked_loss.outside
+        return (outside + (1 - outside) * self._masks.read(view))[None]
 
 
 class PlannedBatches(Sampler[list[Entry]]):
@@ -118,9 +141,17 @@ def collate(samples: Sequence[TrainingSample]) -> Batch:
         torch.stack([sample.prompt_embeds for sample in samples]),
         torch.stack([sample.pooled_prompt_embeds for sample in samples]),
         _loss_weight(samples),
+        _pixel_weight(samples),
     )
 
 
 def _loss_weight(samples: Sequence[TrainingSample]) -> Tensor | None:
     weights = [sample.loss_weight for sample in samples]
     return None if set(weights) == {1.0} else torch.tensor(weights, dtype=torch.float32)
+
+
+def _pixel_weight(samples: Sequence[TrainingSample]) -> Tensor | None:
+    if all(sample.pixel_weight is None for sample in samples):
+        return None
+    whole = torch.ones(1, *samples[0].latent_mean.shape[1:])
+    return torch.stack([whole if sample.pixel_weight is None else sample.pixel_weight for sample in samples])

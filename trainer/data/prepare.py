@@ -1,5 +1,6 @@
 """Prepares a run's data before the transformer is loaded: reads images, fills the cache, frees the encoders."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
 from halfbyte.trainer.data.cache.encodings import LatentCache, encode_missing
+from halfbyte.trainer.data.cache.masks import MaskCache
 from halfbyte.trainer.data.prompts import Prompt, references_for
 from halfbyte.trainer.data.read_sets import (
     ReadData,
@@ -32,6 +34,9 @@ from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.progress import LazyProgress
 from halfbyte.trainer.runtime.world import World, barrier
+from halfbyte.trainer.wording import printable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def prepare(
     cache = recipe.data.cache_folder
     is_decoded = partial(LatentCache.has_decoded, cache)
     reading = LazyProgress(console, "reading images", "image")
-    data = read_data(recipe, is_decoded=is_decoded, progress=reading)
+    is_checked = partial(MaskCache.has_checked, cache)
+    data = read_data(recipe, is_decoded=is_decoded, is_checked=is_checked, progress=reading)
     reading.close()
     record = _record(recipe, data)
     if started_on is not None:
@@ -93,6 +99,17 @@ def prepare(
     sets = training_views(data, family, recipe.train.seed)
     views = [view for ordered in sets for group in ordered.views for view in group]
     held_out = held_out_views(data, family, recipe.train.seed)
+    masks = MaskCache(cache, family.vae_scale)
+    masking = LazyProgress(console, "reading masks", "mask")
+    black = masks.add_missing(views, rank=world.rank, world_size=world.size, progress=masking)
+    masking.close()
+    if black:
+        log.warning(
+            "%d crops show nothing of their masks and have the same weight everywhere, the first is of %s; with"
+            " masked_loss.outside: 0 nothing is learned from them",
+            len(black),
+            printable(black[0].sample.path),
+        )
     encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         family,
@@ -123,7 +140,7 @@ def prepare(
         [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
         SampleOrder(sets, seed=train.seed, global_batch=train.batch_size * world.size),
-        TrainingSet(latents, texts, recipe.data.resolved_sets, seed=train.seed),
+        TrainingSet(latents, texts, recipe.data.resolved_sets, masks, seed=train.seed),
         held_out,
         TrainingSet(latents, texts),
         record,

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.sources.masks import with_masks
 from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
 from halfbyte.trainer.data.views.order import OrderedSet
 from halfbyte.trainer.errors import DataError
@@ -40,20 +41,23 @@ class ReadData:
 
 
 def read_data(
-    recipe: Recipe, *, is_decoded: Callable[[str], bool], progress: LazyProgress | None = None
+    recipe: Recipe,
+    *,
+    is_decoded: Callable[[str], bool],
+    is_checked: Callable[[Sample], bool] = lambda sample: False,
+    progress: LazyProgress | None = None,
 ) -> ReadData:
     """Reads all data sets and the validation images.
 
     Args:
         is_decoded: see `read_samples`.
+        is_checked: see `with_masks`, where it is `is_known`.
 
     Raises:
         DataError: with the problems of all images and captions of one set; or see `split_data`.
     """
     read = [
-        read_samples(
-            given.path, given.caption_prefix, data_set=number, is_decoded=is_decoded, progress=progress
-        )
+        read_set(given, number, is_decoded=is_decoded, is_checked=is_checked, progress=progress)
         for number, given in enumerate(recipe.data.resolved_sets)
     ]
     validation = None
@@ -61,6 +65,26 @@ def read_data(
         prefix = recipe.data.resolved_sets[0].caption_prefix
         validation = read_samples(recipe.validation.path, prefix, is_decoded=is_decoded)
     return split_data(recipe, read, validation)
+
+
+def read_set(
+    settings: DataSet,
+    number: int,
+    *,
+    is_decoded: Callable[[str], bool],
+    is_checked: Callable[[Sample], bool],
+    progress: LazyProgress | None = None,
+) -> list[Sample]:
+    """Reads the samples of a data set with their masks. Arguments and errors are those of `read_data`."""
+    samples = read_samples(
+        settings.path,
+        settings.caption_prefix,
+        data_set=number,
+        without=settings.masked_loss.folder,
+        is_decoded=is_decoded,
+        progress=progress,
+    )
+    return with_masks(samples, settings, is_known=is_checked)
 
 
 def split_data(

@@ -37,18 +37,24 @@ class RecordedSample:
     caption: str  # start of the caption's SHA-256
     held_out: bool
     data_set: int = 0  # the place of its data set in the recipe
+    mask: str = ""  # SHA-256 of the file with its mask, empty without one
 
     @property
-    def content(self) -> tuple[str, str, bool, int]:
+    def content(self) -> tuple[str, str, bool, int, str]:
         """Everything that the run's results depend on."""
-        return self.image, self.caption, self.held_out, self.data_set
+        return self.image, self.caption, self.held_out, self.data_set, self.mask
 
 
 def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> list[RecordedSample]:
     """Returns the samples of the data at `root` for the record, in their order."""
     return [
         RecordedSample(
-            _name(sample, root), sample.sha256, sha256_of(sample.caption)[:32], held_out, sample.data_set
+            _name(sample, root),
+            sample.sha256,
+            sha256_of(sample.caption)[:32],
+            held_out,
+            sample.data_set,
+            "" if sample.mask is None else sample.mask.sha256,
         )
         for sample in samples
     ]
@@ -119,10 +125,11 @@ def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]
     both = [name for name in then if name in present]
     images = [name for name in both if then[name].image != present[name].image]
     captions = [name for name in both if then[name].caption != present[name].caption]
+    masks = [name for name in both if then[name].mask != present[name].mask]
     missing = [name for name in then if name not in present]
     added = [name for name in present if name not in then]
     # A file with another name and the same content was renamed.
-    names: defaultdict[tuple[str, str, bool, int], list[_Key]] = defaultdict(list)
+    names: defaultdict[tuple[str, str, bool, int, str], list[_Key]] = defaultdict(list)
     for name in reversed(added):
         names[present[name].content].append(name)
     renamed = {name: names[then[name].content].pop() for name in missing if names[then[name].content]}
@@ -130,6 +137,7 @@ def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]
     lines = [
         _line(captions, "caption", "changed"),
         _line(images, "image", "changed"),
+        _line(masks, "mask", "changed"),
         _line([name for name in missing if name not in renamed], "image", "missing"),
         _line([name for name in added if name not in taken], "image", "new"),
     ]

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,14 +18,23 @@ class Loss(StatelessChoice):
     def elementwise(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Returns the distance of each element. All tensors are fp32 and of one shape."""
 
-    def per_sample(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean distance of each sample, (B,) fp32.
+    def per_sample(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Returns the mean distance of each sample, (B,) fp32; with weights sum(w e) / sum(w) over its elements.
+
+        The sum of the weights is the divisor, so that a small masked area counts as much as a whole image. A
+        sample whose weights are all 0 has the loss 0.
 
         prediction, target: (B, ...) of one shape, any dtype. Computed in fp32, because bf16's 8 bits of
-        precision are too few for the mean of a million squares.
+        precision are too few for the mean of a million squares. weight: broadcast to that shape, 0 or more.
         """
         assert prediction.shape == target.shape, f"{tuple(prediction.shape)} against {tuple(target.shape)}"
-        return self.elementwise(prediction.float(), target.float()).flatten(1).mean(1)
+        distance = self.elementwise(prediction.float(), target.float())
+        if weight is None:
+            return distance.flatten(1).mean(1)
+        weight = weight.expand_as(distance)
+        total = weight.flatten(1).sum(1)
+        # Where the total is 0, so is the numerator: dividing by 1 gives 0 and a gradient of 0.
+        return (distance * weight).flatten(1).sum(1) / torch.where(total > 0, total, torch.ones_like(total))
 
 
 LOSSES: Registry[Loss] = Registry("loss")

@@ -54,7 +54,7 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
     read, notes = [], []
     for number, given in enumerate(settings):
         setting = "data.path" if recipe.data.path is not None else f"{given.setting}.path"
-        samples, note = _read(setting, given.path, given.caption_prefix, number)
+        samples, note = _read(setting, given.path, given.caption_prefix, number, given.masked_loss.folder)
         read.append(samples)
         notes += note
     validation: list[Sample] | None = None
@@ -78,13 +78,16 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
 
 
 def _read(
-    setting: str, path: Path, caption_prefix: str, number: int
+    setting: str, path: Path, caption_prefix: str, number: int, without: Path | None = None
 ) -> tuple[list[Sample] | None, list[str]]:
     """Returns the samples of a folder, or None with a note that says why it cannot be read."""
     if not path.exists():
         return None, [f"{setting}: {path} does not exist; planned at data.resolution"]
     try:
-        return read_samples(path, caption_prefix, data_set=number, is_decoded=lambda _: True), []
+        samples = read_samples(
+            path, caption_prefix, data_set=number, without=without, is_decoded=lambda _: True
+        )
+        return samples, []
     except DataError as error:
         return None, [f"{setting}: {str(error).splitlines()[0]}; planned at data.resolution"]
 

@@ -15,6 +15,26 @@ Crop = Literal["center", "random"]
 Sizes = Literal["each", "largest"]
 
 
+class MaskedLoss(Section):
+    """A mask for each image says which parts of it are learned: white is learned, black is not."""
+
+    source: Literal["none", "alpha", "files"] = "none"
+    """Where masks come from: none; alpha, the images' own transparency, where opaque is white; or files, a gray image
+    such as dog.mask.png next to dog.jpg."""
+    folder: FilePath | None = None
+    """A folder that holds the mask files instead, under the names of their images: masks/dog.png for data/dog.jpg."""
+    outside: float = Field(default=0.0, ge=0, le=1)
+    """The weight of the loss where the mask is black, from 0 to 1; where it is white the weight is 1."""
+    missing: Literal["error", "whole"] = "error"
+    """What to do with an image that has no mask: stop with an error that names it, or learn the whole image."""
+
+    @model_validator(mode="after")
+    def _a_folder_holds_files(self) -> Self:
+        if self.folder is not None and self.source == "alpha":
+            raise conflict("folder", f"got {self.folder}, expected null because source is alpha")
+        return self
+
+
 @dataclass(frozen=True)
 class DataSet:
     """One data set with all its settings; see the fields of the same names in `DataSection` and `SetSection`."""
@@ -33,6 +53,7 @@ class DataSet:
     flip: bool
     caption_prefix: str
     caption_dropout: float
+    masked_loss: MaskedLoss
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -77,6 +98,8 @@ class SetSection(Section):
     """Text put before every caption."""
     caption_dropout: float | None = Field(default=None, ge=0, le=1)
     """The share of samples that are trained with an empty caption."""
+    masked_loss: MaskedLoss | None = None
+    """Masks that say which parts of the images are learned; {source: none} for none."""
 
     @model_validator(mode="after")
     def _repeats_or_weight(self) -> Self:
@@ -120,6 +143,8 @@ class DataSection(Section):
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """The share of samples, from 0 to 1, that are trained with an empty caption. A value such as 0.1 also
     trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
+    masked_loss: MaskedLoss = MaskedLoss()
+    """Masks that say which parts of the images are learned, such as {source: alpha}."""
     cache_dir: FilePath | None = None
     """The folder that keeps latents, text embeddings and the quantized base between runs; null uses
     ~/.cache/halfbyte. Runs may share it."""

@@ -28,6 +28,8 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
         places += [
             ("data", "sets", index, "path") for index, item in enumerate(sets) if isinstance(item, dict)
         ]
+    for place in places:
+        _resolve(document, (*place[:-1], "masked_loss", "folder"), must_exist=pictures_needed)
     read = {dotted(place): _resolve(document, place, must_exist=pictures_needed) for place in places}
     _resolve(document, ("validation", "path"), must_exist=True)
     _resolve(document, ("sample", "references"), must_exist=True)

@@ -38,6 +38,13 @@ def _lines(tree: SchemaTree) -> Iterator[str]:
                 yield tree.resolve(field)["description"]
                 yield ""
                 yield from _choice(tree, field)
+            elif inner := tree.properties(field):
+                yield ""
+                yield f"### {section}.{name}"
+                yield ""
+                yield tree.resolve(field)["description"]
+                yield ""
+                yield from _table(tree, inner, set(tree.resolve(field).get("required", [])))
             elif items := tree.item_properties(field):
                 item = tree.resolve(tree.resolve(field)["items"])
                 yield ""

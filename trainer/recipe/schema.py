@@ -35,7 +35,12 @@ class SchemaTree:
         """Returns the fields of a section. For a choice: the fields of the class `name`, or of all if it is unknown."""
         variants = self.variants(node)
         if not variants:
-            return dict(self.resolve(node).get("properties", {}))
+            # A section that may be null is one of the options of its field.
+            return {
+                key: value
+                for option in self._options(node)
+                for key, value in option.get("properties", {}).items()
+            }
         if isinstance(name, str) and name in variants:
             return dict(variants[name]["properties"])
         fields: dict[str, Node] = {}

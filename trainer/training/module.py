@@ -149,7 +149,7 @@ class DiffusionModule(LightningModule):
             text,
             self.objective.guidance_scale,
         )
-        per_sample = self.objective.loss.per_sample(velocity, point.target)
+        per_sample = self.objective.loss.per_sample(velocity, point.target, batch.pixel_weight)
         weights = self.objective.weighting.weights(point.sigma)
         if batch.loss_weight is not None:
             weights = weights * batch.loss_weight

@@ -16,7 +16,7 @@ from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.pretrained.pipeline import ModelSource
 from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
-from halfbyte.trainer.recipe.sections import DataSection
+from halfbyte.trainer.recipe.data_section import DataSection
 from halfbyte.trainer.runtime.sizes import file_size
 
 
@@ -83,7 +83,7 @@ def test_an_unknown_kind_deletes_nothing(folder):
     assert result.exit_code == 2
     assert "--clear: " in result.output
     assert "'everything'" in result.output
-    assert "latents, texts, bases, digests" in result.output
+    assert "latents, masks, texts, bases, digests" in result.output
     assert (folder / "texts").exists()
 
 

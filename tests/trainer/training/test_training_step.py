@@ -10,9 +10,11 @@ from halfbyte.quant.layers.linear4bit import Linear4bit
 from halfbyte.trainer.adapters.lora import trained_parameters
 from halfbyte.trainer.data.batches import Batch
 from halfbyte.trainer.families.blocks.fused_block import BlockSettings
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.families.sd3.family import SD3
+from halfbyte.trainer.objective.losses import LOSSES
 from halfbyte.trainer.runtime.world import join, read_world
 
 from steps import adapted, batch_for, family_at, module_of
@@ -166,3 +168,28 @@ def test_a_loss_weight_multiplies_the_loss_of_its_sample(mini_flux):
         weighted.double(), (0.25 * alone[0].double() + 3 * alone[1].double()) / 2, rtol=1e-5
     )
     assert module.loss(replace(batch, loss_weight=torch.ones(2))).equal(module.loss(batch))
+
+
+@pytest.mark.parametrize("name", ["mse", "huber", "l1"])
+def test_a_masked_loss_is_the_weighted_mean_of_each_sample(mini_flux, name):
+    family = family_at(mini_flux, Flux)
+    module = module_of(family, adapted(family, dtype=torch.float32).eval(), torch.float32)
+    module.objective = replace(module.objective, loss=LOSSES[name](name=name))
+    batch = batch_for(family)
+    weight = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    weight[:, :, :4] = 0
+    masked = module.loss(replace(batch, pixel_weight=weight))
+    # The reference: every element's distance in float64, weighted by its latent cell.
+    point = module.corrupt(batch)
+    text = TextEmbedding(batch.prompt_embeds.float(), batch.pooled_prompt_embeds.float())
+    scale = module.objective.guidance_scale
+    velocity = family.predict(module.denoiser, point.noisy, point.sigma, text, scale).double()
+    distance = module.objective.loss.elementwise(velocity, point.target.double())
+    wide = weight.double().expand_as(distance)
+    expected = torch.stack([(d * w).sum() / w.sum() for d, w in zip(distance, wide, strict=True)])
+    expected = expected * module.objective.weighting.weights(point.sigma).double()
+    assert torch.allclose(masked.double(), expected.mean(), rtol=1e-5)
+    # Where the weight is 0, the target does not matter; equal weights are no weights; no weight at all is no loss.
+    assert module.loss(replace(batch, pixel_weight=torch.zeros_like(weight))) == 0
+    same = module.loss(replace(batch, pixel_weight=torch.full_like(weight, 0.3)))
+    assert torch.allclose(same, module.loss(batch), rtol=1e-5)

@@ -101,7 +101,7 @@ def decode(data: bytes, box: Box | None = None) -> Image.Image:
     With a box (left, top, right, bottom) only that part is converted and returned.
     """
     with open_picture(data) as image:
-        _load_upright(image)
+        load_upright(image)
         return _converted(image, box or (0, 0, *image.size))
 
 
@@ -115,7 +115,8 @@ def _converted(image: Image.Image, box: Box) -> Image.Image:
     return whole
 
 
-def _load_upright(image: Image.Image) -> None:
+def load_upright(image: Image.Image) -> None:
+    """Decodes an opened image and applies its EXIF orientation, in place. Raises one of DECODE_ERRORS."""
     _bounded(image.size)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)

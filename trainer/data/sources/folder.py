@@ -48,7 +48,18 @@ log = logging.getLogger(__name__)
 # Image formats that Pillow cannot read. They are reported as errors rather than skipped silently.
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
+MASK_MARK = ".mask"
+"""dog.mask.png is the mask of dog.jpg and no image to train on."""
+
 _HINTS = 10  # similar file names are suggested only for this many missing images, because the search is slow
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The mask of an image: which parts of it are learned."""
+
+    path: Path | None  # None: the image's own transparency
+    sha256: str  # of the file that holds it
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Sample:
     row: int | None = None  # in the parquet file at `path`; None: `path` is the image itself
     misnamed_profile: bool = False  # its color profile says sRGB but is not, see `color`
     data_set: int = 0  # the place of its data set in the recipe
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ def read_samples(
     caption_prefix: str = "",
     *,
     data_set: int = 0,
+    without: Path | None = None,
     is_decoded: Callable[[str], bool] = lambda sha256: False,
     progress: OnProgress | None = None,
 ) -> list[Sample]:
@@ -95,6 +108,7 @@ def read_samples(
     Args:
         caption_prefix: put before every caption, followed by a space. With a prefix, images need no caption.
         data_set: the number that the samples get, see `Sample`.
+        without: a folder inside `path` that is left out, because it holds masks.
         is_decoded: returns True for the SHA-256 of an image that has been decoded before and need not be again.
 
     Raises:
@@ -104,7 +118,7 @@ def read_samples(
     if ".." in root.parts:
         root = root.resolve()  # captions are looked up by normalized path
     problems = Problems()
-    found = _find(root, caption_prefix.strip(), problems)
+    found = _find(root, caption_prefix.strip(), without, problems)
     samples: list[Sample] = []
     for number, item in enumerate(found):
         sample = _open(item, len(samples), data_set, is_decoded, problems)
@@ -161,14 +175,14 @@ def _bytes(path: Path, row: int | None) -> bytes:
     return read_regular(path, PICTURE_BYTES) if row is None else picture_bytes(path, row)
 
 
-def _find(root: Path, prefix: str, problems: Problems) -> list[_Found]:
+def _find(root: Path, prefix: str, without: Path | None, problems: Problems) -> list[_Found]:
     if root.is_file() and root.suffix == ".parquet":
         return _parquet_items(root.parent, [root], prefix, problems)
     if not root.is_dir():
         problems.add(root, "no such folder" if not root.exists() else "not a folder or a .parquet file")
         return []
-    files = _files(root, problems)
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+    files = [file for file in _files(root, problems) if without is None or not file.is_relative_to(without)]
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES and not _is_mask(file)]
     tables = [file for file in files if file.suffix == ".parquet"]
     if tables and pictures:
         problems.add(root, f"contains both images and parquet files ({tables[0].name}); keep one kind")
@@ -204,7 +218,7 @@ def _files(root: Path, problems: Problems) -> list[Path]:
                     "is a symbolic link to a folder, which is not followed; copy the folder instead",
                 )
         for file in (Path(folder) / name for name in names if not name.startswith(".")):
-            if file.is_symlink() and not _is_inside(root, file):
+            if file.is_symlink() and not is_inside(root, file):
                 problems.add(file, f"is a symbolic link to a file outside {root}; copy the file instead")
             elif file.suffix.lower() in _FOREIGN_SUFFIXES:
                 problems.add(
@@ -216,7 +230,12 @@ def _files(root: Path, problems: Problems) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _is_inside(root: Path, file: Path) -> bool:
+def _is_mask(file: Path) -> bool:
+    return file.stem.lower().endswith(MASK_MARK)
+
+
+def is_inside(root: Path, file: Path) -> bool:
+    """Returns True if a file is below a folder once all symbolic links are followed."""
     # realpath, because Path.resolve raises RuntimeError for a loop of links.
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
 
@@ -342,7 +361,7 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
         picture = table.parent / name if isinstance(name, str) and "\0" not in name else None
         if picture is None:
             problems.add(where, f"{IMAGE_COLUMN}: contains neither bytes nor a path")
-        elif not _is_inside(root, picture):
+        elif not is_inside(root, picture):
             problems.add(
                 where, f"names {shown(name)}, which is outside {root}; embed the image's bytes instead"
             )
