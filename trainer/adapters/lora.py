@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,16 @@ def _refuse(denoiser: nn.Module, unmatched: list[str], own: Iterable[str], path:
         f"{path} adapts {len(unmatched)} layers that lora.targets does not include, the first is {unmatched[0]}; set"
         f" lora.targets: [{', '.join(ends)}]"
     )
+
+
+@contextmanager
+def without_adapters(denoiser: nn.Module) -> Iterator[None]:
+    """Computes as the base: PEFT's layers leave their adapters out inside this context."""
+    layers = [module for module in denoiser.modules() if isinstance(module, PeftLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -59,7 +59,7 @@ def cache_command(
         list[str] | None,
         typer.Option(
             "--clear",
-            help="Delete all entries of one kind: latents, texts, bases or digests. Can be repeated.",
+            help="Delete all entries of one kind: latents, masks, texts, bases or digests. Can be repeated.",
         ),
     ] = None,
     debug: DebugOption = False,

@@ -48,6 +48,7 @@ class Prepared:
     sizes: Sequence[Size]  # the sizes that occur, not all buckets
     prompts: Sequence[Prompt]
     empty: TextEmbedding  # of the empty caption, a batch of one
+    preserved: TextEmbedding | None  # of objective.preserve's caption, a batch of one
     plan: SampleOrder
     training_set: TrainingSet
     held_out: Sequence[View]  # one per validation image
@@ -82,7 +83,7 @@ def prepare(
     Raises:
         DataError: with all problems of the images and captions at once, or with what differs from `started_on`.
     """
-    cache = recipe.data.cache_folder
+    cache, preserve = recipe.data.cache_folder, recipe.objective.preserve
     is_decoded = partial(LatentCache.has_decoded, cache)
     reading = LazyProgress(console, "reading images", "image")
     is_checked = partial(MaskCache.has_checked, cache)
@@ -119,11 +120,15 @@ def prepare(
         t5_quant=recipe.model.text_encoder_quant,
         stream_t5=recipe.model.stream_text_encoder,
     )
+    captions = [sample.caption for sample in (*data.samples, *data.held_out)]
+    captions += recipe.sample.prompts
+    if preserve is not None:
+        captions.append(preserve.caption)
     latents, texts = encode_missing(
         cache,
         encoders,
         [*views, *held_out],
-        [*(sample.caption for sample in (*data.samples, *data.held_out)), *recipe.sample.prompts],
+        captions,
         rank=world.rank,
         world_size=world.size,
         progress=encoding,
@@ -139,6 +144,7 @@ def prepare(
         sorted({(view.width, view.height) for view in views}),
         [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
+        None if preserve is None else texts.read(preserve.caption),
         SampleOrder(sets, seed=train.seed, global_batch=train.batch_size * world.size),
         TrainingSet(latents, texts, recipe.data.resolved_sets, masks, seed=train.seed),
         held_out,

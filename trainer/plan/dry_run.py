@@ -25,12 +25,14 @@ from halfbyte.trainer.data.batches import Batch
 from halfbyte.trainer.denoiser.load import add_adapters, streamed_blocks
 from halfbyte.trainer.denoiser.settings import DTYPES, base_recipe, block_names, block_settings
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.activations import Held, HostStore
 from halfbyte.trainer.families.offload.block_stream import Visitors, packed_blocks
 from halfbyte.trainer.plan.memory_tracker import LiveBytes, Peak
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.training.module import DiffusionModule, training_module
+from halfbyte.trainer.training.preservation import Preservation
 
 ADAPTERS = "adapters"
 GRADIENTS = "gradients"
@@ -137,7 +139,9 @@ class DryRun:
         self._hold_base(live)
         live.hold(self.adapters.values(), ADAPTERS)
         self._fuse(recipe, live)
-        module = training_module(recipe, self.family, self.denoiser, self.dtype, _WithoutValues)
+        module = training_module(
+            recipe, self.family, self.denoiser, self.dtype, _WithoutValues, self._preservation(recipe)
+        )
         with live, _autocast(self.dtype):
             batch = self._batch(recipe.train.batch_size, width, height)
             live.hold([batch.latent_mean, batch.latent_std, *_text(batch)], BATCH)
@@ -203,6 +207,13 @@ class DryRun:
                 tensor for tensor in weight_tensors(module) if id(tensor) not in self.visitors.tensors
             )
         return {kind: held for kind, tensors in kinds.items() if (held := live.hold(tensors, kind))}
+
+    def _preservation(self, recipe: Recipe) -> Preservation | None:
+        settings = recipe.objective.preserve
+        if settings is None:
+            return None
+        batch = self._batch(1, self.family.size_multiple, self.family.size_multiple)
+        return Preservation(TextEmbedding(*_text(batch)), settings.weight)
 
     def _batch(self, size: int, width: int, height: int) -> Batch:
         config, scale = self.family.denoiser_config, self.family.vae_scale

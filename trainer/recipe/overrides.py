@@ -40,8 +40,9 @@ def apply_overrides(document: Document, texts: Sequence[str], tree: SchemaTree) 
 
 
 def _is_section(path: KeyPath, document: Document, tree: SchemaTree) -> bool:
+    """Returns True for a section of the recipe. One inside a section, such as objective.preserve, can be set whole."""
     node = tree.at(path, document.data)
-    return node is not None and bool(tree.properties(node)) and not tree.variants(node)
+    return len(path) == 1 and node is not None and bool(tree.properties(node)) and not tree.variants(node)
 
 
 def _first_field(path: KeyPath, tree: SchemaTree) -> str:

@@ -29,7 +29,7 @@ def _lines(tree: SchemaTree) -> Iterator[str]:
             yield from _choice(tree, node)
             continue
         yield ""
-        yield from _table(tree, tree.properties(node), set(tree.resolve(node).get("required", [])))
+        yield from _table(tree, tree.properties(node), tree.required(node))
         for name, field in tree.properties(node).items():
             if tree.variants(field):
                 yield ""
@@ -44,7 +44,7 @@ def _lines(tree: SchemaTree) -> Iterator[str]:
                 yield ""
                 yield tree.resolve(field)["description"]
                 yield ""
-                yield from _table(tree, inner, set(tree.resolve(field).get("required", [])))
+                yield from _table(tree, inner, tree.required(field))
             elif items := tree.item_properties(field):
                 item = tree.resolve(tree.resolve(field)["items"])
                 yield ""
@@ -52,7 +52,7 @@ def _lines(tree: SchemaTree) -> Iterator[str]:
                 yield ""
                 yield item["description"]
                 yield ""
-                yield from _table(tree, items, set(item.get("required", [])))
+                yield from _table(tree, items, tree.required(item))
 
 
 def _choice(tree: SchemaTree, node: Node) -> Iterator[str]:

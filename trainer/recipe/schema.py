@@ -48,6 +48,10 @@ class SchemaTree:
             fields |= variant["properties"]
         return fields | {"name": {"enum": list(variants)}}
 
+    def required(self, node: Node) -> set[str]:
+        """Returns the fields of a section that have no default; the section may also be null."""
+        return {name for option in self._options(node) for name in option.get("required", [])}
+
     def item_properties(self, node: Node) -> dict[str, Node]:
         """Returns the fields of the sections in a list; an empty dict for any other node."""
         items = self.resolve(node).get("items")

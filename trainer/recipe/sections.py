@@ -214,6 +214,16 @@ class LoraSection(Section):
     adapter does not have start as init says."""
 
 
+class PreserveSection(Section):
+    """Keeps what the base does with a caption (differential output preservation)."""
+
+    caption: Text
+    """A caption of the class that is trained on, without the trigger word, such as: a photo of a dog. The adapted model
+    is trained to predict for it what the base predicts."""
+    weight: float = Field(default=1.0, gt=0)
+    """The factor of this part of the loss."""
+
+
 class ObjectiveSection(Section):
     """The training objective: which noise levels (sigma, from 0 to 1) are trained, and how the error is measured and
     weighted."""
@@ -230,6 +240,9 @@ class ObjectiveSection(Section):
     guidance_scale: float = Field(default=1.0, ge=0)
     """The guidance scale given to the model in training. Only models with a guidance embedding (FLUX.1-dev) use
     it. It is independent of sample.guidance_scale."""
+    preserve: PreserveSection | None = None
+    """Also train the model to predict for a caption of the class what the base predicts, such as {caption: a photo of a
+    dog}. A step then takes as much memory as with twice the batch size."""
 
 
 class TrainSection(Section):

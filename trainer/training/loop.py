@@ -40,6 +40,7 @@ from halfbyte.trainer.training.callbacks import (
 )
 from halfbyte.trainer.training.metrics import MetricsWriter
 from halfbyte.trainer.training.module import DiffusionModule, Objective
+from halfbyte.trainer.training.preservation import Preservation
 from halfbyte.trainer.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,18 @@ def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionMod
         seed=train.seed,
         first_step=training.first_step,
         forward_fn=graphed,
+        preserve=_preservation(training),
+    )
+
+
+def _preservation(training: Training) -> Preservation | None:
+    settings, embedding = training.recipe.objective.preserve, training.prepared.preserved
+    if settings is None or embedding is None:
+        return None
+    device = training.world.device
+    return Preservation(
+        TextEmbedding(embedding.prompt_embeds.to(device), embedding.pooled_prompt_embeds.to(device)),
+        settings.weight,
     )
 
 

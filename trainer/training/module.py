@@ -20,6 +20,7 @@ from halfbyte.trainer.optim.averages import TrainedWeights
 from halfbyte.trainer.randomness import generator, key, uniform
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.sections import ObjectiveSection
+from halfbyte.trainer.training.preservation import Preservation
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class DiffusionModule(LightningModule):
         build_weights: Callable[[Mapping[str, nn.Parameter], torch.optim.Optimizer], TrainedWeights]
         | None = None,
         forward_fn: Callable[..., Any] | None = None,
+        preserve: Preservation | None = None,
     ) -> None:
         """Puts the denoiser into training mode.
 
@@ -89,6 +91,7 @@ class DiffusionModule(LightningModule):
         self.denoiser = denoiser.train()  # enables the adapters' dropout; Lightning does not change the mode
         self.forward_fn = forward_fn
         self.objective = objective
+        self.preserve = preserve
         self.build_optimizer = build_optimizer
         self.build_weights = build_weights
         self.weights = TrainedWeights()
@@ -142,18 +145,19 @@ class DiffusionModule(LightningModule):
         text = TextEmbedding(
             batch.prompt_embeds.to(self.compute_dtype), batch.pooled_prompt_embeds.to(self.compute_dtype)
         )
-        velocity = self.family.predict(
-            self.denoiser if self.forward_fn is None else self.forward_fn,
-            point.noisy.to(self.compute_dtype),
-            point.sigma,
-            text,
-            self.objective.guidance_scale,
-        )
-        per_sample = self.objective.loss.per_sample(velocity, point.target, batch.pixel_weight)
-        weights = self.objective.weighting.weights(point.sigma)
+        forward_fn = self.denoiser if self.forward_fn is None else self.forward_fn
+        inputs = (point.noisy.to(self.compute_dtype), point.sigma, text, self.objective.guidance_scale)
+        distance = self.objective.loss.per_sample
+        if self.preserve is None:
+            velocity = self.family.predict(forward_fn, *inputs)
+        else:
+            velocity, drifted, kept = self.preserve.predict(self.family, self.denoiser, forward_fn, *inputs)
+        per_sample = distance(velocity, point.target, batch.pixel_weight)
         if batch.loss_weight is not None:
-            weights = weights * batch.loss_weight
-        return (weights * per_sample).mean()
+            per_sample = per_sample * batch.loss_weight
+        if self.preserve is not None:
+            per_sample = per_sample + self.preserve.weight * distance(drifted, kept)
+        return (self.objective.weighting.weights(point.sigma) * per_sample).mean()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Computes the loss of one micro-batch; Lightning runs the backward.
@@ -214,8 +218,11 @@ def training_module(
     denoiser: nn.Module,
     dtype: torch.dtype,
     kind: type[DiffusionModule] = DiffusionModule,
+    preserve: Preservation | None = None,
 ) -> DiffusionModule:
     """Returns the recipe's training step for use outside a run: without schedule, average or CUDA graphs.
+
+    preserve: its embedding of the class caption; without it that part of the objective is left out.
 
     kind: the class to build, `DiffusionModule` or a subclass.
     """
@@ -228,4 +235,5 @@ def training_module(
         compute_dtype=dtype,
         max_grad_norm=recipe.train.max_grad_norm,
         seed=recipe.train.seed,
+        preserve=preserve,
     )

@@ -15,8 +15,8 @@ from halfbyte.trainer.pretrained.component import pipelines_component
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.pretrained.packed_cache import BaseCache
 from halfbyte.trainer.pretrained.pipeline import ModelSource
-from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
 from halfbyte.trainer.recipe.data_section import DataSection
+from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
 from halfbyte.trainer.runtime.sizes import file_size
 
 

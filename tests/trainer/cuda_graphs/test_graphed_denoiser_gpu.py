@@ -32,10 +32,11 @@ from halfbyte.trainer.optim.optimizers import OPTIMIZERS
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run import run
 from halfbyte.trainer.runtime.world import read_world
+from halfbyte.trainer.training.preservation import Preservation
 
 from device_memory import hands_blocks_back, reserved
 from runs import write_recipe
-from steps import batch_for, module_of
+from steps import batch_for, module_of, text_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -77,9 +78,12 @@ class Steps:
         optimizer: str = "adamw",
         dtype: torch.dtype = torch.bfloat16,
         ema: bool = False,
+        preserve: bool = False,
     ) -> None:
         self.family, self.denoiser, self.dtype = family, denoiser, dtype
         self.module = module_of(family, denoiser, dtype)
+        if preserve:
+            self.module.preserve = Preservation(text_of(family, 3), 0.5)
         self.graphed = GraphedDenoiser(denoiser)
         if graphs:
             self.module.forward_fn = self.graphed
@@ -168,6 +172,26 @@ def test_graphs_equal_single_launches(
     def make(graphs: bool) -> Named:
         steps = Steps(family, loaded(family, keep, torch.bfloat16), graphs=graphs)
         found = steps.take([8, 12] * 5, micro=micro, validate=True)
+        assert steps.graphed.shapes == (2 if graphs else 0)
+        return found
+
+    compared(make, caplog)
+
+
+@FAMILIES
+def test_preservation_with_graphs(
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    family_class: type[Family],
+    fixture: str,
+) -> None:
+    """The base is computed without graphs, with the adapters switched off between recorded forwards."""
+    family = family_class.open(str(request.getfixturevalue(fixture)), None, 24)
+
+    def make(graphs: bool) -> Named:
+        denoiser = loaded(family, "inputs", torch.bfloat16)
+        steps = Steps(family, denoiser, graphs=graphs, preserve=True)
+        found = steps.take([8, 12] * 4, micro=2)
         assert steps.graphed.shapes == (2 if graphs else 0)
         return found
 
