@@ -30,9 +30,11 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
         ]
     for place in places:
         _resolve(document, (*place[:-1], "masked_loss", "folder"), must_exist=pictures_needed)
-    read = {dotted(place): _resolve(document, place, must_exist=pictures_needed) for place in places}
-    _resolve(document, ("validation", "path"), must_exist=True)
-    _resolve(document, ("sample", "references"), must_exist=True)
+    read = {
+        dotted(place): _resolve(document, place, must_exist=pictures_needed, suffix=".parquet") for place in places
+    }
+    _resolve(document, ("validation", "path"), must_exist=True, suffix=".parquet")
+    _resolve(document, ("sample", "references"), must_exist=True, suffix=".parquet")
     _resolve(document, ("data", "cache_dir"))
     output = _resolve(document, ("output", "dir"), base=Path.cwd())
     for setting, data in read.items():
@@ -86,6 +88,7 @@ def _resolve(
     base: Path | None = None,
     must_exist: bool = False,
     file: bool = False,
+    suffix: str | None = None,
     hint: str = "",
 ) -> Path | None:
     """Makes the path of a field absolute in the document and returns it; None if the field holds no usable path.
@@ -93,6 +96,7 @@ def _resolve(
     Args:
         base: the folder that a relative path starts from; by default the one that belongs to where it was written.
         file: accept a file as well as a folder.
+        suffix: accept a file with this ending as well as a folder.
         hint: text for the end of the message about a missing path.
     """
     written = document.at(path)
@@ -109,8 +113,9 @@ def _resolve(
         document.problem(path, f"got {shown(written)}, which is not a usable path: {error}")
         return None
     document.replace(path, str(folder))
-    if exists and not folder.is_dir() and not file:
-        document.problem(path, f"got '{written}', expected a folder; {folder} is a file")
+    if exists and not folder.is_dir() and not file and folder.suffix != suffix:
+        kinds = "a folder" if suffix is None else f"a folder or a {suffix} file"
+        document.problem(path, f"got '{written}', expected {kinds}; {folder} is a file")
     elif must_exist and not exists:
         document.problem(
             path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}{hint}"

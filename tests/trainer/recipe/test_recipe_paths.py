@@ -49,6 +49,20 @@ def test_missing_folders_are_reported_with_file_and_line(write: Write, tmp_path:
     assert "inside data.path" in problem
 
 
+def test_images_may_be_one_parquet_file_but_no_other_file(write: Write, tmp_path: Path) -> None:
+    path = write(SMALL)
+    table, other = tmp_path / "train.parquet", tmp_path / "train.csv"
+    for file in (table, other):
+        file.touch()
+    fields = ("data.path", "validation.path", "sample.references")
+    recipe = load_recipe(path, [f"{field}={table}" for field in fields])
+    assert recipe.data.path == recipe.validation.path == recipe.sample.references == table
+    for field in (*fields, "data.cache_dir", "output.dir"):
+        (problem,) = problems(path, f"{field}={other if field in fields else table}")
+        assert "is a file" in problem
+        assert (".parquet file; " in problem) == (field in fields)
+
+
 @pytest.mark.parametrize("path", ["owner/name", "black-forest-labs/FLUX.1-dev", "a/b_c.d-e", "0x/1"])
 def test_hub_repositories_are_recognized(write: Write, path: str) -> None:
     assert load_recipe(write(SMALL), [f"model.path={path}"]).model.path == path
