@@ -1,13 +1,19 @@
 """Tests that flipped bits and cut files of a run are noticed before use, or change nothing that is used."""
 
+import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from halfbyte.quant.files.digest import sha256_file
+from halfbyte.trainer.adapters.formats import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE, checksum_of, require_intact
+from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.provenance import read_provenance
@@ -16,7 +22,6 @@ from halfbyte.trainer.run_folder import checkpoint, checkpoint_folders
 from halfbyte.trainer.run_folder.adapter_source import require_adapter
 from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter
 from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, require_intact
 from halfbyte.trainer.run_folder.pinned_base import pinned_commits
 from halfbyte.trainer.training.metrics import read_metrics
 
@@ -132,3 +137,29 @@ def test_a_damaged_last_checkpoint_is_reported_wherever_it_is_read(run: RunFolde
         (run.root / "manifest.json").rename(file.parent / "manifest.json")
         file.write_bytes(content)
     require_adapter(file)
+
+
+def test_reading_an_adapter_compares_it_with_its_list(run: RunFolder, tmp_path: Path) -> None:
+    """`sample` and the start of a run read with `read_layers`, which must use the bytes that it checks."""
+    shutil.copytree(run.adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / PEFT_CONFIG
+    tensors = load_file(tmp_path / "adapter" / ADAPTER_FILE)
+    renamed = {name.replace("transformer.", PEFT_PREFIX, 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "adapter" / PEFT_FILE)
+    config.write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    provenance = tmp_path / "adapter" / PROVENANCE_FILE
+    facts = json.loads(provenance.read_text())
+    del facts["checksum"]
+    facts["files"] |= {file.name: sha256_file(file) for file in (config, tmp_path / "adapter" / PEFT_FILE)}
+    provenance.write_text(json.dumps(facts | {"checksum": checksum_of(facts)}))
+    for file in (ADAPTER_FILE, PEFT_FILE):
+        assert read_layers(tmp_path / "adapter" / file, [])
+    config.write_text('{"peft_type": "LORA", "lora_alpha": 5}')
+    with pytest.raises(RecipeError, match=f"{PEFT_CONFIG}: does not match its checksum"):
+        read_layers(tmp_path / "adapter" / PEFT_FILE, [])
+    for file in (ADAPTER_FILE, PEFT_FILE):
+        content = bytearray((tmp_path / "adapter" / file).read_bytes())
+        content[-1] ^= 1
+        (tmp_path / "adapter" / file).write_bytes(content)
+        with pytest.raises(RecipeError, match=f"{file}: does not match its checksum"):
+            read_layers(tmp_path / "adapter" / file, [])

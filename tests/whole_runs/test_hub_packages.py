@@ -9,8 +9,8 @@ import torch
 import yaml
 from transformers import T5EncoderModel
 
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.export.provenance import read_provenance
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.training.metrics import read_metrics
 
 from hub_faults import Faults

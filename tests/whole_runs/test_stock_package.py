@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.export.provenance import read_provenance
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.training.metrics import read_metrics
 
 from packages import write_package

@@ -16,6 +16,7 @@ from halfbyte.trainer.adapters.formats import (
     PEFT_FILE,
     PEFT_PREFIX,
 )
+from halfbyte.trainer.adapters.listed_digests import require_intact
 from halfbyte.trainer.adapters.saved import (
     ADAPTER_FILE,
     METADATA,
@@ -102,8 +103,12 @@ def find_file(path: Path) -> Path:
 
 def _peft_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = file.read_bytes()
+        require_intact(file, content)
+        config = json.loads(content)
+    except RecipeError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{file} cannot be read, but the scale of the adapter is in it: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise RecipeError(f"{file} does not describe a LoRA; accepted: peft_type LORA")

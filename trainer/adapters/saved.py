@@ -12,15 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from halfbyte.quant.files.digest import sha256_of
-from halfbyte.quant.files.json_object import read_object
+from halfbyte.trainer.adapters.listed_digests import require_intact
 from halfbyte.trainer.adapters.patterns import peft_regex, refuse_slow
 from halfbyte.trainer.errors import RecipeError
 
 METADATA = "lora_adapter_metadata"
-MANIFEST = "manifest.json"  # a checkpoint's, with the SHA-256 of each of its files
 _PREFIX = "transformer."
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 DOWN = ".lora_A.weight"
 MAGNITUDE = ".lora_magnitude_vector"
 # Ending of a key in files of PEFT and diffusers, after the layer's name -> the tensor's role.
@@ -215,20 +212,15 @@ def first_matching(patterns: Iterable[str], layer: str) -> str | None:
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads all tensors of a safetensors file, and its metadata.
 
-    The file is read once, so that the bytes that were checked are the bytes that are used. A checkpoint's file
-    is compared with the manifest next to it.
+    The file is read once, so that the bytes that were checked are the bytes that are used. A file of a
+    checkpoint or an export is compared with its listed digest, see `require_intact`.
 
     Raises:
         RecipeError: the file is missing, incomplete or not a safetensors file, or differs from its checksum.
     """
     try:
         content = file.read_bytes()
-        wanted = _checksum(file)
-        if wanted is not None and sha256_of(content) != wanted:
-            raise RecipeError(
-                f"{file}: does not match its checksum in {MANIFEST}; the file is damaged: use another checkpoint, or"
-                " copy it again"
-            )
+        require_intact(file, content)
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (OSError, SafetensorError) as error:
@@ -237,21 +229,6 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RecipeError(f"{file}: has a tensor of type {error}, which torch does not have") from error
     # safetensors returns them in a random order, which messages that name the first key would show.
     return dict(sorted(tensors.items())), header.get("__metadata__") or {}
-
-
-def _checksum(file: Path) -> str | None:
-    """Returns the SHA-256 of a file according to the manifest next to it; None if it lists no such file."""
-    manifest = file.with_name(MANIFEST)
-    if not manifest.is_file():
-        return None
-    try:
-        checksum = read_object(manifest).get(file.name)
-    except ValueError as error:
-        raise RecipeError(
-            f"{error}; it has the checksum of {file.name}. Use another checkpoint, or to read the file unchecked,"
-            " copy it to another folder"
-        ) from error
-    return checksum if isinstance(checksum, str) and _SHA256.fullmatch(checksum) else None
 
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"

@@ -25,6 +25,7 @@ from halfbyte.trainer.adapters.formats import (
     formats_for,
     write_formats,
 )
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.adapters.lora import adapter_state, save_adapter
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE, SavedAdapter, read_saved
 from halfbyte.trainer.errors import ExportError, RecipeError
@@ -39,7 +40,6 @@ from halfbyte.trainer.export.text_encoder import write_text_encoder
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.run_folder.folder import RunFolder
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.run_folder.lock import lock_exports
 from halfbyte.trainer.runtime.staging import keep_others
 

@@ -15,13 +15,13 @@ from halfbyte.quant.files.digest import sha256_file
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.base_error import BaseError, base_error
 from halfbyte.quant.load.transformer import read_config
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE, checksum_of
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.hub.reference import HubPart
 from halfbyte.trainer.pretrained.component import Component
 from halfbyte.trainer.pretrained.license import Licence, base_licence
 from halfbyte.trainer.pretrained.single_file import original_weights
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, checksum_of
 from halfbyte.trainer.runtime.version import halfbyte_version
 
 log = logging.getLogger(__name__)

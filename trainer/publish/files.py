@@ -12,12 +12,12 @@ from halfbyte.quant.files.digest import sha256_file, sha256_of
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.transformer import read_config
 from halfbyte.trainer.adapters.formats import FORMATS, PEFT_CONFIG, PEFT_FILE
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE, require_intact
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE, read_saved
 from halfbyte.trainer.data.pictures.decode import DECODE_ERRORS, decoded_size
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.provenance import BASE_ERROR_FILE, read_provenance
 from halfbyte.trainer.run_folder.folder import RunFolder
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE, require_intact
 
 BASE = "transformer"
 SAMPLES = "samples"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.errors import HubError, RecipeError
 from halfbyte.trainer.export.provenance import read_base_error, read_provenance
 from halfbyte.trainer.hub.account import require_writer
@@ -16,7 +17,6 @@ from halfbyte.trainer.publish.files import BASE, PushFile, adapter_files, base_f
 from halfbyte.trainer.publish.model_card import CardFacts, model_card, read_validation_summary
 from halfbyte.trainer.publish.repository import change, commit, create, find_repository, require_write
 from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.runtime.progress import UploadLog
 from halfbyte.trainer.runtime.sizes import file_size
 

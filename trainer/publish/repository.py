@@ -12,11 +12,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.errors import HubError
 from halfbyte.trainer.hub.failures import hub_errors, page, status_of, with_retries
 from halfbyte.trainer.pretrained.license import CARD_FILE
 from halfbyte.trainer.publish.files import BASE, PushFile
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.runtime.progress import UploadLog
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.trainer.adapters.formats import PEFT_CONFIG, PEFT_FILE
+from halfbyte.trainer.adapters.listed_digests import require_intact
 from halfbyte.trainer.adapters.read import find_file
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import HalfbyteError, RecipeError
@@ -14,7 +15,6 @@ from halfbyte.trainer.hub.download import download
 from halfbyte.trainer.hub.reference import HubReference
 from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, folders
 from halfbyte.trainer.run_folder.folder import RunFolder
-from halfbyte.trainer.run_folder.listed_digests import require_intact
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from halfbyte.quant.files.atomic import put_in_place, work_folder
 from halfbyte.quant.files.digest import sha256_file
-from halfbyte.trainer.adapters.saved import ADAPTER_FILE, MANIFEST
+from halfbyte.trainer.adapters.listed_digests import MANIFEST
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.run_folder.checkpoint_folders import (
     OPTIMIZER_FILE,

@@ -3,18 +3,17 @@
 A checkpoint is sound if its manifest lists every file that belongs to it and each file has the listed SHA-256.
 """
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from halfbyte.quant.files.atomic import flush, recover_all, remove_folder
 from halfbyte.quant.files.digest import sha256_file, sha256_of
-from halfbyte.trainer.adapters.saved import ADAPTER_FILE, MANIFEST
+from halfbyte.trainer.adapters.listed_digests import CHECKPOINT_NAME, MANIFEST, read_manifest
+from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import OutOfSpace, RecipeError
 
 log = logging.getLogger(__name__)
@@ -23,11 +22,9 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 TRAINED_FILE = "trained_lora_weights.safetensors"
 _REQUIRED = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
-_NAME = re.compile(r"step-(\d{6,})")
 # Left by a process that was killed while it saved a step again; without `.halfbyte` by version 0.2 or older.
 _REPLACED = re.compile(r"\.(step-\d{6,})(?:\.halfbyte)?\.old")
 _LEFT_WORK = re.compile(r"\.step-\d{6,}\.tmp")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 # Folder -> (state of its files, the fault): what this process wrote or verified, so that it reads gigabytes once.
 _verified: dict[Path, tuple[object, str | None]] = {}
@@ -41,21 +38,18 @@ def name_of(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     """Returns the step of a checkpoint's folder."""
-    match = _NAME.search(folder.name)
+    match = CHECKPOINT_NAME.search(folder.name)
     assert match is not None
     return int(match.group(1))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Returns True if the folder has the name of a checkpoint in a run's folder."""
-    return _NAME.fullmatch(folder.name) is not None and folder.parent.name == "checkpoints"
 
 
 def folders(root: Path) -> list[Path]:
     """Returns the folders of all finished checkpoints, oldest first; some may be damaged."""
     if not root.is_dir():
         return []
-    return sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+    return sorted(
+        (p for p in root.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir()), key=step_of
+    )
 
 
 def newest_sound(root: Path) -> Path | None:
@@ -153,7 +147,7 @@ def _candidates(root: Path) -> list[Path]:
     """Returns all folders that may hold a checkpoint, the newest first, each before the one it was to replace."""
     if not root.is_dir():
         return []
-    found = [p for p in root.iterdir() if _NAME.fullmatch(p.name) or _REPLACED.fullmatch(p.name)]
+    found = [p for p in root.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) or _REPLACED.fullmatch(p.name)]
     return sorted((p for p in found if p.is_dir()), key=lambda p: (-step_of(p), p.name.startswith(".")))
 
 
@@ -210,16 +204,9 @@ def _find_fault(folder: Path) -> str | None:
 def _manifest(folder: Path) -> dict[str, str] | str:
     """Returns the digests of a checkpoint's files, or what is wrong with the manifest."""
     try:
-        digests: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{MANIFEST}: {error}"
-    if not isinstance(digests, dict):
-        return f"{MANIFEST} is not a list of files"
-    for name, digest in digests.items():
-        if Path(name).name != name or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            return f"{MANIFEST} has an entry that is no file with its SHA-256: {name!r}"
+        digests = read_manifest(folder)
+    except ValueError as error:
+        return str(error).removeprefix(f"{folder}/")
     present = (*_REQUIRED, *([TRAINED_FILE] if (folder / TRAINED_FILE).exists() else []))
     lacking = [name for name in present if name not in digests]
     return f"{MANIFEST} does not list {lacking[0]}" if lacking else digests

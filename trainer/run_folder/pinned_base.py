@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.quant.files.atomic import write_file
+from halfbyte.trainer.adapters.listed_digests import checksum_of
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.families.family import Family
@@ -22,7 +23,6 @@ from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.recipe.sections import ModelSection
 from halfbyte.trainer.run_folder.adapter_source import require_adapter
 from halfbyte.trainer.run_folder.folder import RunFolder
-from halfbyte.trainer.run_folder.listed_digests import checksum_of
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder.adapter_source import download_adapter
 from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, folders
 from halfbyte.trainer.run_folder.folder import RunFolder, written_recipe
-from halfbyte.trainer.run_folder.listed_digests import require_intact
 from halfbyte.trainer.run_folder.pinned_base import open_base
 from halfbyte.trainer.sample.request import SampleRequest
 from halfbyte.trainer.sample.sampler import SampleSettings
@@ -288,7 +287,6 @@ def _stated_base(file: Path, request: SampleRequest) -> tuple[str, str | None]:
 
 def _read_adapter(name: str, file: Path, family: Family, *, location: Path | None = None) -> Adapter:
     """Reads an adapter that fits the family's model. Raises RecipeError, naming `location`, if it does not."""
-    require_intact(file)
     layers = read_layers(file, family.original_names())
     _check_fit(layers, family, location or Path(name))
     return Adapter(name, layers, sha256_file(file))

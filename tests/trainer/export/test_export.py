@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.text_encoder import load_text_encoder
+from halfbyte.trainer.adapters.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.errors import ExportError, RecipeError
@@ -22,7 +23,6 @@ from halfbyte.trainer.export import check_part as compared_part
 from halfbyte.trainer.export import export, self_check
 from halfbyte.trainer.export.from_run import ExportRequest, export_run
 from halfbyte.trainer.recipe.load import load_recipe
-from halfbyte.trainer.run_folder.listed_digests import PROVENANCE_FILE
 from halfbyte.trainer.runtime.world import read_world
 
 from judge import stock_bitsandbytes_on_cpu
