@@ -55,7 +55,7 @@ def test_images_may_be_one_parquet_file_but_no_other_file(write: Write, tmp_path
     for file in (table, other):
         file.touch()
     fields = ("data.path", "validation.path", "sample.references")
-    recipe = load_recipe(path, [f"{field}={table}" for field in fields])
+    recipe = load_recipe(path, ["sample.prompts=[a]", *(f"{field}={table}" for field in fields)])
     assert recipe.data.path == recipe.validation.path == recipe.sample.references == table
     for field in (*fields, "data.cache_dir", "output.dir"):
         (problem,) = problems(path, f"{field}={other if field in fields else table}")
