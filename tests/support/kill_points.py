@@ -19,6 +19,7 @@ from typing import Any
 import safetensors.torch
 
 from halfbyte.quant.files import atomic
+from halfbyte.trainer.runtime.background import THREAD_NAME
 
 from soak import tries
 
@@ -40,6 +41,7 @@ class _Points:
 
     def __init__(self, kill_at: int | None, *, exchange: bool) -> None:
         self.passed: list[str] = []
+        self._lock = threading.Lock()
         self._kill_at = kill_at
         if not exchange:
             atomic.exchange = lambda one, other: False
@@ -52,8 +54,9 @@ class _Points:
         self, name: str, operation: Callable[..., Any], when: Callable[..., bool] = lambda *_, **__: True
     ) -> Any:
         def operate(*arguments: Any, **options: Any) -> Any:
-            # Only the main thread passes its points in the same order each time.
-            if threading.current_thread() is not threading.main_thread() or not when(*arguments, **options):
+            # Not the threads of libraries, whose operations differ in number from one run to the next.
+            ours = threading.current_thread() is threading.main_thread() or _is_writer()
+            if not ours or not when(*arguments, **options):
                 return operation(*arguments, **options)
             what = f"{name} {' '.join(os.path.basename(str(a)) for a in arguments[:2])}"
             self._pass(f"before {what}")
@@ -64,9 +67,14 @@ class _Points:
         return operate
 
     def _pass(self, what: str) -> None:
-        if len(self.passed) == self._kill_at:
-            os._exit(_KILLED)
-        self.passed.append(what)
+        with self._lock:  # the writer of checkpoints passes its points while the main thread passes others
+            if len(self.passed) == self._kill_at:
+                os._exit(_KILLED)
+            self.passed.append(what)
+
+
+def _is_writer() -> bool:
+    return threading.current_thread().name == THREAD_NAME
 
 
 def points(action: Action, *, exchange: bool = True) -> list[str]:

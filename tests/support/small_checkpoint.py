@@ -15,12 +15,14 @@ def save(root: Path, step: int, *, samples: int = 1) -> Path:
     optimizer = torch.optim.AdamW([("layer.lora_A.weight", weight)], lr=0.1)
     weight.grad = torch.ones(4, 3)
     optimizer.step()
-    return checkpoint.save_checkpoint(
+    return checkpoint.write_checkpoint(
         root,
-        checkpoint.Position(step, step * 2, samples),
-        write_adapter=lambda folder: save_file(
-            {"transformer.layer.lora_A.weight": weight.detach()}, f"{folder}/{ADAPTER_FILE}"
+        checkpoint.snapshot(
+            checkpoint.Position(step, step * 2, samples),
+            write_adapter=lambda folder: save_file(
+                {"transformer.layer.lora_A.weight": weight.detach()}, f"{folder}/{ADAPTER_FILE}"
+            ),
+            optimizer=checkpoint.named_optimizer_state(optimizer),
+            scaler={},
         ),
-        optimizer=checkpoint.named_optimizer_state(optimizer),
-        scaler={},
     )

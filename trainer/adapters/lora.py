@@ -161,15 +161,19 @@ def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
 
-def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """Returns copies of the adapter's weights, fp32 on the CPU, under the names that PEFT uses in files.
+def adapter_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Returns the `trained_parameters` in fp32 on their device, under the names that PEFT uses in files.
 
-    The names end with `.lora_A.weight`, `.lora_B.weight` and, for DoRA, `.lora_magnitude_vector`.
+    The names end with `.lora_A.weight`, `.lora_B.weight` and, for DoRA, `.lora_magnitude_vector`. fp32 weights
+    share their memory with the model.
     """
-    return {
-        _saved_name(name): p.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, p in trained_parameters(denoiser).items()
-    }
+    return {_saved_name(name): parameter.detach().float() for name, parameter in parameters.items()}
+
+
+def adapter_state(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Returns copies of the adapter's weights on the CPU, see `adapter_tensors`."""
+    tensors = adapter_tensors(trained_parameters(denoiser))
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -205,20 +209,36 @@ def by_parameter(denoiser: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     return {names[saved]: tensor for saved, tensor in state.items()}
 
 
-def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str, file: str | None = None) -> None:
-    """Writes the adapter in diffusers' format, with rank and alpha in its metadata.
+def save_adapter(denoiser: nn.Module, pipeline_class: Any, folder: str) -> None:
+    """Writes the adapter in diffusers' format and under diffusers' name, `pytorch_lora_weights.safetensors`."""
+    write_adapter(pipeline_class, adapter_state(denoiser), adapter_settings(denoiser), folder)
+
+
+def adapter_settings(denoiser: nn.Module) -> dict[str, Any]:
+    """Returns the fields of PEFT's LoraConfig that belong into an adapter's file, rank and alpha among them."""
+    model: Any = denoiser
+    names = [_saved_name(name) for name in trained_parameters(denoiser)]
+    layers = [name.removesuffix(DOWN) for name in names if name.endswith(DOWN)]
+    config: dict[str, Any] = model.peft_config[ADAPTER].to_dict()
+    return config | {name: _in_any_order(config[name], layers) for name in ("rank_pattern", "alpha_pattern")}
+
+
+def write_adapter(
+    pipeline_class: Any,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    folder: str,
+    file: str | None = None,
+) -> None:
+    """Writes an adapter's tensors and settings in diffusers' format.
 
     file: its name; None for diffusers' own, `pytorch_lora_weights.safetensors`.
     """
-    model: Any = denoiser
-    state = adapter_state(denoiser)
-    layers = [name.removesuffix(DOWN) for name in state if name.endswith(DOWN)]
-    config: dict[str, Any] = model.peft_config[ADAPTER].to_dict()
-    config |= {name: _in_any_order(config[name], layers) for name in ("rank_pattern", "alpha_pattern")}
     pipeline_class.save_lora_weights(
         folder,
-        transformer_lora_layers=state,
-        transformer_lora_adapter_metadata=config,
+        transformer_lora_layers=dict(tensors),
+        # Copied, because diffusers replaces sets in it by lists.
+        transformer_lora_adapter_metadata=dict(settings),
         weight_name=file,
     )
 

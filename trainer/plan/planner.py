@@ -205,7 +205,8 @@ class Planner:
             measured = self._at_resolution(recipe, self.pictures.largest_held_out)
             moments.append({**held, **_working(self._prediction(recipe, recipe.train.batch_size, measured))})
         largest = max(moments, key=lambda parts: sum(parts.values()))
-        return Phase("step", largest, {"activations put aside": step.host, **self._on_host_from_then(recipe)})
+        on_host = {"activations put aside": step.host, **self._while_training(recipe)}
+        return Phase("step", largest, on_host)
 
     def _more_than_recorded(self, recipe: Recipe) -> bool:
         """Returns True if there are more image sizes than CUDA graphs are kept for."""
@@ -218,6 +219,13 @@ class Planner:
     def _on_host_from_then(self, recipe: Recipe) -> dict[str, int]:
         """Returns the host memory that stays in use from the first step to the end of the run."""
         return {**self._on_host(recipe), "libraries and compiled kernels": STARTED_BYTES}
+
+    def _while_training(self, recipe: Recipe) -> dict[str, int]:
+        """Returns the host memory that stays in use from the first step to the last."""
+        dry_run = self.dry_run(recipe)
+        weights = dry_run.held[ADAPTERS] * (2 if self._averages(recipe) else 1)
+        copies = weights + recipe.optimizer.memory(dry_run.shapes).state
+        return {"checkpoint's copy, page-locked": copies, **self._on_host_from_then(recipe)}
 
     def _encode_texts(self, recipe: Recipe) -> Phase:
         model = recipe.model
@@ -264,7 +272,8 @@ class Planner:
         }
         copies = self.dry_run(recipe).visitors.host_bytes
         work = Work(drawn.flops * sample.steps, drawn.calls * sample.steps, copies * sample.steps)
-        return Phase("sample", parts, self._on_host_from_then(recipe)), work
+        on_host = self._while_training(recipe) if sample.every else self._on_host_from_then(recipe)
+        return Phase("sample", parts, on_host), work
 
     def _decoder(self, dtype: torch.dtype, width: int, height: int) -> tuple[int, int]:
         key = (dtype, width, height)

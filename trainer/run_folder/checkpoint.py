@@ -37,12 +37,15 @@ __all__ = [
     "TRAINED_FILE",
     "Checkpoint",
     "Position",
+    "Snapshot",
     "folders",
     "named_optimizer_state",
     "newest",
+    "optimizer_tensors",
     "prune",
     "restore_optimizer",
-    "save_checkpoint",
+    "snapshot",
+    "write_checkpoint",
 ]
 
 
@@ -58,31 +61,52 @@ class Checkpoint:
     average: dict[str, Tensor] | None = None  # the average of the weights that users see; None without one
 
 
-def save_checkpoint(
-    root: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run after a step, which no later step changes: all that a checkpoint is written from."""
+
+    position: Position
+    write_adapter: Callable[[str], None]  # see `snapshot`
+    tensors: Mapping[str, Tensor]  # of the optimizer, on the host
+    state: str  # the content of STATE_FILE
+
+
+def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies of tensors on the host."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def snapshot(
     position: Position,
     *,
     write_adapter: Callable[[str], None],
     optimizer: Mapping[str, Any],
     scaler: Mapping[str, Any],
-) -> Path:
-    """Writes `root/step-NNNNNN` atomically: after a crash at any point, it is complete or absent.
+    copied: Callable[[dict[str, Tensor]], dict[str, Tensor]] = on_host,
+) -> Snapshot:
+    """Returns the state at this moment.
 
     write_adapter: writes ADAPTER_FILE into the given folder; if that is an average, also the trained weights
-    as TRAINED_FILE. optimizer, scaler: see `Checkpoint`.
+    as TRAINED_FILE. It is called later, so it must write copies. optimizer, scaler: see `Checkpoint`.
+    copied: copies the optimizer's tensors to the host.
     """
-    target = root / name_of(position.step)
+    tensors, scalars = _flatten(optimizer["state"])
+    state = {
+        "position": asdict(position),
+        "optimizer_scalars": scalars,
+        "param_groups": optimizer["param_groups"],
+        "scaler": dict(scaler),
+    }
+    return Snapshot(position, write_adapter, copied(tensors), json.dumps(state, indent=1))
+
+
+def write_checkpoint(root: Path, snapshot: Snapshot) -> Path:
+    """Writes `root/step-NNNNNN` atomically: after a crash at any point, it is complete or absent."""
+    target = root / name_of(snapshot.position.step)
     with work_folder(target) as work:
-        write_adapter(str(work))
-        tensors, scalars = _flatten(optimizer["state"])
-        save_file(tensors, work / OPTIMIZER_FILE)
-        state = {
-            "position": asdict(position),
-            "optimizer_scalars": scalars,
-            "param_groups": optimizer["param_groups"],
-            "scaler": dict(scaler),
-        }
-        (work / STATE_FILE).write_text(json.dumps(state, indent=1))
+        snapshot.write_adapter(str(work))
+        save_file(dict(snapshot.tensors), work / OPTIMIZER_FILE)
+        (work / STATE_FILE).write_text(snapshot.state)
         digests = {file.name: sha256_file(file) for file in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps(digests, indent=1))
         put_in_place(work, target)
@@ -114,6 +138,11 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state, names = optimizer.state_dict(), _names(optimizer)
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[i]: entry for i, entry in state["state"].items()}, "param_groups": groups}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the tensors of an optimizer's state, under the names that a checkpoint gives them."""
+    return _flatten(named_optimizer_state(optimizer)["state"])[0]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
@@ -148,11 +177,11 @@ def _flatten(state: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Tensor],
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, entry in state.items():
-        for field, value in entry.items():
+        for part, value in entry.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{field}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{name}/{part}"] = value
             else:
-                scalars.setdefault(name, {})[field] = value
+                scalars.setdefault(name, {})[part] = value
     return tensors, scalars
 
 

@@ -1,36 +1,32 @@
-"""Callbacks around the training step: validation, metrics, checkpoints, sample images and interruption.
+"""Callbacks around the training step: validation, metrics, sample images and interruption.
 
 Lightning calls the callbacks in the order of the trainer's list, which `loop.train` builds: Interruption,
-WarmUp, Averager, Validator, MetricsRecorder, Checkpointer, Sampler. After each optimizer step the order
-matters: the average is updated before anything uses it, the validation loss is known before its row of
-metrics is written, and the Checkpointer knows if the run is about to stop.
+WarmUp, Averager, Validator, MetricsRecorder, Checkpointer (see `checkpointer`), Sampler. After each optimizer
+step the order matters: the average is updated before anything uses it, the validation loss is known before its
+row of metrics is written, and the Checkpointer knows if the run is about to stop.
 """
 
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from halfbyte.trainer.adapters.lora import by_parameter, save_adapter, trained_parameters
-from halfbyte.trainer.adapters.saved import ADAPTER_FILE
-from halfbyte.trainer.errors import NonFiniteError, RecipeError
-from halfbyte.trainer.run_folder import checkpoint
+from halfbyte.trainer.errors import NonFiniteError
 from halfbyte.trainer.runtime.progress import Progress
 from halfbyte.trainer.runtime.signals import SIGNALS
 from halfbyte.trainer.runtime.world import World, barrier, exchange, max_over_processes
-from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics, sync_rows
+from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.training.module import DiffusionModule
 from halfbyte.trainer.training.validation import Validation
 
 # Overflows in a row that a float16 run survives. torch's gradient scaler starts at 2**16 and halves its scale
 # at each overflow: after 24 the scale is 2**-8, so the scale is not the reason for the next one.
 _MOST_OVERFLOWS = 24
-_STOPPED = (
+STOPPED = (
     "the run stops and keeps its earlier checkpoints. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or"
     " compute_dtype: bfloat16 instead of float16"
 )
@@ -202,7 +198,7 @@ class MetricsRecorder(StepCallback):
         self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
         if not math.isfinite(value) or self._overflows > self._tolerated:
             raise NonFiniteError(
-                f"step {step}: the loss is {value} and the gradient norm {grad_norm}; {_STOPPED}"
+                f"step {step}: the loss is {value} and the gradient norm {grad_norm}; {STOPPED}"
             )
         device = self.world.device
         memory = _peak_bytes(module, device) / 2**30 if device.type == "cuda" else 0.0
@@ -223,91 +219,6 @@ def _peak_bytes(module: DiffusionModule, device: torch.device) -> int:
     if module.forward_fn is not None:
         return torch.cuda.max_memory_reserved(device)
     return torch.cuda.max_memory_allocated(device)
-
-
-class Checkpointer(StepCallback):
-    """Saves checkpoints after optimizer steps, and restores the optimizer of a resumed run."""
-
-    def __init__(
-        self,
-        world: World,
-        root: Path,
-        *,
-        every: int,
-        keep: int,
-        last_step: int,
-        global_batch: int,
-        resume: checkpoint.Checkpoint | None,
-    ) -> None:
-        self.world = world
-        self.root = root
-        self.every = every
-        self.keep = keep
-        self.last_step = last_step
-        self.global_batch = global_batch
-        self.resume = resume
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Restores optimizer, average and gradient scaler, after Lightning has built the optimizer.
-
-        Raises:
-            RecipeError: the saved state does not fit this optimizer.
-        """
-        if self.resume is None:
-            return
-        try:
-            checkpoint.restore_optimizer(trainer.optimizers[0], self.resume.optimizer)
-        except ValueError as error:
-            raise RecipeError(
-                f"--resume: {self.resume.folder}: {error}. Another version of halfbyte or of a library wrote the"
-                " checkpoint: resume with that version, or start a new run from its weights:"
-                f" lora.init_from={self.resume.folder / ADAPTER_FILE} output.dir=runs/other"
-            ) from error
-        if self.resume.average is not None:
-            pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))
-        if self.resume.scaler:
-            trainer.precision_plugin.load_state_dict(self.resume.scaler)
-
-    def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Saves after every `every`-th step, after the last one, and when the run is to stop."""
-        step = module.step
-        if step % self.every == 0 or step == self.last_step or trainer.should_stop:
-            self.save(trainer, module)
-
-    def save(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Saves a checkpoint now and deletes old ones; every process must call this.
-
-        Raises:
-            NonFiniteError: the adapter has NaN or infinite values, which the last row of metrics may not show
-                yet. A checkpoint of such weights would replace a good one.
-        """
-        weights = trained_parameters(module.denoiser).values()
-        if not torch.stack([parameter.isfinite().all() for parameter in weights]).all():
-            raise NonFiniteError(
-                f"step {module.step}: the adapter has values that are not finite; {_STOPPED}"
-            )
-        if self.world.is_leader:
-            sync_rows(self.root.parent)
-            accumulation = int(trainer.accumulate_grad_batches)
-            position = checkpoint.Position(module.step, module.step * accumulation, self.global_batch)
-            checkpoint.save_checkpoint(
-                self.root,
-                position,
-                write_adapter=lambda folder: _write_adapters(module, folder),
-                optimizer=checkpoint.named_optimizer_state(trainer.optimizers[0]),
-                scaler=trainer.precision_plugin.state_dict(),
-            )
-            checkpoint.prune(self.root, self.keep)
-        barrier(self.world)
-
-
-def _write_adapters(module: DiffusionModule, folder: str) -> None:
-    """Writes the adapter that users see; if that is an average, also the trained weights."""
-    pipeline_class = module.family.pipeline_class
-    with module.weights.swapped_in():
-        save_adapter(module.denoiser, pipeline_class, folder)
-    if module.weights.averaged:
-        save_adapter(module.denoiser, pipeline_class, folder, checkpoint.TRAINED_FILE)
 
 
 class Sampler(StepCallback):

@@ -25,19 +25,20 @@ from halfbyte.trainer.optim.averages import Ema, TrainedWeights
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder
+from halfbyte.trainer.runtime.background import Background
 from halfbyte.trainer.runtime.progress import Progress
 from halfbyte.trainer.runtime.signals import SIGNALS
 from halfbyte.trainer.runtime.world import World, exchange
 from halfbyte.trainer.sample.sampler import PictureSampler
 from halfbyte.trainer.training.callbacks import (
     Averager,
-    Checkpointer,
     Interruption,
     MetricsRecorder,
     Sampler,
     Validator,
     WarmUp,
 )
+from halfbyte.trainer.training.checkpointer import Checkpointer
 from halfbyte.trainer.training.metrics import MetricsWriter
 from halfbyte.trainer.training.module import DiffusionModule, Objective
 from halfbyte.trainer.training.preservation import Preservation
@@ -111,11 +112,12 @@ def train(training: Training) -> Finished:
         Progress(training.console, "training", total=last_step, done=first_step) if world.is_leader else None
     )
     interruption = Interruption(world, last_step)
+    saves = Background()
     callbacks = [
         interruption,
         *([] if graphed is None else [WarmUp(lambda: _warm_up(graphed, training))]),
         Averager(),
-        *_watching(training, writer, progress),
+        *_watching(training, writer, progress, saves),
     ]
     trainer = _trainer(training, callbacks)
     began = time.perf_counter()
@@ -127,7 +129,7 @@ def train(training: Training) -> Finished:
                 # Lightning recommends worker processes, but handing batches over would take longer than
                 # reading them.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                with _interrupts_raised(), exchange(world):
+                with saves, _interrupts_raised(), exchange(world):
                     trainer.fit(module, loader)
     finally:
         SIGNALS.defer(False)
@@ -175,9 +177,12 @@ def _preservation(training: Training) -> Preservation | None:
 
 
 def _watching(
-    training: Training, writer: MetricsWriter | None, progress: Progress | None
+    training: Training, writer: MetricsWriter | None, progress: Progress | None, saves: Background
 ) -> Iterator[Callback]:
-    """Yields the callbacks that measure, record, save and sample, in the order of their calls."""
+    """Yields the callbacks that measure, record, save and sample, in the order of their calls.
+
+    saves: writes the checkpoints.
+    """
     recipe, world = training.recipe, training.world
     last_step, global_batch = recipe.train.steps, recipe.train.batch_size * world.size
     if training.prepared.held_out:
@@ -196,6 +201,7 @@ def _watching(
     yield Checkpointer(
         world,
         training.folder.checkpoints,
+        saves,
         every=recipe.checkpoint.every,
         keep=recipe.checkpoint.keep,
         last_step=last_step,

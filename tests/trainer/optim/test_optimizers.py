@@ -71,12 +71,14 @@ class Toy:
 
     def save(self, root):
         trained = {f"transformer.{name}": value.detach().cpu() for name, value in self.parameters.items()}
-        return checkpoint.save_checkpoint(
+        return checkpoint.write_checkpoint(
             root,
-            checkpoint.Position(3, 3, 1),
-            write_adapter=lambda folder: save_file(trained, f"{folder}/{ADAPTER_FILE}"),
-            optimizer=checkpoint.named_optimizer_state(self.optimizer),
-            scaler={},
+            checkpoint.snapshot(
+                checkpoint.Position(3, 3, 1),
+                write_adapter=lambda folder: save_file(trained, f"{folder}/{ADAPTER_FILE}"),
+                optimizer=checkpoint.named_optimizer_state(self.optimizer),
+                scaler={},
+            ),
         )
 
 

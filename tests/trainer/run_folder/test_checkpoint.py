@@ -28,12 +28,14 @@ def trained(steps=3, seed=0):
 def save(root, step, steps=3):
     parameters, optimizer = trained(steps)
     state = {f"transformer.{name}": p.detach() for name, p in parameters.items()}
-    return checkpoint.save_checkpoint(
+    return checkpoint.write_checkpoint(
         root,
-        checkpoint.Position(step, step * 2, 4),
-        write_adapter=lambda folder: save_file(state, f"{folder}/{ADAPTER_FILE}"),
-        optimizer=checkpoint.named_optimizer_state(optimizer),
-        scaler={"scale": 65536.0},
+        checkpoint.snapshot(
+            checkpoint.Position(step, step * 2, 4),
+            write_adapter=lambda folder: save_file(state, f"{folder}/{ADAPTER_FILE}"),
+            optimizer=checkpoint.named_optimizer_state(optimizer),
+            scaler={"scale": 65536.0},
+        ),
     )
 
 
@@ -91,12 +93,14 @@ def test_a_crash_before_the_rename_leaves_the_older_checkpoint(tmp_path):
 
     _, optimizer = trained()
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save_checkpoint(
+        checkpoint.write_checkpoint(
             tmp_path,
-            checkpoint.Position(4, 8, 4),
-            write_adapter=write_and_die,
-            optimizer=checkpoint.named_optimizer_state(optimizer),
-            scaler={},
+            checkpoint.snapshot(
+                checkpoint.Position(4, 8, 4),
+                write_adapter=write_and_die,
+                optimizer=checkpoint.named_optimizer_state(optimizer),
+                scaler={},
+            ),
         )
     assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-000003"]
     assert checkpoint.newest(tmp_path).position.step == 3

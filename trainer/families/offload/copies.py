@@ -8,42 +8,14 @@ A `Mark` is a point in a stream of work, a CUDA event. All synchronization consi
                                   no kernel reads weights that have not arrived
 """
 
-import mmap
-import weakref
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from halfbyte.trainer.errors import OutOfMemory
+from halfbyte.trainer.runtime.host_memory import PageLocked
 
-
-class PageLocked:
-    """Host memory `bytes` (n,) uint8, page-locked for a CUDA device until this object is garbage collected.
-
-    torch's allocator of pinned memory rounds sizes up to powers of two, which would turn FLUX's 5.7 GB into
-    10 GB. Here pages are allocated first and registered with CUDA afterwards: exactly the needed pages.
-    """
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        """Raises OutOfMemory if the system cannot lock that much memory."""
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.bytes: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
-        if device.type != "cuda":
-            return
-        # A fork (a data loader's worker, say) would copy locked pages immediately instead of on write.
-        pages.madvise(mmap.MADV_DONTFORK)
-        place = self.bytes.data_ptr()
-        with torch.cuda.device(device):
-            error = int(torch.cuda.cudart().cudaHostRegister(place, nbytes, _PORTABLE))
-        if error:
-            raise OutOfMemory(
-                f"train.stream_blocks: got true, but the system could not lock {nbytes / 2**20:.0f} MiB of"
-                f" host memory (CUDA error {error}); expected enough lockable memory for all blocks together."
-                " Run `halfbyte plan` to see how much that is"
-            )
-        # Not at exit: copies may still be running, and the system unlocks the pages of a dead process anyway.
-        weakref.finalize(self, _unlock, place, device).atexit = False
+_REFUSAL = "train.stream_blocks: got true, but "
 
 
 Mark = torch.cuda.Event | None
@@ -82,7 +54,7 @@ class CudaCopies:
         self._stream = torch.cuda.Stream(device)
 
     def locked(self, nbytes: int) -> PageLocked:
-        return PageLocked(nbytes, self._device)
+        return PageLocked(nbytes, self._device, _REFUSAL)
 
     def room(self, nbytes: int) -> Tensor:
         room = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -113,7 +85,7 @@ class DirectCopies:
         self._device = device
 
     def locked(self, nbytes: int) -> PageLocked:
-        return PageLocked(nbytes, self._device)
+        return PageLocked(nbytes, self._device, _REFUSAL)
 
     def room(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -132,11 +104,3 @@ class DirectCopies:
 def copies_to(device: torch.device) -> BlockCopies:
     """Returns the copies for a device of this type."""
     return CudaCopies(device) if device.type == "cuda" else DirectCopies(device)
-
-
-_PORTABLE = 1  # cudaHostRegisterPortable: locked for every context of the process
-
-
-def _unlock(place: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(place)

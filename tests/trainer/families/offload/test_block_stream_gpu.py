@@ -23,12 +23,13 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.offload.activations import HostStore
 from halfbyte.trainer.families.offload.block_stream import BlockStream, packed_blocks
-from halfbyte.trainer.families.offload.copies import CudaCopies, Mark, PageLocked
+from halfbyte.trainer.families.offload.copies import CudaCopies, Mark
 from halfbyte.trainer.families.sd3.family import SD3
 from halfbyte.trainer.plan.dry_run import DryRun
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run import run
+from halfbyte.trainer.runtime.host_memory import PageLocked
 from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training import loop
 from halfbyte.trainer.training.module import training_module
@@ -160,7 +161,7 @@ def test_missing_waits_give_wrong_results_with_slow_copies_or_kernels(
 
 def test_page_locked_memory_is_locked_until_it_is_dropped() -> None:
     for nbytes in (1, 4096, 3 * MIB + 5):
-        memory = PageLocked(nbytes, CUDA)
+        memory = PageLocked(nbytes, CUDA, "")
         assert memory.bytes.is_pinned()
         assert memory.bytes.shape == (nbytes,)
         memory.bytes.fill_(7)
