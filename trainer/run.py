@@ -1,6 +1,7 @@
 """The story of one training run, from the recipe to the exported files."""
 
 import logging
+import math
 import shlex
 import time
 from contextlib import ExitStack
@@ -319,6 +320,7 @@ def _first_and_last_loss(rows: list[StepMetrics]) -> tuple[float | None, float |
 
     A single loss says little, because sigma differs from step to step.
     """
+    rows = [row for row in rows if math.isfinite(row.loss)]  # not of steps that were left out
     if not rows:
         return None, None
     tenth = max(1, len(rows) // 10)

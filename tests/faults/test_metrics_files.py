@@ -124,7 +124,7 @@ LOST = {
     "a NUL": (lambda content: content.replace(b"\r\n3,", b"\r\n3\0,"), 3),
     "a quote": (lambda content: content.replace(b"\r\n2,", b'\r\n",'), 2),
     "a step": (lambda content: content.replace(b"\r\n2,", b"\r\n9,"), 2),
-    "half a line": (lambda content: content.replace(b",0.1,12.5,0.0,\r\n4", b"\r\n4"), 3),
+    "half a line": (lambda content: content.replace(b",0.1,12.5,0.0,,\r\n4", b"\r\n4"), 3),
 }
 
 

@@ -55,6 +55,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            return loss  # a step that is left out: not even its counter changes
         self._allocate_moments()
         for number, group in enumerate(self.param_groups):
             self._step(number, group)

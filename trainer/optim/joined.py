@@ -41,7 +41,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
     """Wraps the optimizer of joined tensors, and looks like an optimizer of the parameters themselves.
 
     The state is that of the joined tensors; each is listed under the first parameter of its tensor. A missing
-    gradient counts as zero. After a step no parameter has a gradient.
+    gradient counts as zero; without any gradient, a step does nothing. After a step no parameter has a gradient.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], join: Join, build: Build) -> None:
@@ -69,6 +69,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(part.grad is None for parts in self._parts for part in parts):
+            return loss  # a step that is left out: not even the state changes
         self._push_settings()
         for joined, parts in zip(self._joined, self._parts, strict=True):
             # The step updates the joined tensor. A parameter whose `.data` was replaced is no longer a view

@@ -8,7 +8,7 @@ import io
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -274,7 +274,7 @@ class ScheduleFreeAdamW(OptimizerChoice):
     """Added to the root of the second moment, to avoid division by zero."""
 
     def build(self, named_parameters: Named) -> torch.optim.Optimizer:
-        optimizer = AdamWScheduleFree(
+        optimizer = _ScheduleFreeAdamW(
             _groups(named_parameters),
             lr=self.lr,
             betas=self.betas,
@@ -293,6 +293,19 @@ class ScheduleFreeAdamW(OptimizerChoice):
     ) -> TrainedWeights:
         """Returns the average that the optimizer keeps."""
         return OptimizerAverage(parameters, optimizer)
+
+
+class _ScheduleFreeAdamW(AdamWScheduleFree):  # type: ignore[misc]
+    """The library's optimizer, except that a step without any gradient does not count: it is left out."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(parameter.grad is not None for group in self.param_groups for parameter in group["params"]):
+            super().step()
+        return loss
 
 
 def _groups(named_parameters: Named) -> list[dict[str, Any]]:

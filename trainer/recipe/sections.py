@@ -15,6 +15,7 @@ from halfbyte.trainer.objective.losses import LOSSES, MSE, Loss
 from halfbyte.trainer.objective.shift import SHIFTS, ResolutionShift, Shift
 from halfbyte.trainer.objective.timesteps import TIMESTEPS, LogitNormal, TimestepScheme
 from halfbyte.trainer.objective.weighting import WEIGHTINGS, NoWeighting, Weighting
+from halfbyte.trainer.optim.nonfinite import NONFINITE, OnNonFinite, Stop
 from halfbyte.trainer.recipe.fields import (
     FilePath,
     Section,
@@ -289,6 +290,8 @@ class TrainSection(Section):
     graphs recorded before training are first compared with a normal step. A step's working memory stays
     allocated, even while sample images are generated. CUDA only. Requires fused_blocks, adapters without dropout or
     DoRA and a base other than int8. Cannot be combined with stream_blocks or gradient_checkpointing: offload."""
+    on_nonfinite: Annotated[OnNonFinite, NONFINITE] = Stop(name="stop")
+    """What happens at a step whose loss or gradient is NaN or infinite."""
     seed: Seed = 0
     """The seed of all random numbers in training: data order, random crops, noise and the adapters' start. Sample
     images have their own, sample.seed."""

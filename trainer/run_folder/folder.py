@@ -23,8 +23,8 @@ from halfbyte.trainer.run_folder.saved_state import read_state
 
 log = logging.getLogger(__name__)
 
-# Prefixes of settings that a resumed run may change freely: they affect what a run reports and stores, not
-# its results.
+# Prefixes of settings that a resumed run may change freely: they affect what a run reports and stores, or only
+# the steps that are still to come, not the results so far.
 _FREE = (
     "output.",
     "sample.",
@@ -33,6 +33,7 @@ _FREE = (
     "data.cache_dir",
     "model.cache_base",
     "train.steps",
+    "train.on_nonfinite",
 )
 # The places of the data. They may change freely if the run has a record of the data's content.
 _COMPARED_BY_CONTENT = re.compile(r"(data|validation|data\.sets\[\d+\])\.path: ")

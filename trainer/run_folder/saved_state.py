@@ -33,6 +33,7 @@ class SavedState:
     optimizer_scalars: Mapping[str, Mapping[str, Any]]  # parameter -> field -> number
     param_groups: list[dict[str, Any]]
     scaler: dict[str, Any]
+    left_out: dict[str, int]  # counts of the steps that were left out; empty if the run takes every step
 
 
 def read_state(folder: Path) -> SavedState:
@@ -70,7 +71,10 @@ def _checked(facts: Any, step: int) -> SavedState:
         for name in group["params"]:
             _require("param_groups: params", name, str)
     _require("scaler", scaler, dict)
-    return SavedState(position, scalars, groups, scaler)
+    counts = facts.get("left_out", {})
+    _require("left_out", counts, dict)
+    left_out = {name: _count(f"left_out: {name}", value) for name, value in counts.items()}
+    return SavedState(position, scalars, groups, scaler, left_out)
 
 
 def _count(name: str, value: Any) -> int:

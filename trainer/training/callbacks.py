@@ -19,6 +19,7 @@ from halfbyte.trainer.errors import NonFiniteError
 from halfbyte.trainer.runtime.progress import Progress
 from halfbyte.trainer.runtime.signals import SIGNALS
 from halfbyte.trainer.runtime.world import World, barrier, exchange, max_over_processes
+from halfbyte.trainer.training.left_out import STOPPED
 from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.training.module import DiffusionModule
 from halfbyte.trainer.training.validation import Validation
@@ -26,10 +27,6 @@ from halfbyte.trainer.training.validation import Validation
 # Overflows in a row that a float16 run survives. torch's gradient scaler starts at 2**16 and halves its scale
 # at each overflow: after 24 the scale is 2**-8, so the scale is not the reason for the next one.
 _MOST_OVERFLOWS = 24
-STOPPED = (
-    "the run stops and keeps its earlier checkpoints. Try a lower optimizer.lr, train.max_grad_norm: 1.0, or"
-    " compute_dtype: bfloat16 instead of float16"
-)
 
 
 class StepCallback(Callback):
@@ -71,8 +68,9 @@ class Averager(StepCallback):
     """Updates the average of the weights; comes before all callbacks that use it."""
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Adds the new weights to the average."""
-        module.weights.update(module.step)
+        """Adds the new weights to the average; a step that was left out has none."""
+        if not module.left_out_now:
+            module.weights.update(module.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Puts the average into the model for good, so that the export has it.
@@ -126,7 +124,10 @@ class Validator(StepCallback):
 
 
 class MetricsRecorder(StepCallback):
-    """Writes metrics, shows progress, and stops a run whose loss or gradients are NaN or infinite."""
+    """Writes metrics, shows progress, and stops a run whose loss or gradients are NaN or infinite.
+
+    The values of steps that were left out (see `LeftOutSteps`) stop nothing.
+    """
 
     def __init__(
         self,
@@ -176,14 +177,15 @@ class MetricsRecorder(StepCallback):
         validation_loss, module.validation_loss = module.validation_loss, None
         mean = torch.stack(losses).float().mean()
         # A loss without a row must not be lost if it is NaN: the next row's loss is NaN then.
-        finite = mean.isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
+        if not module.left_out_now:
+            finite = mean.isfinite()
+            self._finite = finite if self._finite is None else self._finite & finite
         if step % self.every and step != self.last_step and validation_loss is None:
             # No `.item()` in steps without a row: it would wait for the GPU.
             if self.progress is not None:
                 self.progress.advance(step)
             return
-        loss = torch.where(self._finite, mean, math.nan)
+        loss = mean if self._finite is None else torch.where(self._finite, mean, math.nan)
         self._finite = None
         if self.world.size > 1:
             with exchange(self.world):
@@ -195,19 +197,24 @@ class MetricsRecorder(StepCallback):
         now = time.perf_counter()
         pace = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
         self._since, self._started = step, now
-        self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
-        if not math.isfinite(value) or self._overflows > self._tolerated:
-            raise NonFiniteError(
-                f"step {step}: the loss is {value} and the gradient norm {grad_norm}; {STOPPED}"
-            )
+        if not module.left_out_now:
+            self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
+            self._refuse(step, value, grad_norm)
         device = self.world.device
         memory = _peak_bytes(module, device) / 2**30 if device.type == "cuda" else 0.0
         lr = self.rate(trainer.optimizers[0])
-        self.last = StepMetrics(step, value, lr, grad_norm, pace, memory, validation_loss)
+        skipped = None if module.left_out is None else module.left_out.total
+        self.last = StepMetrics(step, value, lr, grad_norm, pace, memory, validation_loss, skipped)
         if self.writer is not None:
             self.writer.write(self.last)
         if self.progress is not None:
             self.progress.advance(step, f"loss {value:.4f}")
+
+    def _refuse(self, step: int, loss: float, grad_norm: float) -> None:
+        if not math.isfinite(loss) or self._overflows > self._tolerated:
+            raise NonFiniteError(
+                f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; {STOPPED}"
+            )
 
 
 def _peak_bytes(module: DiffusionModule, device: torch.device) -> int:

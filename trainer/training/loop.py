@@ -39,6 +39,7 @@ from halfbyte.trainer.training.callbacks import (
     WarmUp,
 )
 from halfbyte.trainer.training.checkpointer import Checkpointer
+from halfbyte.trainer.training.left_out import LeftOutSteps
 from halfbyte.trainer.training.metrics import MetricsWriter
 from halfbyte.trainer.training.module import DiffusionModule, Objective
 from halfbyte.trainer.training.preservation import Preservation
@@ -149,6 +150,7 @@ def train(training: Training) -> Finished:
 def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionModule:
     recipe = training.recipe
     train = recipe.train
+    most = train.on_nonfinite.most
     return DiffusionModule(
         training.family,
         training.denoiser,
@@ -161,6 +163,7 @@ def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionMod
         seed=train.seed,
         first_step=training.first_step,
         forward_fn=graphed,
+        left_out=None if most is None else LeftOutSteps(training.world, most),
         preserve=_preservation(training),
     )
 

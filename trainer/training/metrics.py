@@ -42,6 +42,9 @@ class StepMetrics:
     samples_per_second: float
     memory_gib: float  # peak of allocated device memory so far (reserved with CUDA graphs); 0 on the CPU
     validation_loss: float | None = None  # None if it was not measured after this step
+    skipped_steps: int | None = (
+        None  # left out since the start of the run; None unless train.on_nonfinite is skip
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Measurement:
 
 
 _COLUMNS = [field.name for field in fields(StepMetrics)]
-_OPTIONAL = "validation_loss"
+_OPTIONAL = ("validation_loss", "skipped_steps")
+# In the files of version 0.2 and older.
+_FORMER_COLUMNS = [name for name in _COLUMNS if name != "skipped_steps"]
 
 
 class MetricsWriter:
@@ -87,7 +92,7 @@ class MetricsWriter:
         self._rows.writerow(row)
         self._file.flush()
         for name, value in row.items():
-            if name not in ("step", "validation_loss"):
+            if value is not None and name not in ("step", "validation_loss"):
                 self._board.add_scalar(f"train/{name}", value, metrics.step)
 
     def write_validation(self, measured: Measurement) -> None:
@@ -159,19 +164,23 @@ def _metrics_rows(path: Path) -> Rows[StepMetrics]:
 
 
 def _metrics_header(cells: Sequence[str]) -> tuple[Sequence[str], bool]:
-    if is_near(",".join(cells), ",".join(_COLUMNS)):
-        return _COLUMNS, list(cells) == _COLUMNS
-    missing = [name for name in _COLUMNS if name not in cells and name != _OPTIONAL]
+    for columns in (_COLUMNS, _FORMER_COLUMNS):
+        if is_near(",".join(cells), ",".join(columns)):
+            return columns, list(cells) == columns
+    missing = [name for name in _COLUMNS if name not in cells and name not in _OPTIONAL]
     if missing:
         raise ValueError(f"the header has no column {missing[0]}")
     return cells, False
 
 
 def _step_metrics(cells: dict[str, str]) -> StepMetrics:
-    numbers = {name: float(cells[name]) for name in _COLUMNS[1:] if name != _OPTIONAL}
-    validation = cells.get(_OPTIONAL, "")
+    numbers = {name: float(cells[name]) for name in _COLUMNS[1:] if name not in _OPTIONAL}
+    validation, skipped = (cells.get(name, "") for name in _OPTIONAL)
     return StepMetrics(
-        whole_number(cells["step"]), **numbers, validation_loss=float(validation) if validation else None
+        whole_number(cells["step"]),
+        **numbers,
+        validation_loss=float(validation) if validation else None,
+        skipped_steps=whole_number(skipped) if skipped else None,
     )
 
 

@@ -20,6 +20,7 @@ from halfbyte.trainer.optim.averages import TrainedWeights
 from halfbyte.trainer.randomness import generator, key, uniform
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.sections import ObjectiveSection
+from halfbyte.trainer.training.left_out import LeftOutSteps
 from halfbyte.trainer.training.preservation import Preservation
 
 
@@ -79,17 +80,20 @@ class DiffusionModule(LightningModule):
         | None = None,
         forward_fn: Callable[..., Any] | None = None,
         preserve: Preservation | None = None,
+        left_out: LeftOutSteps | None = None,
     ) -> None:
         """Puts the denoiser into training mode.
 
         lr_factor: optimizer step, counted from 0 -> factor of the learning rate. build_weights: makes the
         average of the weights that samples and checkpoints use; None for no average. forward_fn: called
-        instead of the denoiser, see `GraphedDenoiser`.
+        instead of the denoiser, see `GraphedDenoiser`. left_out: leaves out steps whose values are not finite;
+        None takes every step.
         """
         super().__init__()
         self.family = family
         self.denoiser = denoiser.train()  # enables the adapters' dropout; Lightning does not change the mode
         self.forward_fn = forward_fn
+        self.left_out = left_out
         self.objective = objective
         self.preserve = preserve
         self.build_optimizer = build_optimizer
@@ -107,6 +111,11 @@ class DiffusionModule(LightningModule):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, p in self.named_parameters() if not p.requires_grad
         ] + [name for name, _ in self.named_buffers()]
+
+    @property
+    def left_out_now(self) -> bool:
+        """True if the last step was left out because its values are not finite."""
+        return self.left_out is not None and self.left_out.now
 
     @property
     def step(self) -> int:
@@ -192,6 +201,9 @@ class DiffusionModule(LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clips the gradients by their norm over all adapters, and keeps that norm for the metrics.
 
+        Drops the gradients of a step that is left out: no optimizer updates a parameter without one, its state
+        or its weight decay.
+
         Lightning calls this once per optimizer step, on the accumulated gradients. In float16 they are
         unscaled by then, so the bound applies to their true size.
         """
@@ -199,6 +211,11 @@ class DiffusionModule(LightningModule):
         parameters = list(trained_parameters(self.denoiser).values())
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, bound).detach()
+        if self.left_out is not None and self.left_out.is_left_out(
+            self.step + 1, self.losses, self.grad_norm, scaled=self.compute_dtype == torch.float16
+        ):
+            for parameter in parameters:
+                parameter.grad = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sets the learning rate; Lightning calls this once per optimizer step, before clipping.

@@ -1,5 +1,6 @@
 """Each optimizer learns, resumes bitwise identically from a checkpoint, and has its declared state."""
 
+import copy
 import math
 
 import pytest
@@ -93,6 +94,24 @@ def test_it_learns(choice):
     for step in range(60):
         toy.steps(1, first=min(step, 7))
     assert toy.loss().item() < 0.95 * first
+
+
+@each_choice
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_step_without_gradients_changes_nothing(choice, before):
+    """A step whose gradients are not finite is left out in this way."""
+    toy = Toy(choice).steps(before)
+    weights = {name: value.detach().clone() for name, value in toy.parameters.items()}
+    state = copy.deepcopy(checkpoint.named_optimizer_state(toy.optimizer))
+    toy.optimizer.zero_grad()
+    toy.optimizer.step()
+    assert all(weights[name].equal(value) for name, value in toy.parameters.items())
+    after = checkpoint.named_optimizer_state(toy.optimizer)
+    assert str(after["param_groups"]) == str(state["param_groups"])
+    assert after["state"].keys() == state["state"].keys()
+    for name, entry in state["state"].items():
+        for field, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][name][field])), field
 
 
 @each_choice
