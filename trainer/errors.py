@@ -37,7 +37,7 @@ class OutOfMemory(HalfbyteError):
     exit_code = 6
 
 
-class OutOfSpace(HalfbyteError):
+class DiskError(HalfbyteError):
     """A file cannot be written: the disk is full or over its quota, or the folder is read-only or gone."""
 
     exit_code = 6

@@ -21,8 +21,13 @@ def sha256_file(path: Path) -> str:
 
     It reads the file in one thread; `file_digest` is faster for large files.
     """
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    # In large chunks, not those of hashlib.file_digest: at each one this thread may wait for Python's lock, for
+    # 5 ms if another thread trains.
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def chunk_digest(data: bytes | memoryview) -> bytes:

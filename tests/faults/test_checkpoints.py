@@ -10,7 +10,7 @@ import pytest
 
 from halfbyte.quant.files.digest import sha256_file
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
-from halfbyte.trainer.errors import OutOfSpace, RecipeError
+from halfbyte.trainer.errors import DiskError, RecipeError
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder import checkpoint, checkpoint_folders
 from halfbyte.trainer.run_folder.checkpoint_folders import copy_adapter, recover_checkpoints
@@ -203,5 +203,5 @@ def test_infinity_is_a_setting(tmp_path: Path) -> None:
 
 def test_a_full_temporary_folder_is_no_damage(tmp_path: Path) -> None:
     save(tmp_path, 4)
-    with pytest.raises(OutOfSpace, match="TMPDIR"):
+    with pytest.raises(DiskError, match="TMPDIR"):
         copy_adapter(tmp_path, None, tmp_path / "absent")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.trainer.errors import OutOfSpace
+from halfbyte.trainer.errors import DiskError
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.training.metrics import read_metrics
 
+from kill_points import tree
 from run_server import SLOW_STEPS
 from runs import run_here, write_recipe
 from soak import report, tries
@@ -65,9 +66,10 @@ def test_a_full_disk_of_the_output_ends_the_run_with_a_message(
     if code == 0:
         assert megabytes > 2, "there was room for everything"
         return
-    assert code == OutOfSpace.exit_code, process.errors
+    assert code == DiskError.exit_code, process.errors
     (line,) = [line for line in process.errors.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in line or "free" in line, line
+    assert "start again with --resume" in line
     assert "Traceback" not in process.errors
     assert all(path.read_bytes() == content for path, content in before.items())
     assert (small_disk / "run" / "adapter" / ADAPTER_FILE).read_bytes() == adapter
@@ -82,7 +84,7 @@ def test_a_full_disk_of_the_cache_ends_the_run_before_training(server, tmp_path,
     recipe = write_recipe(tmp_path, mini_flux)
     resize(small_disk, 8192)
     process = server.start("train", str(recipe), f"data.cache_dir={small_disk}")
-    assert process.wait() == OutOfSpace.exit_code, process.errors
+    assert process.wait() == DiskError.exit_code, process.errors
     (line,) = [line for line in process.errors.splitlines() if line.startswith("error: ")]
     assert str(small_disk) in line
     assert "Traceback" not in process.errors
@@ -96,10 +98,24 @@ def test_a_full_temporary_folder_is_not_taken_for_a_damaged_checkpoint(
     run = run_here(recipe)
     resize(small_disk, 4096)
     process = server.start("export", str(run), "--no-self-check", environ={"TMPDIR": str(small_disk)})
-    assert process.wait() == OutOfSpace.exit_code, process.errors
+    assert process.wait() == DiskError.exit_code, process.errors
     assert "damaged" not in process.errors
     assert "Traceback" not in process.errors
     assert checkpoint.newest(run / "checkpoints") is not None
+
+
+def test_a_full_disk_of_an_export_has_advice_for_an_export(server, tmp_path, mini_flux, small_disk):
+    recipe = write_recipe(tmp_path, mini_flux)
+    run = run_here(recipe, "train.steps=2", f"output.dir={small_disk / 'run'}")
+    before = tree(run)
+    resize(small_disk, 0)
+    process = server.start("export", str(run), "--no-self-check")
+    assert process.wait() == DiskError.exit_code, process.errors
+    (line,) = [line for line in process.errors.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in line
+    assert "then repeat the command" in line
+    assert "--resume" not in process.errors
+    assert tree(run) == before
 
 
 def test_a_folder_that_vanishes_ends_the_run_with_a_message(server, tmp_path, mini_flux):
@@ -108,6 +124,6 @@ def test_a_folder_that_vanishes_ends_the_run_with_a_message(server, tmp_path, mi
     process.wait_for(tmp_path / "run" / "checkpoints" / "step-000002")
     os.rename(tmp_path / "run", tmp_path / "moved")
     (tmp_path / "run").write_text("a file")
-    assert process.wait() == OutOfSpace.exit_code, process.errors
+    assert process.wait() == DiskError.exit_code, process.errors
     assert "Traceback" not in process.errors
     assert json.loads((tmp_path / "moved" / "checkpoints" / "step-000002" / "manifest.json").read_text())

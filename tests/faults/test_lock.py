@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from halfbyte.trainer.errors import OutOfSpace, RecipeError
+from halfbyte.trainer.errors import DiskError, RecipeError
 from halfbyte.trainer.run_folder.lock import LOCK_FILE, lock_run
 
 from run_server import SLOW_STEPS
@@ -49,6 +49,6 @@ def test_a_lock_can_be_taken_again_after_it_was_freed(tmp_path):
 @pytest.mark.parametrize("where", ["/dev/null/run", "/proc/run"])
 def test_a_place_that_holds_no_folders_is_refused_before_encoding(tmp_path, mini_flux, where):
     recipe = write_recipe(tmp_path, mini_flux)
-    with pytest.raises((OutOfSpace, RecipeError), match=r"output\.dir"):
+    with pytest.raises((DiskError, RecipeError), match=r"output\.dir"):
         run_here(recipe, f"output.dir={where}")
     assert not (tmp_path / "cache").exists()

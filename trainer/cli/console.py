@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 
 from halfbyte.trainer.cli.interrupts import INTERRUPTED, exit_on_interrupt
-from halfbyte.trainer.errors import HalfbyteError, OutOfMemory, OutOfSpace, ProcessLost
+from halfbyte.trainer.errors import DiskError, HalfbyteError, OutOfMemory, ProcessLost
 from halfbyte.trainer.recipe.document import Document
-from halfbyte.trainer.runtime.disk import out_of_space
+from halfbyte.trainer.runtime.disk import disk_fault
 from halfbyte.trainer.runtime.signals import SIGNALS, Stopped, describe, exit_code
 from halfbyte.trainer.runtime.world import World, reports_lost_process
 from halfbyte.trainer.wording import printable
@@ -34,6 +34,8 @@ class Command:
     world: World | None = None
     document: Document | None = None
     """The recipe's source. With it, error messages about a setting get file and line."""
+    again: str = "repeat the command"
+    """Completes the advice after an error of the disk: "free space, then …"."""
 
 
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -61,7 +63,7 @@ def reported_errors(*, debug: bool = False) -> Iterator[Command]:
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc()
-            _exit(command.world, *_message_and_code(error, command.document))
+            _exit(command.world, *_message_and_code(error, command))
 
 
 @contextmanager
@@ -87,8 +89,9 @@ def _exit(world: World | None, message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _message_and_code(error: BaseException, document: Document | None) -> tuple[str, int]:
+def _message_and_code(error: BaseException, command: Command) -> tuple[str, int]:
     if isinstance(error, HalfbyteError):
+        document = command.document
         return str(error) if document is None else document.located(str(error)), error.exit_code
     if isinstance(error, Stopped):
         return describe(error.number), exit_code(error.number)
@@ -96,8 +99,8 @@ def _message_and_code(error: BaseException, document: Document | None) -> tuple[
         return "interrupted", INTERRUPTED
     if isinstance(error, MemoryError):
         return "the host ran out of memory", OutOfMemory.exit_code
-    space = out_of_space(error)
-    return (_unexpected(error), HalfbyteError.exit_code) if space is None else (space, OutOfSpace.exit_code)
+    fault = disk_fault(error, again=command.again)
+    return (_unexpected(error), HalfbyteError.exit_code) if fault is None else (fault, DiskError.exit_code)
 
 
 def _report_thread(failure: threading.ExceptHookArgs, *, debug: bool) -> None:
@@ -107,7 +110,7 @@ def _report_thread(failure: threading.ExceptHookArgs, *, debug: bool) -> None:
         return
     if debug:
         traceback.print_exception(error)
-    log.warning("a background thread failed: %s", printable(out_of_space(error) or _unexpected(error)))
+    log.warning("a background thread failed: %s", printable(disk_fault(error) or _unexpected(error)))
 
 
 def _unexpected(error: BaseException) -> str:

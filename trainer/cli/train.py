@@ -50,6 +50,7 @@ def train_command(
         if fit is not None:
             raise RecipeError("--fit: chooses settings and does not train; use it together with --plan")
         world = command.world = read_world()
+        command.again = "start again with --resume"
         try:
             configure_logging(world)
             settings, command.document = load_document(recipe, overrides or [])

@@ -14,7 +14,7 @@ from halfbyte.quant.files.atomic import flush, recover_all, remove_folder
 from halfbyte.quant.files.digest import sha256_file, sha256_of
 from halfbyte.trainer.adapters.listed_digests import CHECKPOINT_NAME, MANIFEST, read_manifest
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
-from halfbyte.trainer.errors import OutOfSpace, RecipeError
+from halfbyte.trainer.errors import DiskError, RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def copy_adapter(checkpoints: Path, step: int | None, copies: Path) -> str:
 
     Raises:
         RecipeError: there is no such checkpoint, or it is damaged.
-        OutOfSpace: `copies` cannot be written.
+        DiskError: `copies` cannot be written.
     """
     saved = _candidates(checkpoints)
     if not saved:
@@ -213,7 +213,7 @@ def _manifest(folder: Path) -> dict[str, str] | str:
 
 
 def _copy_whole(folder: Path, copy: Path) -> str | None:
-    """Copies a checkpoint's adapter; returns what is wrong with it, or None. Raises OutOfSpace."""
+    """Copies a checkpoint's adapter; returns what is wrong with it, or None. Raises DiskError."""
     digests = _manifest(folder)
     if isinstance(digests, str):
         return digests
@@ -226,7 +226,7 @@ def _copy_whole(folder: Path, copy: Path) -> str | None:
     try:
         copy.write_bytes(content)
     except OSError as error:
-        raise OutOfSpace(
+        raise DiskError(
             f"{copy.parent}: cannot hold a copy of the checkpoint's adapter ({len(content) / 1e6:.0f} MB): {error};"
             " free space there, or set TMPDIR to another folder"
         ) from error

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.trainer.errors import OutOfSpace, RecipeError
+from halfbyte.trainer.errors import DiskError, RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def lock_run(root: Path) -> Iterator[None]:
 
     Raises:
         RecipeError: another process holds the lock; the message names it. Or `root` is a file.
-        OutOfSpace: the folder cannot be written.
+        DiskError: the folder cannot be written.
     """
     if root.exists() and not root.is_dir():
         raise RecipeError(f"output.dir: {root} is a file; expected a folder")
@@ -42,7 +42,7 @@ def lock_run(root: Path) -> Iterator[None]:
         held = lock.take()
     except OSError as error:
         _remove_empty(made)
-        raise OutOfSpace(
+        raise DiskError(
             f"output.dir: {root} cannot be written: {error.strerror}; choose another folder, such as"
             " output.dir=runs/other"
         ) from error

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from halfbyte.trainer.runtime.disk import out_of_space
+from halfbyte.trainer.runtime.disk import disk_fault
 from halfbyte.trainer.wording import printable
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Background:
         error, self._error = self._error, None
         if error is not None:
             log.error(
-                "the last checkpoint could not be saved: %s", printable(out_of_space(error) or str(error))
+                "the last checkpoint could not be saved: %s", printable(disk_fault(error) or str(error))
             )
 
     def _join(self) -> None:

@@ -1,4 +1,4 @@
-"""Recognizes errors of a full or unwritable disk, whichever library reports them."""
+"""Recognizes errors of a disk that is full or cannot be written, whichever library reports them."""
 
 import errno
 import os
@@ -25,22 +25,20 @@ _ERRORS = (
 # safetensors and torch report the system's error only as text, such as "No space left on device (os error 28)".
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 _TEXTS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-_AFTER = (
-    "Nothing that was saved before is lost. Free space or change the folder, then start again with --resume"
-)
 
 
-def out_of_space(error: BaseException) -> str | None:
+def disk_fault(error: BaseException, *, again: str = "repeat the command") -> str | None:
     """Returns a message for an error of the disk, or None for any other error.
 
-    Also looks at the errors that `error` was raised from or while handling.
+    Also looks at the errors that `error` was raised from or while handling. again: the last step of the advice.
     """
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
         seen.append(current)
         if (message := _message(current)) is not None:
-            return f"{message}. {_AFTER}"
+            advice = f"Free space or change the folder, then {again}"
+            return f"{message}. Nothing that was saved before is lost. {advice}"
         current = current.__cause__ or current.__context__
     return None
 

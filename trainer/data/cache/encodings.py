@@ -20,7 +20,7 @@ from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.cache.entry import DamagedEntry, read_entry, write_entry
 from halfbyte.trainer.data.sources.folder import load_pixels
 from halfbyte.trainer.data.views.buckets import Size, View
-from halfbyte.trainer.errors import DataError, OutOfSpace
+from halfbyte.trainer.errors import DataError, DiskError
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.runtime.sizes import file_size
@@ -139,7 +139,7 @@ def encode_missing(
 
     Raises:
         DataError: if an image changed or an encoder's output is not finite.
-        OutOfSpace: if the disk is too small or full.
+        DiskError: if the disk is too small or full.
     """
     latents = LatentCache(folder, encoders.latent_fingerprint)
     texts = TextCache(folder, encoders.text_fingerprint)
@@ -193,11 +193,11 @@ def _encode_views(latents: LatentCache, encoders: Encoders, views: list[View], s
 
 
 def _check_space(folder: Path, first: Path, entries: int) -> None:
-    """Raises OutOfSpace if the disk has no room for `entries` entries of the size of `first`, which is written."""
+    """Raises DiskError if the disk has no room for `entries` entries of the size of `first`, which is written."""
     needed = first.stat().st_size * (entries - 1)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OutOfSpace(
+        raise DiskError(
             f"the cache {folder} needs {file_size(needed)} more, but its disk has only {file_size(free)} free;"
             " set data.cache_dir to a folder on a larger disk"
         )

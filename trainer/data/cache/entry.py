@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.quant.files.regular import read_regular
-from halfbyte.trainer.errors import DataError, OutOfSpace
+from halfbyte.trainer.errors import DataError, DiskError
 
 _ENTRY_BYTES = 2**32  # far above any entry
 _CHECKSUM = "crc32"
@@ -68,7 +68,7 @@ def write_entry(path: Path, tensors: Mapping[str, Tensor], maker: str) -> None:
 
     Raises:
         DataError: a tensor is not finite.
-        OutOfSpace: the file cannot be written.
+        DiskError: the file cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -79,7 +79,7 @@ def write_entry(path: Path, tensors: Mapping[str, Tensor], maker: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
     except OSError as error:
-        raise OutOfSpace(
+        raise DiskError(
             f"data.cache_dir: cannot write the cache entry {path}: {error.strerror}; free space, or set"
             " data.cache_dir to a folder on a larger disk"
         ) from error

@@ -74,7 +74,7 @@ class MaskCache:
 
         Raises:
             DataError: a mask changed since it was found.
-            OutOfSpace: the cache cannot be written.
+            DiskError: the cache cannot be written.
         """
         masked = {self.path(view): view for view in views if view.sample.mask is not None}
         own = list(masked.values())[rank::world_size]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode_missing
 from halfbyte.trainer.data.views.buckets import View
-from halfbyte.trainer.errors import DataError, OutOfSpace
+from halfbyte.trainer.errors import DataError, DiskError
 from halfbyte.trainer.families.embedding import LatentMoments
 
 from counting_encoders import CountingEncoders, captions_of, embedding_of, views_in, write_pictures
@@ -180,7 +180,7 @@ class TestFill:
 
     def test_a_cache_that_cannot_be_written(self, pictures: Path, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file", encoding="utf-8")
-        with pytest.raises(OutOfSpace, match=f"cache entry {tmp_path}"):
+        with pytest.raises(DiskError, match=f"cache entry {tmp_path}"):
             encode_missing(tmp_path / "cache", CountingEncoders(), views_in(pictures), [])
 
     def test_a_disk_that_is_too_small_is_noticed_at_the_first_entry(
@@ -190,7 +190,7 @@ class TestFill:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
         views = views_in(pictures)
         encoders = CountingEncoders()
-        with pytest.raises(OutOfSpace, match=r"cache .*600 B.*data\.cache_dir"):
+        with pytest.raises(DiskError, match=r"cache .*600 B.*data\.cache_dir"):
             encode_missing(tmp_path / "cache", encoders, views, captions_of(views))
         assert len(encoders.captions) == 1
 
@@ -300,7 +300,7 @@ class TestDamage:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", fsync)
-        with pytest.raises(OutOfSpace, match=r"cache entry .*No space left on device"):
+        with pytest.raises(DiskError, match=r"cache entry .*No space left on device"):
             encode_missing(cache, CountingEncoders(), views, [])
         assert len(entries(cache / "latents")) == 3
         assert list(cache.rglob("*.partial")) == []
