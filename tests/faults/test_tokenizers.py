@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from opened_model import LFS_POINTER, copy_of, edit_json, open_and_encode, replace
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+from transformers import CLIPTokenizer
 
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.catalog import FAMILIES
+from halfbyte.trainer.families.stock_parts import load_tokenizers
 
 
 def slow_clip(model: Path) -> None:
@@ -134,3 +138,39 @@ def test_a_tokenizer_in_separate_files_gives_the_same_embeddings(tmp_path: Path,
     text, _ = open_and_encode("flux", model, tmp_path / "memo")
     expected, _ = open_and_encode("flux", mini_flux, tmp_path / "memo")
     assert torch.equal(text.pooled_prompt_embeds, expected.pooled_prompt_embeds)
+
+
+HOSTILE = "(a+a+)+y"  # tries every way to split a row of a's
+
+
+@pytest.mark.parametrize("place", ["pre_tokenizer", "normalizer"])
+def test_regular_expressions_in_a_tokenizers_file_do_not_run(
+    tmp_path: Path, mini_flux: Path, place: str
+) -> None:
+    model = copy_of(mini_flux, tmp_path / "model")
+    pattern = {"pattern": {"Regex": HOSTILE}}
+    steps = {
+        "pre_tokenizer": {"type": "Split", **pattern, "behavior": "Isolated", "invert": False},
+        "normalizer": {"type": "Replace", **pattern, "content": "b"},
+    }
+    for name in ("tokenizer", "tokenizer_2"):
+        edit_json(model / name / "tokenizer.json", lambda content: content.update({place: steps[place]}))
+    family, plain = (FAMILIES["flux"].open(str(folder), None, 24) for folder in (model, mini_flux))
+    ours, expected = load_tokenizers(family), load_tokenizers(plain)
+    for name, tokenizer in ours.items():
+        assert HOSTILE not in tokenizer.backend_tokenizer.to_str()
+        for text in ("a" * 60, "a photo of  a dog"):
+            assert tokenizer(text).input_ids == expected[name](text).input_ids
+
+
+def test_a_tokenizer_with_another_regular_expression_is_refused(
+    mini_flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a version of transformers takes from the file."""
+    tokenizer = CLIPTokenizer.from_pretrained(mini_flux / "tokenizer")
+    tokenizer.backend_tokenizer.pre_tokenizer = Split(Regex(HOSTILE), "isolated")
+    monkeypatch.setattr(CLIPTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(RecipeError, match="regular expression") as refused:
+        load_tokenizers(FAMILIES["flux"].open(str(mini_flux), None, 24))
+    assert HOSTILE in str(refused.value)
+    assert str(mini_flux / "tokenizer") in str(refused.value)

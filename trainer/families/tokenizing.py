@@ -1,5 +1,7 @@
 """Loads the tokenizers of a pipeline and checks that they know the words of a plain sentence."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from halfbyte.quant.files.json_object import LFS_POINTER, is_lfs_pointer
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.pretrained.component import PIPELINE
+from halfbyte.trainer.wording import shown
 
 # The sets of files that a tokenizer can be read from. With only its tokenizer_config.json, transformers builds a
 # tokenizer without words.
@@ -16,6 +19,14 @@ _FILES: dict[type[Any], tuple[tuple[str, ...], ...]] = {
     T5Tokenizer: (("tokenizer.json",), ("spiece.model",)),
 }
 _CONFIG = "tokenizer_config.json"
+# The regular expressions of CLIP's and T5's tokenizers. Each takes a time in proportion to the text.
+_PATTERNS = frozenset(
+    {
+        r"\s+",
+        " {2,}",
+        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    }
+)
 _SENTENCE = "a photo of a dog in the park"
 
 
@@ -56,6 +67,9 @@ def load_tokenizer(
 ) -> Any:
     """Loads a tokenizer.
 
+    transformers takes the words from its files, but not the regular expressions in `tokenizer.json`, which could
+    be such that a caption takes hours. This is checked, because another version might.
+
     vocabulary: the number of tokens that the text encoder knows. longest: the number of tokens that it takes;
     None: it takes any.
 
@@ -66,10 +80,18 @@ def load_tokenizer(
     where = f"{PIPELINE}: {folder}"
     try:
         tokenizer = tokenizer_cls.from_pretrained(folder, local_files_only=True)
+        patterns = set(_patterns(json.loads(tokenizer.backend_tokenizer.to_str()))) - _PATTERNS
+        if patterns:
+            raise RecipeError(
+                f"{where}: the tokenizer has the regular expression {shown(min(patterns))}, which is not one of"
+                f" {tokenizer_cls.__name__}'s and could take hours for a caption; download the folder again"
+            )
         words = list(tokenizer(_SENTENCE, add_special_tokens=False).input_ids)
         ids = list(tokenizer(_SENTENCE).input_ids)
         special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
         length = tokenizer.model_max_length
+    except RecipeError:
+        raise
     except Exception as error:
         # The library checks nothing; a damaged file can cause any exception, also Rust's.
         reason = f"{type(error).__name__}: {error}"
@@ -95,3 +117,17 @@ def load_tokenizer(
             " tokenizer of the same model"
         )
     return tokenizer
+
+
+def _patterns(node: Any) -> Iterator[str]:
+    """Yields the regular expressions in a tokenizer's JSON."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "Regex":
+                yield str(value)
+            elif key != "vocab":  # long, and without any
+                yield from _patterns(value)
+    elif isinstance(node, list):
+        for item in node:
+            if isinstance(item, dict):
+                yield from _patterns(item)
