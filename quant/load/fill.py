@@ -59,7 +59,7 @@ def fill(
     own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
     statistic_names = {name for suffixes in statistics.values() for name in suffixes.values()}
-    names = check_headers(model, weights, packed=packed, leave_out=leave_out)
+    names = _checked_names(model, weights, statistic_names, packed=packed, leave_out=leave_out)
     packed_layers = {name for name in names if packed and _is_quantized(model, name)}
     total = sum(_nbytes(weights, name) for name in (*names, *statistic_names))
     done = 0
@@ -92,14 +92,26 @@ def fill(
 
 def check_headers(
     model: nn.Module, weights: ShardedWeights, *, packed: bool, leave_out: Collection[str] = ()
-) -> list[str]:
+) -> None:
     """Compares the names and shapes in the files' headers with the model, which may be on meta.
 
-    Returns the names without those of statistics, in the order of the files. Raises ValueError, see `fill`.
+    Raises ValueError, see `fill`.
     """
-    own = dict(model.state_dict())
     statistics = packed_statistics(model, weights.names) if packed else {}
     statistic_names = {name for suffixes in statistics.values() for name in suffixes.values()}
+    _checked_names(model, weights, statistic_names, packed=packed, leave_out=leave_out)
+
+
+def _checked_names(
+    model: nn.Module,
+    weights: ShardedWeights,
+    statistic_names: Collection[str],
+    *,
+    packed: bool,
+    leave_out: Collection[str],
+) -> list[str]:
+    """Returns the checked names without those of statistics, in the order of the files."""
+    own = dict(model.state_dict())
     names = [name for name in weights.names if name not in statistic_names and name not in leave_out]
     _check_names(weights, own.keys() - set(leave_out), set(names))
     for name in names:

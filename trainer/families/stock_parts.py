@@ -46,22 +46,27 @@ def load_tokenizers(family: Family) -> dict[str, Any]:
     Raises:
         RecipeError: A file is missing or damaged, or a tokenizer does not fit its text encoder.
     """
-    encoders: dict[str, tuple[Component, type[PreTrainedModel]]] = {
-        **{tokenizer_of(name): (clip, family.clip_class) for name, clip in family.clips.items()},
-        tokenizer_of(family.t5_component): (family.t5, T5EncoderModel),
+    clips = {
+        tokenizer_of(name): _tokenizer(family, tokenizer_of(name), clip, family.clip_class)
+        for name, clip in family.clips.items()
     }
-    tokenizers = {}
-    for name, tokenizer_cls in tokenizer_classes(family.text_components, family.t5_component).items():
-        encoder, encoder_cls = encoders[name]
-        with blame(encoder):
-            config = text_config(encoder_cls, encoder.path)
-        tokenizers[name] = load_tokenizer(
-            tokenizer_cls,
-            family.source.folder / name,
-            vocabulary=config.vocab_size,
-            longest=getattr(config, "max_position_embeddings", None),
-        )
-    return tokenizers
+    return clips | {tokenizer_of(family.t5_component): load_t5_tokenizer(family)}
+
+
+def load_t5_tokenizer(family: Family) -> Any:
+    """Loads T5's tokenizer. Raises RecipeError, see `load_tokenizers`."""
+    return _tokenizer(family, tokenizer_of(family.t5_component), family.t5, T5EncoderModel)
+
+
+def _tokenizer(family: Family, name: str, encoder: Component, encoder_cls: type[PreTrainedModel]) -> Any:
+    with blame(encoder):
+        config = text_config(encoder_cls, encoder.path)
+    return load_tokenizer(
+        tokenizer_classes(family.text_components, family.t5_component)[name],
+        family.source.folder / name,
+        vocabulary=config.vocab_size,
+        longest=getattr(config, "max_position_embeddings", None),
+    )
 
 
 def stock_pipeline(family: Family, **parts: Any) -> Any:

@@ -17,8 +17,7 @@ from halfbyte.trainer.errors import LaunchError, RecipeError
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
-from halfbyte.trainer.families.requirements import tokenizer_of
-from halfbyte.trainer.families.stock_parts import load_tokenizers
+from halfbyte.trainer.families.stock_parts import load_t5_tokenizer
 from halfbyte.trainer.pretrained.file_digests import FileDigests
 from halfbyte.trainer.runtime.device_memory import free_unused, when_full
 from halfbyte.trainer.runtime.placement import Placement
@@ -91,7 +90,7 @@ def _jobs(request: SampleRequest, subject: Subject) -> list[Job]:
 
 
 def _warn_about_long_prompts(family: Family, jobs: Sequence[Job]) -> None:
-    tokenizer = load_tokenizers(family)[tokenizer_of(family.t5_component)]
+    tokenizer = load_t5_tokenizer(family)
     limit = family.max_sequence_length
     for prompt in dict.fromkeys(job.prompt for job in jobs):
         tokens = tokenizer(prompt).input_ids
