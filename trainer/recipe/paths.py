@@ -31,7 +31,8 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
     for place in places:
         _resolve(document, (*place[:-1], "masked_loss", "folder"), must_exist=pictures_needed)
     read = {
-        dotted(place): _resolve(document, place, must_exist=pictures_needed, suffix=".parquet") for place in places
+        dotted(place): _resolve(document, place, must_exist=pictures_needed, suffix=".parquet")
+        for place in places
     }
     _resolve(document, ("validation", "path"), must_exist=True, suffix=".parquet")
     _resolve(document, ("sample", "references"), must_exist=True, suffix=".parquet")
