@@ -155,13 +155,13 @@ def _content(path: Path, timeout: float) -> str:
 
 
 def _serve() -> None:
-    import torch
+    from halfbyte.trainer.cli.console import library_imports
 
-    from halfbyte.trainer import run, sample  # noqa: F401
-    from halfbyte.trainer.cli import app  # noqa: F401
-    from halfbyte.trainer.cli.console import quieten_libraries
+    with library_imports():
+        import torch
 
-    quieten_libraries()
+        from halfbyte.trainer import run, sample  # noqa: F401
+        from halfbyte.trainer.cli import app  # noqa: F401
     torch.set_num_threads(1)
     # The keepers end by themselves.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -7,14 +7,13 @@ import typer
 
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.cli.cache_folder import bases, clear, holdings
-from halfbyte.trainer.cli.console import DebugOption, reported_errors
+from halfbyte.trainer.cli.console import DebugOption, reported_errors, slow_imports
 from halfbyte.trainer.cli.export import export_command, push_command
 from halfbyte.trainer.cli.quantize import quant_report_command, quantize_command
 from halfbyte.trainer.cli.sample import sample_command
 from halfbyte.trainer.cli.train import plan_command, train_command
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER
-from halfbyte.trainer.recipe.schema import json_schema_text
 from halfbyte.trainer.runtime.sizes import file_size
 
 # Plain text: rich would treat the [defaults] in the option help as markup and hide them.
@@ -40,11 +39,14 @@ def schema_command(
 
     Exit codes: 0 done, 2 the file cannot be written.
     """
-    text = json_schema_text()
-    if output is None:
-        typer.echo(text, nl=False)
-    else:
-        with reported_errors(debug=debug):
+    with reported_errors(debug=debug):
+        with slow_imports():
+            from halfbyte.trainer.recipe.schema import json_schema_text
+
+        text = json_schema_text()
+        if output is None:
+            typer.echo(text, nl=False)
+        else:
             try:
                 write_file(output, text)
             except OSError as error:

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.runtime.sizes import file_size
 
@@ -32,8 +31,14 @@ def holdings(folder: Path) -> tuple[Holding, ...]:
 
 def bases(folder: Path) -> tuple[str, ...]:
     """Returns one line per packed base: its entry, model class, size, source and quantization."""
+    # torch, which takes seconds to import, is only needed to describe a base.
+    manifests = sorted((folder / "bases").glob("*/manifest.json"))
+    if not manifests:
+        return ()
+    from halfbyte.quant.convert.recipe import QuantRecipe
+
     lines = []
-    for manifest in sorted((folder / "bases").glob("*/manifest.json")):
+    for manifest in manifests:
         try:
             read = json.loads(manifest.read_text(encoding="utf-8"))
             settings = read["settings"]

@@ -1,5 +1,6 @@
 """Shared behavior of all commands: error reports with exit codes, logging, and quiet library imports."""
 
+import gc
 import io
 import logging
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 import typer
@@ -19,10 +20,13 @@ from rich.console import Console
 from halfbyte.trainer.cli.interrupts import INTERRUPTED, exit_on_interrupt
 from halfbyte.trainer.errors import DiskError, HalfbyteError, OutOfMemory, ProcessLost
 from halfbyte.trainer.recipe.document import Document
+from halfbyte.trainer.runtime import library_variables  # noqa: F401, before torch is imported
 from halfbyte.trainer.runtime.disk import disk_fault
 from halfbyte.trainer.runtime.signals import SIGNALS, Stopped, describe, exit_code
-from halfbyte.trainer.runtime.world import World, reports_lost_process
 from halfbyte.trainer.wording import printable
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `halfbyte --help` does not need it
+    from halfbyte.trainer.runtime.world import World
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ log = logging.getLogger(__name__)
 class Command:
     """Context for reporting a command's error. The command fills it in as it runs."""
 
-    world: World | None = None
+    world: "World | None" = None
     document: Document | None = None
     """The recipe's source. With it, error messages about a setting get file and line."""
     again: str = "repeat the command"
@@ -67,19 +71,41 @@ def reported_errors(*, debug: bool = False) -> Iterator[Command]:
 
 
 @contextmanager
+def slow_imports() -> Iterator[None]:
+    """Wraps imports inside a command, of torch for example: Ctrl-C ends the command at once.
+
+    Garbage is not collected meanwhile, and what was imported is exempt from every later collection: Python would
+    walk through the libraries' half a million objects again and again, a fifth of the time of the imports.
+    """
+    with exit_on_interrupt():
+        before = len(sys.modules)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if len(sys.modules) > before:
+                gc.freeze()
+            if collects:
+                gc.enable()
+
+
+@contextmanager
 def library_imports() -> Iterator[None]:
-    """Wraps a command's slow imports: silences the libraries and lets Ctrl-C end the command at once.
+    """Wraps a command's slowest imports, like `slow_imports`, and silences the libraries.
 
     Commands import inside their function, after they have read the recipe, so an invalid recipe fails without
     delay.
     """
-    with exit_on_interrupt():
+    with slow_imports():
         quieten_libraries()
         yield
 
 
-def _exit(world: World | None, message: str, code: int) -> NoReturn:
+def _exit(world: "World | None", message: str, code: int) -> NoReturn:
     if code == ProcessLost.exit_code:
+        from halfbyte.trainer.runtime.world import reports_lost_process
+
         reports = reports_lost_process()
     else:
         reports = world is None or world.local_rank == 0 or code == OutOfMemory.exit_code
@@ -129,7 +155,7 @@ def _escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def configure_logging(world: World) -> None:
+def configure_logging(world: "World") -> None:
     """Shows halfbyte's INFO log on rank 0 and its errors on other ranks.
 
     Other packages log warnings and errors.

@@ -6,8 +6,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
-from halfbyte.trainer.runtime.world import read_world
+from halfbyte.trainer.cli.console import (
+    DebugOption,
+    configure_logging,
+    library_imports,
+    reported_errors,
+    slow_imports,
+)
 
 
 def export_command(
@@ -46,6 +51,9 @@ def export_command(
     export failed its self-check, 128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
+        with slow_imports():
+            from halfbyte.trainer.runtime.world import read_world
+
         world = command.world = read_world()
         configure_logging(world)
         with library_imports():

@@ -6,9 +6,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
-from halfbyte.trainer.recipe.load import load_document
-from halfbyte.trainer.runtime.world import read_world
+from halfbyte.trainer.cli.console import (
+    DebugOption,
+    configure_logging,
+    library_imports,
+    reported_errors,
+    slow_imports,
+)
 
 
 def quantize_command(
@@ -40,6 +44,10 @@ def quantize_command(
     128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
+        with slow_imports():
+            from halfbyte.trainer.recipe.load import load_document
+            from halfbyte.trainer.runtime.world import read_world
+
         world = read_world()
         configure_logging(world)
         settings, command.document = load_document(recipe, overrides or [], pictures_needed=samples > 0)

@@ -6,9 +6,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
+from halfbyte.trainer.cli.console import (
+    DebugOption,
+    configure_logging,
+    library_imports,
+    reported_errors,
+    slow_imports,
+)
 from halfbyte.trainer.cli.interrupts import INTERRUPTED
-from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.sample.request import SampleRequest, parse_seeds, parse_strengths, read_prompts
 
 
@@ -158,6 +163,9 @@ def sample_command(
             cache=cache,
             output=output,
         )
+        with slow_imports():
+            from halfbyte.trainer.runtime.world import read_world
+
         world = command.world = read_world()
         configure_logging(world)
         with library_imports():

@@ -1,17 +1,20 @@
 """The commands `halfbyte train` and `halfbyte plan`."""
 
-import gc
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from halfbyte.trainer.cli.console import DebugOption, configure_logging, library_imports, reported_errors
+from halfbyte.trainer.cli.console import (
+    DebugOption,
+    configure_logging,
+    library_imports,
+    reported_errors,
+    slow_imports,
+)
 from halfbyte.trainer.errors import RecipeError
-from halfbyte.trainer.recipe.load import load_document
 from halfbyte.trainer.runtime.signals import SIGNALS, exit_code
-from halfbyte.trainer.runtime.world import leave, read_world
 
 
 def train_command(
@@ -49,6 +52,10 @@ def train_command(
     with reported_errors(debug=debug) as command:
         if fit is not None:
             raise RecipeError("--fit: chooses settings and does not train; use it together with --plan")
+        with slow_imports():
+            from halfbyte.trainer.recipe.load import load_document
+            from halfbyte.trainer.runtime.world import leave, read_world
+
         world = command.world = read_world()
         command.again = "start again with --resume"
         try:
@@ -57,9 +64,6 @@ def train_command(
             with library_imports():
                 from halfbyte.trainer.run import run
 
-            # The libraries leave half a million objects, which every full garbage collection would scan
-            # again.
-            gc.freeze()
             finished = run(
                 settings, world, console=Console(quiet=not world.is_leader, soft_wrap=True), resume=resume
             )
@@ -93,6 +97,9 @@ def plan_command(
     128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
     """
     with reported_errors(debug=debug) as command:
+        with slow_imports():
+            from halfbyte.trainer.recipe.load import load_document
+
         settings, command.document = load_document(recipe, overrides or [], pictures_needed=False)
         with library_imports():
             from halfbyte.trainer.plan.fit import parse_budget

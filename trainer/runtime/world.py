@@ -1,6 +1,6 @@
 """Reads the processes and devices of a run from the environment that accelerate launch or torchrun sets.
 
-This is the only file that reads the environment. Without explicit ranks, Lightning would treat every process
+Only this file and `library_variables` use the environment. Without explicit ranks, Lightning would treat every process
 as a separate run at rank 0. The trainer therefore passes the ranks to Lightning, and rejects an environment
 that would not train the way the launcher was asked to.
 """
@@ -15,16 +15,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-# OpenMP reads this when torch loads it. Threads that spin while they wait make a busy machine ten times
-# slower (measured on two shared cores) and gain little on an idle machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# torch's allocator reads this at its first use. Images of six sizes leave gaps between the allocator's
-# blocks: the gaps filled an 8 GB card of which tensors used 7.1. Expandable segments leave no gaps, but only
-# Linux has them. PYTORCH_CUDA_ALLOC_CONF is the older name of the variable. If the user has set it, it stays
-# in effect.
-if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Before torch.
+from halfbyte.trainer.runtime import library_variables  # noqa: F401
 
+# isort: split
 import torch
 import torch.distributed
 from torch.distributed.distributed_c10d import PrefixStore

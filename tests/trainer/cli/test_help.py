@@ -53,7 +53,10 @@ def test_a_schema_that_cannot_be_written_is_one_error_message(tmp_path):
 
 
 def test_importing_the_libraries_prints_nothing():
-    quiet = "from halfbyte.trainer.cli.console import quieten_libraries; quieten_libraries()"
-    start = f"{quiet}; import diffusers.loaders.peft"
-    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
+    program = """
+from halfbyte.trainer.cli.console import library_imports
+with library_imports():
+    import diffusers.loaders.peft
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

@@ -88,7 +88,7 @@ def test_the_largest_value_in_a_world_of_one():
 )
 def test_the_allocator_is_configured_before_torch_is_imported_unless_the_user_did(given, expected):
     program = (
-        "import os, sys, halfbyte.trainer.cli.app; assert 'torch' in sys.modules; "
+        "import os, sys, halfbyte.trainer.cli.app; assert 'torch' not in sys.modules; "
         "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
     )
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, Features, Value
-from datasets import Image as PictureFeature
 from PIL import Image
 from torch import Tensor
 
@@ -245,7 +243,7 @@ def _picture_items(
 ) -> list[_Found]:
     captions = _metadata_captions(root, files, pictures, problems)
     captions = _text_captions(files, pictures, captions, problems)
-    rows: dict[str, list[str]] = {"image": [], "caption": []}
+    items: list[_Found] = []
     for picture in pictures:
         caption = captions.get(picture)
         if caption is None and not prefix:
@@ -256,14 +254,8 @@ def _picture_items(
             )
         elif not caption and not prefix:
             problems.add(picture, "has an empty caption; write one, or set data.caption_prefix")
-        rows["image"].append(str(picture))
-        rows["caption"].append(_joined(prefix, caption))
-    # decode=False, because a damaged image would end the iteration, and because images are decoded in _open.
-    features = Features({"image": PictureFeature(decode=False), "caption": Value("string")})
-    return [
-        _Found(Path(row["image"]["path"]), None, row["caption"])
-        for row in Dataset.from_dict(rows, features=features)
-    ]
+        items.append(_Found(picture, None, _joined(prefix, caption)))
+    return items
 
 
 def _joined(prefix: str, caption: str | None) -> str:
