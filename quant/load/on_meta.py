@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.convert.replace_linears import convert
@@ -16,6 +15,7 @@ from halfbyte.quant.formats.nf4 import NESTED_BLOCKSIZE, NestedState, QuantSpec,
 from halfbyte.quant.layers.linear4bit import Linear4bit, Params4bit
 from halfbyte.quant.layers.linear8bit import Int8Params
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
+from halfbyte.quant.load.not_filled import NotFilled
 from halfbyte.quant.load.transformer import blame_config, default_dtype
 
 Model = TypeVar("Model", bound=ModelMixin)
@@ -23,22 +23,9 @@ Model = TypeVar("Model", bound=ModelMixin)
 
 @contextmanager
 def built_on_meta() -> Iterator[None]:
-    """Creates modules on meta and skips their initialization.
-
-    On meta, torch.nn.init runs in Python, and takes longer than all the rest of building a model.
-    """
-    with torch.device("meta"), _NotFilled():
+    """Creates modules on meta and skips their initialization; see `NotFilled`."""
+    with torch.device("meta"), NotFilled():
         yield
-
-
-class _NotFilled(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Implements torch's hook: returns the tensor unchanged from any function of torch.nn.init."""
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def model_on_meta(

@@ -15,6 +15,7 @@ from halfbyte.quant.files.shards import TEXT_WEIGHTS_FILE, ShardedWeights
 from halfbyte.quant.layers.quantized_layer import QuantizedLayer
 from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, check_headers, fill
 from halfbyte.quant.load.limits import refuse_oversized
+from halfbyte.quant.load.not_filled import NotFilled
 from halfbyte.quant.load.on_meta import built_on_meta, place_weights_on_meta
 from halfbyte.quant.load.serialize import CONFIG_FILE, read_quantization_config, split_statistic
 from halfbyte.quant.load.tensor_names import is_harmless, own_names
@@ -143,7 +144,7 @@ def text_encoder_on_meta(
 
 
 def _empty_encoder(model_cls: type[TextEncoder], folder: Path, dtype: torch.dtype) -> TextEncoder:
-    with default_dtype(dtype), init_empty_weights():
+    with default_dtype(dtype), init_empty_weights(), NotFilled():
         return _built(model_cls, folder)
 
 

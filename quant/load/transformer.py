@@ -24,6 +24,7 @@ from halfbyte.quant.files.read_ahead import FileRead
 from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.quant.load.fill import OnLayerLoaded, OnProgress, fill
 from halfbyte.quant.load.limits import refuse_oversized
+from halfbyte.quant.load.not_filled import NotFilled
 from halfbyte.quant.load.serialize import CONFIG_FILE, quantization_config, read_quantization_config
 from halfbyte.quant.load.tensor_names import own_names
 
@@ -127,7 +128,12 @@ def empty_model(
 
     Raises ValueError, naming the config file, if that fails.
     """
-    with blame_config(folder / CONFIG_FILE, model_cls), default_dtype(dtype), init_empty_weights():
+    with (
+        blame_config(folder / CONFIG_FILE, model_cls),
+        default_dtype(dtype),
+        init_empty_weights(),
+        NotFilled(),
+    ):
         model: Model = model_cls.from_config(config)
     return model
 

@@ -13,7 +13,7 @@ from transformers import T5EncoderModel
 
 from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.on_meta import model_on_meta, weight_tensors
-from halfbyte.quant.load.text_encoder import text_encoder_on_meta
+from halfbyte.quant.load.text_encoder import text_config, text_encoder_on_meta
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.block_stream import Visitors
@@ -52,7 +52,10 @@ def text_working_bytes(family: Family) -> int:
 
     At the peak three (heads, tokens, tokens) score matrices and the MLP's two inner activations are alive.
     """
-    config: Any = _encoder(T5EncoderModel, family.t5.path, None, family.t5.setting).config
+    try:
+        config: Any = text_config(T5EncoderModel, family.t5.path)
+    except ValueError as error:
+        raise RecipeError(f"{family.t5.setting}: {error}") from error
     tokens = family.max_sequence_length
     return 4 * (3 * config.num_heads * tokens**2 + tokens * (2 * config.d_ff + 4 * config.d_model))
 

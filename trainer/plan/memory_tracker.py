@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from halfbyte.trainer.plan import meta_results
-from halfbyte.trainer.plan.op_costs import ops_inside, work
+from halfbyte.trainer.plan.op_costs import costs_of
 
 _GRANULE = 512  # bytes; torch's CUDA allocator rounds every size up to a multiple of it
 
@@ -123,16 +123,25 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Runs an operation and counts its results and its work; torch calls it for every operation."""
         result = meta_results.run(func, args, kwargs or {})
-        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        name = func.name()
+        if isinstance(result, Tensor):
+            self._count(result)
+        else:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._count(leaf)
         self.calls += 1
-        self.flops += work(name, args, result)
-        own = ops_inside(name, args, result)
+        costs = costs_of(func)
+        if costs.work is not None:
+            self.flops += costs.work(args, result)
+        own = 0 if costs.inside is None else costs.inside(args, result)
         if self.now + own > self._peak:
             self._note(own)
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled in a dry run, and torch's guard against it costs as much as counting an operation.
+        return False
 
     def _count(self, tensor: Tensor) -> int | None:
         """Returns the index of the tensor's block, a new one if needed; None if it is not on the device."""

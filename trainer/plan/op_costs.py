@@ -7,6 +7,8 @@ int8 product is int32 first; GELU's gradients are partial sums from several prog
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -24,16 +26,21 @@ _GELU_ROWS = 32
 _Arguments = Sequence[Any]
 
 
-def ops_inside(name: str, args: _Arguments, result: Any) -> int:
-    """Returns the bytes that the operation `name`, such as `aten::mm`, needs besides arguments and results."""
-    rule = _INSIDE.get(name)
-    return 0 if rule is None else rule(args, result)
+@dataclass(frozen=True)
+class OpCosts:
+    """The costs of an operation as functions of its arguments and its result; None: no costs."""
+
+    inside: Callable[[_Arguments, Any], int] | None
+    """Bytes that it needs besides arguments and results."""
+    work: Callable[[_Arguments, Any], int] | None
+    """Floating-point operations in its products; a multiply-add counts as two."""
 
 
-def work(name: str, args: _Arguments, result: Any) -> int:
-    """Returns the floating-point operations in the products of `name`; a multiply-add counts as two."""
-    rule = _WORK.get(name)
-    return 0 if rule is None else rule(args, result)
+@cache
+def costs_of(func: Any) -> OpCosts:
+    """Returns the costs of an operator such as torch.ops.aten.mm.default."""
+    name = func.name()
+    return OpCosts(_INSIDE.get(name), _WORK.get(name))
 
 
 def _rows(x: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
@@ -150,8 +151,9 @@ class _Schema(GenerateJsonSchema):
         return False
 
 
-def json_schema() -> dict[str, Any]:
-    """Returns the JSON Schema with which editors check recipes."""
+@cache
+def json_schema() -> Node:
+    """Returns the JSON Schema with which editors check recipes; do not change it."""
     schema = Recipe.model_json_schema(schema_generator=_Schema)
     return {"$schema": GenerateJsonSchema.schema_dialect, **_unwrapped(schema)}
 

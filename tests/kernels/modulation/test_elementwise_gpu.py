@@ -11,7 +11,7 @@ from halfbyte.kernels.modulation import reference
 from halfbyte.kernels.qk_rope import ops as qk_rope_ops
 from halfbyte.kernels.qk_rope import reference as qk_rope_reference
 from halfbyte.kernels.qk_rope.ops import Stream
-from halfbyte.trainer.plan.op_costs import ops_inside
+from halfbyte.trainer.plan.op_costs import costs_of
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -202,7 +202,9 @@ def test_gelu_gradients_allocate_what_the_plan_predicts(rows):
     torch.cuda.reset_peak_memory_stats()
     sums = gelu_ops.gelu_tanh_gradients(dy, x, gb, xa, dy)
     taken = torch.cuda.max_memory_allocated() - before - sum(part.nbytes for part in sums)
-    assert taken == ops_inside("halfbyte::gelu_tanh_gradients_", (dy, dy, x, gb, xa), sums)
+    assert taken == costs_of(torch.ops.halfbyte.gelu_tanh_gradients_.default).inside(
+        (dy, dy, x, gb, xa), sums
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, OptimizerChoice
 from halfbyte.trainer.plan.dry_run import ADAPTERS, GRADIENTS, VISITING, DryRun
 from halfbyte.trainer.plan.memory_tracker import INSIDE, WORKING, LiveBytes, allocated
-from halfbyte.trainer.plan.op_costs import ops_inside
+from halfbyte.trainer.plan.op_costs import costs_of
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.world import read_world
@@ -254,8 +254,10 @@ def test_live_bytes_adds_the_temporary_memory_of_a_kernel() -> None:
 def test_a_four_bit_product_over_many_rows_dequantizes_its_weight() -> None:
     fields = (None, None, None, None, None, None, (32, 64), 64, 0)
     few, many = (torch.empty(rows, 64, dtype=torch.bfloat16, device="meta") for rows in (1, 100))
-    assert ops_inside("halfbyte::linear_4bit", (many, None, *fields), None) == 32 * 64 * 2
-    assert ops_inside("halfbyte::linear_4bit", (few, None, *fields), None) == 0
+    inside = costs_of(torch.ops.halfbyte.linear_4bit.default).inside
+    assert inside is not None
+    assert inside((many, None, *fields), None) == 32 * 64 * 2
+    assert inside((few, None, *fields), None) == 0
 
 
 @pytest.mark.parametrize(("rows", "shares"), [(4096, 8), (100, 4)])
