@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,31 @@ def pytest_collection_finish() -> None:
     torch.set_num_threads(1)
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Keeps a copy of this process from before the first test, for tests that need other processes; see `nursery`.
+
+    With a CUDA device there is none, because CUDA cannot be used in a forked process. Neither has the process that
+    only hands out tests to others.
+    """
+    hands_out = getattr(session.config.option, "dist", "no") != "no" and not hasattr(
+        session.config, "workerinput"
+    )
+    if hands_out or session.config.option.collectonly:
+        return (yield)
+    import torch
+
+    import nursery
+
+    if torch.cuda.is_available():
+        return (yield)
+    nursery.start()
+    try:
+        return (yield)
+    finally:
+        nursery.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)

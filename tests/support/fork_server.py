@@ -3,6 +3,7 @@
 As a program, it answers each line of JSON on stdin, one program to run, with one line that holds its exit code.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -62,6 +63,7 @@ class ForkServer:
 
 def _serve() -> None:
     # The libraries that the programs in trainer/export/stock import, bitsandbytes by way of diffusers.
+    gc.disable()
     import bitsandbytes  # noqa: F401
     import diffusers.loaders.peft
     import diffusers.loaders.single_file_utils
@@ -69,6 +71,8 @@ def _serve() -> None:
     import peft  # noqa: F401
     from transformers import T5EncoderModel  # noqa: F401
 
+    gc.freeze()
+    gc.enable()
     # From here on, anything printed to stdout goes to stderr, so that it cannot be read as an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,20 +1,26 @@
 """Runs `halfbyte` commands against a loopback Hub in a separate process.
 
-The process is necessary because the client reads its endpoint only once. As a program, it reads the arguments
-of a command as a line of JSON and writes its exit code, output and waits as another line.
+The process is necessary because the client reads its endpoint only once. It reads the arguments of a command as a
+line of JSON and writes its exit code, output and waits as another line. It is a fork of the test process, see
+`nursery`; where there is none, this file is the program.
 """
 
+import importlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
+from unittest import mock
 
+import nursery
 from runs import environment, free_port
 
 ORDERS = "orders: "
@@ -51,18 +57,33 @@ class PushWorker:
             env |= {"HF_XET_TELEMETRY_ENABLED": "false"}
         home.mkdir(parents=True, exist_ok=True)
         self.stderr = home.with_name(f"{home.name}.stderr")
+        self._process: subprocess.Popen[str] | None = None
+        env |= {} if token is None else {"HF_TOKEN": token}
+        if nursery.runs():
+            self.stderr.touch()
+            self._connection = nursery.fork("push_worker", env=env, stderr=str(self.stderr))
+            self._orders: TextIO = self._connection.makefile("w")
+            self._answers: TextIO = self._connection.makefile("r")
+            return
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env=env | ({} if token is None else {"HF_TOKEN": token}),
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr.open("w"),
             text=True,
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._orders, self._answers = self._process.stdin, self._process.stdout
 
-    def run(self, *arguments: str, token: str | None = None) -> Answer:
-        """Runs `halfbyte ARGUMENTS`. A `token` replaces HF_TOKEN; "" means no token."""
-        return Answer(**self._answer({"arguments": arguments, "token": token}))
+    def run(self, *arguments: str, token: str | None = None, until: str | None = None) -> Answer:
+        """Runs `halfbyte ARGUMENTS`.
+
+        token: replaces HF_TOKEN; "" means no token. until: the path of a function that ends the command's work when
+        it is called, as if it had returned True.
+        """
+        return Answer(**self._answer({"arguments": arguments, "token": token, "until": until}))
 
     def run_forked(self, *arguments: str) -> Answer:
         """Runs `halfbyte ARGUMENTS` in a fork of the worker, so that the worker's own state stays as it is."""
@@ -78,11 +99,9 @@ class PushWorker:
         return [Answer(**answer) for answer in self._answer({"arguments": arguments, "ranks": number})]
 
     def _answer(self, order: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        self._orders.write(json.dumps(order) + "\n")
+        self._orders.flush()
+        line = self._answers.readline()
         assert line, "the worker is gone"
         return json.loads(line)
 
@@ -92,30 +111,58 @@ class PushWorker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._orders.close()
+        if self._process is not None:
+            self._process.wait(timeout=60)
+            return
+        self._connection.shutdown(socket.SHUT_WR)
+        self._answers.read()  # until the process ends
+        self._answers.close()
+        self._connection.close()
 
 
-def _serve() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr
+def prepare() -> None:
+    """Imports what the commands need."""
+    from halfbyte.trainer.cli.console import library_imports
+
+    with library_imports():
+        from halfbyte.trainer import run  # noqa: F401
+        from halfbyte.trainer.cli import app  # noqa: F401
+
+
+def forked(orders: TextIO, answers: TextIO, env: dict[str, str], stderr: str) -> None:
+    """Gives the forked process the environment of a new one."""
+    import huggingface_hub
+
+    os.environ.clear()
+    os.environ.update(env)
+    file = os.open(stderr, os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    # The client has read its variables when it was imported.
+    importlib.reload(huggingface_hub.constants)
+    _serve(orders, answers)
+
+
+def _serve(orders: TextIO, answers: TextIO) -> None:
+    sys.stdout = sys.stderr
     import time
 
-    from halfbyte.trainer import run  # noqa: F401  # before any fork
     from halfbyte.trainer.hub import client as hub_client
 
     waits: list[float] = []
     # Record the waits without sleeping, because the loopback Hub's faults end at once.
     time.sleep = waits.append
     hub_client.STALLED = 1.5
-    for line in sys.stdin:
+    for line in orders:
         order = json.loads(line)
         if "ranks" in order:
             answer: Any = _run_ranks(order["arguments"], order["ranks"], waits)
         else:
             if order["token"] is not None:
                 os.environ["HF_TOKEN"] = order["token"]
-            answer = _run(order["arguments"], waits)
+            with nullcontext() if order["until"] is None else mock.patch(order["until"], return_value=True):
+                answer = _run(order["arguments"], waits)
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -174,4 +221,5 @@ class _LogCollector(logging.Handler):
 
 
 if __name__ == "__main__":
-    _serve()
+    prepare()
+    _serve(sys.stdin, sys.stdout)

@@ -1,8 +1,8 @@
 """Starts halfbyte's commands as processes that are forked from one process with all libraries imported.
 
 A command spends most of a short run on importing libraries. Tests of signals, ranks and crashes need real processes,
-but not their imports. As a program, this file answers each line of JSON on stdin by forking a process that runs one
-command; `Command` is the other side.
+but not their imports. The server answers each line of JSON by forking a process that runs one command; `Command` is
+the other side. The server itself is a fork of the test process, see `nursery`; where there is none, it is a program.
 
 The forks come from a process that has never computed a gradient: torch's autograd refuses to run in a fork of one
 that has.
@@ -19,8 +19,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import nursery
 from runs import environment, free_port
 
 _POLL = 0.02  # seconds
@@ -98,6 +99,7 @@ class RunServer:
         self._work = work
         self._numbers = count()
         self._process: subprocess.Popen[str] | None = None
+        self._orders: TextIO | None = None
 
     def start(self, *arguments: str, environ: Mapping[str, str] | None = None, before: str = "") -> Command:
         """Starts `halfbyte ARGUMENTS`.
@@ -107,10 +109,9 @@ class RunServer:
         """
         order = self._work / f"{next(self._numbers):04d}.json"
         message = {"arguments": arguments, "env": dict(environ or {}), "before": before, "order": str(order)}
-        process = self._started()
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
+        orders = self._started()
+        orders.write(json.dumps(message) + "\n")
+        orders.flush()
         return Command(order)
 
     def start_ranks(
@@ -133,17 +134,24 @@ class RunServer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._orders is not None:
+            self._orders.close()
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
             self._process.wait(timeout=60)
 
-    def _started(self) -> "subprocess.Popen[str]":
-        if self._process is None:
+    def _started(self) -> TextIO:
+        if self._orders is not None:
+            return self._orders
+        if nursery.runs():
+            with nursery.fork("run_server", env=environment()) as connection:
+                self._orders = connection.makefile("w")
+        else:
             self._process = subprocess.Popen(
                 [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, text=True
             )
-        return self._process
+            assert self._process.stdin is not None
+            self._orders = self._process.stdin
+        return self._orders
 
 
 def _content(path: Path, timeout: float) -> str:
@@ -154,7 +162,8 @@ def _content(path: Path, timeout: float) -> str:
     return path.read_text()
 
 
-def _serve() -> None:
+def prepare() -> None:
+    """Imports what the commands need."""
     from halfbyte.trainer.cli.console import library_imports
 
     with library_imports():
@@ -163,9 +172,15 @@ def _serve() -> None:
         from halfbyte.trainer import run, sample  # noqa: F401
         from halfbyte.trainer.cli import app  # noqa: F401
     torch.set_num_threads(1)
+
+
+def forked(orders: TextIO, answers: TextIO, env: dict[str, str]) -> None:
+    """Forks a process for each order."""
+    os.environ.clear()
+    os.environ.update(env)
     # The keepers end by themselves.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:
+    for line in orders:
         if os.fork() == 0:
             _keep(json.loads(line))
             os._exit(0)
@@ -224,4 +239,5 @@ def _command(order: dict[str, Any], file: Path) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    _serve()
+    prepare()
+    forked(sys.stdin, sys.stdout, dict(os.environ))
