@@ -31,7 +31,10 @@ def test_the_guides_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNING, ids=name_of)
 def test_python_runs(page: Path, tmp_path: Path) -> None:
-    """Runs the marked blocks of a page one after another, as a reader would, in a process of their own."""
+    """Runs the marked blocks of a page one after another, as a reader would, in a process of their own.
+
+    With -P it is a fork of one that has imported the libraries, but nothing of halfbyte; see `fork_server`.
+    """
     program = tmp_path / "page.py"
     # Line numbers in a traceback are those of the page.
     lines: list[str] = []
@@ -40,7 +43,7 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
             lines += [""] * (block.line - 1 - len(lines)) + block.code.splitlines()
     program.write_text("\n".join(lines) + "\n")
     done = subprocess.run(
-        [sys.executable, str(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-P", str(program)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"{name_of(page)}:\n{done.stdout}{done.stderr}"
 

@@ -21,7 +21,7 @@ class ForkServer:
     """Starts the process on first use. Replaces `subprocess.run` while it is entered as a context manager.
 
     It takes over the commands `python -P PROGRAM ARGUMENTS` only, which is how the export's self-check starts its
-    programs. These import nothing of halfbyte, so a fork runs them as a fresh process would.
+    programs. The process has imported nothing of halfbyte, so a fork runs them as a fresh process would.
     """
 
     def __init__(self, work: Path) -> None:
@@ -42,16 +42,18 @@ class ForkServer:
     def _run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         if list(command[:2]) != [sys.executable, "-P"]:
             return REAL_RUN(command, **options)
-        return self._forked(command, options.get("env") or os.environ)
+        return self._forked(command, options.get("env") or os.environ, str(options.get("cwd") or Path.cwd()))
 
-    def _forked(self, command: Sequence[str], env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    def _forked(
+        self, command: Sequence[str], env: Mapping[str, str], cwd: str
+    ) -> subprocess.CompletedProcess[str]:
         if self._process is None:
             start = [sys.executable, "-P", __file__]
             self._process = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         out, err = self._work / "stdout", self._work / "stderr"
-        order = {"arguments": command[2:], "env": dict(env), "out": str(out), "err": str(err)}
+        order = {"arguments": command[2:], "env": dict(env), "cwd": cwd, "out": str(out), "err": str(err)}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -92,6 +94,7 @@ def _run_program(order: dict[str, Any]) -> int:
         os.dup2(opened, descriptor)
     os.environ.clear()
     os.environ.update(order["env"])
+    os.chdir(order["cwd"])
     sys.argv = list(order["arguments"])
     code = 0
     try:
