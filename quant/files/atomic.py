@@ -2,16 +2,18 @@
 
 A process that is killed can leave work files behind. Their names contain `.halfbyte.`, or end with `.partial`, so
 nobody else's files are mistaken for them. `recover` and `recover_all` remove them, and put back a folder that was
-moved aside.
+moved aside. In folders that several processes write into, `write_file` removes those of dead processes.
 """
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.quant.files.exchange import exchange
@@ -20,26 +22,47 @@ _WORK = ".{}.halfbyte.tmp"
 _ASIDE = ".{}.halfbyte.old"
 _LEFTOVER = re.compile(r"\.(.+)\.halfbyte\.(?:tmp|old)")
 _PARTIAL = re.compile(r"\..{1,16}\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
+_ABANDONED = (
+    60.0  # seconds without a change after which an unfinished file without a lock belongs to a dead process
+)
+
+_cleared: set[Path] = set()  # folders in which this process has removed abandoned files
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Replaces `path` by a file with this content, flushed to the disk; text is written as UTF-8.
 
     Several processes may write the same file at once; one of them wins. Raises OSError, and then leaves the
-    old file unchanged.
+    old file unchanged. The first call for a folder also removes unfinished files of processes that were killed.
     """
+    if path.parent not in _cleared:
+        _cleared.add(path.parent)
+        _remove_abandoned(path.parent)
     data = content.encode() if isinstance(content, str) else content
     # In the same folder, so on the same filesystem: a rename across filesystems is a copy, which is not
     # atomic.
     partial = path.with_name(f".{path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
+            # Held until the file has its name; it ends with this process, however that ends.
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes the unfinished files in a folder that no process writes anymore; leaves those it may not touch."""
+    with suppress(OSError):
+        for name in filter(_PARTIAL.fullmatch, os.listdir(folder)):
+            with suppress(OSError), (folder / name).open("r+b") as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                    (folder / name).unlink()
 
 
 @contextmanager

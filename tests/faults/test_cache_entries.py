@@ -1,6 +1,9 @@
-"""Tests of cache entries that change after the start: each is refused when training reads it."""
+"""Tests of cache entries that change after the start, and of files that killed processes left in the cache."""
 
+import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from halfbyte.quant.files import atomic
 from halfbyte.trainer.data.batches import TrainingSet
 from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode_missing
-from halfbyte.trainer.data.cache.entry import checksum
+from halfbyte.trainer.data.cache.entry import checksum, write_entry
 from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.data.views.order import Entry
 from halfbyte.trainer.errors import DataError
 
 from counting_encoders import CountingEncoders, captions_of, views_in, write_pictures
+from kill_points import kill, points
 from soak import report, tries
 
 
@@ -139,3 +144,69 @@ def test_entries_of_the_last_version_are_read(tmp_path: Path) -> None:
     save_file(tensors, path, metadata={"crc32": "49b92df4"})
     assert torch.equal(cache.read("a cat").prompt_embeds[0], tensors["prompt_embeds"])
     assert LatentCache(tmp_path, "vae1").missing([]) == []
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Returns a function that makes a file two minutes old, and lets this process clear folders again."""
+
+    def age(file: Path) -> None:
+        then = time.time() - 120
+        os.utime(file, (then, then))
+        monkeypatch.setattr(atomic, "_cleared", set())
+
+    return age
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.partial"))
+
+
+def test_the_unfinished_file_of_a_dead_process_is_removed(
+    tmp_path: Path, later: Callable[[Path], None]
+) -> None:
+    entry = tmp_path / "texts" / "ab" / "cd.safetensors"
+    entry.parent.mkdir(parents=True)
+    tensors = {"prompt_embeds": torch.ones(2, 3)}
+    found = points(lambda: write_entry(entry, tensors, "T5"))
+    entry.unlink()
+    kill(
+        lambda: write_entry(entry, tensors, "T5"),
+        next(n for n, what in enumerate(found) if "before replace" in what),
+    )
+    (left,) = unfinished(tmp_path)
+    write_entry(entry, tensors, "T5")
+    assert unfinished(tmp_path) == [left], "a young file may have a writer that has not locked it yet"
+    later(left)
+    mine = entry.with_name(".mine.partial")
+    mine.touch()
+    later(mine)
+    write_entry(entry, tensors, "T5")
+    assert unfinished(tmp_path) == [mine]
+
+
+def test_the_unfinished_file_of_a_live_process_is_kept(tmp_path: Path, later: Callable[[Path], None]) -> None:
+    reached, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        sync = os.fsync
+
+        def paused(descriptor: int) -> None:
+            os.write(reached[1], b"x")
+            os.read(go_on[0], 1)
+            sync(descriptor)
+
+        os.fsync = paused  # type: ignore[assignment]
+        atomic.write_file(tmp_path / "slow", "slow")
+        os._exit(0)
+    try:
+        assert os.read(reached[0], 1) == b"x"
+        (live,) = unfinished(tmp_path)
+        later(live)
+        atomic.write_file(tmp_path / "quick", "quick")
+        assert unfinished(tmp_path) == [live]
+    finally:
+        os.write(go_on[1], b"x")
+        assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "slow").read_text() == "slow"
+    assert unfinished(tmp_path) == []
