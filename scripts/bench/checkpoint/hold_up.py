@@ -3,9 +3,9 @@
     python -m scripts.bench.checkpoint.hold_up [--rank 16] [--saves 5] [--folder FOLDER]
 
 The adapter is that of FLUX.1-dev, with AdamW; there is no base, because a checkpoint has none. It runs on the GPU if
-there is one. For each save it prints the milliseconds until the training thread goes on; after that, the longest time
-for which the writer keeps a thread that only runs Python from running, the time until the device has made the copy
-(0 on the CPU), and the seconds until the checkpoint is complete on the disk.
+there is one. For each save it prints the milliseconds until the training thread goes on, and its processor time; the
+longest time after that for which the writer keeps a thread that needs Python's lock from running; the time until the
+device has made the copy (0 on the CPU); and the seconds until the checkpoint is complete on the disk.
 """
 
 import argparse
@@ -65,15 +65,16 @@ def measure(rank: int, saves: int, folder: Path, device: torch.device) -> None:
             background.wait()
             module.step = (number + 1) * _EVERY
             _synchronize(device)
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), time.thread_time()
             saver.on_step_end(trainer, module)
-            held = time.perf_counter() - began
+            held, computed = time.perf_counter() - began, time.thread_time() - computed
             _synchronize(device)
             copied = time.perf_counter() - began - held
             longest = _longest_pause(background)
             written = time.perf_counter() - began
             print(
-                f"save {number + 1}: {1e3 * held:.0f} ms until training goes on, then pauses of at most"
+                f"save {number + 1}: {1e3 * held:.0f} ms until training goes on ({1e3 * computed:.0f} ms of processor"
+                f" time), then pauses of at most"
                 f" {1e3 * longest:.0f} ms, the device's copy {1e3 * copied:.0f} ms; on the disk after {written:.1f} s",
                 flush=True,
             )
@@ -100,7 +101,10 @@ def _state(rank: int, device: torch.device) -> tuple[Any, torch.optim.Optimizer]
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return SimpleNamespace(denoiser=denoiser, family=family, weights=TrainedWeights(), step=0), optimizer
+    module = SimpleNamespace(
+        denoiser=denoiser, family=family, weights=TrainedWeights(), left_out=None, step=0
+    )
+    return module, optimizer
 
 
 def _longest_pause(background: Background) -> float:
@@ -109,6 +113,7 @@ def _longest_pause(background: Background) -> float:
     waiting.start()
     longest, last = 0.0, time.perf_counter()
     while waiting.is_alive():
+        time.sleep(0.001)  # without it, this thread would hold Python's lock all the time
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
     return longest
