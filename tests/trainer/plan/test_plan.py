@@ -1,4 +1,4 @@
-"""`halfbyte plan`: its numbers and its text, refusals, and the advice when a run is out of memory."""
+"""`halfbyte plan`: its numbers and its text, and refusals."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from halfbyte.quant.convert.recipe import QuantRecipe
 from halfbyte.quant.load.on_meta import model_on_meta
 from halfbyte.trainer.cli.app import app, train_app
 from halfbyte.trainer.denoiser.base import load_base
-from halfbyte.trainer.errors import DataError, OutOfMemory, RecipeError
+from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.families.sd3.family import SD3
@@ -41,7 +41,6 @@ from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.sizes import GIB
 from halfbyte.trainer.runtime.world import read_world
-from halfbyte.trainer.training.module import DiffusionModule
 
 from repository import RECIPES
 from runs import PICTURES, run_here, write_recipe
@@ -262,75 +261,6 @@ def test_a_model_of_another_family_is_refused(toy: Path, mini_sd3: Any) -> None:
     recipe = load_recipe(toy, [f"model.path={mini_sd3}"])
     with pytest.raises(RecipeError, match="SD3Transformer2DModel"):
         open_planner(recipe)
-
-
-def test_out_of_memory_names_the_cheapest_changes_and_keeps_the_checkpoint(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = DiffusionModule.training_step
-
-    def full_at_the_third(self: DiffusionModule, batch: Any, number: int) -> Any:
-        if self.step == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, batch, number)
-
-    monkeypatch.setattr(DiffusionModule, "training_step", full_at_the_third)
-    with pytest.raises(OutOfMemory) as caught:
-        run_here(toy, "train.gradient_checkpointing=none", "train.grad_accumulation=1", "sample.prompts=[]")
-    assert caught.value.exit_code == 6
-    message = str(caught.value)
-    assert "last checkpoint" in message
-    assert "optimizer.name=adamw_8bit" in message
-    assert "train.gradient_checkpointing=selective" in message
-    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
-
-
-def test_the_message_says_that_no_setting_is_left_to_change(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(full_device, "cheapest_savings", lambda planner, phase: [])
-    recipe: Recipe = load_recipe(toy)
-    message = full_device.out_of_memory(recipe, open_planner(recipe).family, "in training", "step")
-    assert "a larger card" in message
-
-
-@pytest.mark.parametrize(
-    ("place", "phase", "change"),
-    [
-        (
-            "families.encoders.PipelineEncoders.encode_texts",
-            "encoding .*'encode (texts|pictures)'",
-            "model.text_encoder_quant=int8",
-        ),
-        (
-            "families.encoders.PipelineEncoders.encode_images",
-            "encoding .*'encode (texts|pictures)'",
-            "",
-        ),
-        ("run.load_denoiser", "loading .*'load and quantize'", ""),
-        ("run.export_trained", "last step.*'(export|sample)'", ""),
-    ],
-)
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
-)
-def test_out_of_memory_at_any_stage_names_the_stage_and_its_phase(
-    toy: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    place: str,
-    phase: str,
-    change: str,
-    error: Exception,
-) -> None:
-    def full(*_: Any, **__: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(f"halfbyte.trainer.{place}", full)
-    with pytest.raises(OutOfMemory, match=phase) as caught:
-        run_here(toy, "model.text_encoder_quant=none", f"data.cache_dir={tmp_path / 'cache'}")
-    assert caught.value.exit_code == 6
-    assert change in str(caught.value)
 
 
 def test_the_slower_of_products_and_cpu_decides_the_time(planner: Planner) -> None:
