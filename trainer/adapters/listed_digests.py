@@ -16,6 +16,7 @@ PROVENANCE_FILE = "halfbyte.json"
 """Stored next to an exported adapter, and at the top of a repository that halfbyte has pushed to."""
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+_EXPORT_AGAIN = "export the run again with: halfbyte export RUN"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -102,11 +103,13 @@ def _is_digest(value: object) -> bool:
 
 def _provenance(file: Path) -> dict[str, Any]:
     """Reads the provenance of an export; an empty object if there is none. Raises RecipeError if it is damaged."""
+    if not file.is_file():
+        return {}
     try:
         facts = read_object(file)
-    except ValueError:
-        facts = {}
+    except ValueError as error:
+        raise RecipeError(f"{error}; {_EXPORT_AGAIN}") from error
     checksum = facts.pop("checksum", None)  # exports of version 0.2 and older have none
-    if file.is_file() and (not facts or checksum not in (None, checksum_of(facts))):
-        raise RecipeError(f"{file}: damaged or changed; export the run again with: halfbyte export RUN")
+    if not facts or checksum not in (None, checksum_of(facts)):
+        raise RecipeError(f"{file}: damaged or changed; {_EXPORT_AGAIN}")
     return facts
