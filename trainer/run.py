@@ -243,6 +243,8 @@ def _opening(
         sizes=prepared.sizes,
         attention=attention,
         held_out=len(prepared.held_out),
+        texts=prepared.texts,
+        text_bytes=prepared.text_bytes,
     )
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import halfbyte.trainer.run as story
 from halfbyte.trainer.data.record import RecordedSample, read_record, recorded, require_same, write_record
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.export.export import ADAPTER_FILE
@@ -25,7 +26,7 @@ RECORD = "training_data.jsonl.gz"
 
 
 def record_of(folder: Path, prefix: str = "") -> list[RecordedSample]:
-    return recorded(read_samples(folder, prefix), folder, held_out=False)
+    return recorded(read_samples(folder, CaptionStyle(prefix)), folder, held_out=False)
 
 
 def new_caption(data: Path) -> None:

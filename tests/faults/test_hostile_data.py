@@ -19,6 +19,7 @@ from PIL import Image
 from halfbyte.quant.files.regular import open_regular, read_regular, require_regular
 from halfbyte.trainer.data.prompts import references_for
 from halfbyte.trainer.data.sources import captions, parquet
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.captions import CAPTION_BYTES, Problems, read_metadata
 from halfbyte.trainer.data.sources.folder import load_pixels, read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
@@ -29,7 +30,7 @@ NAMES = ("a.png", "a.txt", "metadata.jsonl", "metadata.csv", "data.parquet")
 
 def complaint(path: Path, prefix: str = "") -> list[str]:
     with pytest.raises(DataError) as caught:
-        read_samples(path, prefix)
+        read_samples(path, CaptionStyle(prefix))
     assert caught.value.exit_code == 3
     return str(caught.value).splitlines()
 
@@ -294,7 +295,9 @@ def test_any_metadata_gives_rows_or_problems(tmp_path: Path, content: bytes, nam
     problems = Problems()
     for row in read_metadata(file, problems):
         assert row.file_name.strip()
-        row.text.encode()
+        for text in row.texts:
+            assert text.strip() == text
+            text.encode()
     assert all(line.startswith(f"{file}:") for line in problems.lines)
     obeyed = {unicodedata.category(one) for line in problems.lines for one in line} & {"Cc", "Cs", "Zl", "Zp"}
     assert not obeyed, problems.lines

@@ -14,6 +14,7 @@ from halfbyte.trainer.data.cache.encodings import LatentCache
 from halfbyte.trainer.data.pictures import decode as decoding
 from halfbyte.trainer.data.pictures.color import to_srgb
 from halfbyte.trainer.data.pictures.decode import PICTURE_SUFFIXES, decode, has_misnamed_profile
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
@@ -84,7 +85,7 @@ def test_another_format_under_an_accepted_name_is_refused(tmp_path: Path, kind: 
     file.write_bytes(FOREIGN[kind])
     for known in (False, True):  # an image that was decoded before is only opened
         with pytest.raises(DataError) as caught:
-            read_samples(tmp_path, "x", is_decoded=lambda sha256, known=known: known)
+            read_samples(tmp_path, CaptionStyle("x"), is_decoded=lambda sha256, known=known: known)
         message = str(caught.value)
         assert message.startswith(f"{file}: ")
         assert len(message.splitlines()) == 1
@@ -105,7 +106,7 @@ def test_ghostscript_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for suffix in PICTURE_SUFFIXES:
         (tmp_path / f"a{suffix}").write_bytes(EPS)
     with pytest.raises(DataError):
-        read_samples(tmp_path, "x")
+        read_samples(tmp_path, CaptionStyle("x"))
     assert not proof.exists()
 
 
@@ -193,7 +194,9 @@ def test_a_gray_image_with_a_linear_profile_is_converted() -> None:
 def test_only_the_cache_entries_of_misnamed_profiles_change(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png((1, 2, 3), profile("sRGB", SRGB, SRGB_CURVE)))
     (tmp_path / "b.png").write_bytes(png((1, 2, 3), profile("Linear sRGB", SRGB, LINEAR)))
-    views = [group[0] for group in views_of(read_samples(tmp_path, "x"), [Cropping(32, 16)], seed=0)]
+    views = [
+        group[0] for group in views_of(read_samples(tmp_path, CaptionStyle("x")), [Cropping(32, 16)], seed=0)
+    ]
     assert [view.sample.misnamed_profile for view in views] == [False, True]
     cache = LatentCache(tmp_path, "vae")
     # Names that version 0.2.0 gave: the entry of a real sRGB image is still found.

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
@@ -51,7 +52,7 @@ def write_pictures(folder: Path) -> Path:
 
 
 def views_in(folder: Path, prefix: str = "", **cropping: object) -> list[View]:
-    groups = views_of(read_samples(folder, prefix), [Cropping(32, 16, **cropping)], seed=0)
+    groups = views_of(read_samples(folder, CaptionStyle(prefix)), [Cropping(32, 16, **cropping)], seed=0)
     return [view for group in groups for view in group]
 
 

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, Sampler
 
 from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache
 from halfbyte.trainer.data.cache.masks import MaskCache
+from halfbyte.trainer.data.caption_variants import text_at
 from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.data.views.order import Entry, SampleOrder
-from halfbyte.trainer.randomness import uniform
 from halfbyte.trainer.recipe.data_section import DataSet
 
 
@@ -76,7 +76,7 @@ class TrainingSet(Dataset[TrainingSample]):
     ) -> None:
         """`sets` are the data sets of the samples, `masks` their masks.
 
-        Without sets, no caption is dropped and all losses count alike; without masks, all parts of the images do.
+        Without sets, captions do not vary and all losses count alike; without masks, all parts of the images do.
         """
         self._masks = masks
         self._latents = latents
@@ -94,10 +94,8 @@ class TrainingSet(Dataset[TrainingSample]):
         sample = entry.view.sample
         given = self._sets[sample.data_set] if self._sets else None
         moments = self._latents.read(entry.view)
-        dropped = given is not None and (
-            uniform(self._seed, "caption_dropout", entry.position) < given.caption_dropout
-        )
-        text = self._texts.read("" if dropped else sample.caption)
+        caption = sample.caption if given is None else text_at(sample, given, self._seed, entry.position)
+        text = self._texts.read(caption)
         return TrainingSample(
             entry.position,
             moments.mean[0],

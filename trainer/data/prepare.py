@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
 from halfbyte.trainer.data.cache.encodings import LatentCache, encode_missing
 from halfbyte.trainer.data.cache.masks import MaskCache
-from halfbyte.trainer.data.prompts import Prompt, references_for
+from halfbyte.trainer.data.caption_variants import all_variants
+from halfbyte.trainer.data.long_captions import Place, prompt_places, warn_of_long_captions
+from halfbyte.trainer.data.prompts import Prompt, references_for, refuse_placeholders
 from halfbyte.trainer.data.read_sets import (
     ReadData,
     SetSummary,
@@ -54,6 +56,12 @@ class Prepared:
     held_out: Sequence[View]  # one per validation image
     held_out_set: TrainingSet
     record: Sequence[RecordedSample]  # of samples and held-out images
+    texts: int  # different captions and prompts that are encoded, with all variants and the empty caption
+
+    @property
+    def text_bytes(self) -> int:
+        """The bytes of all encoded captions in the cache."""
+        return self.texts * (self.empty.prompt_embeds.nbytes + self.empty.pooled_prompt_embeds.nbytes)
 
     def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
         """Makes the loader of this process's micro-batches, from the given one to the end of the run."""
@@ -83,6 +91,7 @@ def prepare(
     Raises:
         DataError: with all problems of the images and captions at once, or with what differs from `started_on`.
     """
+    refuse_placeholders(recipe.sample.prompts)
     cache, preserve = recipe.data.cache_folder, recipe.objective.preserve
     is_decoded = partial(LatentCache.has_decoded, cache)
     reading = LazyProgress(console, "reading images", "image")
@@ -111,6 +120,9 @@ def prepare(
             len(black),
             printable(black[0].sample.path),
         )
+    captions = _captions(recipe, data)
+    if world.is_leader:
+        warn_of_long_captions(captions, family)
     encoding = LazyProgress(console, "encoding", "entry")
     encoders = load_encoders(
         family,
@@ -120,15 +132,11 @@ def prepare(
         t5_quant=recipe.model.text_encoder_quant,
         stream_t5=recipe.model.stream_text_encoder,
     )
-    captions = [sample.caption for sample in (*data.samples, *data.held_out)]
-    captions += recipe.sample.prompts
-    if preserve is not None:
-        captions.append(preserve.caption)
     latents, texts = encode_missing(
         cache,
         encoders,
         [*views, *held_out],
-        captions,
+        [text for _, text in captions],
         rank=world.rank,
         world_size=world.size,
         progress=encoding,
@@ -150,7 +158,23 @@ def prepare(
         held_out,
         TrainingSet(latents, texts),
         record,
+        len({"", *(text for _, text in captions)}),
     )
+
+
+def _captions(recipe: Recipe, data: ReadData) -> list[tuple[Place, str]]:
+    """Returns all texts that the run encodes, with the image or setting that each belongs to."""
+    trained = [
+        (sample.path, text)
+        for read in data.sets
+        for sample, text in all_variants(read.samples, read.settings, recipe.train.seed)
+    ]
+    held_out = [(sample.path, sample.caption) for sample in data.held_out]
+    preserve = recipe.objective.preserve
+    preserved: list[tuple[Place, str]] = (
+        [] if preserve is None else [("objective.preserve.caption", preserve.caption)]
+    )
+    return [*trained, *held_out, *preserved, *prompt_places(recipe.sample.prompts)]
 
 
 def _record(recipe: Recipe, data: ReadData) -> list[RecordedSample]:

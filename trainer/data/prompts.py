@@ -5,9 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.trainer.data.sources.folder import Sample
-from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.families.embedding import TextEmbedding
+from halfbyte.trainer.recipe.data_section import PLACEHOLDER
 from halfbyte.trainer.wording import printable, shown
+
+
+def refuse_placeholders(prompts: Sequence[str]) -> None:
+    """Raises RecipeError if a prompt contains [trigger], which is filled in for captions only."""
+    for number, prompt in enumerate(prompts):
+        if PLACEHOLDER in prompt:
+            raise RecipeError(
+                f"sample.prompts[{number}]: {shown(prompt)} contains {PLACEHOLDER}, which is filled in for captions"
+                " only; write the trigger word"
+            )
 
 
 def references_for(prompts: Sequence[str], samples: Sequence[Sample], folder: Path) -> dict[str, Sample]:

@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.sources.left_out import LeftOut
 from halfbyte.trainer.data.sources.masks import with_masks
 from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
 from halfbyte.trainer.data.views.order import OrderedSet
@@ -25,6 +27,7 @@ class ReadSet:
 
     settings: DataSet
     samples: Sequence[Sample]
+    left_out: LeftOut = field(default_factory=LeftOut)  # images below its folder that are not for training
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,29 @@ def read_data(
     Raises:
         DataError: with the problems of all images and captions of one set; or see `split_data`.
     """
+    left_out = [LeftOut() for _ in recipe.data.resolved_sets]
     read = [
-        read_set(given, number, is_decoded=is_decoded, is_checked=is_checked, progress=progress)
+        read_set(
+            given,
+            number,
+            is_decoded=is_decoded,
+            is_checked=is_checked,
+            progress=progress,
+            left_out=left_out[number],
+        )
         for number, given in enumerate(recipe.data.resolved_sets)
     ]
     validation = None
     if recipe.validation.path is not None:
-        prefix = recipe.data.resolved_sets[0].caption_prefix
-        validation = read_samples(recipe.validation.path, prefix, is_decoded=is_decoded)
-    return split_data(recipe, read, validation)
+        validation = read_samples(recipe.validation.path, first_style(recipe), is_decoded=is_decoded)
+    data = split_data(recipe, read, validation)
+    sets = [replace(one, left_out=own) for one, own in zip(data.sets, left_out, strict=True)]
+    return replace(data, sets=sets)
+
+
+def first_style(recipe: Recipe) -> CaptionStyle:
+    """Returns the style of the first data set's captions, which validation and reference images share."""
+    return CaptionStyle.of(recipe.data.resolved_sets[0])
 
 
 def read_set(
@@ -74,15 +91,17 @@ def read_set(
     is_decoded: Callable[[str], bool],
     is_checked: Callable[[Sample], bool],
     progress: LazyProgress | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Sample]:
     """Reads the samples of a data set with their masks. Arguments and errors are those of `read_data`."""
     samples = read_samples(
         settings.path,
-        settings.caption_prefix,
+        CaptionStyle.of(settings),
         data_set=number,
         without=settings.masked_loss.folder,
         is_decoded=is_decoded,
         progress=progress,
+        left_out=left_out,
     )
     return with_masks(samples, settings, is_known=is_checked)
 
@@ -166,6 +185,7 @@ class SetSummary:
     sizes: Mapping[int, Sequence[Size]]  # the sizes that occur, by resolution, in pixels
     cropped: float  # the share of the images' pixels that cropping removes, from 0 to 1, in the mean
     enlarged: int  # images that are enlarged by more than 5 %
+    left_out: str  # describes the images that are not for training; empty if there are none
 
 
 def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]:
@@ -187,6 +207,7 @@ def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]
                 {resolution: sorted(sizes[resolution]) for resolution in sorted(sizes)},
                 fmean(1 - kept_share(group[0]) for group in one.views),
                 len({group[0].sample.index for group in one.views if is_enlarged(group[0])}),
+                read.left_out.describe(read.settings.path),
             )
         )
     return found
@@ -204,4 +225,4 @@ def held_out_views(data: ReadData, family: Family, seed: int) -> list[View]:
 
 def read_references(recipe: Recipe, folder: Path, *, is_decoded: Callable[[str], bool]) -> list[Sample]:
     """Reads the reference images of the sample prompts. Raises DataError for unusable images."""
-    return read_samples(folder, recipe.data.resolved_sets[0].caption_prefix, is_decoded=is_decoded)
+    return read_samples(folder, first_style(recipe), is_decoded=is_decoded)

@@ -34,7 +34,7 @@ class RecordedSample:
 
     file: str  # relative to the folder of the data; for parquet with the row's number
     image: str  # SHA-256 of the image file
-    caption: str  # start of the caption's SHA-256
+    caption: str  # start of the SHA-256 of the caption, or of all of them if there are several
     held_out: bool
     data_set: int = 0  # the place of its data set in the recipe
     mask: str = ""  # SHA-256 of the file with its mask, empty without one
@@ -51,13 +51,19 @@ def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> list[R
         RecordedSample(
             _name(sample, root),
             sample.sha256,
-            sha256_of(sample.caption)[:32],
+            _caption_digest(sample),
             held_out,
             sample.data_set,
             "" if sample.mask is None else sample.mask.sha256,
         )
         for sample in samples
     ]
+
+
+def _caption_digest(sample: Sample) -> str:
+    # A single caption has the digest of older versions. The data set's settings are compared with the recipe.
+    several = len(sample.captions) > 1
+    return sha256_of(json.dumps(sample.captions) if several else sample.caption)[:32]
 
 
 def _name(sample: Sample, root: Path) -> str:

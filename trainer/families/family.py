@@ -53,6 +53,7 @@ class Family(ABC):
     text_components: ClassVar[tuple[str, ...]]
     t5_component: ClassVar[str]
     clip_class: ClassVar[type[PreTrainedModel]]  # of all text encoders except T5
+    clip_advice: ClassVar[str]  # says what to do about captions that CLIP cuts
     denoiser_fields: ClassVar[
         Mapping[str, Kind]
     ]  # values that the family reads besides those of every family

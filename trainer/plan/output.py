@@ -75,7 +75,8 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     yield f"largest: {plan.largest.name}, {_needed(plan)}; {_card(plan)}"
     width, height = plan.size
     pictures = "" if plan.pictures is None else f", {plan.pictures} images, {_times(plan)}"
-    yield f"{plan.steps} steps at up to {width}x{height}{pictures}"
+    texts = "" if plan.texts is None else f", {plan.texts} captions to encode"
+    yield f"{plan.steps} steps at up to {width}x{height}{pictures}{texts}"
     yield from _time_lines(plan)
     yield from plan.notes
 
@@ -175,6 +176,7 @@ def _json(plan: RunPlan, fitted: FittedRecipe | None) -> str:
         "size": plan.size,
         "steps": plan.steps,
         "pictures": plan.pictures,
+        "captions": plan.texts,
         "pictures_seen": plan.seen,
         "step_flops": plan.step.flops,
         "step_calls": plan.step.calls,

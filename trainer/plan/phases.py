@@ -100,6 +100,7 @@ class RunPlan:
     step: Work
     draws: int  # sample images that are generated
     drawing: Work  # the work of each sample image
+    texts: int | None = None  # different captions and prompts to encode; None if unknown
     notes: Sequence[str] = field(default=())
 
     @property

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.trainer.data.read_sets import croppings_of, held_out_views, split_data, training_views
+from halfbyte.trainer.data.caption_variants import all_variants
+from halfbyte.trainer.data.read_sets import (
+    croppings_of,
+    first_style,
+    held_out_views,
+    split_data,
+    training_views,
+)
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
 from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.errors import DataError
@@ -26,6 +34,7 @@ class PlannedPictures:
     sizes: frozenset[Size]  # sizes of training images, in pixels
     held_out_sizes: frozenset[Size]  # sizes of validation images, in pixels
     notes: tuple[str, ...]
+    texts: int | None = None  # different captions to encode, with their variants; None if unknown
 
     @property
     def largest(self) -> Size:
@@ -54,12 +63,12 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
     read, notes = [], []
     for number, given in enumerate(settings):
         setting = "data.path" if recipe.data.path is not None else f"{given.setting}.path"
-        samples, note = _read(setting, given.path, given.caption_prefix, number, given.masked_loss.folder)
+        samples, note = _read(setting, given.path, CaptionStyle.of(given), number, given.masked_loss.folder)
         read.append(samples)
         notes += note
     validation: list[Sample] | None = None
     if recipe.validation.path is not None:
-        validation, note = _read("validation.path", recipe.validation.path, settings[0].caption_prefix, 0)
+        validation, note = _read("validation.path", recipe.validation.path, first_style(recipe), 0)
         notes += note
     known = [samples for samples in read if samples is not None]
     if len(known) < len(read):
@@ -68,25 +77,27 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
     ordered = training_views(data, family, recipe.train.seed)
     held_out = held_out_views(data, family, recipe.train.seed)
     views = [group[0] for one in ordered for group in one.views]
+    texts = {sample.caption for sample in data.held_out}
+    for one in data.sets:
+        texts |= {text for _, text in all_variants(one.samples, one.settings, recipe.train.seed)}
     return PlannedPictures(
         len(data.samples),
         sum(one.uses for one in ordered),
         frozenset((view.width, view.height) for view in views),
         frozenset((view.width, view.height) for view in held_out) or squares,
         tuple(notes),
+        len(texts | set(recipe.sample.prompts) | {""}),
     )
 
 
 def _read(
-    setting: str, path: Path, caption_prefix: str, number: int, without: Path | None = None
+    setting: str, path: Path, style: CaptionStyle, number: int, without: Path | None = None
 ) -> tuple[list[Sample] | None, list[str]]:
     """Returns the samples of a folder, or None with a note that says why it cannot be read."""
     if not path.exists():
         return None, [f"{setting}: {path} does not exist; planned at data.resolution"]
     try:
-        samples = read_samples(
-            path, caption_prefix, data_set=number, without=without, is_decoded=lambda _: True
-        )
+        samples = read_samples(path, style, data_set=number, without=without, is_decoded=lambda _: True)
         return samples, []
     except DataError as error:
         return None, [f"{setting}: {str(error).splitlines()[0]}; planned at data.resolution"]

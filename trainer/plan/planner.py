@@ -96,6 +96,7 @@ class Planner:
             ),
             draws=drawings * len(recipe.sample.prompts),
             drawing=sampling[1] if sampling else Work(),
+            texts=self.pictures.texts,
             notes=(*self.notes, *self.pictures.notes),
         )
 

@@ -22,7 +22,7 @@ from halfbyte.trainer.hub.reference import HubPart, HubReference, is_folder
 from halfbyte.trainer.publish.files import BASE, PushFile, SamplePicture
 from halfbyte.trainer.publish.markdown import escaped, fenced, table
 from halfbyte.trainer.publish.usage_snippet import Usage, usage_sample
-from halfbyte.trainer.recipe.data_section import common_prefix
+from halfbyte.trainer.recipe.data_section import common_prefix, common_trigger, instance_prompt
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.yaml12 import RecipeDumper
 from halfbyte.trainer.run_folder.folder import RunFolder
@@ -77,6 +77,8 @@ def _introduction(facts: CardFacts) -> str:
         f"A {_kind(facts.recipe)} for {model}, trained with halfbyte {escaped(facts.provenance.halfbyte)}.\n"
     )
     text += _other_sources(facts.provenance)
+    if word := common_trigger(facts.recipe.data):
+        text += f"\nTrigger word, which all training captions contain: {escaped(word)}\n"
     if prompt := common_prefix(facts.recipe.data):
         text += f"\nAll training captions start with: {escaped(prompt)}\n"
     return text
@@ -270,7 +272,7 @@ def front_matter(facts: CardFacts) -> str:
     more: dict[str, Any] = {}
     if provenance.base_model is not None:
         more |= {"base_model_relation": "adapter", "base_model_revision": provenance.revision}
-    if prompt := common_prefix(facts.recipe.data):
+    if prompt := instance_prompt(facts.recipe.data):
         more["instance_prompt"] = prompt
     if facts.pictures:
         more["widget"] = [

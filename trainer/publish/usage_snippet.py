@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.export.provenance import Provenance
 from halfbyte.trainer.publish.files import BASE
-from halfbyte.trainer.recipe.data_section import common_prefix
+from halfbyte.trainer.recipe.data_section import instance_prompt
 from halfbyte.trainer.recipe.recipe import Recipe
 
 
@@ -78,7 +78,7 @@ def _base(provenance: Provenance) -> str:
 
 def _call(recipe: Recipe, tokens: int) -> str:
     sample = recipe.sample
-    prompt = sample.prompts[0] if sample.prompts else f"{common_prefix(recipe.data)} a picture".strip()
+    prompt = sample.prompts[0] if sample.prompts else f"{instance_prompt(recipe.data)} a picture".strip()
     return (
         "image = pipeline(\n"
         f"    {_literal(prompt)},\n"

@@ -13,6 +13,8 @@ from halfbyte.trainer.registry import conflict
 Kind = Literal["train", "regularization"]
 Crop = Literal["center", "random"]
 Sizes = Literal["each", "largest"]
+PLACEHOLDER = "[trigger]"
+"""Stands for the trigger word in captions, as in other trainers."""
 
 
 class MaskedLoss(Section):
@@ -51,9 +53,22 @@ class DataSet:
     crop: Crop
     random_crops: int
     flip: bool
+    caption_lines: bool
     caption_prefix: str
+    caption_suffix: str
+    trigger_word: str
+    shuffle_tags: bool
+    keep_tags: int
+    tag_separator: str
+    tag_dropout: float
+    caption_variants: int | None
     caption_dropout: float
     masked_loss: MaskedLoss
+
+    @property
+    def varies_tags(self) -> bool:
+        """True if captions are split into tags, which are shuffled or dropped."""
+        return self.shuffle_tags or self.tag_dropout > 0
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -94,8 +109,25 @@ class SetSection(Section):
     """The number of random crops of each image."""
     flip: bool | None = None
     """Also train on horizontally mirrored images."""
+    caption_lines: bool | None = None
+    """Read each line of a .txt or .caption file as a caption of its own."""
     caption_prefix: str | None = Field(default=None, min_length=0)
     """Text put before every caption."""
+    caption_suffix: str | None = Field(default=None, min_length=0)
+    """Text put after every caption."""
+    trigger_word: str | None = Field(default=None, min_length=0)
+    """The word in place of [trigger], put in front of captions that lack it. null has the section's value, but no
+    trigger word in a set of the kind regularization."""
+    shuffle_tags: bool | None = None
+    """Shuffle the tags of captions."""
+    keep_tags: int | None = Field(default=None, ge=0, le=1000)
+    """The number of first tags that stay in place and are never dropped."""
+    tag_separator: str | None = Field(default=None, min_length=1)
+    """The text between two tags."""
+    tag_dropout: float | None = Field(default=None, ge=0, le=1)
+    """The share of tags that are left out of a caption."""
+    caption_variants: int | None = Field(default=None, ge=1, le=1000)
+    """The number of texts that each image is trained with."""
     caption_dropout: float | None = Field(default=None, ge=0, le=1)
     """The share of samples that are trained with an empty caption."""
     masked_loss: MaskedLoss | None = None
@@ -112,9 +144,9 @@ class DataSection(Section):
     """The training images and their captions: one data set at path, or several in sets."""
 
     path: FilePath | None = None
-    """A folder of images with captions in metadata.jsonl, metadata.csv or .txt files of the same names; or a folder of
-    .parquet files, or a single .parquet file. In a recipe file a relative path starts from that file's folder; on the
-    command line it starts from the current folder. null if sets lists the data."""
+    """A folder of images with captions in metadata.jsonl, metadata.csv, or .txt, .caption or .json files of the same
+    names; or a folder of .parquet files, or a single .parquet file. In a recipe file a relative path starts from that
+    file's folder; on the command line it starts from the current folder. null if sets lists the data."""
     sets: tuple[SetSection, ...] = Field(default=(), strict=False)
     """Several data sets in place of path, such as [{path: ./dog, repeats: 10}, {path: ./dogs, kind: regularization}].
     The settings below hold for all sets that do not set their own."""
@@ -136,10 +168,32 @@ class DataSection(Section):
     add variety but take that many times the encoding time and disk space."""
     flip: bool = False
     """Also train on horizontally mirrored images. Leave it off if left and right matter, as in text."""
+    caption_lines: bool = False
+    """Read each line of a .txt or .caption file as a caption of its own; false reads a file as one caption, line breaks
+    included."""
     # pydantic validates the text as UTF-8 only if a length is given; shell arguments may hold lone surrogates.
     caption_prefix: str = Field(default="", min_length=0)
-    """Text put before every caption, separated by a space, such as a trigger word. With a prefix, images need no
+    """Text put before every caption, separated by a space, such as `a photo of`. With a prefix, images need no
     caption of their own."""
+    caption_suffix: str = Field(default="", min_length=0)
+    """Text put after every caption, separated by a space unless it starts with a comma or another mark, such as
+    `, film grain`."""
+    trigger_word: str = Field(default="", min_length=0)
+    """The word that stands for what is learned. It replaces [trigger] in captions, and is put in front of captions that
+    do not contain it. With a trigger word, images need no caption of their own. Sets of the kind regularization do not
+    inherit it."""
+    shuffle_tags: bool = False
+    """Shuffle the tags of captions that are lists of tags, such as `dog, park, sunny`. Leave it off for sentences."""
+    keep_tags: int = Field(default=0, ge=0, le=1000)
+    """The number of first tags of a caption that stay in place and are never dropped."""
+    tag_separator: str = Field(default=", ", min_length=1)
+    """The text between two tags. Captions are split at it without the spaces around it."""
+    tag_dropout: float = Field(default=0.0, ge=0, le=1)
+    """The share of tags, from 0 to 1, that are left out of a caption. Kept tags and tags with the trigger word stay."""
+    caption_variants: int | None = Field(default=None, ge=1, le=1000)
+    """The number of texts that each image is trained with: its captions in turn, each with tags in another order. Each
+    text is encoded and cached before training, at 4 MB for FLUX.1-dev. null uses as many as the image has captions, and
+    at least 8 with shuffle_tags or tag_dropout."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
     """The share of samples, from 0 to 1, that are trained with an empty caption. A value such as 0.1 also
     trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
@@ -171,6 +225,8 @@ class DataSection(Section):
         inherited = {
             name: getattr(self, name) for name, value in values.items() if value is None and name != "weight"
         }
+        if given.kind == "regularization" and given.trigger_word is None:
+            inherited["trigger_word"] = ""  # its images show other things
         return DataSet(setting, **(values | inherited))
 
     @model_validator(mode="after")
@@ -208,6 +264,22 @@ class DataSection(Section):
             self._check_crops(field, resolved.crop, resolved.random_crops)
         return self
 
+    @model_validator(mode="after")
+    def _tag_settings_have_tags(self) -> Self:
+        sets = self.resolved_sets
+        self._check_tags("", self, any(given.varies_tags for given in sets))
+        for index, (given, resolved) in enumerate(zip(self.sets, sets, strict=False)):
+            self._check_tags(f"sets.{index}.", given, resolved.varies_tags)
+        return self
+
+    @staticmethod
+    def _check_tags(section: str, given: "DataSection | SetSection", varies: bool) -> None:
+        if given.keep_tags and not varies:
+            raise conflict(
+                f"{section}keep_tags",
+                f"got {given.keep_tags}, expected 0 because shuffle_tags is false and tag_dropout is 0",
+            )
+
     @staticmethod
     def _check_crops(section: str, crop: Crop, random_crops: int) -> None:
         if random_crops > 1 and crop == "center":
@@ -230,5 +302,20 @@ def set_uses(sets: Sequence[DataSet], counts: Sequence[int]) -> list[int]:
 
 def common_prefix(data: DataSection) -> str:
     """Returns the prefix of all sets of the kind train; empty if they have none, or different ones."""
-    prefixes = {given.caption_prefix.strip() for given in data.resolved_sets if given.kind == "train"}
+    prefixes = {
+        given.caption_prefix.strip().replace(PLACEHOLDER, given.trigger_word.strip() or PLACEHOLDER)
+        for given in data.resolved_sets
+        if given.kind == "train"
+    }
     return prefixes.pop() if len(prefixes) == 1 else ""
+
+
+def common_trigger(data: DataSection) -> str:
+    """Returns the trigger word of all sets of the kind train; empty if they have none, or different ones."""
+    words = {given.trigger_word.strip() for given in data.resolved_sets if given.kind == "train"}
+    return words.pop() if len(words) == 1 else ""
+
+
+def instance_prompt(data: DataSection) -> str:
+    """Returns the text that calls what was trained: the trigger word, or else the common prefix."""
+    return common_trigger(data) or common_prefix(data)

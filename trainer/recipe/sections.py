@@ -72,6 +72,10 @@ Targets = Annotated[
 ]
 
 
+MOST_TEXT_TOKENS = 512
+"""The most tokens for T5 that the stock pipelines accept."""
+
+
 class ModelSection(Section):
     """The pretrained model that the adapters are trained on."""
 
@@ -95,7 +99,7 @@ class ModelSection(Section):
     """Another source for T5, the large text encoder; null takes it from path. Accepts a Hub repository (owner/name or
     owner/name@revision) or a folder; a text_encoder_2/ (FLUX) or text_encoder_3/ (SD3) folder inside it is used if
     there is one. Use it to load a T5 that is already quantized. The tokenizer still comes from path."""
-    max_sequence_length: int | None = Field(default=None, ge=1, le=512)
+    max_sequence_length: int | None = Field(default=None, ge=1, le=MOST_TEXT_TOKENS)
     """The number of T5 tokens that each caption is padded or cut to; null uses the model's own length: 256 for
     FLUX.1-schnell and SD3, 512 for other FLUX models. A smaller value makes steps faster if all captions are short."""
     text_encoder_quant: Literal["auto", "none", "int8", "nf4"] = "auto"

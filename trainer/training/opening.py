@@ -11,7 +11,7 @@ from halfbyte.trainer.data.read_sets import SetSummary
 from halfbyte.trainer.denoiser.attention import AttentionChoice
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.runtime.sizes import memory_size
+from halfbyte.trainer.runtime.sizes import file_size, memory_size
 from halfbyte.trainer.runtime.world import World
 
 
@@ -31,6 +31,8 @@ class Opening:
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
     attention: AttentionChoice
     held_out: int  # validation images
+    texts: int  # different captions and prompts that were encoded
+    text_bytes: int  # of their encodings in the cache
 
 
 def opening_lines(opening: Opening) -> list[tuple[str, str]]:
@@ -59,6 +61,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f" {trained.total_layers} linear layers: {trained.parameters:,} parameters in fp32",
         ),
         *_data(opening.data),
+        ("captions", _captions(opening)),
         ("validation", _validation_plan(recipe, opening.held_out)),
         ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
         ("blocks", _blocks(recipe, opening.quant)),
@@ -108,7 +111,20 @@ def _sizes(one: SetSummary) -> str:
     for resolution, sizes in one.sizes.items():
         prefix = f"{resolution} px: " if len(one.sizes) > 1 else ""
         by_resolution.append(prefix + ", ".join(f"{w}x{h}" for w, h in sizes))
-    return f"sizes {'; '.join(by_resolution)}; cropping removes {one.cropped:.0%}, {one.enlarged} enlarged"
+    text = f"sizes {'; '.join(by_resolution)}; cropping removes {one.cropped:.0%}, {one.enlarged} enlarged"
+    return f"{text}; left out: {one.left_out}" if one.left_out else text
+
+
+def _captions(opening: Opening) -> str:
+    """Describes how many captions are cached, and how those of each set vary."""
+    text = f"{opening.texts} different ones with prompts, {file_size(opening.text_bytes)} in the cache"
+    sets = [one.settings for one in opening.data]
+    for number, given in enumerate(sets, start=1):
+        if given.varies_tags:
+            where = f" in data {number}" if len(sets) > 1 else ""
+            shuffled = "shuffled" if given.shuffle_tags else "in place"
+            text += f"; tags{where} {shuffled}, {given.keep_tags} kept, {given.tag_dropout:.0%} dropped"
+    return text
 
 
 def _passes(sets: Sequence[SetSummary]) -> str:

@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as PictureFeature
 from PIL import Image
 
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, load_pixels, read_samples, sample_bytes
 from halfbyte.trainer.errors import DataError
 
@@ -36,12 +37,12 @@ def rows(folder: Path, *named: tuple[str, str]) -> None:
 
 def complaint(path: Path, prefix: str = "") -> list[str]:
     with pytest.raises(DataError) as caught:
-        read_samples(path, prefix)
+        read_samples(path, CaptionStyle(prefix))
     return str(caught.value).splitlines()
 
 
 def captions(path: Path, prefix: str = "") -> dict[str, str]:
-    return {sample.path.name: sample.caption for sample in read_samples(path, prefix)}
+    return {sample.path.name: sample.caption for sample in read_samples(path, CaptionStyle(prefix))}
 
 
 class TestForms:
@@ -62,7 +63,9 @@ class TestForms:
         file = picture(tmp_path / "a.png", size=(24, 16))
         rows(tmp_path, ("a.png", "  a red box  "))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        assert read_samples(tmp_path) == [Sample(0, file, "a red box", 24, 16, digest)]
+        assert read_samples(tmp_path) == [
+            Sample(0, file, "a red box", 24, 16, digest, captions=("a red box",))
+        ]
 
     def test_jsonl_with_byte_order_mark_blank_lines_and_line_separators(self, tmp_path: Path) -> None:
         picture(tmp_path / "a.png")
@@ -132,9 +135,9 @@ class TestForms:
         file.write_bytes(file.read_bytes()[:-30])
         seen: list[tuple[int, int]] = []
         with pytest.raises(DataError, match=r"a\.png: .*truncated"):
-            read_samples(tmp_path, "x", progress=lambda done, total: seen.append((done, total)))
+            read_samples(tmp_path, CaptionStyle("x"), progress=lambda done, total: seen.append((done, total)))
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        samples = read_samples(tmp_path, "x", is_decoded=lambda sha256: sha256 == digest)
+        samples = read_samples(tmp_path, CaptionStyle("x"), is_decoded=lambda sha256: sha256 == digest)
         assert [(sample.width, sample.height) for sample in samples] == [(24, 16)]
         assert seen == [(1, 1)]
 
@@ -158,7 +161,9 @@ class TestParquet:
         for sample, color in zip(reversed(samples), reversed(colors), strict=True):
             pixels = load_pixels(sample, (0, 0, 20, 10), (4, 2), False)
             assert torch.allclose(pixels[0], torch.tensor(color[0] / 127.5 - 1))
-        assert read_samples(tmp_path / "train-00000-of-00001.parquet", "p")[0].caption == "p row 0"
+        assert (
+            read_samples(tmp_path / "train-00000-of-00001.parquet", CaptionStyle("p"))[0].caption == "p row 0"
+        )
 
     def test_paths_stay_inside_the_folder(self, tmp_path: Path) -> None:
         root = tmp_path / "data"
@@ -369,7 +374,7 @@ class TestBadFolders:
 
     def test_an_image_that_changes_later(self, tmp_path: Path) -> None:
         file = picture(tmp_path / "a.png")
-        (sample,) = read_samples(tmp_path, "x")
+        (sample,) = read_samples(tmp_path, CaptionStyle("x"))
         picture(file, "blue")
         with pytest.raises(DataError, match=r"a\.png: .*start again"):
             sample_bytes(sample)

@@ -1,9 +1,9 @@
-"""Reads captions from metadata.jsonl, metadata.csv and .txt files, and reports every mistake in them."""
+"""Reads captions from the rows of tables and from text and JSON files, and reports every mistake in them."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,9 @@ CAPTION_BYTES = 10**6
 """Longer captions are refused; the text encoders read at most a few thousand bytes."""
 _METADATA_BYTES = 2 * 10**9
 _LINE_CHARACTERS = 8 * CAPTION_BYTES  # of JSON, which may escape each character
+
+MOST_CAPTIONS = 1000
+"""The most captions of one image."""
 
 _MAX_LINES = 50
 
@@ -45,7 +48,7 @@ class CaptionRow:
 
     where: str  # file:line
     file_name: str  # relative to the metadata file's folder
-    text: str  # the caption
+    texts: tuple[str, ...]  # the captions; empty if the row has none
 
 
 def read_metadata(path: Path, problems: Problems) -> list[CaptionRow]:
@@ -58,14 +61,17 @@ def read_metadata(path: Path, problems: Problems) -> list[CaptionRow]:
                 where, f"file_name: got {shown(name)}, expected an image's path relative to this file"
             )
             continue
-        caption = caption_of(where, row, problems)
-        if caption is not None:
-            found.append(CaptionRow(where, name.strip(), caption))
+        texts = captions_of(where, row, problems)
+        if texts is not None:
+            found.append(CaptionRow(where, name.strip(), texts))
     return found
 
 
-def caption_of(where: object, row: dict[str, object], problems: Problems) -> str | None:
-    """Returns the caption in a row's columns: "" if the column is empty or null, None after adding a problem."""
+def captions_of(where: object, row: Mapping[str, object], problems: Problems) -> tuple[str, ...] | None:
+    """Returns the captions in a row's columns, one or a list; none if the column is empty or null.
+
+    Returns None after adding a problem.
+    """
     given = {column: row[column] for column in CAPTION_COLUMNS if column in row}
     if not given:
         columns = ", ".join(shown(column) for column in list(row)[:20]) or "none"
@@ -76,19 +82,38 @@ def caption_of(where: object, row: dict[str, object], problems: Problems) -> str
         return None
     value = next(iter(given.values()))
     if value is None:
-        return ""
+        return ()
+    if not isinstance(value, list):
+        text = _usable(where, "the caption", value, problems)
+        return None if text is None else (text,) if text else ()
+    if len(value) > MOST_CAPTIONS:
+        problems.add(
+            where,
+            f"has {len(value):,} captions, expected at most {MOST_CAPTIONS:,} for an image; remove some",
+        )
+        return None
+    texts = [
+        _usable(where, f"caption {number} of {len(value)}", item, problems)
+        for number, item in enumerate(value, start=1)
+    ]
+    if "" in texts:
+        problems.add(where, f"caption {texts.index('') + 1} of {len(value)} is empty; remove it")
+    found = tuple(text for text in texts if text)
+    return found if len(found) == len(value) else None
+
+
+def _usable(where: object, what: str, value: object, problems: Problems) -> str | None:
+    """Returns a caption without the spaces around it, or None after adding a problem."""
     if not isinstance(value, str):
-        problems.add(where, f"the caption is {shown(value)}, expected a string")
+        problems.add(where, f"{what} is {shown(value)}, expected a string")
         return None
     data = value.encode(errors="replace")
     if len(data) > CAPTION_BYTES:
-        problems.add(
-            where, f"the caption has {len(data):,} bytes, expected at most {CAPTION_BYTES:,}; shorten it"
-        )
+        problems.add(where, f"{what} has {len(data):,} bytes, expected at most {CAPTION_BYTES:,}; shorten it")
         return None
     if not value.isascii() and data.decode() != value:
         problems.add(
-            where, f"the caption {shown(value)} contains half of a character (a lone surrogate); retype it"
+            where, f"{what} {shown(value)} contains half of a character (a lone surrogate); retype it"
         )
         return None
     return value.strip()
@@ -97,12 +122,16 @@ def caption_of(where: object, row: dict[str, object], problems: Problems) -> str
 def read_text(path: Path, problems: Problems) -> str | None:
     """Reads a caption file in UTF-8, without its byte-order mark. Returns None after adding a problem."""
     try:
-        return read_regular(path, CAPTION_BYTES).decode("utf-8-sig")
+        text = read_regular(path, CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         problems.add(f"{path}:{line}", _not_utf8(error))
     except OSError as error:
         problems.add(path, f"cannot be read: {error.strerror}")
+    else:
+        if "\0" not in text:
+            return text
+        problems.add(path, "contains NUL characters, as UTF-16 does; save it as UTF-8")
     return None
 
 

@@ -3,7 +3,7 @@
 Three forms are supported:
 - images with metadata.jsonl or metadata.csv (columns file_name and text or caption), one such file per folder; folders
   may be nested
-- images with a .txt file of the same name next to each
+- images with a .txt, .caption or .json file of the same name next to each, see `sidecars`
 - parquet files with the columns image and text or caption, as `datasets` writes them
 """
 
@@ -29,14 +29,11 @@ from halfbyte.trainer.data.pictures.decode import (
     pixels,
     upright_size,
 )
-from halfbyte.trainer.data.sources.captions import (
-    METADATA_NAMES,
-    Problems,
-    caption_of,
-    read_metadata,
-    read_text,
-)
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
+from halfbyte.trainer.data.sources.captions import METADATA_NAMES, Problems, captions_of, read_metadata
+from halfbyte.trainer.data.sources.left_out import LeftOut, foreign_folder, pictures_in, without_foreign
 from halfbyte.trainer.data.sources.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
+from halfbyte.trainer.data.sources.sidecars import SIDECAR_SUFFIXES, OwnCaptions, add_sidecar_captions
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.wording import printable, shown
@@ -52,6 +49,9 @@ MASK_MARK = ".mask"
 _HINTS = 10  # similar file names are suggested only for this many missing images, because the search is slow
 
 
+_PLAIN = CaptionStyle()
+
+
 @dataclass(frozen=True)
 class Mask:
     """The mask of an image: which parts of it are learned."""
@@ -62,27 +62,28 @@ class Mask:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its caption. Latents and text embeddings are matched only through this object."""
+    """One image and its captions. Latents and text embeddings are matched only through this object."""
 
     index: int  # in the sorted order of the paths
     path: Path
-    caption: str
+    caption: str  # the first with the settings of its data set, tags in place; what validation uses
     width: int  # pixels, of the upright image
     height: int
     sha256: str  # of the image file's bytes
     row: int | None = None  # in the parquet file at `path`; None: `path` is the image itself
     misnamed_profile: bool = False  # its color profile says sRGB but is not, see `color`
     data_set: int = 0  # the place of its data set in the recipe
+    captions: tuple[str, ...] = ()  # of the source, without the settings; empty: it has none
     mask: Mask | None = None
 
 
 @dataclass(frozen=True)
 class _Found:
-    """An image and its caption, before the image is opened."""
+    """An image and its captions, before the image is opened."""
 
     path: Path
     row: int | None
-    caption: str
+    captions: tuple[str, ...]
 
     @property
     def where(self) -> str:
@@ -91,12 +92,13 @@ class _Found:
 
 def read_samples(
     path: Path | str,
-    caption_prefix: str = "",
+    style: CaptionStyle = _PLAIN,
     *,
     data_set: int = 0,
     without: Path | None = None,
     is_decoded: Callable[[str], bool] = lambda sha256: False,
     progress: OnProgress | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Sample]:
     """Reads the samples at `path`, sorted by path.
 
@@ -104,10 +106,11 @@ def read_samples(
     are refused.
 
     Args:
-        caption_prefix: put before every caption, followed by a space. With a prefix, images need no caption.
+        style: applied to every caption. If it adds text, images need no caption.
         data_set: the number that the samples get, see `Sample`.
         without: a folder inside `path` that is left out, because it holds masks.
         is_decoded: returns True for the SHA-256 of an image that has been decoded before and need not be again.
+        left_out: gets the images that are not for training, such as masks.
 
     Raises:
         DataError: with one line per problem.
@@ -116,10 +119,11 @@ def read_samples(
     if ".." in root.parts:
         root = root.resolve()  # captions are looked up by normalized path
     problems = Problems()
-    found = _find(root, caption_prefix.strip(), without, problems)
+    style.check(problems)
+    found = _find(root, style, without, problems, LeftOut() if left_out is None else left_out)
     samples: list[Sample] = []
     for number, item in enumerate(found):
-        sample = _open(item, len(samples), data_set, is_decoded, problems)
+        sample = _open(item, style, len(samples), data_set, is_decoded, problems)
         if sample is not None:
             samples.append(sample)
         if progress is not None:
@@ -173,20 +177,26 @@ def _bytes(path: Path, row: int | None) -> bytes:
     return read_regular(path, PICTURE_BYTES) if row is None else picture_bytes(path, row)
 
 
-def _find(root: Path, prefix: str, without: Path | None, problems: Problems) -> list[_Found]:
+def _find(
+    root: Path, style: CaptionStyle, without: Path | None, problems: Problems, left_out: LeftOut
+) -> list[_Found]:
     if root.is_file() and root.suffix == ".parquet":
-        return _parquet_items(root.parent, [root], prefix, problems)
+        return _parquet_items(root.parent, [root], style, problems)
     if not root.is_dir():
         problems.add(root, "no such folder" if not root.exists() else "not a folder or a .parquet file")
         return []
-    files = [file for file in _files(root, problems) if without is None or not file.is_relative_to(without)]
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES and not _is_mask(file)]
+    files = [
+        file
+        for file in _files(root, problems, left_out)
+        if without is None or not file.is_relative_to(without)
+    ]
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     tables = [file for file in files if file.suffix == ".parquet"]
     if tables and pictures:
         problems.add(root, f"contains both images and parquet files ({tables[0].name}); keep one kind")
         return []
     if tables:
-        return _parquet_items(root, tables, prefix, problems)
+        return _parquet_items(root, tables, style, problems)
     if not pictures:
         arrow = any(file.suffix == ".arrow" for file in files)
         hint = (
@@ -195,20 +205,26 @@ def _find(root: Path, prefix: str, without: Path | None, problems: Problems) -> 
             else ""
         )
         problems.add(root, f"no images; accepted: {', '.join(PICTURE_SUFFIXES)}, or .parquet files{hint}")
-    return _picture_items(root, files, pictures, prefix, problems)
+    return _picture_items(root, files, pictures, style, problems, left_out)
 
 
-def _files(root: Path, problems: Problems) -> list[Path]:
-    """Returns all files below root except hidden ones, sorted."""
+def _files(root: Path, problems: Problems, left_out: LeftOut) -> list[Path]:
+    """Returns all files below root except hidden ones and those of other programs, sorted."""
     found: list[Path] = []
 
     def unreadable(error: OSError) -> None:
         problems.add(error.filename, f"cannot be read: {error.strerror}")
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(subfolders):
+            if (reason := foreign_folder(name)) is not None:
+                for picture in pictures_in(Path(folder) / name, PICTURE_SUFFIXES):
+                    left_out.add(picture, reason)
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and foreign_folder(name) is None
+        )
         for name in subfolders:
-            if name.lower().endswith((*PICTURE_SUFFIXES, ".txt")) or name in METADATA_NAMES:
+            if name.lower().endswith((*PICTURE_SUFFIXES, ".txt", ".caption")) or name in METADATA_NAMES:
                 problems.add(Path(folder) / name, "is a folder, but its name is that of a file; rename it")
             if (Path(folder) / name).is_symlink():
                 problems.add(
@@ -228,10 +244,6 @@ def _files(root: Path, problems: Problems) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _is_mask(file: Path) -> bool:
-    return file.stem.lower().endswith(MASK_MARK)
-
-
 def is_inside(root: Path, file: Path) -> bool:
     """Returns True if a file is below a folder once all symbolic links are followed."""
     # realpath, because Path.resolve raises RuntimeError for a loop of links.
@@ -239,34 +251,54 @@ def is_inside(root: Path, file: Path) -> bool:
 
 
 def _picture_items(
-    root: Path, files: list[Path], pictures: list[Path], prefix: str, problems: Problems
+    root: Path,
+    files: list[Path],
+    pictures: list[Path],
+    style: CaptionStyle,
+    problems: Problems,
+    left_out: LeftOut,
 ) -> list[_Found]:
     captions = _metadata_captions(root, files, pictures, problems)
-    captions = _text_captions(files, pictures, captions, problems)
-    items: list[_Found] = []
-    for picture in pictures:
-        caption = captions.get(picture)
-        if caption is None and not prefix:
+    with_caption = {file.with_suffix("") for file in files if file.suffix.lower() in SIDECAR_SUFFIXES}
+    trained = without_foreign(pictures, with_caption | set(captions), left_out)
+    if pictures and not trained:
+        problems.add(root, f"all images are left out: {left_out.describe(root)}")
+    captions = add_sidecar_captions(files, trained, captions, problems, lines=style.lines)
+    found = []
+    bare = []
+    for picture in trained:
+        own = captions.get(picture)
+        if own is None and not style.gives_text:
             problems.add(
                 picture,
                 f"has no caption; add {picture.with_suffix('.txt').name} next to it or a row in"
                 f" {' or '.join(METADATA_NAMES)}, or set data.caption_prefix",
             )
-        elif not caption and not prefix:
+        elif own is not None and not own.texts and not style.gives_text:
             problems.add(picture, "has an empty caption; write one, or set data.caption_prefix")
-        items.append(_Found(picture, None, _joined(prefix, caption)))
-    return items
-
-
-def _joined(prefix: str, caption: str | None) -> str:
-    return " ".join(part for part in (prefix, caption) if part)
+        texts = () if own is None else own.texts
+        if own is not None:
+            for text in texts:
+                style.check_own(own.where, text, problems)
+        if not texts:
+            bare.append(picture)
+        found.append(_Found(picture, None, texts))
+    if 0 < len(bare) < len(found):
+        log.warning(
+            "%d of %d images have no caption of their own and are trained with %s only, the first is %s",
+            len(bare),
+            len(found),
+            shown(style.finished("")),
+            printable(bare[0]),
+        )
+    return found
 
 
 def _metadata_captions(
     root: Path, files: list[Path], pictures: list[Path], problems: Problems
-) -> dict[Path, str]:
+) -> dict[Path, OwnCaptions]:
     known = set(pictures)
-    captions: dict[Path, str] = {}
+    captions: dict[Path, OwnCaptions] = {}
     first_row: dict[Path, str] = {}
     for file in (file for file in files if file.name in METADATA_NAMES):
         other = file.with_name(METADATA_NAMES[0])
@@ -286,7 +318,7 @@ def _metadata_captions(
                 )
             else:
                 first_row[picture] = row.where
-                captions[picture] = row.text
+                captions[picture] = OwnCaptions(row.where, row.texts, file.name)
     return captions
 
 
@@ -302,52 +334,25 @@ def _missing(root: Path, folder: Path, name: str, picture: Path, candidates: lis
     return f"names a missing image, {shown(name)}{hint}"
 
 
-def _text_captions(
-    files: list[Path], pictures: list[Path], captions: dict[Path, str], problems: Problems
-) -> dict[Path, str]:
-    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-    used: set[Path] = set()
-    merged = dict(captions)
-    for picture in pictures:
-        file = texts.get(picture.with_suffix(""))
-        if file is None:
-            continue
-        used.add(file)
-        text = read_text(file, problems)
-        if text is None:
-            merged[picture] = "?"  # avoids a second problem, about a missing caption
-        elif picture in captions and captions[picture] != text.strip():
-            problems.add(
-                picture, f"has different captions in {file.name} and in a metadata file; keep one of them"
-            )
-        else:
-            merged[picture] = text.strip()
-    unused = [file for file in texts.values() if file not in used]
-    if unused and used:
-        log.warning(
-            "%d .txt files belong to no image and are ignored, the first is %s",
-            len(unused),
-            printable(unused[0]),
-        )
-    return merged
-
-
-def _parquet_items(root: Path, tables: list[Path], prefix: str, problems: Problems) -> list[_Found]:
-    items = [item for table in tables for item in _table_items(root, table, prefix, problems)]
+def _parquet_items(root: Path, tables: list[Path], style: CaptionStyle, problems: Problems) -> list[_Found]:
+    items = [item for table in tables for item in _table_items(root, table, style, problems)]
     if not items and not problems.lines:
         problems.add(root, "the parquet files contain no rows")
     return items
 
 
-def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> Iterator[_Found]:
+def _table_items(root: Path, table: Path, style: CaptionStyle, problems: Problems) -> Iterator[_Found]:
     for number, row in read_rows(table, problems):
         where = f"{table} row {number}"
-        caption = caption_of(where, row, problems)
-        if caption == "" and not prefix:
+        texts = captions_of(where, row, problems)
+        if texts == () and not style.gives_text:
             problems.add(where, "has an empty caption; write one, or set data.caption_prefix")
+        texts = texts or ()
+        for text in texts:
+            style.check_own(where, text, problems)
         image = row[IMAGE_COLUMN]
         if embedded_bytes(image) is not None:
-            yield _Found(table, number, _joined(prefix, caption))
+            yield _Found(table, number, texts)
             continue
         name = image.get("path") if isinstance(image, dict) else None
         picture = table.parent / name if isinstance(name, str) and "\0" not in name else None
@@ -360,11 +365,16 @@ def _table_items(root: Path, table: Path, prefix: str, problems: Problems) -> It
         elif not os.path.isfile(picture):
             problems.add(where, f"names a missing image, {shown(name)}")
         else:
-            yield _Found(picture, None, _joined(prefix, caption))
+            yield _Found(picture, None, texts)
 
 
 def _open(
-    item: _Found, index: int, data_set: int, is_decoded: Callable[[str], bool], problems: Problems
+    item: _Found,
+    style: CaptionStyle,
+    index: int,
+    data_set: int,
+    is_decoded: Callable[[str], bool],
+    problems: Problems,
 ) -> Sample | None:
     try:
         data = _bytes(item.path, item.row)
@@ -378,7 +388,10 @@ def _open(
     except DECODE_ERRORS as error:
         problems.add(item.where, _undecodable(data, error))
         return None
-    return Sample(index, item.path, item.caption, width, height, sha256, item.row, misnamed, data_set)
+    caption = style.finished(item.captions[0] if item.captions else "")
+    return Sample(
+        index, item.path, caption, width, height, sha256, item.row, misnamed, data_set, item.captions
+    )
 
 
 def _undecodable(data: bytes, error: Exception) -> str:

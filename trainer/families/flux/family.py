@@ -35,6 +35,9 @@ class Flux(Family):
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     t5_component = "text_encoder_2"
     clip_class = CLIPTextModel
+    clip_advice = (
+        "The rest reaches the model through T5 only; CLIP adds a summary, so start with what matters most"
+    )
     denoiser_fields = {  # noqa: RUF012 - a class constant
         "num_single_layers": COUNT,
         "guidance_embeds": FLAG,

@@ -36,6 +36,7 @@ class SD3(Family):
     )
     t5_component = "text_encoder_3"
     clip_class = CLIPTextModelWithProjection
+    clip_advice = "The rest reaches the model through T5 only, so start with what matters most"
     denoiser_fields = {  # noqa: RUF012 - a class constant
         "pos_embed_max_size": OPTIONAL_COUNT,
         "dual_attention_layers": OPTIONAL_NUMBERS,

@@ -1,0 +1,95 @@
+"""Recognizes images that are not for training: masks, thumbnails, deleted files and other trainers' caches."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from halfbyte.trainer.wording import printable
+
+# Folders that operating systems, network drives and other trainers write.
+_BINS = ("$recycle.bin", "#recycle", "@recycle", "recycler")
+_THUMBNAILS = ("@eadir", "__macosx")
+_CACHES = ("_latent_cache", "_t_e_cache", "_clip_vision_cache")
+_SYSTEM = ("system volume information", "lost+found")
+
+# Names of images that belong to another image. The first group is used for nothing else.
+_NAMES = (
+    (re.compile(r"(\.mask|-masklabel)$", re.IGNORECASE), "masks"),
+    (re.compile(r"-condlabel$", re.IGNORECASE), "control images"),
+    (re.compile(r"\.ref\d+$", re.IGNORECASE), "reference images"),
+)
+_MASK_NAME = re.compile(r"[-_]mask$", re.IGNORECASE)
+_FOLDERS = {"mask": "masks", "masks": "masks", "control": "control images", "controls": "control images"}
+
+
+class LeftOut:
+    """Collects the images below a folder that are not trained on, with the reason for each."""
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        self.reasons: dict[Path, str] = {}
+
+    def add(self, picture: Path, reason: str) -> None:
+        """Adds an image; `reason` is a plural noun."""
+        self.reasons[picture] = reason
+
+    def describe(self, root: Path) -> str:
+        """Returns the number of images for each reason with the first of them; empty if there are none."""
+        groups: dict[str, list[Path]] = {}
+        for picture, reason in self.reasons.items():
+            groups.setdefault(reason, []).append(picture)
+        return ", ".join(
+            f"{reason}: {len(pictures)} ({printable(os.path.relpath(pictures[0], root))}"
+            f"{', ...' if len(pictures) > 1 else ''})"
+            for reason, pictures in groups.items()
+        )
+
+
+def foreign_folder(name: str) -> str | None:
+    """Returns what is in a folder of an operating system or another trainer; None for other folders."""
+    name = name.lower()
+    if name in _BINS or name.startswith(".trash"):
+        return "deleted files"
+    if name in _THUMBNAILS:
+        return "thumbnails"
+    if name in _SYSTEM:
+        return "system files"
+    return "caches" if name in _CACHES else None
+
+
+def pictures_in(folder: Path, suffixes: Sequence[str]) -> Iterable[Path]:
+    """Yields the images in a folder that is left out. What cannot be read does not matter."""
+    for inner, _, names in os.walk(folder):
+        yield from (Path(inner) / name for name in sorted(names) if name.lower().endswith(tuple(suffixes)))
+
+
+def without_foreign(pictures: Sequence[Path], has_caption: set[Path], left_out: LeftOut) -> list[Path]:
+    """Returns the images to train on; adds the others to `left_out`.
+
+    Args:
+        has_caption: images, without their suffix, that have a caption file. A mask has none.
+    """
+    stems = {picture.with_suffix("") for picture in pictures}
+    trained = []
+    for picture in pictures:
+        reason = _reason(picture, stems, has_caption)
+        if reason is None:
+            trained.append(picture)
+        else:
+            left_out.add(picture, reason)
+    return trained
+
+
+def _reason(picture: Path, stems: set[Path], has_caption: set[Path]) -> str | None:
+    for pattern, reason in _NAMES:
+        if pattern.search(picture.stem):
+            return reason
+    if picture.with_suffix("") in has_caption or picture in has_caption:
+        return None
+    folder = picture.parent
+    if _MASK_NAME.search(picture.stem) and folder / _MASK_NAME.sub("", picture.stem) in stems:
+        return "masks"
+    if folder.name.lower() in _FOLDERS and folder.parent / picture.stem in stems:
+        return _FOLDERS[folder.name.lower()]
+    return None
