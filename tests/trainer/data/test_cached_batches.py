@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from halfbyte.trainer.data.batches import Batch, PlannedBatches, TrainingSet, collate
 from halfbyte.trainer.data.cache.encodings import encode_missing
+from halfbyte.trainer.data.caption_variants import variants
+from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
 from halfbyte.trainer.data.views.order import OrderedSet, SampleOrder
@@ -80,6 +82,36 @@ class TestBatches:
         assert dropped(caption_dropout=0.5, seed=1) != half
         assert not any(dropped(caption_dropout=0.0))
         assert all(dropped(caption_dropout=1.0))
+
+    def test_caption_variants_do_not_depend_on_the_number_of_processes(
+        self, pictures: Path, tmp_path: Path
+    ) -> None:
+        for file in pictures.glob("*.txt"):
+            file.write_text("1, 2, 3, 4\n5, 6, 7, 8")
+        samples = read_samples(pictures, CaptionStyle(lines=True))
+        groups = views_of(samples, [Cropping(32, 16)], seed=0)
+        views = [view for group in groups for view in group]
+        (given,) = DataSection(path=Path("pictures"), shuffle_tags=True, caption_dropout=0.1).resolved_sets
+        texts = [text for sample in samples for text in variants(sample, given, 3)]
+        caches = encode_missing(tmp_path / "cache", CountingEncoders(), views, texts)
+        data = TrainingSet(*caches, [given], seed=3)
+        order = SampleOrder([OrderedSet(groups, len(groups))], seed=3, global_batch=2)
+
+        def captions(processes: int, start: int = 0) -> dict[int, list[float]]:
+            size = 2 // processes
+            return {
+                sample.position: sample.prompt_embeds.flatten().tolist()
+                for rank in range(processes)
+                for entries in PlannedBatches(order, batch_size=size, rank=rank, start=start, stop=20)
+                for sample in map(data.__getitem__, entries)
+            }
+
+        alone = captions(1)
+        assert len(set(map(tuple, alone.values()))) > 10
+        assert captions(2) == alone
+        rest = captions(2, start=7)
+        assert rest == {position: alone[position] for position in rest}
+        assert len(rest) == 26
 
     def test_lightning_moves_a_batch(self, groups: list[tuple[View, ...]], tmp_path: Path) -> None:
         batch = next(iter(self.loaded(groups, tmp_path / "cache")))

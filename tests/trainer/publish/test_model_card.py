@@ -177,6 +177,14 @@ def test_hostile_text_adds_no_tag(text):
     assert {name for _, *attrs in tags for name, _ in attrs} <= {"href", "src", "alt", "class"}
 
 
+def test_the_trigger_word_is_the_instance_prompt():
+    text = model_card(facts(data={"trigger_word": "sks", "caption_prefix": "a photo of [trigger],"}))
+    assert ModelCard(text).data.to_dict()["instance_prompt"] == "sks"
+    assert "Trigger word, which all training captions contain: sks\n" in text
+    assert "start with: a photo of sks," in text
+    assert "trigger word" not in model_card(facts(data={"caption_prefix": "sks"})).lower()
+
+
 def test_the_metadata_has_what_the_hub_lists_models_by():
     data = ModelCard(model_card(facts(data={"caption_prefix": "sks dog, "}))).data.to_dict()
     assert data == {

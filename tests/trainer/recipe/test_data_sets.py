@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.trainer.recipe.data_section import DataSection, common_prefix, set_uses
+from halfbyte.trainer.recipe.data_section import (
+    DataSection,
+    common_prefix,
+    common_trigger,
+    instance_prompt,
+    set_uses,
+)
 from halfbyte.trainer.recipe.load import load_recipe, load_written
 from halfbyte.trainer.recipe.recipe import differences
 
@@ -127,3 +133,38 @@ def test_a_prefix_is_common_if_all_trained_sets_have_it() -> None:
     regularization = {"kind": "regularization"}
     assert common_prefix(of({"caption_prefix": "sks "}, regularization)) == "sks"
     assert common_prefix(of({"caption_prefix": "sks"}, {"caption_prefix": "other"}, regularization)) == ""
+
+
+def test_the_trigger_word_calls_what_was_trained() -> None:
+    regularization = {"kind": "regularization"}
+    data = of({"trigger_word": " sks ", "caption_prefix": "a photo of [trigger],"}, regularization)
+    assert (common_trigger(data), common_prefix(data)) == ("sks", "a photo of sks,")
+    assert instance_prompt(data) == "sks"
+    assert instance_prompt(of({"caption_prefix": "a photo of"}, regularization)) == "a photo of"
+    assert instance_prompt(of({"trigger_word": "sks"}, {"trigger_word": "zwx"})) == ""
+
+
+def test_a_set_of_regularization_images_does_not_inherit_the_trigger_word(write: Write) -> None:
+    text = RECIPE.replace("  caption_prefix: photo of\n", "  trigger_word: sks\n")
+    first, second = load_recipe(write(text)).data.resolved_sets
+    assert (first.trigger_word, second.trigger_word) == ("sks", "")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.keep_tags=1", "data.caption_variants=0", "data.tag_dropout=1.5", "data.tag_separator=''"],
+)
+def test_a_tag_setting_that_cannot_work_is_refused(write: Write, override: str) -> None:
+    (problem,) = problems(write(RECIPE), override)
+    assert problem.startswith(f"command line: {override}: ")
+
+
+def test_kept_tags_of_a_set_without_tags_are_refused(write: Write) -> None:
+    (problem,) = problems(write(RECIPE.replace("repeats: 10", "keep_tags: 2")))
+    assert problem.startswith("recipe.yaml:7: data.sets[0].keep_tags: got 2, expected 0")
+
+
+def test_keep_tags_of_the_section_is_for_the_sets_with_tags(write: Write) -> None:
+    text = RECIPE.replace("flip: true", "shuffle_tags: true")
+    first, second = load_recipe(write(text), ["data.keep_tags=2"]).data.resolved_sets
+    assert (first.varies_tags, second.varies_tags, second.keep_tags) == (False, True, 2)

@@ -7,7 +7,6 @@ Three forms are supported:
 - parquet files with the columns image and text or caption, as `datasets` writes them
 """
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +29,10 @@ from halfbyte.trainer.data.pictures.decode import (
     upright_size,
 )
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.captions import METADATA_NAMES, Problems, captions_of, read_metadata
-from halfbyte.trainer.data.sources.left_out import LeftOut, foreign_folder, pictures_in, without_foreign
+from halfbyte.trainer.data.sources.captions import METADATA_NAMES, Problems, captions_of
+from halfbyte.trainer.data.sources.left_out import LeftOut, foreign_folder, pictures_in
 from halfbyte.trainer.data.sources.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
-from halfbyte.trainer.data.sources.sidecars import SIDECAR_SUFFIXES, OwnCaptions, add_sidecar_captions
+from halfbyte.trainer.data.sources.picture_captions import picture_captions
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.wording import printable, shown
@@ -45,9 +44,6 @@ _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", "
 
 MASK_MARK = ".mask"
 """dog.mask.png is the mask of dog.jpg and no image to train on."""
-
-_HINTS = 10  # similar file names are suggested only for this many missing images, because the search is slow
-
 
 _PLAIN = CaptionStyle()
 
@@ -205,7 +201,8 @@ def _find(
             else ""
         )
         problems.add(root, f"no images; accepted: {', '.join(PICTURE_SUFFIXES)}, or .parquet files{hint}")
-    return _picture_items(root, files, pictures, style, problems, left_out)
+    captions = picture_captions(root, files, pictures, style, problems, left_out)
+    return [_Found(picture, None, texts) for picture, texts in captions.items()]
 
 
 def _files(root: Path, problems: Problems, left_out: LeftOut) -> list[Path]:
@@ -250,90 +247,6 @@ def is_inside(root: Path, file: Path) -> bool:
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
 
 
-def _picture_items(
-    root: Path,
-    files: list[Path],
-    pictures: list[Path],
-    style: CaptionStyle,
-    problems: Problems,
-    left_out: LeftOut,
-) -> list[_Found]:
-    captions = _metadata_captions(root, files, pictures, problems)
-    with_caption = {file.with_suffix("") for file in files if file.suffix.lower() in SIDECAR_SUFFIXES}
-    trained = without_foreign(pictures, with_caption | set(captions), left_out)
-    if pictures and not trained:
-        problems.add(root, f"all images are left out: {left_out.describe(root)}")
-    captions = add_sidecar_captions(files, trained, captions, problems, lines=style.lines)
-    found = []
-    bare = []
-    for picture in trained:
-        own = captions.get(picture)
-        if own is None and not style.gives_text:
-            problems.add(
-                picture,
-                f"has no caption; add {picture.with_suffix('.txt').name} next to it or a row in"
-                f" {' or '.join(METADATA_NAMES)}, or set data.caption_prefix",
-            )
-        elif own is not None and not own.texts and not style.gives_text:
-            problems.add(picture, "has an empty caption; write one, or set data.caption_prefix")
-        texts = () if own is None else own.texts
-        if own is not None:
-            for text in texts:
-                style.check_own(own.where, text, problems)
-        if not texts:
-            bare.append(picture)
-        found.append(_Found(picture, None, texts))
-    if 0 < len(bare) < len(found):
-        log.warning(
-            "%d of %d images have no caption of their own and are trained with %s only, the first is %s",
-            len(bare),
-            len(found),
-            shown(style.finished("")),
-            printable(bare[0]),
-        )
-    return found
-
-
-def _metadata_captions(
-    root: Path, files: list[Path], pictures: list[Path], problems: Problems
-) -> dict[Path, OwnCaptions]:
-    known = set(pictures)
-    captions: dict[Path, OwnCaptions] = {}
-    first_row: dict[Path, str] = {}
-    for file in (file for file in files if file.name in METADATA_NAMES):
-        other = file.with_name(METADATA_NAMES[0])
-        if file.name != other.name and other in files:
-            problems.add(file, f"{other.name} is in the same folder; keep only one of them")
-            continue
-        for row in read_metadata(file, problems):
-            picture = Path(os.path.normpath(file.parent / row.file_name))
-            if picture not in known:
-                # Finding similar names is slow, so only the first few missing images get a suggestion.
-                candidates = pictures if len(problems.lines) < _HINTS else []
-                problems.add(row.where, _missing(root, file.parent, row.file_name, picture, candidates))
-            elif picture in first_row:
-                problems.add(
-                    row.where,
-                    f"{shown(row.file_name)} already has a row at {first_row[picture]}; keep one of them",
-                )
-            else:
-                first_row[picture] = row.where
-                captions[picture] = OwnCaptions(row.where, row.texts, file.name)
-    return captions
-
-
-def _missing(root: Path, folder: Path, name: str, picture: Path, candidates: list[Path]) -> str:
-    if not picture.is_relative_to(root):
-        return f"names {shown(name)}, which is outside {root}; move the image inside"
-    if os.path.lexists(picture):  # Path.exists raises OSError for a name that is too long
-        return f"names {shown(name)}, which is not an image; accepted: {', '.join(PICTURE_SUFFIXES)}"
-    names = [os.path.relpath(other, folder) for other in candidates]
-    folded = {other.casefold(): other for other in names}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1)
-    hint = f"; did you mean {shown(folded[close[0]])}?" if close else ""
-    return f"names a missing image, {shown(name)}{hint}"
-
-
 def _parquet_items(root: Path, tables: list[Path], style: CaptionStyle, problems: Problems) -> list[_Found]:
     items = [item for table in tables for item in _table_items(root, table, style, problems)]
     if not items and not problems.lines:
@@ -346,7 +259,7 @@ def _table_items(root: Path, table: Path, style: CaptionStyle, problems: Problem
         where = f"{table} row {number}"
         texts = captions_of(where, row, problems)
         if texts == () and not style.gives_text:
-            problems.add(where, "has an empty caption; write one, or set data.caption_prefix")
+            problems.add(where, f"has an empty caption; write one, or set {style.setting}.caption_prefix")
         texts = texts or ()
         for text in texts:
             style.check_own(where, text, problems)
