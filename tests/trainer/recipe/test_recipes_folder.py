@@ -51,9 +51,10 @@ def test_every_recipe_names_its_schema_for_editors(path: Path) -> None:
     assert path.read_text().splitlines()[0] == "# yaml-language-server: $schema=recipe.schema.json"
 
 
+TAGS = {"shuffle_tags", "keep_tags", "tag_separator", "tag_dropout", "caption_variants"}
 HIDDEN = {
     "model": {"max_sequence_length"},
-    "data": {"sets", "image_sizes", "masked_loss"},
+    "data": {"sets", "image_sizes", "masked_loss", "caption_lines", "caption_suffix", *TAGS},
     "objective": {"preserve"},
 }
 

@@ -73,4 +73,6 @@ def contains_word(text: str, word: str) -> bool:
 
 
 def _no_trigger_word(setting: str) -> str:
-    return f"contains {PLACEHOLDER}, but {setting}.trigger_word is not set; set it, or write the word in the caption"
+    return (
+        f"contains [trigger], but {setting}.trigger_word is not set; set it, or write the word in the caption"
+    )
