@@ -55,7 +55,7 @@ def test_the_report_counts_captions_and_what_is_left_out(whole):
     assert "left out: masks: 1 (picture0.mask.png)" in data
     # Every text is in the cache: up to 6 of 5 images, the caption of the one held out, the empty one.
     cached = list((whole.parent / "cache" / "texts").rglob("*.safetensors"))
-    assert f" {len(cached)} different ones" in captions
+    assert f" {len(cached)} different texts" in captions
     assert 20 < len(cached) <= 32
     assert "tags shuffled, 1 kept, 20% dropped" in captions
 

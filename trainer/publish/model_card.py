@@ -78,7 +78,7 @@ def _introduction(facts: CardFacts) -> str:
     )
     text += _other_sources(facts.provenance)
     if word := common_trigger(facts.recipe.data):
-        text += f"\nTrigger word, which all training captions contain: {escaped(word)}\n"
+        text += f"\nTrigger word: {escaped(word)}\n"
     if prompt := common_prefix(facts.recipe.data):
         text += f"\nAll training captions start with: {escaped(prompt)}\n"
     return text

@@ -117,7 +117,7 @@ def _sizes(one: SetSummary) -> str:
 
 def _captions(opening: Opening) -> str:
     """Describes how many captions are cached, and how those of each set vary."""
-    text = f"{opening.texts} different ones with prompts, {file_size(opening.text_bytes)} in the cache"
+    text = f"{opening.texts} different texts with prompts, {file_size(opening.text_bytes)} in the cache"
     sets = [one.settings for one in opening.data]
     for number, given in enumerate(sets, start=1):
         if given.varies_tags:

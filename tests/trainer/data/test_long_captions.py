@@ -103,4 +103,4 @@ def test_a_run_warns_before_it_encodes(
     assert "T5 reads 24 tokens; 1 of 6 captions have more" in message
     assert str(tmp_path / "pictures" / "picture1.png") in message
     (line,) = [line for line in console.export_text().splitlines() if line.startswith("captions ")]
-    assert "7 different ones" in line  # with the empty caption
+    assert "7 different texts" in line  # with the empty caption

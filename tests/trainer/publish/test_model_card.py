@@ -180,7 +180,7 @@ def test_hostile_text_adds_no_tag(text):
 def test_the_trigger_word_is_the_instance_prompt():
     text = model_card(facts(data={"trigger_word": "sks", "caption_prefix": "a photo of [trigger],"}))
     assert ModelCard(text).data.to_dict()["instance_prompt"] == "sks"
-    assert "Trigger word, which all training captions contain: sks\n" in text
+    assert "Trigger word: sks\n" in text
     assert "start with: a photo of sks," in text
     assert "trigger word" not in model_card(facts(data={"caption_prefix": "sks"})).lower()
 
