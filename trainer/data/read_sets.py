@@ -103,7 +103,12 @@ def read_set(
         progress=progress,
         left_out=left_out,
     )
-    return with_masks(samples, settings, is_known=is_checked)
+    masked = with_masks(samples, settings, is_known=is_checked)
+    if left_out is not None:
+        for sample in masked:
+            if sample.mask is not None and sample.mask.path is not None:
+                left_out.reasons.pop(sample.mask.path, None)  # it is used
+    return masked
 
 
 def split_data(

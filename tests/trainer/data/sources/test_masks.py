@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from halfbyte.trainer.data.cache.masks import MaskCache
-from halfbyte.trainer.data.read_sets import read_data
+from halfbyte.trainer.data.read_sets import ReadData, read_data
 from halfbyte.trainer.data.record import recorded, require_same, write_record
 from halfbyte.trainer.data.sources.folder import Sample
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
@@ -29,12 +29,16 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def masked(folder: Path, masked_loss: str) -> list[Sample]:
+    return read_in(folder, masked_loss).samples
+
+
+def read_in(folder: Path, masked_loss: str) -> ReadData:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "model: {family: flux, path: owner/name}\n"
         f"data: {{path: ./pictures, resolution: 32, masked_loss: {masked_loss}}}\noutput: {{dir: out}}\n"
     )
-    return read_data(load_recipe(recipe), is_decoded=lambda _: False).samples
+    return read_data(load_recipe(recipe), is_decoded=lambda _: False)
 
 
 def write_masks(pictures: Path, folder: Path, mark: str) -> None:
@@ -58,6 +62,16 @@ def test_masks_are_found_and_never_trained(pictures: Path, folder: str, mark: st
     samples = masked(pictures.parent, setting)
     assert [sample.path.name for sample in samples] == ["a.png", "b.png", "c.png", "d.png"]
     assert [sample.mask.path.name for sample in samples] == [f"{name}{mark}.png" for name in "abcd"]
+
+
+def test_a_mask_that_is_used_is_not_left_out(pictures: Path) -> None:
+    write_masks(pictures, pictures, ".mask")
+    (pictures / "other.mask.png").write_bytes((pictures / "a.mask.png").read_bytes())
+    left_out = [
+        {picture.name for picture in read_in(pictures.parent, setting).sets[0].left_out.reasons}
+        for setting in ("{source: none}", "{source: files}")
+    ]
+    assert left_out == [{f"{name}.mask.png" for name in ("a", "b", "c", "d", "other")}, {"other.mask.png"}]
 
 
 def test_mask_files_are_not_trained_without_masks_either(pictures: Path) -> None:

@@ -76,7 +76,8 @@ def step(model, **settings):
 
 def functions(model):
     """Returns the names of all autograd nodes that led to the model's output."""
-    seen, waiting, names = set(), [model(**inputs())[0].grad_fn], []
+    output = model(**inputs())[0]  # torch 2.11 frees the graph with it
+    seen, waiting, names = set(), [output.grad_fn], []
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
