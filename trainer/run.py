@@ -15,6 +15,7 @@ from halfbyte.trainer.adapters.lora import load_adapter_state
 from halfbyte.trainer.data.prepare import Prepared, prepare
 from halfbyte.trainer.data.record import write_record
 from halfbyte.trainer.data.size_limits import refuse_large
+from halfbyte.trainer.data.sources.left_out import DAMAGED
 from halfbyte.trainer.denoiser.attention import AttentionChoice, AttentionShape, choose_attention
 from halfbyte.trainer.denoiser.load import Loaded, check_exact, load_denoiser, start_layers
 from halfbyte.trainer.denoiser.settings import DTYPES
@@ -312,6 +313,7 @@ def _export(training: Training, loaded: Loaded, finished: Finished) -> None:
         metrics=folder.root / METRICS,
         validation=learned.validation,
         pictures=learned.pictures,
+        skipped=[name for read in training.prepared.data.sets for name in read.left_out.of(DAMAGED)],
     )
     write_summary(closing, folder.root / "summary.json")
     write_lines(console, closing_lines(closing))

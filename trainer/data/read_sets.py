@@ -68,6 +68,7 @@ def read_data(
             is_checked=is_checked,
             progress=progress,
             left_out=left_out[number],
+            skip_bad=recipe.data.on_bad_image == "skip",
         )
         for number, given in enumerate(recipe.data.resolved_sets)
     ]
@@ -92,6 +93,7 @@ def read_set(
     is_checked: Callable[[Sample], bool],
     progress: LazyProgress | None = None,
     left_out: LeftOut | None = None,
+    skip_bad: bool = False,
 ) -> list[Sample]:
     """Reads the samples of a data set with their masks. Arguments and errors are those of `read_data`."""
     samples = read_samples(
@@ -102,6 +104,7 @@ def read_set(
         is_decoded=is_decoded,
         progress=progress,
         left_out=left_out,
+        skip_bad=skip_bad,
     )
     masked = with_masks(samples, settings, is_known=is_checked)
     if left_out is not None:

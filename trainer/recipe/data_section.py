@@ -199,6 +199,9 @@ class DataSection(Section):
     trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
     masked_loss: MaskedLoss = MaskedLoss()
     """Masks that say which parts of the images are learned, such as {source: alpha}."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What to do with images that cannot be read or decoded: stop with an error that names them all, or train without
+    them. The start and the end of a run list those that were skipped."""
     cache_dir: FilePath | None = None
     """The folder that keeps latents, text embeddings and the quantized base between runs; null uses
     ~/.cache/halfbyte. Runs may share it."""

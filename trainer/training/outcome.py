@@ -16,6 +16,7 @@ from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 from halfbyte.trainer.sample.image_distance import PictureChange, picture_change
 from halfbyte.trainer.sample.sampler import Drawn, PictureSampler
 from halfbyte.trainer.training.metrics import VALIDATION, Measurement, read_validation
+from halfbyte.trainer.wording import printable
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ValidationChange:
 
 # Training images decoded for the sheet at most; even with the most prompts it has room for fewer.
 _TRAINING_PICTURES = 48
+_SKIPPED_SHOWN = 10
 _LONGER_SIDE = 512  # pixels; decoded images are reduced to it, to save host memory
 
 
@@ -133,6 +135,7 @@ class Closing:
     metrics: Path
     validation: ValidationChange | None
     pictures: PictureChange | None  # change of the distance to sample.references
+    skipped: Sequence[str]  # damaged images that were not trained on
 
 
 def closing_lines(closing: Closing) -> list[tuple[str, str]]:
@@ -151,6 +154,15 @@ def closing_lines(closing: Closing) -> list[tuple[str, str]]:
             for one in closing.validation.by_sigma
         )
         lines.append(("validation", f"{validation_result(closing.validation)}; by sigma {levels}"))
+    if closing.skipped:
+        first = ", ".join(printable(name) for name in closing.skipped[:_SKIPPED_SHOWN])
+        more = len(closing.skipped) - _SKIPPED_SHOWN
+        lines.append(
+            (
+                "skipped",
+                f"{len(closing.skipped)} damaged images: {first}{f' and {more} more' if more > 0 else ''}",
+            )
+        )
     lines.append(("adapter", str(closing.adapter)))
     if closing.base is not None:
         lines.append(("base", str(closing.base)))

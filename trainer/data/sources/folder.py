@@ -30,7 +30,7 @@ from halfbyte.trainer.data.pictures.decode import (
 )
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.captions import METADATA_NAMES, Problems, captions_of
-from halfbyte.trainer.data.sources.left_out import LeftOut, foreign_folder, pictures_in
+from halfbyte.trainer.data.sources.left_out import DAMAGED, LeftOut, foreign_folder, pictures_in
 from halfbyte.trainer.data.sources.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
 from halfbyte.trainer.data.sources.picture_captions import picture_captions
 from halfbyte.trainer.errors import DataError
@@ -95,6 +95,7 @@ def read_samples(
     is_decoded: Callable[[str], bool] = lambda sha256: False,
     progress: OnProgress | None = None,
     left_out: LeftOut | None = None,
+    skip_bad: bool = False,
 ) -> list[Sample]:
     """Reads the samples at `path`, sorted by path.
 
@@ -107,25 +108,39 @@ def read_samples(
         without: a folder inside `path` that is left out, because it holds masks.
         is_decoded: returns True for the SHA-256 of an image that has been decoded before and need not be again.
         left_out: gets the images that are not for training, such as masks.
+        skip_bad: leave images out that cannot be read or decoded, with a warning that lists them.
 
     Raises:
-        DataError: with one line per problem.
+        DataError: with one line per problem, or if no image is left.
     """
     root = Path(path)
     if ".." in root.parts:
         root = root.resolve()  # captions are looked up by normalized path
     problems = Problems()
     style.check(problems)
-    found = _find(root, style, without, problems, LeftOut() if left_out is None else left_out)
+    left_out = LeftOut() if left_out is None else left_out
+    found = _find(root, style, without, problems, left_out)
     samples: list[Sample] = []
+    bad = Problems() if skip_bad else problems
     for number, item in enumerate(found):
-        sample = _open(item, style, len(samples), data_set, is_decoded, problems)
+        sample = _open(item, style, len(samples), data_set, is_decoded, bad)
         if sample is not None:
             samples.append(sample)
+        elif skip_bad:
+            left_out.add(item.where, DAMAGED)
         if progress is not None:
             progress(number + 1, len(found))
     if problems.lines:
         raise DataError(str(problems))
+    if found and not samples:
+        raise DataError(f"{printable(root)}: none of its {len(found)} images can be used:\n{bad}")
+    if bad.lines:
+        log.warning(
+            "%d of %d images are skipped (data.on_bad_image: skip):\n  %s",
+            len(found) - len(samples),
+            len(found),
+            str(bad).replace("\n", "\n  "),
+        )
     return samples
 
 

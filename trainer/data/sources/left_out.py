@@ -23,20 +23,28 @@ _MASK_NAME = re.compile(r"[-_]mask$", re.IGNORECASE)
 _FOLDERS = {"mask": "masks", "masks": "masks", "control": "control images", "controls": "control images"}
 
 
+DAMAGED = "damaged images"
+"""The reason for images that data.on_bad_image: skip leaves out."""
+
+
 class LeftOut:
     """Collects the images below a folder that are not trained on, with the reason for each."""
 
     def __init__(self) -> None:
         """Starts with none."""
-        self.reasons: dict[Path, str] = {}
+        self.reasons: dict[Path | str, str] = {}
 
-    def add(self, picture: Path, reason: str) -> None:
-        """Adds an image; `reason` is a plural noun."""
+    def add(self, picture: Path | str, reason: str) -> None:
+        """Adds an image, or a row of a table with its number; `reason` is a plural noun."""
         self.reasons[picture] = reason
+
+    def of(self, reason: str) -> list[str]:
+        """Returns the images that were left out for one reason."""
+        return [str(picture) for picture, own in self.reasons.items() if own == reason]
 
     def describe(self, root: Path) -> str:
         """Returns the number of images for each reason with the first of them; empty if there are none."""
-        groups: dict[str, list[Path]] = {}
+        groups: dict[str, list[Path | str]] = {}
         for picture, reason in self.reasons.items():
             groups.setdefault(reason, []).append(picture)
         return ", ".join(
