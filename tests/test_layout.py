@@ -17,7 +17,7 @@ from slow_tests import SLOW
 DIRECTIONS = (
     ("trainer.__main__",),
     ("trainer.cli",),
-    ("trainer.run",),
+    ("trainer.run", "trainer.data_report"),
     ("trainer.quantize", "trainer.plan"),
     ("trainer.training", "trainer.publish"),
     ("trainer.sample", "trainer.export"),

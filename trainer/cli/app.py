@@ -8,6 +8,7 @@ import typer
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.cli.cache_folder import bases, clear, holdings
 from halfbyte.trainer.cli.console import DebugOption, reported_errors, slow_imports
+from halfbyte.trainer.cli.data import data_command
 from halfbyte.trainer.cli.export import export_command, push_command
 from halfbyte.trainer.cli.quantize import quant_report_command, quantize_command
 from halfbyte.trainer.cli.sample import sample_command
@@ -88,6 +89,7 @@ app.command("train")(train_command)
 app.command("export")(export_command)
 app.command("push")(push_command)
 app.command("plan")(plan_command)
+app.command("data")(data_command)
 app.command("schema")(schema_command)
 app.command("cache")(cache_command)
 app.command("quant-report")(quant_report_command)

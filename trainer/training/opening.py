@@ -60,7 +60,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
             f"{_adapter_kind(recipe)} rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {trained.layers} of"
             f" {trained.total_layers} linear layers: {trained.parameters:,} parameters in fp32",
         ),
-        *_data(opening.data),
+        *data_rows(opening.data),
         ("captions", _captions(opening)),
         ("validation", _validation_plan(recipe, opening.held_out)),
         ("attention", f"{opening.attention.backend}: {opening.attention.reason}"),
@@ -82,7 +82,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
     ]
 
 
-def _data(sets: Sequence[SetSummary]) -> list[tuple[str, str]]:
+def data_rows(sets: Sequence[SetSummary]) -> list[tuple[str, str]]:
     """Returns a row for each data set."""
     if len(sets) == 1:
         return [("data", f"{_images(sets[0])}, {_sizes(sets[0])}")]

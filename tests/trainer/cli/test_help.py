@@ -9,7 +9,18 @@ from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app
 
-COMMANDS = ["train", "export", "push", "plan", "schema", "cache", "quant-report", "sample", "quantize"]
+COMMANDS = [
+    "train",
+    "export",
+    "push",
+    "plan",
+    "data",
+    "schema",
+    "cache",
+    "quant-report",
+    "sample",
+    "quantize",
+]
 
 
 def help_text(*arguments):

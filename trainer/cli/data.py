@@ -1,0 +1,51 @@
+"""The command `halfbyte data`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.quant.files.atomic import write_file
+from halfbyte.trainer.cli.console import DebugOption, library_imports, reported_errors, slow_imports
+from halfbyte.trainer.errors import RecipeError
+
+
+def data_command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, e.g. recipes/flux_lora.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to override, e.g. data.path=./pictures.")
+    ] = None,
+    page: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("data.html"),
+    most: Annotated[int, typer.Option(min=0, help="The number of images on the page.")] = 500,
+    debug: DebugOption = False,
+) -> None:
+    """Check a recipe's images, captions and masks, and show them as the model will see them.
+
+    Needs no GPU and no weights. Writes one HTML page with crops, masks, captions and copies.
+
+    Exit codes: 0 done, 2 recipe or model error, or the page cannot be written, 3 data error, 4 Hub error,
+    128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
+    """
+    with reported_errors(debug=debug) as command:
+        with slow_imports():
+            from halfbyte.trainer.recipe.load import load_document
+
+        settings, command.document = load_document(recipe, overrides or [])
+        if page.suffix.lower() not in (".html", ".htm"):
+            raise RecipeError(f"--page: got {page}, expected a file that ends in .html")
+        if not page.absolute().parent.is_dir():
+            raise RecipeError(f"--page: got {page}, but there is no folder {page.absolute().parent}")
+        with library_imports():
+            from rich.console import Console
+
+            from halfbyte.trainer.data_report.check import check_data
+            from halfbyte.trainer.data_report.page import data_page, report_lines
+            from halfbyte.trainer.runtime.progress import write_lines
+        console = Console()
+        report = check_data(settings, console, most=most)
+        write_lines(console, report_lines(report))
+        try:
+            write_file(page, data_page(report, recipe.name))
+        except OSError as error:
+            raise RecipeError(f"{page}: cannot write the page: {error.strerror}") from error
+        console.print(f"page  {page}", highlight=False, soft_wrap=True)
