@@ -19,9 +19,10 @@ def data_command(
     most: Annotated[int, typer.Option(min=0, help="The number of images on the page.")] = 500,
     debug: DebugOption = False,
 ) -> None:
-    """Check a recipe's images, captions and masks, and show them as the model will see them.
+    """Check a recipe's images and captions, and show them on a page.
 
-    Needs no GPU and no weights. Writes one HTML page with crops, masks, captions and copies.
+    Needs no GPU and no weights. The page is one HTML file with each image as the model will see it: its crop, its mask,
+    its texts with the end that T5 cuts, and equal and similar images.
 
     Exit codes: 0 done, 2 recipe or model error, or the page cannot be written, 3 data error, 4 Hub error,
     128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
