@@ -22,9 +22,8 @@ _WORK = ".{}.halfbyte.tmp"
 _ASIDE = ".{}.halfbyte.old"
 _LEFTOVER = re.compile(r"\.(.+)\.halfbyte\.(?:tmp|old)")
 _PARTIAL = re.compile(r"\..{1,16}\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
-_ABANDONED = (
-    60.0  # seconds without a change after which an unfinished file without a lock belongs to a dead process
-)
+# Seconds without a change after which an unfinished file without a lock belongs to a dead process.
+_ABANDONED = 60.0
 
 _cleared: set[Path] = set()  # folders in which this process has removed abandoned files
 

@@ -65,7 +65,7 @@ def wrong_at(monkeypatch, *steps, value=math.nan, gradient=False):
     monkeypatch.setattr(DiffusionModule, "loss", wrong)
 
 
-def left_out(caplog):
+def skipped_steps(caplog):
     return [r.getMessage() for r in caplog.records if "the step is left out" in r.getMessage()]
 
 
@@ -84,12 +84,12 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_a_step_is_left_out(tmp_path, mini_flux, monkeypatch, caplog, kind):
+def test_a_step_is_skipped(tmp_path, mini_flux, monkeypatch, caplog, kind):
     recipe = write_recipe(tmp_path, mini_flux)
     whole = run_here(recipe, *SKIP, "ema.decay=0.9", f"output.dir={tmp_path / 'whole'}")
     wrong_at(monkeypatch, 3, value=math.inf if kind == "inf" else math.nan, gradient=kind == "gradient")
     run = run_here(recipe, *SKIP, "ema.decay=0.9")
-    (line,) = left_out(caplog)
+    (line,) = skipped_steps(caplog)
     assert line.startswith(f"step 3: the loss is {kind}") != (kind == "gradient")
     assert line.endswith("(1 in a row, 1 in this run)")
     rows, usual = read_metrics(run / "metrics.csv"), read_metrics(whole / "metrics.csv")
@@ -103,7 +103,7 @@ def test_a_step_is_left_out(tmp_path, mini_flux, monkeypatch, caplog, kind):
     assert rows[3].loss != usual[3].loss
     assert same(state(run, 3), state(run, 2))
     assert not same(state(run, 4), state(run, 3))
-    assert checkpoint.newest(run / "checkpoints").left_out == {"in_a_row": 0, "total": 1}
+    assert checkpoint.newest(run / "checkpoints").skipped_steps == {"in_a_row": 0, "total": 1}
 
 
 def test_too_many_steps_in_a_row_end_the_run(tmp_path, mini_flux, monkeypatch, caplog):
@@ -111,7 +111,7 @@ def test_too_many_steps_in_a_row_end_the_run(tmp_path, mini_flux, monkeypatch, c
     with pytest.raises(NonFiniteError, match=r"step 5: .* after 2 steps in a row") as stopped:
         run_here(write_recipe(tmp_path, mini_flux), *SKIP)
     assert stopped.value.exit_code == 8
-    assert len(left_out(caplog)) == 3
+    assert len(skipped_steps(caplog)) == 3
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").position.step == 4
 
 
@@ -120,12 +120,12 @@ def test_a_resumed_run_leaves_the_same_steps_out(tmp_path, mini_flux, monkeypatc
     constant = (*SKIP, "lr_schedule={name: constant}", "output.log_every=4")
     wrong_at(monkeypatch, 1, 3, 5)
     whole = run_here(recipe, *constant, f"output.dir={tmp_path / 'whole'}")
-    expected = left_out(caplog)
+    expected = skipped_steps(caplog)
     assert len(expected) == 3
     caplog.clear()
     for last in (1, 3, 6):  # each stop but the last is right after a step that was left out
         run = run_here(recipe, *constant, f"train.steps={last}", resume=last > 1)
-    assert left_out(caplog) == expected
+    assert skipped_steps(caplog) == expected
     assert results(run)[2] == results(whole)[2]
     assert same(state(run, 6), state(whole, 6))
     assert read_metrics(run / "metrics.csv")[-1].skipped_steps == 3
@@ -173,7 +173,7 @@ def test_recorded_steps_can_be_left_out(tmp_path, mini_flux, monkeypatch, caplog
     gpu = (*SKIP, "quant.compute_dtype=bfloat16", "train.attention=deterministic", "train.cuda_graphs=true")
     wrong_at(monkeypatch, 3)
     run = run_here(recipe, *gpu, world=read_world({}))
-    assert len(left_out(caplog)) == 1
+    assert len(skipped_steps(caplog)) == 1
     assert [math.isfinite(row.loss) for row in read_metrics(run / "metrics.csv")] == [
         True,
         True,

@@ -9,6 +9,7 @@ from PIL import Image
 from halfbyte.trainer.data.read_sets import read_data
 from halfbyte.trainer.data.sources.left_out import DAMAGED
 from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.plan.fit import open_planner
 from halfbyte.trainer.recipe.load import load_recipe
 
 from runs import results, run_here, write_recipe
@@ -89,3 +90,14 @@ def test_a_run_lists_them_at_the_end_and_trains_as_without_them(tmp_path, mini_f
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     assert '"skipped": [' in (tmp_path / "run" / "summary.json").read_text()
     assert "zebra.png" in (tmp_path / "run" / "summary.json").read_text()
+
+
+def test_a_plan_leaves_them_out_too(tmp_path, mini_flux):
+    recipe = write_recipe(tmp_path, mini_flux)
+    (tmp_path / "pictures" / "zebra.png").write_bytes(b"damaged")
+    (tmp_path / "pictures" / "zebra.txt").write_text("a zebra")
+    counts = [
+        open_planner(load_recipe(recipe, [f"data.on_bad_image={choice}"])).pictures.count
+        for choice in ("error", "skip")
+    ]
+    assert counts == [None, 6]

@@ -55,13 +55,19 @@ output: {{dir: {folder / name}, self_check: false}}
     return recipe
 
 
-def run_here(recipe: Path, *overrides: str, resume: bool = False, world: World | None = None) -> Path:
-    """Trains in this process; returns the run's folder."""
+def run_here(
+    recipe: Path,
+    *overrides: str,
+    resume: bool = False,
+    world: World | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Trains in this process; returns the run's folder. console: where the run reports, nowhere by default."""
     settings = load_recipe(recipe, overrides)
     assert run(
         settings,
         world or read_world({"ACCELERATE_USE_CPU": "true"}),
-        console=Console(quiet=True),
+        console=console or Console(quiet=True),
         resume=resume,
     )
     return settings.output.dir

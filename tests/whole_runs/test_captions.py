@@ -1,4 +1,4 @@
-"""Whole runs over several captions and shuffled tags: resumed to the bit, refused over others, reported, planned."""
+"""Whole runs over several captions and shuffled tags: reported, planned, resumed bitwise identically or refused."""
 
 import pytest
 from rich.console import Console
@@ -6,9 +6,6 @@ from typer.testing import CliRunner
 
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.errors import DataError, RecipeError
-from halfbyte.trainer.recipe.load import load_recipe
-from halfbyte.trainer.run import run
-from halfbyte.trainer.runtime.world import read_world
 
 from runs import results, run_here, write_recipe
 
@@ -41,9 +38,7 @@ def recipe_in(folder, model):
 def whole(tmp_path_factory, mini_flux):
     recipe = recipe_in(tmp_path_factory.mktemp("captions"), mini_flux)
     with (recipe.parent / "output.txt").open("w") as output:
-        console = Console(file=output, width=300)
-        settings = load_recipe(recipe, SETTINGS)
-        assert run(settings, read_world({"ACCELERATE_USE_CPU": "true"}), console=console, resume=False)
+        run_here(recipe, *SETTINGS, console=Console(file=output, width=300))
     return recipe
 
 
@@ -68,7 +63,7 @@ def test_the_plan_counts_the_same_captions(whole):
     assert f"{len(cached)} captions to encode" in " ".join(result.output.split())
 
 
-def test_it_resumes_to_the_bit(whole, tmp_path, mini_flux):
+def test_it_resumes_bitwise_identically(whole, tmp_path, mini_flux):
     recipe = recipe_in(tmp_path / "again", mini_flux)
     run_here(recipe, *SETTINGS, "train.steps=2")
     run_here(recipe, *SETTINGS, resume=True)

@@ -1,4 +1,4 @@
-"""A whole run with masked loss: it learns something else, resumes to the bit, and refuses other masks."""
+"""A whole run with masked loss: it learns something else, resumes bitwise identically, and refuses other masks."""
 
 import pytest
 from PIL import Image
@@ -31,7 +31,7 @@ def whole(tmp_path_factory, mini_flux):
     return recipe
 
 
-def test_it_resumes_to_the_bit(whole, tmp_path, mini_flux):
+def test_it_resumes_bitwise_identically(whole, tmp_path, mini_flux):
     recipe = recipe_in(tmp_path / "again", mini_flux)
     run_here(recipe, "train.steps=2")
     run_here(recipe, resume=True)

@@ -1,4 +1,4 @@
-"""A whole run with differential output preservation: resumed to the bit, and planned with its second prediction."""
+"""A whole run with differential output preservation: bitwise identical when resumed, planned with both predictions."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def whole(tmp_path_factory, mini_flux):
     return recipe
 
 
-def test_it_resumes_to_the_bit(whole, tmp_path, mini_flux):
+def test_it_resumes_bitwise_identically(whole, tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
     run_here(recipe, PRESERVE, "lora.dropout=0.1", "train.steps=2")
     run_here(recipe, PRESERVE, "lora.dropout=0.1", resume=True)

@@ -40,9 +40,7 @@ class Batch:
     prompt_embeds: Tensor  # (B, T, D)
     pooled_prompt_embeds: Tensor  # (B, P)
     loss_weight: Tensor | None = None  # (B,) fp32, factors of the samples' losses; None: 1 for all
-    pixel_weight: Tensor | None = (
-        None  # (B, 1, h, w) fp32 from 0 to 1, weights in the samples' losses; None: 1
-    )
+    pixel_weight: Tensor | None = None  # (B, 1, h, w) fp32 from 0 to 1, weights of latent cells; None: 1
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies the batch to a device, asynchronously if its memory is pinned. Lightning calls this."""

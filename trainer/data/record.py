@@ -49,7 +49,7 @@ def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> list[R
     """Returns the samples of the data at `root` for the record, in their order."""
     return [
         RecordedSample(
-            _name(sample, root),
+            name_in(root, sample),
             sample.sha256,
             _caption_digest(sample),
             held_out,
@@ -66,7 +66,8 @@ def _caption_digest(sample: Sample) -> str:
     return sha256_of(json.dumps(sample.captions) if several else sample.caption)[:32]
 
 
-def _name(sample: Sample, root: Path) -> str:
+def name_in(root: Path, sample: Sample) -> str:
+    """Returns a sample's file relative to the folder of the data; for parquet with the row's number."""
     name = os.path.relpath(sample.path, root) if sample.path != root else root.name
     return name if sample.row is None else f"{name} row {sample.row}"
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,8 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from halfbyte.quant.files.regular import read_regular
 from halfbyte.trainer.data.caption_variants import variants
-from halfbyte.trainer.data.pictures.decode import PICTURE_BYTES, decode
-from halfbyte.trainer.data.pictures.mask import decode_mask
+from halfbyte.trainer.data.pictures.decode import decode
 from halfbyte.trainer.data.read_sets import (
     ReadData,
     SetSummary,
@@ -23,17 +20,17 @@ from halfbyte.trainer.data.read_sets import (
     summaries,
     training_views,
 )
+from halfbyte.trainer.data.record import name_in
 from halfbyte.trainer.data.sources.folder import Sample, sample_bytes
-from halfbyte.trainer.data.views.buckets import View
-from halfbyte.trainer.data_report.duplicates import equal_images, fingerprint, near_images
+from halfbyte.trainer.data.sources.masks import load_mask
+from halfbyte.trainer.data.views.buckets import View, enlargement, is_enlarged, kept_share
+from halfbyte.trainer.data_report.duplicates import MOST_COMPARED, equal_images, fingerprint, near_images
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.token_limits import TokenLimit, token_limits
 from halfbyte.trainer.plan.fit import open_planner
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.progress import LazyProgress
-
-log = logging.getLogger(__name__)
 
 _THUMBNAIL = 224  # pixels, the longer side
 _SHADE = 0.75  # how much of the light a mask takes from parts that are not learned
@@ -96,7 +93,11 @@ def check_data(recipe: Recipe, console: Console, *, most: int) -> DataReport:
         limit = _limit(family, notes)
         texts = _texts(data, recipe)
         cut = dict(zip(texts, [""] * len(texts) if limit is None else limit.cut(texts), strict=True))
-    names = {view.sample: _name(view, data) for view in (*views, *held_out)}
+    roots = [given.path for given in recipe.data.resolved_sets]
+    names = {view.sample: name_in(roots[view.sample.data_set], view.sample) for view in views}
+    for view in held_out:
+        sample = view.sample
+        names[sample] = name_in(recipe.validation.path or roots[sample.data_set], sample)
     samples = list(names)
     digests = [sample.sha256 for sample in samples]
     equal = equal_images(digests)
@@ -114,6 +115,10 @@ def check_data(recipe: Recipe, console: Console, *, most: int) -> DataReport:
                 )
         drawing(number, len(every))
     drawing.close()
+    if len(samples) > MOST_COMPARED:
+        notes.append(
+            f"similar images were not looked for, because there are more than {MOST_COMPARED:,} images"
+        )
     near = near_images([codes[sample] for sample in samples], digests)
     return DataReport(
         summaries(data, ordered),
@@ -147,13 +152,6 @@ def _texts(data: ReadData, recipe: Recipe) -> list[str]:
     return list(dict.fromkeys([*every, *(sample.caption for sample in data.held_out)]))
 
 
-def _name(view: View, data: ReadData) -> str:
-    sample = view.sample
-    root = data.sets[sample.data_set].settings.path
-    name = str(sample.path.relative_to(root)) if sample.path.is_relative_to(root) else sample.path.name
-    return name if sample.row is None else f"{sample.path.name} row {sample.row}"
-
-
 def _shown(
     view: View,
     picture: Image.Image,
@@ -167,12 +165,9 @@ def _shown(
     sample, read = view.sample, data.sets[view.sample.data_set]
     texts = [sample.caption] if held_out else variants(sample, read.settings, recipe.train.seed)
     notes = []
-    factor = view.width / (view.box[2] - view.box[0])
-    if factor > 1:
-        notes.append(f"enlarged {factor:.2f} times")
-    left, top, right, bottom = view.box
-    kept = (right - left) * (bottom - top) / (sample.width * sample.height)
-    if kept < 1:
+    if is_enlarged(view):
+        notes.append(f"enlarged {enlargement(view):.2f} times")
+    if (kept := kept_share(view)) < 1:
         notes.append(f"{1 - kept:.0%} cropped")
     if view.flip:
         notes.append("mirrored")
@@ -194,9 +189,6 @@ def _shown(
 
 def _masked(view: View, picture: Image.Image) -> Image.Image:
     """Returns a picture that is darker where its mask is black."""
-    sample, mask = view.sample, view.sample.mask
-    assert mask is not None
-    data = sample_bytes(sample) if mask.path is None else read_regular(mask.path, PICTURE_BYTES)
-    whole = decode_mask(data, alpha=mask.path is None).resize((sample.width, sample.height))
+    whole = load_mask(view.sample).resize((view.sample.width, view.sample.height))
     light = whole.crop(view.box).point(lambda value: round(255 - _SHADE * (255 - value)))
     return Image.composite(picture, Image.new("RGB", picture.size), light)

@@ -34,11 +34,7 @@ details summary { cursor: pointer; }
 <h1>Data of {{ name }}</h1>
 <table>
 {% for label, text in rows %}<tr><th scope="row">{{ label }}</th><td>{{ text }}</td></tr>
-{% endfor %}<tr><th scope="row">validation</th><td>{{ report.held_out }} images held out</td></tr>
-<tr><th scope="row">captions</th><td>{{ report.texts }} different texts, {{ report.cut }} longer than T5 reads</td></tr>
-<tr><th scope="row">copies</th><td>{{ report.equal | length }} groups of equal images,
-{{ report.near | length }} pairs of similar images</td></tr>
-</table>
+{% endfor %}</table>
 {% if report.notes %}<h2>Notes</h2>
 <ul>{% for note in report.notes %}<li>{{ note }}</li>{% endfor %}</ul>
 {% endif %}{% if report.equal or report.near %}<h2>Equal and similar images</h2>
@@ -69,15 +65,20 @@ details summary { cursor: pointer; }
 def data_page(report: DataReport, name: str) -> str:
     """Returns the page as HTML; `name` is the recipe's. Every text is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(_TEMPLATE).render(
-        report=report, name=name, rows=data_rows(report.summaries)
-    )
+    return environment.from_string(_TEMPLATE).render(report=report, name=name, rows=_rows(report))
 
 
 def report_lines(report: DataReport) -> Sequence[tuple[str, str]]:
     """Returns a label and a text for each part of the report in a terminal."""
-    rows = [*data_rows(report.summaries), ("validation", f"{report.held_out} images held out")]
-    rows.append(("captions", f"{report.texts} different texts, {report.cut} longer than T5 reads"))
-    rows += [("equal", ", ".join(group)) for group in report.equal]
-    rows += [("similar", f"{one}, {other}") for one, other in report.near]
-    return [*rows, *(("note", note) for note in report.notes)]
+    equal = [("equal", ", ".join(group)) for group in report.equal]
+    similar = [("similar", f"{one}, {other}") for one, other in report.near]
+    return [*_rows(report), *equal, *similar, *(("note", note) for note in report.notes)]
+
+
+def _rows(report: DataReport) -> list[tuple[str, str]]:
+    return [
+        *data_rows(report.summaries),
+        ("validation", f"{report.held_out} images held out"),
+        ("captions", f"{report.texts} different texts, {report.cut} longer than T5 reads"),
+        ("copies", f"{len(report.equal)} groups of equal images, {len(report.near)} pairs of similar images"),
+    ]

@@ -28,9 +28,7 @@ class PlannedPictures:
     """The facts about the images that a plan needs."""
 
     count: int | None  # training images; None if unknown
-    epoch: (
-        int | None
-    )  # samples in an epoch, which counts images as often as they are repeated; None if unknown
+    epoch: int | None  # samples in an epoch, with repeats; None if unknown
     sizes: frozenset[Size]  # sizes of training images, in pixels
     held_out_sizes: frozenset[Size]  # sizes of validation images, in pixels
     notes: tuple[str, ...]
@@ -63,12 +61,19 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
     read, notes = [], []
     for number, given in enumerate(settings):
         setting = "data.path" if recipe.data.path is not None else f"{given.setting}.path"
-        samples, note = _read(setting, given.path, CaptionStyle.of(given), number, given.masked_loss.folder)
+        samples, note = _read(
+            setting,
+            given.path,
+            CaptionStyle.of(given),
+            data_set=number,
+            without=given.masked_loss.folder,
+            skip_bad=recipe.data.on_bad_image == "skip",
+        )
         read.append(samples)
         notes += note
     validation: list[Sample] | None = None
     if recipe.validation.path is not None:
-        validation, note = _read("validation.path", recipe.validation.path, first_style(recipe), 0)
+        validation, note = _read("validation.path", recipe.validation.path, first_style(recipe))
         notes += note
     known = [samples for samples in read if samples is not None]
     if len(known) < len(read):
@@ -91,13 +96,26 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
 
 
 def _read(
-    setting: str, path: Path, style: CaptionStyle, number: int, without: Path | None = None
+    setting: str,
+    path: Path,
+    style: CaptionStyle,
+    *,
+    data_set: int = 0,
+    without: Path | None = None,
+    skip_bad: bool = False,
 ) -> tuple[list[Sample] | None, list[str]]:
     """Returns the samples of a folder, or None with a note that says why it cannot be read."""
     if not path.exists():
         return None, [f"{setting}: {path} does not exist; planned at data.resolution"]
     try:
-        samples = read_samples(path, style, data_set=number, without=without, is_decoded=lambda _: True)
+        samples = read_samples(
+            path,
+            style,
+            data_set=data_set,
+            without=without,
+            is_decoded=lambda _: True,
+            skip_bad=skip_bad,
+        )
         return samples, []
     except DataError as error:
         return None, [f"{setting}: {str(error).splitlines()[0]}; planned at data.resolution"]

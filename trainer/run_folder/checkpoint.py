@@ -58,7 +58,7 @@ class Checkpoint:
     adapter: dict[str, Tensor]  # the trained weights
     optimizer: dict[str, Any]  # torch's Optimizer.state_dict(), but keyed by parameter names
     scaler: dict[str, Any]  # state of the gradient scaler; empty unless the run is in float16
-    left_out: dict[str, int] = field(default_factory=dict)  # counts of the steps that were left out
+    skipped_steps: dict[str, int] = field(default_factory=dict)  # counts of the steps that were left out
     average: dict[str, Tensor] | None = None  # the average of the weights that users see; None without one
 
 
@@ -83,14 +83,14 @@ def snapshot(
     write_adapter: Callable[[str], None],
     optimizer: Mapping[str, Any],
     scaler: Mapping[str, Any],
-    left_out: Mapping[str, int] | None = None,
+    skipped_steps: Mapping[str, int] | None = None,
     copied: Callable[[dict[str, Tensor]], dict[str, Tensor]] = on_host,
 ) -> Snapshot:
     """Returns the state at this moment.
 
     write_adapter: writes ADAPTER_FILE into the given folder; if that is an average, also the trained weights
     as TRAINED_FILE. It is called later, so it must write copies. optimizer, scaler: see `Checkpoint`.
-    left_out: counts of the steps that were left out; None if the run takes every step.
+    skipped_steps: counts of the steps that were left out; None if the run takes every step.
     copied: copies the optimizer's tensors to the host.
     """
     tensors, scalars = _flatten(optimizer["state"])
@@ -99,7 +99,7 @@ def snapshot(
         "optimizer_scalars": scalars,
         "param_groups": optimizer["param_groups"],
         "scaler": dict(scaler),
-        **({} if left_out is None else {"left_out": dict(left_out)}),
+        **({} if skipped_steps is None else {"left_out": dict(skipped_steps)}),
     }
     return Snapshot(position, write_adapter, copied(tensors), json.dumps(state, indent=1))
 
@@ -202,7 +202,7 @@ def _read(folder: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"--resume: {folder}: cannot be read: {error}") from error
     optimizer = {"state": entries, "param_groups": state.param_groups}
-    return Checkpoint(folder, state.position, adapter, optimizer, state.scaler, state.left_out, average)
+    return Checkpoint(folder, state.position, adapter, optimizer, state.scaler, state.skipped_steps, average)
 
 
 def _lora(file: Path) -> dict[str, Tensor]:

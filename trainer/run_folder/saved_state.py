@@ -33,7 +33,7 @@ class SavedState:
     optimizer_scalars: Mapping[str, Mapping[str, Any]]  # parameter -> field -> number
     param_groups: list[dict[str, Any]]
     scaler: dict[str, Any]
-    left_out: dict[str, int]  # counts of the steps that were left out; empty if the run takes every step
+    skipped_steps: dict[str, int]  # counts of the steps that were left out; empty if the run takes every step
 
 
 def read_state(folder: Path) -> SavedState:
@@ -73,8 +73,8 @@ def _checked(facts: Any, step: int) -> SavedState:
     _require("scaler", scaler, dict)
     counts = facts.get("left_out", {})
     _require("left_out", counts, dict)
-    left_out = {name: _count(f"left_out: {name}", value) for name, value in counts.items()}
-    return SavedState(position, scalars, groups, scaler, left_out)
+    skipped_steps = {name: _count(f"left_out: {name}", value) for name, value in counts.items()}
+    return SavedState(position, scalars, groups, scaler, skipped_steps)
 
 
 def _count(name: str, value: Any) -> int:

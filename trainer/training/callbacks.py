@@ -19,9 +19,9 @@ from halfbyte.trainer.errors import NonFiniteError
 from halfbyte.trainer.runtime.progress import Progress
 from halfbyte.trainer.runtime.signals import SIGNALS
 from halfbyte.trainer.runtime.world import World, barrier, exchange, max_over_processes
-from halfbyte.trainer.training.left_out import STOPPED
 from halfbyte.trainer.training.metrics import MetricsWriter, StepMetrics
 from halfbyte.trainer.training.module import DiffusionModule
+from halfbyte.trainer.training.skipped_steps import STOPPED
 from halfbyte.trainer.training.validation import Validation
 
 # Overflows in a row that a float16 run survives. torch's gradient scaler starts at 2**16 and halves its scale
@@ -69,7 +69,7 @@ class Averager(StepCallback):
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Adds the new weights to the average; a step that was left out has none."""
-        if not module.left_out_now:
+        if not module.skips_now:
             module.weights.update(module.step)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -126,7 +126,7 @@ class Validator(StepCallback):
 class MetricsRecorder(StepCallback):
     """Writes metrics, shows progress, and stops a run whose loss or gradients are NaN or infinite.
 
-    The values of steps that were left out (see `LeftOutSteps`) stop nothing.
+    The values of steps that were left out (see `SkippedSteps`) stop nothing.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class MetricsRecorder(StepCallback):
         validation_loss, module.validation_loss = module.validation_loss, None
         mean = torch.stack(losses).float().mean()
         # A loss without a row must not be lost if it is NaN: the next row's loss is NaN then.
-        if not module.left_out_now:
+        if not module.skips_now:
             finite = mean.isfinite()
             self._finite = finite if self._finite is None else self._finite & finite
         if step % self.every and step != self.last_step and validation_loss is None:
@@ -197,13 +197,13 @@ class MetricsRecorder(StepCallback):
         now = time.perf_counter()
         pace = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
         self._since, self._started = step, now
-        if not module.left_out_now:
+        if not module.skips_now:
             self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
             self._refuse(step, value, grad_norm)
         device = self.world.device
         memory = _peak_bytes(module, device) / 2**30 if device.type == "cuda" else 0.0
         lr = self.rate(trainer.optimizers[0])
-        skipped = None if module.left_out is None else module.left_out.total
+        skipped = None if module.skipped_steps is None else module.skipped_steps.total
         self.last = StepMetrics(step, value, lr, grad_norm, pace, memory, validation_loss, skipped)
         if self.writer is not None:
             self.writer.write(self.last)

@@ -23,9 +23,9 @@ from halfbyte.trainer.runtime.background import Background
 from halfbyte.trainer.runtime.host_memory import HostCopies, size_of
 from halfbyte.trainer.runtime.world import World
 from halfbyte.trainer.training.callbacks import StepCallback
-from halfbyte.trainer.training.left_out import STOPPED
 from halfbyte.trainer.training.metrics import sync_rows
 from halfbyte.trainer.training.module import DiffusionModule
+from halfbyte.trainer.training.skipped_steps import STOPPED
 
 
 class Checkpointer(StepCallback):
@@ -78,8 +78,8 @@ class Checkpointer(StepCallback):
             pl_module.weights.restore(by_parameter(pl_module.denoiser, self.resume.average))
         if self.resume.scaler:
             trainer.precision_plugin.load_state_dict(self.resume.scaler)
-        if pl_module.left_out is not None:
-            pl_module.left_out.restore(self.resume.left_out)
+        if pl_module.skipped_steps is not None:
+            pl_module.skipped_steps.restore(self.resume.skipped_steps)
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Saves after every `every`-th step, after the last one, and when the run is to stop.
@@ -126,7 +126,7 @@ class Checkpointer(StepCallback):
             write_adapter=partial(_write_adapters, module, adapters),
             optimizer=checkpoint.named_optimizer_state(trainer.optimizers[0]),
             scaler=trainer.precision_plugin.state_dict(),
-            left_out=None if module.left_out is None else module.left_out.counts,
+            skipped_steps=None if module.skipped_steps is None else module.skipped_steps.counts,
             copied=self._host.copies,
         )
         self.saves.start(partial(self._write, snapshot, self._host.mark()))

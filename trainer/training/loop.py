@@ -39,10 +39,10 @@ from halfbyte.trainer.training.callbacks import (
     WarmUp,
 )
 from halfbyte.trainer.training.checkpointer import Checkpointer
-from halfbyte.trainer.training.left_out import LeftOutSteps
 from halfbyte.trainer.training.metrics import MetricsWriter
 from halfbyte.trainer.training.module import DiffusionModule, Objective
 from halfbyte.trainer.training.preservation import Preservation
+from halfbyte.trainer.training.skipped_steps import SkippedSteps
 from halfbyte.trainer.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def _module(training: Training, graphed: GraphedDenoiser | None) -> DiffusionMod
         seed=train.seed,
         first_step=training.first_step,
         forward_fn=graphed,
-        left_out=None if most is None else LeftOutSteps(training.world, most),
+        skipped_steps=None if most is None else SkippedSteps(training.world, most),
         preserve=_preservation(training),
     )
 

@@ -20,8 +20,8 @@ from halfbyte.trainer.optim.averages import TrainedWeights
 from halfbyte.trainer.randomness import generator, key, uniform
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.recipe.sections import ObjectiveSection
-from halfbyte.trainer.training.left_out import LeftOutSteps
 from halfbyte.trainer.training.preservation import Preservation
+from halfbyte.trainer.training.skipped_steps import SkippedSteps
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ class DiffusionModule(LightningModule):
         | None = None,
         forward_fn: Callable[..., Any] | None = None,
         preserve: Preservation | None = None,
-        left_out: LeftOutSteps | None = None,
+        skipped_steps: SkippedSteps | None = None,
     ) -> None:
         """Puts the denoiser into training mode.
 
         lr_factor: optimizer step, counted from 0 -> factor of the learning rate. build_weights: makes the
         average of the weights that samples and checkpoints use; None for no average. forward_fn: called
-        instead of the denoiser, see `GraphedDenoiser`. left_out: leaves out steps whose values are not finite;
+        instead of the denoiser, see `GraphedDenoiser`. skipped_steps: leaves out steps whose values are not finite;
         None takes every step.
         """
         super().__init__()
         self.family = family
         self.denoiser = denoiser.train()  # enables the adapters' dropout; Lightning does not change the mode
         self.forward_fn = forward_fn
-        self.left_out = left_out
+        self.skipped_steps = skipped_steps
         self.objective = objective
         self.preserve = preserve
         self.build_optimizer = build_optimizer
@@ -113,9 +113,9 @@ class DiffusionModule(LightningModule):
         ] + [name for name, _ in self.named_buffers()]
 
     @property
-    def left_out_now(self) -> bool:
+    def skips_now(self) -> bool:
         """True if the last step was left out because its values are not finite."""
-        return self.left_out is not None and self.left_out.now
+        return self.skipped_steps is not None and self.skipped_steps.now
 
     @property
     def step(self) -> int:
@@ -211,7 +211,7 @@ class DiffusionModule(LightningModule):
         parameters = list(trained_parameters(self.denoiser).values())
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, bound).detach()
-        if self.left_out is not None and self.left_out.is_left_out(
+        if self.skipped_steps is not None and self.skipped_steps.is_skipped(
             self.step + 1, self.losses, self.grad_norm, scaled=self.compute_dtype == torch.float16
         ):
             for parameter in parameters:

@@ -102,7 +102,7 @@ def _state(rank: int, device: torch.device) -> tuple[Any, torch.optim.Optimizer]
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     module = SimpleNamespace(
-        denoiser=denoiser, family=family, weights=TrainedWeights(), left_out=None, step=0
+        denoiser=denoiser, family=family, weights=TrainedWeights(), skipped_steps=None, step=0
     )
     return module, optimizer
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.quant.files.digest import sha256_of
-from halfbyte.quant.files.regular import read_regular
 from halfbyte.trainer.data.cache.entry import DamagedEntry, read_entry, write_entry
-from halfbyte.trainer.data.pictures.decode import PICTURE_BYTES
-from halfbyte.trainer.data.pictures.mask import coverage, decode_mask
-from halfbyte.trainer.data.sources.folder import Mask, Sample, sample_bytes
+from halfbyte.trainer.data.pictures.mask import coverage
+from halfbyte.trainer.data.sources.folder import Mask, Sample
+from halfbyte.trainer.data.sources.masks import load_mask
 from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
@@ -90,30 +89,11 @@ class MaskCache:
         try:
             return self._entry(view)
         except (FileNotFoundError, DamagedEntry):
-            made = coverage_of(view, self._grid(view))
+            sample = view.sample
+            size = (sample.width, sample.height)
+            made = coverage(load_mask(sample), view.box, size, self._grid(view), flip=view.flip)
             write_entry(self.path(view), {"coverage": made}, f"{printable(view.sample.path)}: the mask")
             return made
-
-
-def coverage_of(view: View, grid: tuple[int, int]) -> Tensor:
-    """Returns the mask of a view on its latent grid (w, h): (h, w) fp32 from 0 to 1, see `coverage`.
-
-    Raises:
-        DataError: the mask is gone, or changed since it was found.
-    """
-    sample, mask = view.sample, view.sample.mask
-    assert mask is not None, "only masked images have a mask"
-    if mask.path is None:
-        image = decode_mask(sample_bytes(sample), alpha=True)
-    else:
-        try:
-            data = read_regular(mask.path, PICTURE_BYTES)
-        except OSError as error:
-            raise DataError(f"{printable(mask.path)}: cannot be read: {error.strerror}") from error
-        if sha256_of(data) != mask.sha256:
-            raise DataError(f"{printable(mask.path)}: changed since the run was started; start again")
-        image = decode_mask(data, alpha=False)
-    return coverage(image, view.box, (sample.width, sample.height), grid, flip=view.flip)
 
 
 def _folder_of(folder: Path, sample: Sample, mask: Mask) -> Path:

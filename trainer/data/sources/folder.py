@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 # Image formats that Pillow cannot read. They are reported as errors rather than skipped silently.
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
-MASK_MARK = ".mask"
-"""dog.mask.png is the mask of dog.jpg and no image to train on."""
-
 _PLAIN = CaptionStyle()
 
 

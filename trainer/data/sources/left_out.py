@@ -13,7 +13,7 @@ _THUMBNAILS = ("@eadir", "__macosx")
 _CACHES = ("_latent_cache", "_t_e_cache", "_clip_vision_cache")
 _SYSTEM = ("system volume information", "lost+found")
 
-# Names of images that belong to another image. The first group is used for nothing else.
+# Names of images that belong to another image, whether it exists or not.
 _NAMES = (
     (re.compile(r"(\.mask|-masklabel)$", re.IGNORECASE), "masks"),
     (re.compile(r"-condlabel$", re.IGNORECASE), "control images"),

@@ -4,15 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.quant.files.regular import read_regular
 from halfbyte.trainer.data.pictures.decode import DECODE_ERRORS, PICTURE_BYTES, PICTURE_SUFFIXES
 from halfbyte.trainer.data.pictures.mask import decode_mask, has_alpha
 from halfbyte.trainer.data.sources.captions import Problems
-from halfbyte.trainer.data.sources.folder import MASK_MARK, Mask, Sample, is_inside, sample_bytes
+from halfbyte.trainer.data.sources.folder import Mask, Sample, is_inside, sample_bytes
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.recipe.data_section import DataSet
+from halfbyte.trainer.wording import printable
 
+_MARK = ".mask"  # dog.mask.png is the mask of dog.jpg
 _PROPORTION = 0.02  # the relative difference between the proportions of a mask and its image that is accepted
 
 
@@ -44,6 +48,25 @@ def with_masks(
     if problems.lines:
         raise DataError(str(problems))
     return found
+
+
+def load_mask(sample: Sample) -> Image.Image:
+    """Returns the mask of a masked sample, of mode L and upright, see `decode_mask`.
+
+    Raises:
+        DataError: the mask is gone, or changed since it was found.
+    """
+    mask = sample.mask
+    assert mask is not None, "only masked images have a mask"
+    if mask.path is None:
+        return decode_mask(sample_bytes(sample), alpha=True)
+    try:
+        data = read_regular(mask.path, PICTURE_BYTES)
+    except OSError as error:
+        raise DataError(f"{printable(mask.path)}: cannot be read: {error.strerror}") from error
+    if sha256_of(data) != mask.sha256:
+        raise DataError(f"{printable(mask.path)}: changed since the run was started; start again")
+    return decode_mask(data, alpha=False)
 
 
 def _with_alpha(sample: Sample, is_known: Callable[[Sample], bool], problems: Problems) -> Sample:
@@ -117,7 +140,7 @@ def _mask_files(data_set: DataSet, problems: Problems) -> dict[Path, Path]:
     found: dict[Path, Path] = {}
     for file in sorted(base.rglob("*"), reverse=True):
         name = file.relative_to(base).with_suffix("")
-        marked = name.suffix.lower() == MASK_MARK
+        marked = name.suffix.lower() == _MARK
         if file.suffix.lower() not in PICTURE_SUFFIXES or not (marked or folder):
             continue
         if not is_inside(base, file):

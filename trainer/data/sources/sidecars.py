@@ -32,9 +32,8 @@ class OwnCaptions:
     source: str  # the file's name, for messages
 
 
-_UNREADABLE = (
-    "?",
-)  # stands for captions with a reported problem, which avoids a second one about missing captions
+# Stands for captions with a reported problem, so that they are not reported as missing too.
+_UNREADABLE = ("?",)
 
 
 def add_sidecar_captions(

@@ -154,15 +154,18 @@ def kept_share(view: View) -> float:
 
 def is_enlarged(view: View) -> bool:
     """Returns True if the view enlarges its part of the image by more than 5 %."""
-    return _factor(view) > _SHARP
+    return enlargement(view) > _SHARP
 
 
-def _factor(view: View) -> float:
+def enlargement(view: View) -> float:
+    """Returns the factor by which the view enlarges its part of the image; below 1 if it reduces it."""
     return view.width / (view.box[2] - view.box[0])
 
 
 def _warn_of_enlargement(groups: Sequence[Sequence[View]]) -> None:
-    enlarged = {view.sample.path: _factor(view) for views in groups for view in views if is_enlarged(view)}
+    enlarged = {
+        view.sample.path: enlargement(view) for views in groups for view in views if is_enlarged(view)
+    }
     if enlarged:
         worst = max(enlarged, key=lambda path: enlarged[path])
         log.warning(

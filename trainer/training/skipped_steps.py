@@ -18,7 +18,7 @@ STOPPED = (
 )
 
 
-class LeftOutSteps:
+class SkippedSteps:
     """Decides which steps are left out, and counts them. A checkpoint saves the counts."""
 
     def __init__(self, world: World, most: int) -> None:
@@ -38,7 +38,7 @@ class LeftOutSteps:
         """Continues with the counts of a checkpoint; an empty dictionary stands for none left out."""
         self.in_a_row, self.total = counts.get("in_a_row", 0), counts.get("total", 0)
 
-    def is_left_out(self, step: int, losses: Sequence[Tensor], grad_norm: Tensor, *, scaled: bool) -> bool:
+    def is_skipped(self, step: int, losses: Sequence[Tensor], grad_norm: Tensor, *, scaled: bool) -> bool:
         """Decides after the backward of optimizer step `step`; every process must make this call.
 
         losses: of this process's micro-batches. scaled: True in float16, whose gradient scaler itself treats a
