@@ -35,7 +35,7 @@ from halfbyte.trainer.training.metrics import (
 from kill_points import kill, leftovers, points, sample, tree
 from runs import results, run_here, write_recipe
 from small_checkpoint import save
-from soak import report
+from soak import parts, report, share
 
 SHORT = 4  # points of each action in the short form, besides those after these operations
 RENAMES = ("rename", "exchange")
@@ -231,9 +231,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @BOTH_WAYS
+@pytest.mark.parametrize("part", parts())
 @pytest.mark.parametrize("earlier", [True, False], ids=["second export", "first export"])
 def test_an_export_is_complete_in_each_folder(
-    tmp_path: Path, export: Callable[[RunFolder, int], None], earlier: bool, exchange: bool
+    tmp_path: Path, export: Callable[[RunFolder, int], None], earlier: bool, exchange: bool, part: int
 ) -> None:
     target = RunFolder(tmp_path / "run")
     foreign = {
@@ -260,7 +261,7 @@ def test_an_export_is_complete_in_each_folder(
     after = contents(target.root)
     assert after.items() >= {name: before[name] for name in before if "mine" in name}.items()
     assert earlier is bool(before)
-    chosen = list(sample(found, 2, after=RENAMES))
+    chosen = share(list(sample(found, 2, after=RENAMES)), part)
     for point in chosen:
         assert prepare() == before
         kill(lambda: export(target, 4), point, exchange=exchange)
@@ -275,12 +276,13 @@ def test_an_export_is_complete_in_each_folder(
     report(f"{kind}, killed at one of its {len(found)} file operations", tried=len(chosen), lost=0)
 
 
+@pytest.mark.parametrize("part", parts())
 def test_a_whole_run_killed_anywhere_and_resumed_ends_the_same(
-    tmp_path: Path, mini_flux: Path, whole: Whole
+    tmp_path: Path, mini_flux: Path, whole: Whole, part: int
 ) -> None:
     recipe = write_recipe(tmp_path, mini_flux)
     run = tmp_path / "run"
-    chosen = list(sample(whole.points, 2))
+    chosen = share(list(sample(whole.points, 2)), part)
     for point in chosen:
         for folder in (run, tmp_path / "cache"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 
 from kill_points import leftovers
 from runs import results, write_recipe
-from soak import report, tries
+from soak import parts, report, share, tries
 
 SETTINGS = (
     "train.steps=8",
@@ -26,9 +26,10 @@ def start(server, ranks, recipe, *arguments):
     return server.start_ranks(ranks, "train", str(recipe), *SETTINGS, "train.grad_accumulation=1", *arguments)
 
 
+@pytest.mark.parametrize("part", parts())
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini_flux, ranks):
-    draws, kills, lost = random.Random(ranks), 0, 0
+def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini_flux, ranks, part):
+    draws, kills, lost = random.Random(f"{ranks}/{part}"), 0, 0
     (tmp_path / "whole").mkdir()
     began = time.monotonic()
     for process in start(server, ranks, write_recipe(tmp_path / "whole", mini_flux)):
@@ -38,7 +39,7 @@ def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini
     (tmp_path / "killed").mkdir()
     recipe = write_recipe(tmp_path / "killed", mini_flux)
     run = tmp_path / "killed" / "run"
-    wanted = tries("KILLS", 2)
+    wanted = len(share(range(tries("KILLS", 2)), part))
     while kills < wanted:
         for folder in (run, tmp_path / "killed" / "cache"):
             shutil.rmtree(folder, ignore_errors=True)
