@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from halfbyte.quant.files.exchange import exchange
 
@@ -34,19 +35,29 @@ def write_file(path: Path, content: str | bytes) -> None:
     Several processes may write the same file at once; one of them wins. Raises OSError, and then leaves the
     old file unchanged. The first call for a folder also removes unfinished files of processes that were killed.
     """
+    data = content.encode() if isinstance(content, str) else content
+    with replaced(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Yields a new file for reading and writing, which replaces `path` at the end, as `write_file` does.
+
+    If the block raises, the old file stays.
+    """
     if path.parent not in _cleared:
         _cleared.add(path.parent)
         _remove_abandoned(path.parent)
-    data = content.encode() if isinstance(content, str) else content
     # In the same folder, so on the same filesystem: a rename across filesystems is a copy, which is not
     # atomic.
     partial = path.with_name(f".{path.name[:16]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("w+b") as file:
             # Held until the file has its name; it ends with this process, however that ends.
             with suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             partial.replace(path)

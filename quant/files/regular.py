@@ -3,8 +3,12 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+Opener = Callable[[Path, int], BinaryIO]
+"""Opens a file of at most so many bytes, like `open_regular`."""
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",

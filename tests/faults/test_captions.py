@@ -12,7 +12,7 @@ from PIL import Image
 
 from halfbyte.trainer.data.prompts import refuse_placeholders
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import DataError, RecipeError
 
 STYLE = CaptionStyle()

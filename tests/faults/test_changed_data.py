@@ -11,9 +11,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import halfbyte.trainer.run as story
-from halfbyte.trainer.data.record import RecordedSample, read_record, recorded, require_same, write_record
+from halfbyte.trainer.data.record import (
+    Recorded,
+    RecordedSample,
+    read_record,
+    recorded,
+    require_same,
+    write_record,
+)
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.recipe.load import load_recipe
@@ -25,7 +32,7 @@ QUICK = ("output.export_base=false", "sample.prompts=[]", "train.grad_accumulati
 RECORD = "training_data.jsonl.gz"
 
 
-def record_of(folder: Path, prefix: str = "") -> list[RecordedSample]:
+def record_of(folder: Path, prefix: str = "") -> Recorded:
     return recorded(read_samples(folder, CaptionStyle(prefix)), folder, held_out=False)
 
 
@@ -122,7 +129,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
         # gzip's head holds a time and the system's name, which nothing reads, and the last bits before its checksum
         # fill up a byte.
         assert 3 <= place < 10 or place == len(intact) - 9
-        assert found == samples
+        assert found == list(samples)
     for length in range(len(intact)):
         file.write_bytes(intact[:length])
         with pytest.raises(DataError, match="delete it to allow that"):

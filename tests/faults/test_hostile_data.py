@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from halfbyte.quant.files.regular import open_regular, read_regular, require_regular
+from halfbyte.trainer.data.archives import parquet
 from halfbyte.trainer.data.prompts import references_for
-from halfbyte.trainer.data.sources import captions, parquet
+from halfbyte.trainer.data.records.problems import Problems
+from halfbyte.trainer.data.sources import captions
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.captions import CAPTION_BYTES, Problems, read_metadata
-from halfbyte.trainer.data.sources.folder import load_pixels, read_samples
+from halfbyte.trainer.data.sources.captions import CAPTION_BYTES, read_metadata
+from halfbyte.trainer.data.sources.contents import load_pixels
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
 

@@ -15,7 +15,7 @@ from halfbyte.trainer.data.pictures import decode as decoding
 from halfbyte.trainer.data.pictures.color import to_srgb
 from halfbyte.trainer.data.pictures.decode import PICTURE_SUFFIXES, decode, has_misnamed_profile
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
 

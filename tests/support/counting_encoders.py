@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.records.sample import Sample
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.training.metrics import read_validation
 from scripts.mini.denoiser import KINDS
 from scripts.mini.images.corpus import Emoji

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle, contains_word
-from halfbyte.trainer.data.sources.folder import Sample
 from halfbyte.trainer.randomness import generator, uniform
 from halfbyte.trainer.recipe.data_section import PLACEHOLDER, DataSet
 

@@ -1,7 +1,7 @@
 """Prepares a run's data before the transformer is loaded: reads images, fills the cache, frees the encoders."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,11 @@ from halfbyte.trainer.data.read_sets import (
     read_data,
     read_references,
     summaries,
+    tables_folder,
     training_views,
 )
-from halfbyte.trainer.data.record import RecordedSample, recorded, require_same
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.record import Recorded, require_same
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.data.views.order import SampleOrder
 from halfbyte.trainer.families.embedding import TextEmbedding
@@ -35,7 +36,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.progress import LazyProgress
-from halfbyte.trainer.runtime.world import World, barrier
+from halfbyte.trainer.runtime.world import World, barrier, broadcast_from_leader
 from halfbyte.trainer.wording import printable
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Prepared:
     training_set: TrainingSet
     held_out: Sequence[View]  # one per validation image
     held_out_set: TrainingSet
-    record: Sequence[RecordedSample]  # of samples and held-out images
+    record: Recorded  # of samples and held-out images
     texts: int  # different captions and prompts that are encoded, with all variants and the empty caption
 
     @property
@@ -95,8 +96,7 @@ def prepare(
     cache, preserve = recipe.data.cache_folder, recipe.objective.preserve
     is_decoded = partial(LatentCache.has_decoded, cache)
     reading = LazyProgress(console, "reading images", "image")
-    is_checked = partial(MaskCache.has_checked, cache)
-    data = read_data(recipe, is_decoded=is_decoded, is_checked=is_checked, progress=reading)
+    data = _read(recipe, world, is_decoded, reading)
     reading.close()
     record = _record(recipe, data)
     if started_on is not None:
@@ -169,7 +169,7 @@ def _captions(recipe: Recipe, data: ReadData) -> list[tuple[Place, str]]:
         for read in data.sets
         for sample, text in all_variants(read.samples, read.settings, recipe.train.seed)
     ]
-    held_out = [(sample.path, sample.caption) for sample in data.held_out]
+    held_out = [(sample.path, sample.caption) for sample in data.held_out_samples]
     preserve = recipe.objective.preserve
     preserved: list[tuple[Place, str]] = (
         [] if preserve is None else [("objective.preserve.caption", preserve.caption)]
@@ -177,14 +177,26 @@ def _captions(recipe: Recipe, data: ReadData) -> list[tuple[Place, str]]:
     return [*trained, *held_out, *preserved, *prompt_places(recipe.sample.prompts)]
 
 
-def _record(recipe: Recipe, data: ReadData) -> list[RecordedSample]:
+def _record(recipe: Recipe, data: ReadData) -> Recorded:
     """Returns the record of all samples: the training samples in the order of the sets, then those held out."""
-    record: list[RecordedSample] = []
-    for read in data.sets:
-        record += recorded(read.samples, read.settings.path, held_out=False)
+    trained = [(read.samples, read.root, False) for read in data.sets]
+    roots = [read.root for read in data.sets]
     if recipe.validation.path is not None:
-        return record + recorded(data.held_out, recipe.validation.path, held_out=True)
-    for number, read in enumerate(data.sets):
-        own = [sample for sample in data.held_out if sample.data_set == number]
-        record += recorded(own, read.settings.path, held_out=True)
-    return record
+        roots = [recipe.validation.path]
+    return Recorded([*trained, *((own, root, True) for own, root in zip(data.held_out, roots, strict=True))])
+
+
+def _read(
+    recipe: Recipe, world: World, is_decoded: Callable[[str], bool], progress: LazyProgress
+) -> ReadData:
+    """Reads the data: first in the leader, so that the other processes find the tables that it wrote."""
+    read = partial(
+        read_data,
+        recipe,
+        is_decoded=is_decoded,
+        tables=tables_folder(recipe.data.cache_folder),
+        progress=progress,
+    )
+    own: list[ReadData] = []
+    broadcast_from_leader(world, lambda: own.append(read()))
+    return own[0] if own else read()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.errors import DataError, RecipeError
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.recipe.data_section import PLACEHOLDER

@@ -5,19 +5,19 @@ about 70 MB. gzip's own checksum finds damage.
 """
 
 import gzip
-import io
 import json
 import logging
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
-from halfbyte.quant.files.atomic import write_file
+from halfbyte.quant.files.atomic import replaced
 from halfbyte.quant.files.digest import sha256_of
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.wording import printable
 
@@ -45,19 +45,35 @@ class RecordedSample:
         return self.image, self.caption, self.held_out, self.data_set, self.mask
 
 
-def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> list[RecordedSample]:
+class Recorded(Collection[RecordedSample]):
+    """Samples for the record, made one after the other when they are needed."""
+
+    def __init__(self, parts: Sequence[tuple[Sequence[Sample], Path, bool]]) -> None:
+        """`parts` are samples, the folder that their names are relative to, and True for held-out images."""
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(samples) for samples, _, _ in self._parts)
+
+    def __iter__(self) -> Iterator[RecordedSample]:
+        for samples, root, held_out in self._parts:
+            for sample in samples:
+                yield RecordedSample(
+                    name_in(root, sample),
+                    sample.sha256,
+                    _caption_digest(sample),
+                    held_out,
+                    sample.data_set,
+                    "" if sample.mask is None else sample.mask.sha256,
+                )
+
+    def __contains__(self, one: object) -> bool:
+        return any(one == other for other in self)
+
+
+def recorded(samples: Sequence[Sample], root: Path, *, held_out: bool) -> Recorded:
     """Returns the samples of the data at `root` for the record, in their order."""
-    return [
-        RecordedSample(
-            name_in(root, sample),
-            sample.sha256,
-            _caption_digest(sample),
-            held_out,
-            sample.data_set,
-            "" if sample.mask is None else sample.mask.sha256,
-        )
-        for sample in samples
-    ]
+    return Recorded([(samples, root, held_out)])
 
 
 def _caption_digest(sample: Sample) -> str:
@@ -72,35 +88,42 @@ def name_in(root: Path, sample: Sample) -> str:
     return name if sample.row is None else f"{name} row {sample.row}"
 
 
-def write_record(file: Path, samples: Sequence[RecordedSample]) -> None:
+def write_record(file: Path, samples: Collection[RecordedSample]) -> None:
     """Writes the record atomically."""
-    stream = io.BytesIO()
-    with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1, mtime=0) as packed:
+    with (
+        replaced(file) as stream,
+        gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1, mtime=0, filename="") as packed,
+    ):
         packed.write(json.dumps({"format": _FORMAT, "samples": len(samples)}).encode() + b"\n")
         for sample in samples:
             packed.write(json.dumps(vars(sample)).encode() + b"\n")
-    write_file(file, stream.getvalue())
 
 
 def read_record(file: Path) -> list[RecordedSample]:
     """Reads the record. Raises DataError if it is damaged."""
+    return list(_samples_in(file))
+
+
+def _samples_in(file: Path) -> Iterator[RecordedSample]:
     try:
         with gzip.open(file, "rb") as lines:
             head = json.loads(lines.readline())
             if head["format"] != _FORMAT:
                 raise ValueError(f"format {head['format']}, expected {_FORMAT}")
-            samples = [RecordedSample(**json.loads(line)) for line in lines]
-        if len(samples) != head["samples"]:
-            raise ValueError(f"{len(samples)} samples, expected {head['samples']}")
+            count = 0
+            for line in lines:
+                count += 1
+                yield RecordedSample(**json.loads(line))
+        if count != head["samples"]:
+            raise ValueError(f"{count} samples, expected {head['samples']}")
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(
             f"{file}: cannot be read: {printable(error)}. Without this file the run would continue on the data in its"
             " current state; delete it to allow that"
         ) from error
-    return samples
 
 
-def require_same(file: Path, now: Sequence[RecordedSample]) -> None:
+def require_same(file: Path, now: Collection[RecordedSample]) -> None:
     """Checks that a resumed run has the data of its start; the names and the place of the files may differ.
 
     Runs of older versions have no record: they continue with a warning.
@@ -113,9 +136,15 @@ def require_same(file: Path, now: Sequence[RecordedSample]) -> None:
             "--resume: %s is missing, as in runs of older versions; using the data in its current state", file
         )
         return
-    before = read_record(file)
-    if [sample.content for sample in before] == [sample.content for sample in now]:
+    pairs = zip_longest(_samples_in(file), now)
+    # The whole record is read, even after a difference: a damaged file is reported as such.
+    same = [
+        before is not None and after is not None and before.content == after.content
+        for before, after in pairs
+    ]
+    if all(same):
         return
+    before, now = read_record(file), list(now)
     run = printable(file.parent)
     raise DataError(
         f"--resume: the data differ from those that {run} was started on ({file.name}), which would change its"

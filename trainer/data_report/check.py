@@ -21,8 +21,8 @@ from halfbyte.trainer.data.read_sets import (
     training_views,
 )
 from halfbyte.trainer.data.record import name_in
-from halfbyte.trainer.data.sources.folder import Sample, sample_bytes
-from halfbyte.trainer.data.sources.masks import load_mask
+from halfbyte.trainer.data.records.sample import Sample
+from halfbyte.trainer.data.sources.contents import load_mask, sample_bytes
 from halfbyte.trainer.data.views.buckets import View, enlargement, is_enlarged, kept_share
 from halfbyte.trainer.data_report.duplicates import MOST_COMPARED, equal_images, fingerprint, near_images
 from halfbyte.trainer.errors import HalfbyteError
@@ -85,7 +85,7 @@ def check_data(recipe: Recipe, console: Console, *, most: int) -> DataReport:
         planner = open_planner(recipe, Path(folder))
         family, notes = planner.family, list(planner.notes)
         reading = LazyProgress(console, "reading images", "image")
-        data = read_data(recipe, is_decoded=lambda sha256: False, progress=reading)
+        data = read_data(recipe, is_decoded=lambda sha256: False, most_problems=None, progress=reading)
         reading.close()
         ordered = training_views(data, family, recipe.train.seed)
         views = [group[0] for one in ordered for group in one.views]
@@ -93,7 +93,7 @@ def check_data(recipe: Recipe, console: Console, *, most: int) -> DataReport:
         limit = _limit(family, notes)
         texts = _texts(data, recipe)
         cut = dict(zip(texts, [""] * len(texts) if limit is None else limit.cut(texts), strict=True))
-    roots = [given.path for given in recipe.data.resolved_sets]
+    roots = [read.root for read in data.sets]
     names = {view.sample: name_in(roots[view.sample.data_set], view.sample) for view in views}
     for view in held_out:
         sample = view.sample
@@ -149,7 +149,7 @@ def _texts(data: ReadData, recipe: Recipe) -> list[str]:
         for sample in read.samples
         for text in variants(sample, read.settings, recipe.train.seed)
     ]
-    return list(dict.fromkeys([*every, *(sample.caption for sample in data.held_out)]))
+    return list(dict.fromkeys([*every, *(sample.caption for sample in data.held_out_samples)]))
 
 
 def _shown(

@@ -4,7 +4,7 @@ If the folder of images does not exist yet, the plan assumes square images.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from halfbyte.trainer.data.caption_variants import all_variants
@@ -12,14 +12,19 @@ from halfbyte.trainer.data.read_sets import (
     croppings_of,
     first_style,
     held_out_views,
+    set_settings,
     split_data,
+    tables_folder,
     training_views,
 )
+from halfbyte.trainer.data.records.records import Records
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.sources.found import SourceSettings
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.recipe.file_patterns import is_pattern
 from halfbyte.trainer.recipe.recipe import Recipe
 
 
@@ -58,35 +63,34 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
         for given in settings
         for cropping in croppings_of(given, family)
     )
+    tables = tables_folder(recipe.data.cache_folder)
     read, notes = [], []
     for number, given in enumerate(settings):
         setting = "data.path" if recipe.data.path is not None else f"{given.setting}.path"
-        samples, note = _read(
-            setting,
-            given.path,
-            CaptionStyle.of(given),
-            data_set=number,
-            without=given.masked_loss.folder,
-            skip_bad=recipe.data.on_bad_image == "skip",
-        )
+        own = replace(set_settings(recipe, number), tables=tables, renew=False)
+        samples, note = _read(setting, given.path, CaptionStyle.of(given), own)
         read.append(samples)
         notes += note
-    validation: list[Sample] | None = None
+    validation: Records | None = None
     if recipe.validation.path is not None:
-        validation, note = _read("validation.path", recipe.validation.path, first_style(recipe))
+        validation, note = _read(
+            "validation.path", recipe.validation.path, first_style(recipe), SourceSettings()
+        )
         notes += note
     known = [samples for samples in read if samples is not None]
     if len(known) < len(read):
         return PlannedPictures(None, None, squares, squares, tuple(notes))
-    data = split_data(recipe, known, validation if recipe.validation.path is None else validation or [])
+    if recipe.validation.path is not None and validation is None:
+        recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"path": None})})
+    data = split_data(recipe, known, validation)
     ordered = training_views(data, family, recipe.train.seed)
     held_out = held_out_views(data, family, recipe.train.seed)
     views = [group[0] for one in ordered for group in one.views]
-    texts = {sample.caption for sample in data.held_out}
+    texts = {sample.caption for sample in data.held_out_samples}
     for one in data.sets:
         texts |= {text for _, text in all_variants(one.samples, one.settings, recipe.train.seed)}
     return PlannedPictures(
-        len(data.samples),
+        data.count,
         sum(one.uses for one in ordered),
         frozenset((view.width, view.height) for view in views),
         frozenset((view.width, view.height) for view in held_out) or squares,
@@ -96,27 +100,13 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
 
 
 def _read(
-    setting: str,
-    path: Path,
-    style: CaptionStyle,
-    *,
-    data_set: int = 0,
-    without: Path | None = None,
-    skip_bad: bool = False,
-) -> tuple[list[Sample] | None, list[str]]:
-    """Returns the samples of a folder, or None with a note that says why it cannot be read."""
-    if not path.exists():
+    setting: str, path: Path, style: CaptionStyle, settings: SourceSettings
+) -> tuple[Records | None, list[str]]:
+    """Returns the samples at a path, or None with a note that says why it cannot be read."""
+    if not path.exists() and not is_pattern(path):
         return None, [f"{setting}: {path} does not exist; planned at data.resolution"]
     try:
-        samples = read_samples(
-            path,
-            style,
-            data_set=data_set,
-            without=without,
-            is_decoded=lambda _: True,
-            skip_bad=skip_bad,
-        )
-        return samples, []
+        return read_samples(path, style, settings, is_decoded=lambda _: True), []
     except DataError as error:
         return None, [f"{setting}: {str(error).splitlines()[0]}; planned at data.resolution"]
 

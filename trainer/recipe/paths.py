@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.trainer.hub.reference import is_folder, is_repository
 from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
-from halfbyte.trainer.wording import shown
+from halfbyte.trainer.recipe.file_patterns import SHARD_SUFFIXES, base_folder, is_pattern, matching_files
+from halfbyte.trainer.wording import in_prose, shown
 
 _REVISION = re.compile(r"\w[\w./+-]{0,99}")
 
@@ -31,11 +33,11 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
     for place in places:
         _resolve(document, (*place[:-1], "masked_loss", "folder"), must_exist=pictures_needed)
     read = {
-        dotted(place): _resolve(document, place, must_exist=pictures_needed, suffix=".parquet")
+        dotted(place): _resolve(document, place, must_exist=pictures_needed, suffixes=SHARD_SUFFIXES)
         for place in places
     }
-    _resolve(document, ("validation", "path"), must_exist=True, suffix=".parquet")
-    _resolve(document, ("sample", "references"), must_exist=True, suffix=".parquet")
+    _resolve(document, ("validation", "path"), must_exist=True, suffixes=SHARD_SUFFIXES)
+    _resolve(document, ("sample", "references"), must_exist=True, suffixes=SHARD_SUFFIXES)
     _resolve(document, ("data", "cache_dir"))
     output = _resolve(document, ("output", "dir"), base=Path.cwd())
     for setting, data in read.items():
@@ -89,7 +91,7 @@ def _resolve(
     base: Path | None = None,
     must_exist: bool = False,
     file: bool = False,
-    suffix: str | None = None,
+    suffixes: Sequence[str] = (),
     hint: str = "",
 ) -> Path | None:
     """Makes the path of a field absolute in the document and returns it; None if the field holds no usable path.
@@ -97,7 +99,7 @@ def _resolve(
     Args:
         base: the folder that a relative path starts from; by default the one that belongs to where it was written.
         file: accept a file as well as a folder.
-        suffix: accept a file with this ending as well as a folder.
+        suffixes: accept a file with one of these endings as well as a folder, and a pattern of such files.
         hint: text for the end of the message about a missing path.
     """
     written = document.at(path)
@@ -114,11 +116,23 @@ def _resolve(
         document.problem(path, f"got {shown(written)}, which is not a usable path: {error}")
         return None
     document.replace(path, str(folder))
-    if exists and not folder.is_dir() and not file and folder.suffix != suffix:
-        kinds = "a folder" if suffix is None else f"a folder or a {suffix} file"
+    if not exists and suffixes and is_pattern(folder):
+        return _resolve_pattern(document, path, folder, must_exist=must_exist)
+    if exists and not folder.is_dir() and not file and folder.suffix not in suffixes:
+        kinds = f"a folder or a {in_prose(suffixes)} file" if suffixes else "a folder"
         document.problem(path, f"got '{written}', expected {kinds}; {folder} is a file")
     elif must_exist and not exists:
         document.problem(
             path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}{hint}"
         )
     return folder
+
+
+def _resolve_pattern(document: Document, path: KeyPath, pattern: Path, *, must_exist: bool) -> Path:
+    """Checks that a pattern names files, and returns the folder that holds them."""
+    if must_exist:
+        try:
+            matching_files(pattern)
+        except ValueError as error:
+            document.problem(path, f"got {shown(str(pattern))}, but {error}")
+    return base_folder(pattern)

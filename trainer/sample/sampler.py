@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from halfbyte.trainer.data.pictures.decode import decode
 from halfbyte.trainer.data.prompts import Prompt
-from halfbyte.trainer.data.sources.folder import unchanged_pictures
+from halfbyte.trainer.data.sources.contents import unchanged_pictures
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.stock_parts import load_vae, stock_pipeline

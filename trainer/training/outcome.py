@@ -10,7 +10,8 @@ from PIL import Image
 
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.data.prepare import Prepared
-from halfbyte.trainer.data.sources.folder import Sample, unchanged_pictures
+from halfbyte.trainer.data.read_sets import ReadData
+from halfbyte.trainer.data.sources.contents import unchanged_pictures
 from halfbyte.trainer.run_folder.folder import RunFolder
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet
 from halfbyte.trainer.sample.image_distance import PictureChange, picture_change
@@ -77,8 +78,8 @@ def what_was_learned(
         heading,
         _columns(step, drawn),
         _rows(drawn),
-        _training_images(prepared.data.samples),
-        of=len(prepared.data.samples),
+        _training_images(prepared.data),
+        of=prepared.data.count,
     )
     sheet.save(folder.comparison)
     return Learned(validation, pictures, folder.comparison)
@@ -99,10 +100,10 @@ def _has_references(drawn: Sequence[Drawn]) -> bool:
     return any(one.reference is not None for one in drawn)
 
 
-def _training_images(samples: Sequence[Sample]) -> list[Image.Image]:
+def _training_images(data: ReadData) -> list[Image.Image]:
     """Returns reduced training images, evenly spaced over the list of samples."""
-    step = -(-len(samples) // _TRAINING_PICTURES)
-    found = unchanged_pictures(samples[::step], _LONGER_SIDE, "the sheet of samples")
+    step = -(-data.count // _TRAINING_PICTURES)
+    found = unchanged_pictures(data.samples(step), _LONGER_SIDE, "the sheet of samples")
     return [picture for picture in found if picture is not None]
 
 

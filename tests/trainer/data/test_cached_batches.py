@@ -12,7 +12,7 @@ from halfbyte.trainer.data.batches import Batch, PlannedBatches, TrainingSet, co
 from halfbyte.trainer.data.cache.encodings import encode_missing
 from halfbyte.trainer.data.caption_variants import variants
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
 from halfbyte.trainer.data.views.order import OrderedSet, SampleOrder
 from halfbyte.trainer.recipe.data_section import DataSection

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.trainer.data.caption_variants import text_at, variant, variant_count, variants
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.recipe.data_section import DataSection, DataSet
 
 TAGS = "one, two, three, four, five, six"

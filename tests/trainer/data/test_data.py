@@ -15,8 +15,10 @@ from datasets import Dataset, Features, Value
 from datasets import Image as PictureFeature
 from PIL import Image
 
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import Sample, load_pixels, read_samples, sample_bytes
+from halfbyte.trainer.data.sources.contents import load_pixels, sample_bytes
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import DataError
 
 from repository import RECIPES
@@ -212,11 +214,11 @@ class TestBadFolders:
         assert line.startswith(f"{tmp_path}: ")
         assert ".jpg, .jpeg, .png" in line
 
-    def test_the_error_for_a_dataset_saved_to_disk_names_to_parquet(self, tmp_path: Path) -> None:
+    def test_a_saved_dataset_without_images(self, tmp_path: Path) -> None:
         Dataset.from_dict({"text": ["a dog"]}).save_to_disk(tmp_path / "saved")
         (line,) = complaint(tmp_path / "saved")
-        assert line.startswith(f"{tmp_path / 'saved'}: ")
-        assert "to_parquet" in line
+        assert line.startswith(f"{tmp_path / 'saved' / 'data-00000-of-00001.arrow'}: ")
+        assert "image_column" in line
 
     def test_a_row_for_a_missing_image_suggests_a_similar_name(self, tmp_path: Path) -> None:
         picture(tmp_path / "cat.jpg")

@@ -69,24 +69,24 @@ def test_each_set_gives_its_images_at_its_own_sizes(tmp_path: Path, mini_flux: P
 def test_only_images_of_the_kind_train_are_held_out(tmp_path: Path, mini_flux: Path) -> None:
     recipe = recipe_in(tmp_path, held_out=3)
     data = read(recipe)
-    assert {sample.data_set for sample in data.held_out} == {0}
+    assert {sample.data_set for sample in data.held_out_samples} == {0}
     assert [len(one.samples) for one in data.sets] == [1, 4]
     views = held_out_views(data, family_at(mini_flux, Flux), seed=0)
-    assert [view.sample for view in views] == list(data.held_out)
+    assert [view.sample for view in views] == list(data.held_out_samples)
     assert not any(view.flip for view in views)
 
 
 def test_a_held_out_image_is_in_no_other_set(tmp_path: Path) -> None:
     data = read(recipe_in(tmp_path, held_out=1, same=True))
-    assert len(data.held_out) == 1
+    assert data.held_out_count == 1
     assert [len(one.samples) for one in data.sets] == [3, 3]
-    trained = {sample.sha256 for sample in data.samples}
-    assert data.held_out[0].sha256 not in trained
+    trained = {sample.sha256 for sample in data.samples()}
+    assert next(data.held_out_samples).sha256 not in trained
 
 
 def test_a_set_of_which_everything_is_held_out_is_refused(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path, held_out=1)
-    samples = read(recipe_in_place(recipe)).samples
+    samples = read(recipe_in_place(recipe)).samples()
     first = min((sample for sample in samples if sample.data_set == 0), key=lambda sample: sample.sha256)
     with pytest.raises(DataError, match=r"data\.sets\[0\]: all images of .*dog are held out"):
         split_data(recipe, [[], []], [first])

@@ -10,7 +10,7 @@ from PIL import Image, ImageFont
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from halfbyte.trainer.data.prompts import references_for
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import DataError, HalfbyteError
 from halfbyte.trainer.sample.contact_sheet import Row, contact_sheet, fitted
 from halfbyte.trainer.sample.image_distance import distance, picture_change, ssim

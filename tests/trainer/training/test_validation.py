@@ -14,7 +14,7 @@ from halfbyte.trainer.adapters.lora import add_lora, trained_parameters
 from halfbyte.trainer.data.batches import TrainingSet
 from halfbyte.trainer.data.cache.encodings import encode_missing
 from halfbyte.trainer.data.held_out import set_aside
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.denoiser.base import load_base
 from halfbyte.trainer.errors import DataError, HalfbyteError
@@ -160,18 +160,18 @@ def test_a_nan_loss_is_an_error(prepared, denoiser):
 
 def test_images_are_held_out_by_their_contents(tmp_path):
     samples = read_samples(write_pictures(tmp_path / "pictures"))
-    train, held = set_aside(samples, 2)
+    (train,), (held,) = set_aside([samples], 2)
     assert (len(train), len(held)) == (PICTURES - 2, 2)
     assert max(sample.sha256 for sample in held) < min(sample.sha256 for sample in train)
     source = held[0].path
     shutil.copy(source, source.with_name("zz.png"))
     shutil.copy(source.with_suffix(".txt"), source.with_name("zz.txt"))
-    again, held_again = set_aside(read_samples(tmp_path / "pictures"), 2)
+    (again,), (held_again,) = set_aside([read_samples(tmp_path / "pictures")], 2)
     assert len(again) == PICTURES - 2
     assert sorted(s.path.name for s in held_again) == sorted([*(s.path.name for s in held), "zz.png"])
-    assert set_aside(samples, 0) == (samples, [])
+    assert set_aside([samples], 0) == ([samples], [[]])
     with pytest.raises(DataError, match=r"validation\.held_out: got 6\b.*\b5\b"):
-        set_aside(samples, PICTURES)
+        set_aside([samples], PICTURES)
 
 
 HELD_OUT = ("validation.held_out=2", "validation.every=2")
@@ -204,7 +204,7 @@ def test_a_run_reports_its_validation_loss(measured_run):
 def test_held_out_images_are_not_trained_on(measured_run, mini_flux, tmp_path):
     """Moving them out of the folder by hand gives the same training."""
     recipe = write_recipe(tmp_path, mini_flux)
-    _, held = set_aside(read_samples(tmp_path / "pictures"), 2)
+    _, (held,) = set_aside([read_samples(tmp_path / "pictures")], 2)
     (tmp_path / "apart").mkdir()
     for sample in held:
         shutil.move(sample.path, tmp_path / "apart" / sample.path.name)
@@ -219,7 +219,7 @@ def test_held_out_images_are_not_trained_on(measured_run, mini_flux, tmp_path):
 
 def test_validation_does_not_change_training(measured_run, mini_flux, tmp_path):
     recipe = write_recipe(tmp_path, mini_flux)
-    for sample in set_aside(read_samples(tmp_path / "pictures"), 2)[1]:
+    for sample in set_aside([read_samples(tmp_path / "pictures")], 2)[1][0]:
         sample.path.unlink()
         sample.path.with_suffix(".txt").unlink()
     folder = run_here(recipe, "lora.dropout=0.1")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.cache.entry import DamagedEntry, read_entry, write_entry
-from halfbyte.trainer.data.sources.folder import load_pixels
+from halfbyte.trainer.data.sources.contents import load_pixels
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.errors import DataError, DiskError
 from halfbyte.trainer.families.embedding import Encoders, LatentMoments, TextEmbedding

@@ -10,8 +10,8 @@ from torch import Tensor
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.data.cache.entry import DamagedEntry, read_entry, write_entry
 from halfbyte.trainer.data.pictures.mask import coverage
-from halfbyte.trainer.data.sources.folder import Mask, Sample
-from halfbyte.trainer.data.sources.masks import load_mask
+from halfbyte.trainer.data.records.sample import Mask, Sample
+from halfbyte.trainer.data.sources.contents import load_mask
 from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from halfbyte.trainer.data.sources.captions import Problems
+from halfbyte.trainer.data.records.problems import Problems
 from halfbyte.trainer.recipe.data_section import PLACEHOLDER, DataSet
 
 _MARKS = ",.;:!?)"  # a suffix that starts with one of these follows without a space

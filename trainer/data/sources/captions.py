@@ -3,14 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.quant.files.regular import open_regular, read_regular
-from halfbyte.trainer.wording import printable, shown
+from halfbyte.quant.files.regular import Opener, open_regular
+from halfbyte.trainer.data.archives.columns import CAPTION_COLUMNS
+from halfbyte.trainer.data.records.problems import Problems
+from halfbyte.trainer.wording import shown
 
-CAPTION_COLUMNS = ("text", "caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 CAPTION_BYTES = 10**6
@@ -18,28 +19,11 @@ CAPTION_BYTES = 10**6
 _METADATA_BYTES = 2 * 10**9
 _LINE_CHARACTERS = 8 * CAPTION_BYTES  # of JSON, which may escape each character
 
+# Stands for captions with a reported problem, so that they are not reported as missing too.
+UNREADABLE = ("?",)
+
 MOST_CAPTIONS = 1000
 """The most captions of one image."""
-
-_MAX_LINES = 50
-
-
-@dataclass
-class Problems:
-    """Collects problems, so that the user can fix them in one go. Lists the first and counts the others."""
-
-    lines: list[str] = field(default_factory=list)
-    more: int = 0  # problems without a line
-
-    def add(self, where: object, what: str) -> None:
-        """Adds the line `where: what`, with control characters escaped."""
-        if len(self.lines) == _MAX_LINES:
-            self.more += 1
-        else:
-            self.lines.append(f"{printable(where)}: {printable(what)}")
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines + ([f"... and {self.more} more like these"] if self.more else []))
 
 
 @dataclass(frozen=True)
@@ -51,10 +35,10 @@ class CaptionRow:
     texts: tuple[str, ...]  # the captions; empty if the row has none
 
 
-def read_metadata(path: Path, problems: Problems) -> list[CaptionRow]:
+def read_metadata(path: Path, problems: Problems, opener: Opener = open_regular) -> list[CaptionRow]:
     """Reads the rows of a metadata.jsonl or metadata.csv. Adds unusable rows to `problems` and leaves them out."""
     found: list[CaptionRow] = []
-    for where, row in _rows(path, problems):
+    for where, row in _rows(path, problems, opener):
         name = row.get("file_name")
         if not isinstance(name, str) or not name.strip():
             problems.add(
@@ -67,12 +51,17 @@ def read_metadata(path: Path, problems: Problems) -> list[CaptionRow]:
     return found
 
 
-def captions_of(where: object, row: Mapping[str, object], problems: Problems) -> tuple[str, ...] | None:
+def captions_of(
+    where: object,
+    row: Mapping[str, object],
+    problems: Problems,
+    names: Sequence[str] = CAPTION_COLUMNS,
+) -> tuple[str, ...] | None:
     """Returns the captions in a row's columns, one or a list; none if the column is empty or null.
 
     Returns None after adding a problem.
     """
-    given = {column: row[column] for column in CAPTION_COLUMNS if column in row}
+    given = {column: row[column] for column in names if column in row}
     if not given:
         columns = ", ".join(shown(column) for column in list(row)[:20]) or "none"
         problems.add(where, f"no caption column; expected 'text' or 'caption', found {columns}")
@@ -119,10 +108,11 @@ def _usable(where: object, what: str, value: object, problems: Problems) -> str 
     return value.strip()
 
 
-def read_text(path: Path, problems: Problems) -> str | None:
+def read_text(path: Path, problems: Problems, opener: Opener = open_regular) -> str | None:
     """Reads a caption file in UTF-8, without its byte-order mark. Returns None after adding a problem."""
     try:
-        text = read_regular(path, CAPTION_BYTES).decode("utf-8-sig")
+        with opener(path, CAPTION_BYTES) as file:
+            text = file.read(CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         problems.add(f"{path}:{line}", _not_utf8(error))
@@ -139,23 +129,23 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
 
 
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, object]]]:
+def _rows(path: Path, problems: Problems, opener: Opener) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the rows of a metadata file with their places, without reading the whole file into memory."""
     try:
         if path.suffix == ".jsonl":
             # Only \n ends a line: a caption may contain U+2028 and similar.
-            yield from _jsonl_rows(path, _lines(path, "\n", problems), problems)
+            yield from _jsonl_rows(path, _lines(path, "\n", problems, opener), problems)
         else:
-            yield from _csv_rows(path, _lines(path, "", problems), problems)
+            yield from _csv_rows(path, _lines(path, "", problems, opener), problems)
     except UnicodeDecodeError as error:
-        problems.add(f"{path}:{_undecodable_line(path)}", _not_utf8(error))
+        problems.add(f"{path}:{_undecodable_line(path, opener)}", _not_utf8(error))
     except OSError as error:
         problems.add(path, f"cannot be read: {error.strerror}")
 
 
-def _lines(path: Path, newline: str, problems: Problems) -> Iterator[str]:
+def _lines(path: Path, newline: str, problems: Problems, opener: Opener) -> Iterator[str]:
     """Yields a metadata file's lines; `newline` as for `open`. Stops with a problem at a line that is too long."""
-    with io.TextIOWrapper(open_regular(path, _METADATA_BYTES), encoding="utf-8-sig", newline=newline) as file:
+    with io.TextIOWrapper(opener(path, _METADATA_BYTES), encoding="utf-8-sig", newline=newline) as file:
         number = 0
         while line := file.readline(_LINE_CHARACTERS + 1):
             number += 1
@@ -167,9 +157,9 @@ def _lines(path: Path, newline: str, problems: Problems) -> Iterator[str]:
             yield line
 
 
-def _undecodable_line(path: Path) -> int:
+def _undecodable_line(path: Path, opener: Opener) -> int:
     """Returns the number of the first line that is not UTF-8."""
-    with open_regular(path, _METADATA_BYTES) as file:
+    with opener(path, _METADATA_BYTES) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode()
@@ -222,3 +212,24 @@ def _csv_rows(
                 yield where, dict(row)
     except csv.Error as error:
         problems.add(f"{path}:{reader.line_num}", f"not valid CSV: {error}")
+
+
+@dataclass(frozen=True)
+class OwnCaptions:
+    """The captions that a source has for one image."""
+
+    where: str  # the file, with the line of a table
+    texts: tuple[str, ...]  # empty: the source has an empty caption
+    source: str  # the file's name, for messages
+
+
+def agreed(picture: Path, found: Sequence[OwnCaptions], problems: Problems) -> OwnCaptions:
+    """Returns the captions of one image from several files; adds a problem if they differ."""
+    first, *others = found
+    for other in others:
+        if other.texts != first.texts and UNREADABLE not in (other.texts, first.texts):
+            problems.add(
+                picture, f"has different captions in {first.source} and in {other.source}; keep one of them"
+            )
+            break
+    return first

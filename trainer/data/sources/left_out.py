@@ -33,24 +33,36 @@ class LeftOut:
     def __init__(self) -> None:
         """Starts with none."""
         self.reasons: dict[Path | str, str] = {}
+        self._many: dict[
+            str, tuple[str, int]
+        ] = {}  # by reason: the first and the number of images in tar files
 
     def add(self, picture: Path | str, reason: str) -> None:
         """Adds an image, or a row of a table with its number; `reason` is a plural noun."""
         self.reasons[picture] = reason
 
+    def add_many(self, reason: str, first: str, count: int) -> None:
+        """Adds images of a tar file that are left out for one reason, by their number and the first of them."""
+        known, before = self._many.get(reason, (first, 0))
+        self._many[reason] = known, before + count
+
     def of(self, reason: str) -> list[str]:
         """Returns the images that were left out for one reason."""
         return [str(picture) for picture, own in self.reasons.items() if own == reason]
 
+    def groups(self) -> list[tuple[str, str, int]]:
+        """Returns each reason with the first image and the number of images."""
+        found = dict(self._many)
+        for picture, reason in self.reasons.items():
+            first, count = found.get(reason, (str(picture), 0))
+            found[reason] = first, count + 1
+        return [(reason, first, count) for reason, (first, count) in found.items()]
+
     def describe(self, root: Path) -> str:
         """Returns the number of images for each reason with the first of them; empty if there are none."""
-        groups: dict[str, list[Path | str]] = {}
-        for picture, reason in self.reasons.items():
-            groups.setdefault(reason, []).append(picture)
         return ", ".join(
-            f"{reason}: {len(pictures)} ({printable(os.path.relpath(pictures[0], root))}"
-            f"{', ...' if len(pictures) > 1 else ''})"
-            for reason, pictures in groups.items()
+            f"{reason}: {count} ({printable(os.path.relpath(first, root))}{', ...' if count > 1 else ''})"
+            for reason, first, count in self.groups()
         )
 
 

@@ -4,13 +4,16 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.quant.files.regular import Opener, open_regular
+from halfbyte.trainer.data.archives.columns import CAPTION_COLUMNS
+from halfbyte.trainer.data.records.problems import Problems
 from halfbyte.trainer.data.sources.captions import (
-    CAPTION_COLUMNS,
     MOST_CAPTIONS,
-    Problems,
+    UNREADABLE,
+    OwnCaptions,
+    agreed,
     captions_of,
     read_text,
 )
@@ -23,19 +26,6 @@ _JSON = ".json"
 SIDECAR_SUFFIXES = (*_TEXT, _JSON)
 
 
-@dataclass(frozen=True)
-class OwnCaptions:
-    """The captions that a source has for one image."""
-
-    where: str  # the file, with the line of a table
-    texts: tuple[str, ...]  # empty: the source has an empty caption
-    source: str  # the file's name, for messages
-
-
-# Stands for captions with a reported problem, so that they are not reported as missing too.
-_UNREADABLE = ("?",)
-
-
 def add_sidecar_captions(
     files: Iterable[Path],
     pictures: Sequence[Path],
@@ -43,6 +33,7 @@ def add_sidecar_captions(
     problems: Problems,
     *,
     lines: bool,
+    opener: Opener = open_regular,
 ) -> dict[Path, OwnCaptions]:
     """Returns the captions of images from tables, `captions`, with those from files next to the images.
 
@@ -54,15 +45,20 @@ def add_sidecar_captions(
         if file.suffix.lower() in SIDECAR_SUFFIXES:
             sidecars[file.with_suffix("")].append(file)
     merged = dict(captions)
+    ignored: list[str] = []
     used: set[Path] = set()
     for picture in pictures:
         own = [*sidecars.get(picture.with_suffix(""), ()), *sidecars.get(picture, ())]
         used.update(own)
-        found = [one for one in (_read(file, problems, lines=lines) for file in own) if one is not None]
+        read = (_read(file, problems, ignored, opener, lines=lines) for file in own)
+        found = [one for one in read if one is not None]
         if picture in captions:
             found.insert(0, captions[picture])
         if found:
-            merged[picture] = _agreed(picture, found, problems)
+            merged[picture] = agreed(picture, found, problems)
+    if ignored:
+        more = f", and {len(ignored) - 1} more" if len(ignored) > 1 else ""
+        log.warning("JSON files without captions are ignored: %s%s", ignored[0], more)
     unused = [file for own in sidecars.values() for file in own if file not in used]
     _warn_of_unused([file for file in unused if file.suffix.lower() in _TEXT], used)
     return merged
@@ -77,24 +73,15 @@ def _warn_of_unused(unused: Sequence[Path], used: set[Path]) -> None:
         )
 
 
-def _agreed(picture: Path, found: Sequence[OwnCaptions], problems: Problems) -> OwnCaptions:
-    first, *others = found
-    for other in others:
-        if other.texts != first.texts and _UNREADABLE not in (other.texts, first.texts):
-            problems.add(
-                picture, f"has different captions in {first.source} and in {other.source}; keep one of them"
-            )
-            break
-    return first
-
-
-def _read(file: Path, problems: Problems, *, lines: bool) -> OwnCaptions | None:
-    """Returns the captions in a file; None if it is a JSON file about other things."""
-    text = read_text(file, problems)
+def _read(
+    file: Path, problems: Problems, ignored: list[str], opener: Opener, *, lines: bool
+) -> OwnCaptions | None:
+    """Returns the captions in a file; None if it is a JSON file about other things, which `ignored` gets."""
+    text = read_text(file, problems, opener)
     if text is None:
-        return OwnCaptions(str(file), _UNREADABLE, file.name)
+        return OwnCaptions(str(file), UNREADABLE, file.name)
     if file.suffix.lower() == _JSON:
-        return _from_json(file, text, problems)
+        return _from_json(file, text, problems, ignored)
     stripped = (line.strip() for line in text.splitlines()) if lines else (text.strip(),)
     texts = tuple(caption for caption in stripped if caption)
     if len(texts) > MOST_CAPTIONS:
@@ -104,8 +91,8 @@ def _read(file: Path, problems: Problems, *, lines: bool) -> OwnCaptions | None:
     return OwnCaptions(str(file), texts, file.name)
 
 
-def _from_json(file: Path, text: str, problems: Problems) -> OwnCaptions | None:
-    unreadable = OwnCaptions(str(file), _UNREADABLE, file.name)
+def _from_json(file: Path, text: str, problems: Problems, ignored: list[str]) -> OwnCaptions | None:
+    unreadable = OwnCaptions(str(file), UNREADABLE, file.name)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -116,12 +103,8 @@ def _from_json(file: Path, text: str, problems: Problems) -> OwnCaptions | None:
         return unreadable
     if isinstance(value, dict):
         if not any(column in value for column in CAPTION_COLUMNS):
-            log.warning(
-                "%s is ignored: it has no key %s, but %s",
-                printable(file),
-                in_prose(CAPTION_COLUMNS),
-                ", ".join(map(shown, list(value)[:5])) or "none",
-            )
+            keys = ", ".join(map(shown, list(value)[:5])) or "none"
+            ignored.append(f"{printable(file)} has no key {in_prose(CAPTION_COLUMNS)}, but {keys}")
             return None
         row = value
     else:

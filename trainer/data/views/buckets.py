@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import uniform
 from halfbyte.trainer.wording import printable

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
 from halfbyte.trainer.data.sources.left_out import LeftOut
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import DataError
 
 WORD = CaptionStyle("ohwx")

@@ -9,7 +9,7 @@ from PIL import Image
 from halfbyte.trainer.data.cache.masks import MaskCache
 from halfbyte.trainer.data.read_sets import ReadData, read_data
 from halfbyte.trainer.data.record import recorded, require_same, write_record
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.recipe.load import load_recipe
@@ -29,7 +29,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def masked(folder: Path, masked_loss: str) -> list[Sample]:
-    return read_in(folder, masked_loss).samples
+    return read_in(folder, masked_loss).samples()
 
 
 def read_in(folder: Path, masked_loss: str) -> ReadData:

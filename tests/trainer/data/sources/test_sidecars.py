@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import DataError
 
 

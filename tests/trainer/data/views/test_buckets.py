@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.trainer.data.batches import PlannedBatches
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.views.buckets import Cropping, bucket_sizes, nearest_size, views_of
 from halfbyte.trainer.data.views.order import Entry, OrderedSet, SampleOrder
 from halfbyte.trainer.errors import RecipeError

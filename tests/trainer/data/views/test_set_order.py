@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.trainer.data.sources.folder import Sample
+from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.views.buckets import Cropping, View, views_of
 from halfbyte.trainer.data.views.order import Entry, OrderedSet, SampleOrder
 
