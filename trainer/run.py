@@ -40,6 +40,7 @@ from halfbyte.trainer.run_folder.pinned_base import (
     pin_base,
     started_from,
 )
+from halfbyte.trainer.run_folder.pinned_data import data_at_commits, find_data_commits
 from halfbyte.trainer.runtime.progress import write_lines
 from halfbyte.trainer.runtime.signals import SIGNALS, describe
 from halfbyte.trainer.runtime.world import World, barrier, broadcast_from_leader, join
@@ -99,7 +100,8 @@ def _run(recipe: Recipe, world: World, console: Console, resume: bool, held: Exi
     # Encode captions and images into the cache.
     with when_full("while encoding captions and images; finished encodings stay in the cache", *_ENCODING):
         started_on = folder.data if resume and folder.can_go_on else None
-        prepared = prepare(recipe, family, world, console, started_on=started_on)
+        at_start = recipe.model_copy(update={"data": data_at_commits(recipe.data, base.commits)})
+        prepared = prepare(at_start, family, world, console, started_on=started_on)
     saved = _saved_state(folder, recipe, world, prepared) if resume else None
 
     # Load and quantize the transformer, and add the adapters.
@@ -174,7 +176,13 @@ class _Base:
 def _open_base(recipe: Recipe, world: World, folder: RunFolder) -> _Base:
     init_from = recipe.lora.init_from
     # Only the leader asks the Hub, so that all processes read the same commits.
-    commits = broadcast_from_leader(world, lambda: find_commits(folder, recipe.model, init_from))
+    commits = broadcast_from_leader(
+        world,
+        lambda: {
+            **find_commits(folder, recipe.model, init_from),
+            **find_data_commits(folder, recipe.data),
+        },
+    )
     if init_from is not None:
         init_from = at_commit(init_from, commits.get(INIT_FROM))
     digests = FileDigests(recipe.data.cache_folder / "digests")

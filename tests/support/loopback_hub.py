@@ -85,8 +85,10 @@ class _Hub(BaseHTTPRequestHandler):
         elif path.endswith(".git/info/lfs/objects/batch"):
             self._batch(path)
         else:
-            owner, name, _, revision, *file = path.removeprefix("/").split("/")
-            self._file(f"{owner}/{name}", revision, "/".join(file))
+            parts = path.removeprefix("/").split("/")
+            kind = parts.pop(0).removesuffix("s") if parts[0] in ("datasets", "spaces") else "model"
+            owner, name, _, revision, *file = parts
+            self._file(kind, f"{owner}/{name}", revision, "/".join(file))
 
     def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -205,8 +207,8 @@ class _Hub(BaseHTTPRequestHandler):
         commit = repository.commit(tree)
         self._json({"commitUrl": f"{self._url(repository.name)}/commit/{commit}", "commitOid": commit})
 
-    def _file(self, name: str, revision: str, file: str) -> None:
-        repository = self.state.store.repositories.get(("model", name))
+    def _file(self, kind: str, name: str, revision: str, file: str) -> None:
+        repository = self.state.store.repositories.get((kind, name))
         if repository is None or (repository.private and not self._owns(name)):
             self._refuse(404, "RepoNotFound", "Repository not found")
         elif repository.gated:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -21,7 +22,14 @@ class NoSuchRevision(HubError):
     """The repository exists, but the revision does not."""
 
 
-def download(name: str, revision: str | None, wanted: Sequence[str], ignored: Sequence[str] = ()) -> Path:
+def download(
+    name: str,
+    revision: str | None,
+    wanted: Sequence[str],
+    ignored: Sequence[str] = (),
+    *,
+    kind: Literal["model", "dataset"] = "model",
+) -> Path:
     """Downloads the files that match a pattern of `wanted` and returns the snapshot's folder.
 
     The folder is named by its commit. Retries temporary failures without fetching finished files again; the
@@ -38,22 +46,31 @@ def download(name: str, revision: str | None, wanted: Sequence[str], ignored: Se
             return Path(
                 with_retries(
                     lambda: snapshot_download(
-                        name, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(ignored)
+                        name,
+                        repo_type=kind,
+                        revision=revision,
+                        allow_patterns=list(wanted),
+                        ignore_patterns=list(ignored),
                     )
                 )
             )
         except GatedRepoError as error:
             raise HubError(
-                f"{name} is gated: accept its license at {page(name)}, then log in with `hf auth login` or set HF_TOKEN"
+                f"{name} is gated: accept its license at {page(name, kind)}, then log in with `hf auth login` or set"
+                " HF_TOKEN"
             ) from error
         except RevisionNotFoundError as error:
-            raise NoSuchRevision(f"{name} has no revision {revision!r}; see {page(name)}/commits") from error
+            raise NoSuchRevision(
+                f"{name} has no revision {revision!r}; see {page(name, kind)}/commits"
+            ) from error
         except RepositoryNotFoundError as error:
             # Without a login, the Hub responds with 401 for a repository that does not exist.
+            what = "repository" if kind == "model" else "data set"
+            hint = ". The path of a local folder must start with ./, ../, ~ or /" if kind == "model" else ""
             raise HubError(
-                f"the Hub has no repository {name}, or it is private and you may not read it (status"
-                f" {status_of(error)}); log in with `hf auth login` or set HF_TOKEN, with a token from {tokens_page()}."
-                " The path of a local folder must start with ./, ../, ~ or /"
+                f"the Hub has no {what} {name}, or it is private and you may not read it (status"
+                f" {status_of(error)}); log"
+                f" in with `hf auth login` or set HF_TOKEN, with a token from {tokens_page()}{hint}"
             ) from error
         except LocalEntryNotFoundError as error:
             if not isinstance(error.__cause__, OfflineModeIsEnabled):

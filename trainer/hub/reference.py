@@ -29,6 +29,41 @@ class HubReference:
         return Path(f"{self.name}@{commit}")
 
 
+_HUB_DATA = re.compile(r"hf:/{1,2}datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+_SLASHED = re.compile(r"hf:/{1,2}datasets/([^/@]+/[^/@]+)@(refs/(?:pr|convert)/[^/]+)(?:/(.+))?")
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the Hub: hf://datasets/owner/name, with @revision and a folder or pattern if they are given."""
+
+    name: str
+    revision: str | None  # a branch, tag or commit; None: the main branch
+    inner: str = ""  # a folder of the repository, or a pattern of files; empty: the whole repository
+
+    @classmethod
+    def of(cls, path: Path | str | None) -> Self | None:
+        """Returns the data set that a path names; None for other paths. pathlib makes one slash of two."""
+        found = _SLASHED.fullmatch(str(path)) or _HUB_DATA.fullmatch(str(path))
+        if found is None or not is_repository(found[1]):
+            return None
+        return cls(found[1], found[2], (found[3] or "").strip("/"))
+
+    def at(self, commit: str) -> "HubData":
+        """Returns the data set at a commit."""
+        return HubData(self.name, commit, self.inner)
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"hf://datasets/{self.name}{revision}" + (f"/{self.inner}" if self.inner else "")
+
+
+def written_path(path: Path) -> str:
+    """Returns a path as it is written in a recipe."""
+    data = HubData.of(path)
+    return str(path) if data is None else str(data)
+
+
 def is_folder(path: str) -> bool:
     """Returns True if a model path has the form of a local folder."""
     return path.startswith(("./", "../", "/", "~")) or path in (".", "..")

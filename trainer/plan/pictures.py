@@ -24,6 +24,7 @@ from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.hub.reference import HubData
 from halfbyte.trainer.recipe.file_patterns import is_pattern
 from halfbyte.trainer.recipe.recipe import Recipe
 
@@ -103,6 +104,8 @@ def _read(
     setting: str, path: Path, style: CaptionStyle, settings: SourceSettings
 ) -> tuple[Records | None, list[str]]:
     """Returns the samples at a path, or None with a note that says why it cannot be read."""
+    if HubData.of(path) is not None:
+        return None, [f"{setting}: a plan does not download data sets; planned at data.resolution"]
     if not path.exists() and not is_pattern(path):
         return None, [f"{setting}: {path} does not exist; planned at data.resolution"]
     try:

@@ -7,7 +7,15 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER, FilePath, PictureSide, PictureSides, Section, Text
+from halfbyte.trainer.recipe.fields import (
+    DEFAULT_FOLDER,
+    DataPath,
+    FilePath,
+    PictureSide,
+    PictureSides,
+    Section,
+    Text,
+)
 from halfbyte.trainer.registry import conflict
 
 Kind = Literal["train", "regularization"]
@@ -46,6 +54,7 @@ class DataSet:
     image_column: str | None
     caption_column: str | None
     split: str | None
+    config: str | None
     kind: Kind
     repeats: float
     weight: float | None
@@ -87,14 +96,16 @@ def as_resolutions(resolution: int | tuple[int, ...]) -> tuple[int, ...]:
 class SetSection(Section):
     """One of several data sets. A setting that is null has the value that the section data has for it."""
 
-    path: FilePath
+    path: DataPath
     """A folder of captioned images or another form, as in data.path."""
     image_column: Text | None = None
     """The column of a table that holds the images; null reads image."""
     caption_column: Text | None = None
     """The column of a table that holds the captions; null reads text or caption."""
     split: Text | None = None
-    """The split of a saved data set that has several; null reads train, or the only one."""
+    """The split of a saved or Hub data set that has several; null reads train, or the only one."""
+    config: Text | None = None
+    """The configuration of a Hub data set whose card lists several; null reads the default."""
     kind: Kind = "train"
     """What the images show: train for what is to be learned; regularization for other things of the same class, which
     keep the model from changing them. Validation images are taken from sets of the kind train only."""
@@ -152,17 +163,20 @@ class SetSection(Section):
 class DataSection(Section):
     """The training images and their captions: one data set at path, or several in sets."""
 
-    path: FilePath | None = None
+    path: DataPath | None = None
     """A folder of images with captions in metadata.jsonl, metadata.csv, or .txt, .caption or .json files of the same
-    names; a folder of .parquet or .tar files, one such file, or a pattern such as shards/{000..012}.tar; or a folder
-    that datasets.save_to_disk has written. In a recipe file a relative path starts from that file's folder; on the
-    command line it starts from the current folder. null if sets lists the data."""
+    names; a folder of .parquet or .tar files, one such file, or a pattern such as shards/{000..012}.tar; a folder that
+    datasets.save_to_disk has written; or a data set on the Hub, hf://datasets/owner/name[@revision]. In a recipe file a
+    relative path starts from that file's folder; on the command line it starts from the current folder. null if sets
+    lists the data."""
     image_column: Text | None = None
     """The column of a table (parquet, a saved data set) that holds the images; null reads image."""
     caption_column: Text | None = None
     """The column of a table that holds the captions; null reads text or caption."""
     split: Text | None = None
-    """The split of a saved data set that has several; null reads train, or the only one."""
+    """The split of a saved or Hub data set that has several; null reads train, or the only one."""
+    config: Text | None = None
+    """The configuration of a Hub data set whose card lists several; null reads the default."""
     sets: tuple[SetSection, ...] = Field(default=(), strict=False)
     """Several data sets in place of path, such as [{path: ./dog, repeats: 10}, {path: ./dogs, kind: regularization}].
     The settings below hold for all sets that do not set their own."""

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PlainSerializer
 
+from halfbyte.trainer.hub.reference import written_path
 from halfbyte.trainer.registry import SETTINGS
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -17,6 +18,8 @@ SIDE_STEP = 16  # pixels: sides of images are multiples of this
 PictureSide = Annotated[int, Field(ge=SIDE_STEP, le=8192, multiple_of=SIDE_STEP)]
 PictureSides = Annotated[tuple[PictureSide, ...], Field(strict=False, min_length=1)]
 FilePath = Annotated[Path, Field(strict=False)]
+DataPath = Annotated[FilePath, PlainSerializer(written_path, return_type=str, when_used="json")]
+"""A folder or file, or a data set on the Hub."""
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
 

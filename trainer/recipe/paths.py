@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.trainer.hub.reference import is_folder, is_repository
+from halfbyte.trainer.hub.reference import HubData, is_folder, is_repository
 from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
 from halfbyte.trainer.recipe.file_patterns import SHARD_SUFFIXES, base_folder, is_pattern, matching_files
 from halfbyte.trainer.wording import in_prose, shown
@@ -108,6 +108,9 @@ def _resolve(
     if not written:
         document.problem(path, "got '', expected a folder")
         return None
+    if suffixes and re.match("hf:/", written):
+        _check_hub_data(document, path, written)
+        return None
     try:
         folder = ((base or document.place(path).base) / os.path.expanduser(written)).resolve()
         exists = folder.exists()
@@ -126,6 +129,17 @@ def _resolve(
             path, f"got '{written}', but there is no {'file or ' if file else ''}folder {folder}{hint}"
         )
     return folder
+
+
+def _check_hub_data(document: Document, path: KeyPath, written: str) -> None:
+    data = HubData.of(written)
+    if path[0] != "data":
+        document.problem(path, f"got {shown(written)}, expected a local folder")
+    elif data is None or (data.revision is not None and not _REVISION.fullmatch(data.revision)):
+        document.problem(
+            path,
+            f"got {shown(written)}, expected hf://datasets/owner/name, with @revision and a folder if needed",
+        )
 
 
 def _resolve_pattern(document: Document, path: KeyPath, pattern: Path, *, must_exist: bool) -> Path:

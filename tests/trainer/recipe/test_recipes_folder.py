@@ -52,9 +52,19 @@ def test_every_recipe_names_its_schema_for_editors(path: Path) -> None:
 
 
 TAGS = {"shuffle_tags", "keep_tags", "tag_separator", "tag_dropout", "caption_variants"}
+FORMS = {"image_column", "caption_column", "split", "config"}
 HIDDEN = {
     "model": {"max_sequence_length"},
-    "data": {"sets", "image_sizes", "masked_loss", "on_bad_image", "caption_lines", "caption_suffix", *TAGS},
+    "data": {
+        "sets",
+        "image_sizes",
+        "masked_loss",
+        "on_bad_image",
+        "caption_lines",
+        "caption_suffix",
+        *TAGS,
+        *FORMS,
+    },
     "objective": {"preserve"},
 }
 

@@ -22,7 +22,8 @@ class SourceSettings:
     masks: MaskedLoss = _NO_MASKS
     image_column: str | None = None  # of tables; None: image
     caption_column: str | None = None  # of tables; None: text or caption
-    split: str | None = None  # of a saved data set with several
+    split: str | None = None  # of a saved or Hub data set with several
+    config: str | None = None  # of a Hub data set with several
     skip_bad: bool = False  # leave out images that cannot be read or decoded, with a warning that lists them
     tables: Path | None = None  # the folder that keeps what was read for the next start; None: it is not kept
     renew: bool = True  # False: use what is kept, and keep nothing
@@ -38,6 +39,7 @@ class SourceSettings:
             given.image_column,
             given.caption_column,
             given.split,
+            given.config,
         )
 
 

@@ -1,5 +1,6 @@
 """Finds the masks of a data set's images, and checks that they can be used."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.trainer.data.pictures.decode import DECODE_ERRORS, PICTURE_SUFFIXES
@@ -19,20 +20,24 @@ def mask_name(file: Path) -> Path | None:
     return name.with_suffix("") if name.suffix.lower() == _MARK else None
 
 
-def mask_files(root: Path, settings: MaskedLoss, problems: Problems) -> dict[Path, Path]:
+def mask_files(
+    root: Path, pictures: Sequence[Path], settings: MaskedLoss, problems: Problems
+) -> dict[Path, Path]:
     """Returns the mask files by the names of their images, relative to the data set at `root` and without suffix.
 
-    Of several masks of one name, the first in the order of names counts.
+    Of several masks of one name, the first in the order of names counts. `pictures` are the images below `root`.
     """
     base = settings.folder or root
     found: dict[Path, Path] = {}
-    for file in sorted(base.rglob("*"), reverse=True):
+    files = pictures if settings.folder is None else settings.folder.rglob("*")
+    for file in sorted(files, reverse=True):
         if file.suffix.lower() not in PICTURE_SUFFIXES:
             continue
         name = mask_name(file)
         if name is None and settings.folder is None:
             continue
-        if not is_inside(base, file):
+        # The files of a data set have been checked before.
+        if settings.folder is not None and not is_inside(base, file):
             problems.add(file, f"is a symbolic link to a file outside {base}; copy the file instead")
             continue
         found[(name or file.with_suffix("")).relative_to(base)] = file

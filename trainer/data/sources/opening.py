@@ -6,6 +6,7 @@ from pathlib import Path
 
 from halfbyte.trainer.data.archives import parquet, saved, tar
 from halfbyte.trainer.data.archives.columns import MASK_COLUMN, Columns
+from halfbyte.trainer.data.archives.hub import fetched
 from halfbyte.trainer.data.pictures.decode import PICTURE_SUFFIXES
 from halfbyte.trainer.data.records.problems import Problems
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
@@ -16,6 +17,7 @@ from halfbyte.trainer.data.sources.masks import mask_files
 from halfbyte.trainer.data.sources.picture_captions import Listing, picture_captions
 from halfbyte.trainer.data.sources.shards import TarSource
 from halfbyte.trainer.data.sources.tables import TableSource
+from halfbyte.trainer.hub.reference import HubData
 from halfbyte.trainer.recipe.file_patterns import SHARD_SUFFIXES, base_folder, is_pattern, matching_files
 from halfbyte.trainer.wording import in_prose, printable, shown
 
@@ -29,6 +31,11 @@ def open_source(
 
     Returns None after adding a problem.
     """
+    data = HubData.of(path)
+    if data is not None:
+        return _hub(data, settings, style, problems, left_out)
+    if settings.config is not None:
+        problems.add(f"{settings.setting}.config", f"{printable(path)} is not on the Hub; remove it")
     if saved.is_saved(path):
         return _tables(path, saved.saved_files(path, settings.split, problems), settings, style, problems)
     if settings.split is not None:
@@ -57,6 +64,15 @@ def open_source(
     else:
         problems.add(path, "no such folder")
     return None
+
+
+def _hub(
+    data: HubData, settings: SourceSettings, style: CaptionStyle, problems: Problems, left_out: LeftOut
+) -> Source | None:
+    root, files = fetched(data, settings.config, settings.split)
+    if files[0].suffix in (parquet.SUFFIX, tar.SUFFIX, saved.SUFFIX):
+        return _archives(root, files, settings, style, problems)
+    return _pictures(root, files, settings, style, problems, left_out)
 
 
 def _archives(
@@ -126,9 +142,24 @@ def _folder(
             )
     elif tars:
         log.warning("%d tar files next to images are ignored, the first is %s", len(tars), printable(tars[0]))
+    return _pictures(root, files, settings, style, problems, left_out)
+
+
+def _pictures(
+    root: Path,
+    files: Sequence[Path],
+    settings: SourceSettings,
+    style: CaptionStyle,
+    problems: Problems,
+    left_out: LeftOut,
+) -> Source:
+    """Returns the images among the files of a folder."""
+    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     _refuse_columns(root, settings, problems)
     captions = picture_captions(Listing(root, files, pictures), style, problems, left_out)
-    masks = mask_files(root, settings.masks, problems) if settings.masks.source == "files" else {}
+    masks = {}
+    if settings.masks.source == "files":
+        masks = mask_files(root, pictures, settings.masks, problems)
     return FolderSource(root, captions, masks)
 
 

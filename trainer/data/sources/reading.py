@@ -89,7 +89,8 @@ def _file_of(path: Path, style: CaptionStyle, settings: SourceSettings) -> Path 
     if settings.tables is None:
         return None
     masks = settings.masks
-    made_from = [str(path), style.lines, settings.image_column, settings.caption_column, settings.split]
+    made_from = [str(path), style.lines, settings.image_column, settings.caption_column]
+    made_from += [settings.split, settings.config]
     made_from += [masks.source, None if masks.folder is None else str(masks.folder), style.gives_text]
     return settings.tables / f"{sha256_of(json.dumps(made_from))[:32]}.arrow"
 
