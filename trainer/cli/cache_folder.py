@@ -8,7 +8,7 @@ from pathlib import Path
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.runtime.sizes import file_size
 
-KINDS = ("latents", "masks", "texts", "bases", "digests")
+KINDS = ("images", "latents", "masks", "texts", "bases", "digests")
 
 
 @dataclass(frozen=True)

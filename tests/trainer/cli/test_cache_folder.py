@@ -83,7 +83,7 @@ def test_an_unknown_kind_deletes_nothing(folder):
     assert result.exit_code == 2
     assert "--clear: " in result.output
     assert "'everything'" in result.output
-    assert "latents, masks, texts, bases, digests" in result.output
+    assert "images, latents, masks, texts, bases, digests" in result.output
     assert (folder / "texts").exists()
 
 
