@@ -65,10 +65,15 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def is_unfinished(name: str) -> bool:
+    """Returns True for the name of a file that `write_file` has begun and not finished."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
 def _remove_abandoned(folder: Path) -> None:
     """Removes the unfinished files in a folder that no process writes anymore; leaves those it may not touch."""
     with suppress(OSError):
-        for name in filter(_PARTIAL.fullmatch, os.listdir(folder)):
+        for name in filter(is_unfinished, os.listdir(folder)):
             with suppress(OSError), (folder / name).open("r+b") as file:
                 if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
@@ -147,7 +152,7 @@ def recover_all(parent: Path) -> None:
     names = sorted(entry.name for entry in parent.iterdir())
     for name in dict.fromkeys(found[1] for found in map(_LEFTOVER.fullmatch, names) if found):
         recover(parent / name)
-    for name in filter(_PARTIAL.fullmatch, names):
+    for name in filter(is_unfinished, names):
         (parent / name).unlink(missing_ok=True)
 
 

@@ -16,14 +16,17 @@ from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.denoiser.load import load_run_base
 from halfbyte.trainer.denoiser.settings import base_recipe
+from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.export.export import ExportSettings, export_saved
 from halfbyte.trainer.pretrained.file_digests import FileDigests
+from halfbyte.trainer.quantize.run import quantize
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.checkpoint_folders import recover_checkpoints
-from halfbyte.trainer.run_folder.folder import RunFolder, begin, written_recipe
+from halfbyte.trainer.run_folder.folder import RunFolder, begin, claim, written_recipe
 from halfbyte.trainer.run_folder.pinned_base import open_base
 from halfbyte.trainer.runtime.staging import keep_others
+from halfbyte.trainer.runtime.world import read_world
 from halfbyte.trainer.training.metrics import (
     Measurement,
     MetricsWriter,
@@ -174,6 +177,21 @@ def test_the_recipe_of_a_run_is_never_cut_short(tmp_path: Path, mini_flux: Path)
         assert [file.name for file in run.root.iterdir()] == ["recipe.yaml"], what
 
 
+def test_a_run_killed_before_it_has_its_recipe_can_be_started_again(tmp_path: Path, mini_flux: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, mini_flux))
+    run = RunFolder(recipe.output.dir)
+    found = points(lambda: begin(run, recipe))
+    for point, what in enumerate(found):
+        shutil.rmtree(run.root, ignore_errors=True)
+        kill(lambda: begin(run, recipe), point)
+        claim(run, recipe, resume=run.recipe.exists())
+        begin(run, recipe)
+        assert [file.name for file in run.root.iterdir()] == ["recipe.yaml"], what
+    (run.root / "recipe.yaml").rename(run.root / "mine.yaml")
+    with pytest.raises(RecipeError, match="not empty"):
+        claim(run, recipe, resume=False)
+
+
 QUIET = ("sample.prompts=[]", "validation.held_out=1", "validation.every=1")
 
 
@@ -274,6 +292,29 @@ def test_an_export_is_complete_in_each_folder(
         assert contents(target.root) == after, found[point]
     kind = f"{'second' if earlier else 'first'} export, {'exchange' if exchange else 'two renames'}"
     report(f"{kind}, killed at one of its {len(found)} file operations", tried=len(chosen), lost=0)
+
+
+def test_a_quantized_transformer_is_complete_or_absent(tmp_path: Path, mini_flux: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, mini_flux))
+    folder, world = tmp_path / "packed", read_world({"ACCELERATE_USE_CPU": "true"})
+
+    def action() -> None:
+        quantize(recipe, folder, 0, world, Console(quiet=True))
+
+    found = points(action)
+    complete = contents(folder)
+    assert len(complete) >= 2
+    chosen = list(sample(found, SHORT, after=RENAMES))
+    for point in chosen:
+        shutil.rmtree(folder)
+        kill(action, point)
+        if folder.exists():
+            assert contents(folder) == complete, found[point]
+        else:
+            action()
+            assert contents(folder) == complete, found[point]
+        assert leftovers(tmp_path) == [], found[point]
+    report(f"a quantization killed at one of its {len(found)} file operations", tried=len(chosen), lost=0)
 
 
 @pytest.mark.parametrize("part", parts())

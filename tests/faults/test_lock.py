@@ -8,8 +8,9 @@ import pytest
 from halfbyte.trainer.errors import DiskError, RecipeError
 from halfbyte.trainer.run_folder.lock import LOCK_FILE, lock_run
 
+from kill_points import leftovers
 from run_server import SLOW_STEPS
-from runs import run_here, write_recipe
+from runs import results, run_here, write_recipe
 
 
 def test_a_second_run_names_the_process_that_holds_the_folder(server, tmp_path, mini_flux):
@@ -52,3 +53,14 @@ def test_a_place_that_holds_no_folders_is_refused_before_encoding(tmp_path, mini
     with pytest.raises((DiskError, RecipeError), match=r"output\.dir"):
         run_here(recipe, f"output.dir={where}")
     assert not (tmp_path / "cache").exists()
+
+
+def test_two_runs_share_a_cold_cache(server, tmp_path, mini_flux):
+    recipes = [write_recipe(tmp_path, mini_flux, name=name) for name in ("one", "other")]
+    processes = [server.start("train", str(recipe), "sample.prompts=[]") for recipe in recipes]
+    for process in processes:
+        assert process.wait() == 0, process.errors
+        assert "damaged" not in process.errors, process.errors
+    one, other = (results(tmp_path / recipe.stem) for recipe in recipes)
+    assert one == other
+    assert leftovers(tmp_path / "cache") == []

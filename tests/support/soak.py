@@ -29,11 +29,15 @@ def share(items: Sequence[_Item], part: int) -> Sequence[_Item]:
     return items[part :: len(parts())]
 
 
+def is_reported() -> bool:
+    """Returns True if `scripts/soak` runs the test."""
+    return "HALFBYTE_SOAK_REPORT" in os.environ
+
+
 def report(name: str, **counts: int) -> None:
     """Adds counts to a row of the report of `scripts/soak`, if it runs the test. Counts of all parts are added up."""
-    file = os.environ.get("HALFBYTE_SOAK_REPORT")
-    if file is not None:
-        with Path(file).open("a", encoding="utf-8") as stream:
+    if is_reported():
+        with Path(os.environ["HALFBYTE_SOAK_REPORT"]).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps([name, counts]) + "\n")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from halfbyte.trainer.adapters.listed_digests import require_intact
 from halfbyte.trainer.adapters.patterns import peft_regex, refuse_slow
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.wording import printable, shown
 
 METADATA = "lora_adapter_metadata"
 _PREFIX = "transformer."
@@ -99,7 +100,9 @@ def diffusers_adapter(file: Path, tensors: Mapping[str, Tensor], settings: str) 
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{where} is not JSON, but the scale of the adapter is in it: {error}") from error
     if not isinstance(entries, dict):
-        raise RecipeError(f"{where} is {settings[:40]}, expected the settings of PEFT's LoraConfig")
+        raise RecipeError(
+            f"{where} is {printable(settings[:40])}, expected the settings of PEFT's LoraConfig"
+        )
     # The same dictionary may have settings of text encoders, with another alpha; the prefix tells them apart.
     config = {
         name.removeprefix(_PREFIX): entry for name, entry in entries.items() if name.startswith(_PREFIX)
@@ -120,7 +123,7 @@ def whole_adapter(
     parts = layer_parts(file, tensors, _ENDINGS)
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise RecipeError(f"{where} has alpha_pattern {patterns!r}, expected an alpha for each pattern")
+        raise RecipeError(f"{where} has alpha_pattern {shown(patterns)}, expected an alpha for each pattern")
     alphas: dict[str, Any] = {"lora_alpha": config.get("lora_alpha")}
     alphas |= {f"alpha_pattern {pattern!r}": alpha for pattern, alpha in patterns.items()}
     for name, alpha in alphas.items():

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte.quant.files.atomic import flush, make_folder, recover, recover_all, write_file
+from halfbyte.quant.files.atomic import flush, is_unfinished, make_folder, recover, recover_all, write_file
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.load import load_written
@@ -165,7 +165,7 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool, processes: int = 1
         _check_batching(folder, recipe, processes)
         return
     if not holds_run:
-        if root.is_dir() and any(entry.name not in LOCK_FILES for entry in root.iterdir()):
+        if root.is_dir() and not all(_is_of_a_start(entry.name) for entry in root.iterdir()):
             raise RecipeError(
                 f"output.dir: {root} is not empty and not the folder of a run; choose a new folder, such as"
                 " output.dir=runs/other"
@@ -209,6 +209,11 @@ def claim(folder: RunFolder, recipe: Recipe, *, resume: bool, processes: int = 1
             last + 1,
             *reversed(rates),
         )
+
+
+def _is_of_a_start(name: str) -> bool:
+    """Returns True for files that are there before the recipe: a run killed at its start leaves them."""
+    return name in LOCK_FILES or is_unfinished(name)
 
 
 def _check_batching(folder: RunFolder, recipe: Recipe, processes: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.run_folder.checkpoint_folders import STATE_FILE, step_of
+from halfbyte.trainer.wording import printable
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def read_state(folder: Path) -> SavedState:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RecipeError(
-            f"--resume: {folder / STATE_FILE}: {what}. Another version of halfbyte wrote the checkpoint: resume with"
-            f" that version, or start a new run from its weights: lora.init_from={folder / ADAPTER_FILE}"
+            f"--resume: {folder / STATE_FILE}: {printable(what)}. Another version of halfbyte wrote the checkpoint:"
+            f" resume with that version, or start a new run from its weights: lora.init_from={folder / ADAPTER_FILE}"
             " output.dir=runs/other"
         ) from error
 

@@ -1,8 +1,10 @@
 """Tests `halfbyte push` with the real client against a loopback Hub, and loads the result with stock libraries."""
 
+import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -49,6 +51,10 @@ def test_the_token_is_in_no_file(hub, pushed_run):
     tree = hub.store.model("ann/dog").tree
     assert [name for name, blob in tree.items() if TOKEN.encode() in blob.content] == []
     assert hub.hub.leaks == [], "requests with the token in the address or the body"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            shown = (process / "cmdline").read_bytes() + (process / "comm").read_bytes()
+            assert TOKEN.encode() not in shown, f"in the arguments or the title of process {process.name}"
 
 
 def test_metadata_and_card_pin_the_base(hub, pushed_run):
