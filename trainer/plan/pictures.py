@@ -3,8 +3,9 @@
 If the folder of images does not exist yet, the plan assumes square images.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from halfbyte.trainer.data.caption_variants import all_variants
@@ -17,10 +18,13 @@ from halfbyte.trainer.data.read_sets import (
 )
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
-from halfbyte.trainer.data.views.buckets import Size
+from halfbyte.trainer.data.views.buckets import Size, View
+from halfbyte.trainer.data.views.order import OrderedSet
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.recipe import Recipe
+
+Sizes = Mapping[int, frozenset[Size]]  # by training resolution, in pixels
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,23 @@ class PlannedPictures:
 
     count: int | None  # training images; None if unknown
     epoch: int | None  # samples in an epoch, with repeats; None if unknown
-    sizes: frozenset[Size]  # sizes of training images, in pixels
-    held_out_sizes: frozenset[Size]  # sizes of validation images, in pixels
+    sizes: Sizes  # of training images
+    held_out_sizes: Sizes  # of validation images
     notes: tuple[str, ...]
     texts: int | None = None  # different captions to encode, with their variants; None if unknown
+    shares: Mapping[int, float] = field(
+        default_factory=dict
+    )  # of the samples, by resolution; empty if unknown
 
     @property
     def largest(self) -> Size:
         """The largest size of a training image."""
-        return largest_size(self.sizes)
+        return largest_size(size for sizes in self.sizes.values() for size in sizes)
 
     @property
     def largest_held_out(self) -> Size:
         """The largest size of a validation image."""
-        return largest_size(self.held_out_sizes)
+        return largest_size(size for sizes in self.held_out_sizes.values() for size in sizes)
 
 
 def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
@@ -53,11 +60,11 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
         RecipeError: a resolution does not suit the model.
     """
     settings = recipe.data.resolved_sets
-    squares = frozenset(
-        (cropping.resolution, cropping.resolution)
+    squares = {
+        cropping.resolution: frozenset({(cropping.resolution, cropping.resolution)})
         for given in settings
         for cropping in croppings_of(given, family)
-    )
+    }
     read, notes = [], []
     for number, given in enumerate(settings):
         setting = "data.path" if recipe.data.path is not None else f"{given.setting}.path"
@@ -81,18 +88,35 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
     data = split_data(recipe, known, validation if recipe.validation.path is None else validation or [])
     ordered = training_views(data, family, recipe.train.seed)
     held_out = held_out_views(data, family, recipe.train.seed)
-    views = [group[0] for one in ordered for group in one.views]
     texts = {sample.caption for sample in data.held_out}
     for one in data.sets:
         texts |= {text for _, text in all_variants(one.samples, one.settings, recipe.train.seed)}
     return PlannedPictures(
         len(data.samples),
         sum(one.uses for one in ordered),
-        frozenset((view.width, view.height) for view in views),
-        frozenset((view.width, view.height) for view in held_out) or squares,
+        _sizes(group[0] for one in ordered for group in one.views),
+        _sizes(held_out) or squares,
         tuple(notes),
         len(texts | set(recipe.sample.prompts) | {""}),
+        _shares(ordered),
     )
+
+
+def _sizes(views: Iterable[View]) -> Sizes:
+    found: defaultdict[int, set[Size]] = defaultdict(set)
+    for view in views:
+        found[view.resolution].add(view.size)
+    return {resolution: frozenset(sizes) for resolution, sizes in found.items()}
+
+
+def _shares(ordered: Sequence[OrderedSet]) -> dict[int, float]:
+    """Returns the share of the samples that each resolution has, from 0 to 1."""
+    shares: defaultdict[int, float] = defaultdict(float)
+    total = sum(one.uses for one in ordered)
+    for one in ordered:
+        for group in one.views:
+            shares[group[0].resolution] += one.uses / total / len(one.views)
+    return dict(shares)
 
 
 def _read(

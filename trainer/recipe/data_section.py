@@ -219,9 +219,14 @@ class DataSection(Section):
         return tuple(self._resolved(f"data.sets[{index}]", given) for index, given in enumerate(self.sets))
 
     @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The resolutions of all sets in pixels, the smallest first."""
+        return tuple(sorted({side for data_set in self.resolved_sets for side in data_set.resolutions}))
+
+    @property
     def largest_resolution(self) -> int:
         """The largest resolution of any set, in pixels."""
-        return max(data_set.resolutions[-1] for data_set in self.resolved_sets)
+        return self.resolutions[-1]
 
     def _resolved(self, setting: str, given: SetSection) -> DataSet:
         values = dict(given)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
 from halfbyte.trainer.optim.schedules import SCHEDULES, Constant, Schedule
+from halfbyte.trainer.recipe.batch_sizes import scaled_by_area
 from halfbyte.trainer.recipe.data_section import DataSection
 from halfbyte.trainer.recipe.document import KeyPath, dotted
 from halfbyte.trainer.recipe.fields import Section
@@ -47,6 +48,17 @@ class Recipe(Section):
     sample: SampleSection = Field(default_factory=SampleSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _every_resolution_has_a_batch_size(self) -> Self:
+        batch, resolutions = self.train.batch_size, self.data.resolutions
+        if isinstance(batch, int) or set(batch) == set(resolutions):
+            return self
+        raise conflict(
+            "train.batch_size",
+            f"got numbers for the resolutions {sorted(batch)}, but the data have {list(resolutions)}; expected one"
+            f" for each, such as {scaled_by_area(batch, resolutions)}",
+        )
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

@@ -32,6 +32,17 @@ class View:
     height: int
     flip: bool
     resolution: int  # the training resolution that the size belongs to, in pixels
+    references: tuple["View", ...] = ()  # of its reference images, see `references`
+
+    @property
+    def size(self) -> Size:
+        """Width and height in pixels."""
+        return self.width, self.height
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes of the image and of its references. Samples of one batch have the same."""
+        return self.size, *(reference.size for reference in self.references)
 
 
 @dataclass(frozen=True)
