@@ -142,7 +142,7 @@ def prepare(
     latents, texts = encode_missing(
         cache,
         encoders,
-        [*views, *held_out],
+        [one for view in (*views, *held_out) for one in (view, *view.references)],
         [text for _, text in captions],
         rank=world.rank,
         world_size=world.size,

@@ -11,8 +11,10 @@ from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
 from halfbyte.trainer.data.sources.left_out import LeftOut
 from halfbyte.trainer.data.sources.masks import with_masks
+from halfbyte.trainer.data.sources.references import reference_paths, refuse_more, with_references
 from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
 from halfbyte.trainer.data.views.order import OrderedSet
+from halfbyte.trainer.data.views.references import with_reference_views
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.data_section import DataSet, set_uses
@@ -74,10 +76,17 @@ def read_data(
     ]
     validation = None
     if recipe.validation.path is not None:
-        validation = read_samples(recipe.validation.path, first_style(recipe), is_decoded=is_decoded)
+        validation = read_validation(recipe, recipe.validation.path, is_decoded=is_decoded)
     data = split_data(recipe, read, validation)
     sets = [replace(one, left_out=own) for one, own in zip(data.sets, left_out, strict=True)]
     return replace(data, sets=sets)
+
+
+def read_validation(recipe: Recipe, path: Path, *, is_decoded: Callable[[str], bool]) -> list[Sample]:
+    """Reads the images of validation.path, with references as the first data set says. Raises DataError."""
+    first = replace(recipe.data.resolved_sets[0], path=path)
+    samples = read_samples(path, first_style(recipe), without=reference_paths(first), is_decoded=is_decoded)
+    return with_references(samples, first, is_decoded=is_decoded)
 
 
 def first_style(recipe: Recipe) -> CaptionStyle:
@@ -95,23 +104,32 @@ def read_set(
     left_out: LeftOut | None = None,
     skip_bad: bool = False,
 ) -> list[Sample]:
-    """Reads the samples of a data set with their masks. Arguments and errors are those of `read_data`."""
+    """Reads the samples of a data set with masks and references. Arguments and errors are those of `read_data`."""
     samples = read_samples(
         settings.path,
         CaptionStyle.of(settings),
         data_set=number,
-        without=settings.masked_loss.folder,
+        without=untrained_paths(settings),
         is_decoded=is_decoded,
         progress=progress,
         left_out=left_out,
         skip_bad=skip_bad,
     )
     masked = with_masks(samples, settings, is_known=is_checked)
+    paired = with_references(masked, settings, is_decoded=is_decoded)
     if left_out is not None:
-        for sample in masked:
+        for sample in paired:
             if sample.mask is not None and sample.mask.path is not None:
                 left_out.reasons.pop(sample.mask.path, None)  # it is used
-    return masked
+            for reference in sample.references:
+                left_out.reasons.pop(reference.path, None)
+    return paired
+
+
+def untrained_paths(settings: DataSet) -> frozenset[Path]:
+    """Returns the folders and files with masks or references, which may be among the images of a data set."""
+    masks = settings.masked_loss.folder
+    return reference_paths(settings) | (frozenset() if masks is None else {masks})
 
 
 def split_data(
@@ -167,16 +185,17 @@ def croppings_of(settings: DataSet, family: Family) -> list[Cropping]:
 
 
 def training_views(data: ReadData, family: Family, seed: int) -> list[OrderedSet]:
-    """Returns the views of each data set with the number of its samples in an epoch."""
-    groups = [
-        views_of(
-            read.samples,
-            croppings_of(read.settings, family),
-            seed,
-            only_largest=read.settings.image_sizes == "largest",
-        )
-        for read in data.sets
-    ]
+    """Returns the views of each data set with the number of its samples in an epoch.
+
+    Raises:
+        DataError: an image has more references than the model takes.
+    """
+    refuse_more([*data.samples, *data.held_out], family.max_references)
+    groups = []
+    for read in data.sets:
+        croppings, only_largest = croppings_of(read.settings, family), read.settings.image_sizes == "largest"
+        own = views_of(read.samples, croppings, seed, only_largest=only_largest)
+        groups.append(with_reference_views(own, croppings[0], read.settings.references.resolution))
     uses = set_uses([read.settings for read in data.sets], [len(own) for own in groups])
     return [OrderedSet(own, count) for own, count in zip(groups, uses, strict=True)]
 
@@ -194,6 +213,7 @@ class SetSummary:
     cropped: float  # the share of the images' pixels that cropping removes, from 0 to 1, in the mean
     enlarged: int  # images that are enlarged by more than 5 %
     left_out: str  # describes the images that are not for training; empty if there are none
+    references: int = 0  # reference images
 
 
 def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]:
@@ -216,6 +236,7 @@ def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]
                 fmean(1 - kept_share(group[0]) for group in one.views),
                 len({group[0].sample.index for group in one.views if is_enlarged(group[0])}),
                 read.left_out.describe(read.settings.path),
+                sum(len(sample.references) for sample in read.samples),
             )
         )
     return found
@@ -226,8 +247,9 @@ def held_out_views(data: ReadData, family: Family, seed: int) -> list[View]:
     views = []
     for sample in data.held_out:
         settings = data.sets[sample.data_set].settings
-        center = replace(settings, crop="center", random_crops=1, flip=False)
-        views.append(views_of([sample], croppings_of(center, family), seed, only_largest=True)[0][0])
+        croppings = croppings_of(replace(settings, crop="center", random_crops=1, flip=False), family)
+        own = views_of([sample], croppings, seed, only_largest=True)
+        views.append(with_reference_views(own, croppings[0], settings.references.resolution)[0][0])
     return views
 
 

@@ -5,7 +5,7 @@ If the folder of images does not exist yet, the plan assumes square images.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from halfbyte.trainer.data.caption_variants import all_variants
@@ -15,9 +15,11 @@ from halfbyte.trainer.data.read_sets import (
     held_out_views,
     split_data,
     training_views,
+    untrained_paths,
 )
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
+from halfbyte.trainer.data.sources.references import reference_paths
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.data.views.order import OrderedSet
 from halfbyte.trainer.errors import DataError
@@ -73,14 +75,19 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
             given.path,
             CaptionStyle.of(given),
             data_set=number,
-            without=given.masked_loss.folder,
+            without=untrained_paths(given),
             skip_bad=recipe.data.on_bad_image == "skip",
         )
         read.append(samples)
         notes += note
     validation: list[Sample] | None = None
     if recipe.validation.path is not None:
-        validation, note = _read("validation.path", recipe.validation.path, first_style(recipe))
+        validation, note = _read(
+            "validation.path",
+            recipe.validation.path,
+            first_style(recipe),
+            without=reference_paths(replace(settings[0], path=recipe.validation.path)),
+        )
         notes += note
     known = [samples for samples in read if samples is not None]
     if len(known) < len(read):
@@ -125,7 +132,7 @@ def _read(
     style: CaptionStyle,
     *,
     data_set: int = 0,
-    without: Path | None = None,
+    without: frozenset[Path] = frozenset(),
     skip_bad: bool = False,
 ) -> tuple[list[Sample] | None, list[str]]:
     """Returns the samples of a folder, or None with a note that says why it cannot be read."""

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from halfbyte.trainer.recipe.fields import DEFAULT_FOLDER, FilePath, PictureSide, PictureSides, Section
+from halfbyte.trainer.recipe.references import References
 from halfbyte.trainer.registry import conflict
 
 Kind = Literal["train", "regularization"]
@@ -64,6 +65,7 @@ class DataSet:
     caption_variants: int | None
     caption_dropout: float
     masked_loss: MaskedLoss
+    references: References
 
     @property
     def varies_tags(self) -> bool:
@@ -132,6 +134,8 @@ class SetSection(Section):
     """The share of samples that are trained with an empty caption."""
     masked_loss: MaskedLoss | None = None
     """Masks that say which parts of the images are learned; {source: none} for none."""
+    references: References | None = None
+    """Reference images for models for editing; {source: none} for none."""
 
     @model_validator(mode="after")
     def _repeats_or_weight(self) -> Self:
@@ -199,6 +203,9 @@ class DataSection(Section):
     trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
     masked_loss: MaskedLoss = MaskedLoss()
     """Masks that say which parts of the images are learned, such as {source: alpha}."""
+    references: References = References()
+    """Reference images for models for editing, such as {source: folders, folders: [./before]}. The model must be of a
+    family that takes them."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with images that cannot be read or decoded: stop with an error that names them all, or train without
     them. The start and the end of a run list those that were skipped."""

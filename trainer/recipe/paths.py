@@ -30,6 +30,9 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
         ]
     for place in places:
         _resolve(document, (*place[:-1], "masked_loss", "folder"), must_exist=pictures_needed)
+        folders = document.at((*place[:-1], "references", "folders"))
+        for index in range(len(folders) if isinstance(folders, list) else 0):
+            _resolve(document, (*place[:-1], "references", "folders", index), must_exist=pictures_needed)
     read = {
         dotted(place): _resolve(document, place, must_exist=pictures_needed, suffix=".parquet")
         for place in places

@@ -105,7 +105,8 @@ def data_rows(sets: Sequence[SetSummary]) -> list[tuple[str, str]]:
 
 
 def _images(one: SetSummary) -> str:
-    return f"{one.images} images, {one.views} views"
+    references = f", {one.references} reference images" if one.references else ""
+    return f"{one.images} images, {one.views} views{references}"
 
 
 def _sizes(one: SetSummary) -> str:

@@ -54,7 +54,7 @@ class CaptionRow:
 def read_metadata(path: Path, problems: Problems) -> list[CaptionRow]:
     """Reads the rows of a metadata.jsonl or metadata.csv. Adds unusable rows to `problems` and leaves them out."""
     found: list[CaptionRow] = []
-    for where, row in _rows(path, problems):
+    for where, row in metadata_rows(path, problems):
         name = row.get("file_name")
         if not isinstance(name, str) or not name.strip():
             problems.add(
@@ -139,7 +139,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
 
 
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, object]]]:
+def metadata_rows(path: Path, problems: Problems) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the rows of a metadata file with their places, without reading the whole file into memory."""
     try:
         if path.suffix == ".jsonl":

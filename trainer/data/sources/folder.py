@@ -33,14 +33,15 @@ from halfbyte.trainer.data.sources.captions import METADATA_NAMES, Problems, cap
 from halfbyte.trainer.data.sources.left_out import DAMAGED, LeftOut, foreign_folder, pictures_in
 from halfbyte.trainer.data.sources.parquet import IMAGE_COLUMN, embedded_bytes, picture_bytes, read_rows
 from halfbyte.trainer.data.sources.picture_captions import picture_captions
+from halfbyte.trainer.data.sources.reference_columns import Cell, reference_bytes
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.runtime.progress import OnProgress
 from halfbyte.trainer.wording import printable, shown
 
 log = logging.getLogger(__name__)
 
-# Image formats that Pillow cannot read. They are reported as errors rather than skipped silently.
-_FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
+FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
+"""Image formats that Pillow cannot read. They are reported as errors rather than skipped silently."""
 
 _PLAIN = CaptionStyle()
 
@@ -55,7 +56,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its captions. Latents and text embeddings are matched only through this object."""
+    """One image and its captions. Latents and text embeddings are matched only through this object.
+
+    A reference image is a sample without captions.
+    """
 
     index: int  # in the sorted order of the paths
     path: Path
@@ -68,6 +72,8 @@ class Sample:
     data_set: int = 0  # the place of its data set in the recipe
     captions: tuple[str, ...] = ()  # of the source, without the settings; empty: it has none
     mask: Mask | None = None
+    references: tuple["Sample", ...] = ()  # its reference images, in the order in which the model sees them
+    cell: Cell | None = None  # of a reference image inside the parquet file at `path`
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def read_samples(
     style: CaptionStyle = _PLAIN,
     *,
     data_set: int = 0,
-    without: Path | None = None,
+    without: frozenset[Path] = frozenset(),
     is_decoded: Callable[[str], bool] = lambda sha256: False,
     progress: OnProgress | None = None,
     left_out: LeftOut | None = None,
@@ -102,7 +108,7 @@ def read_samples(
     Args:
         style: applied to every caption. If it adds text, images need no caption.
         data_set: the number that the samples get, see `Sample`.
-        without: a folder inside `path` that is left out, because it holds masks.
+        without: folders and files inside `path` that are left out, because they are masks or reference images.
         is_decoded: returns True for the SHA-256 of an image that has been decoded before and need not be again.
         left_out: gets the images that are not for training, such as masks.
         skip_bad: leave images out that cannot be read or decoded, with a warning that lists them.
@@ -149,7 +155,7 @@ def load_pixels(sample: Sample, box: tuple[int, int, int, int], size: tuple[int,
 def sample_bytes(sample: Sample) -> bytes:
     """Returns the bytes of the image file. Raises DataError if they changed since the sample was read."""
     try:
-        data = _bytes(sample.path, sample.row)
+        data = stored_bytes(sample.path, sample.row, sample.cell)
     except OSError as error:
         raise DataError(f"{printable(sample.path)}: cannot be read: {error.strerror}") from error
     if sha256_of(data) != sample.sha256:
@@ -181,23 +187,22 @@ def unchanged_pictures(
     return pictures
 
 
-def _bytes(path: Path, row: int | None) -> bytes:
-    return read_regular(path, PICTURE_BYTES) if row is None else picture_bytes(path, row)
+def stored_bytes(path: Path, row: int | None, cell: Cell | None = None) -> bytes:
+    """Returns the bytes of an image in a file of its own or in a row of a parquet file. Raises OSError."""
+    if row is None:
+        return read_regular(path, PICTURE_BYTES)
+    return picture_bytes(path, row) if cell is None else reference_bytes(path, row, cell)
 
 
 def _find(
-    root: Path, style: CaptionStyle, without: Path | None, problems: Problems, left_out: LeftOut
+    root: Path, style: CaptionStyle, without: frozenset[Path], problems: Problems, left_out: LeftOut
 ) -> list[_Found]:
     if root.is_file() and root.suffix == ".parquet":
         return _parquet_items(root.parent, [root], style, problems)
     if not root.is_dir():
         problems.add(root, "no such folder" if not root.exists() else "not a folder or a .parquet file")
         return []
-    files = [
-        file
-        for file in _files(root, problems, left_out)
-        if without is None or not file.is_relative_to(without)
-    ]
+    files = [file for file in _files(root, problems, left_out) if without.isdisjoint((file, *file.parents))]
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     tables = [file for file in files if file.suffix == ".parquet"]
     if tables and pictures:
@@ -243,7 +248,7 @@ def _files(root: Path, problems: Problems, left_out: LeftOut) -> list[Path]:
         for file in (Path(folder) / name for name in names if not name.startswith(".")):
             if file.is_symlink() and not is_inside(root, file):
                 problems.add(file, f"is a symbolic link to a file outside {root}; copy the file instead")
-            elif file.suffix.lower() in _FOREIGN_SUFFIXES:
+            elif file.suffix.lower() in FOREIGN_SUFFIXES:
                 problems.add(
                     file,
                     f"is of a format that cannot be read; convert it to one of {', '.join(PICTURE_SUFFIXES)}",
@@ -302,7 +307,7 @@ def _open(
     problems: Problems,
 ) -> Sample | None:
     try:
-        data = _bytes(item.path, item.row)
+        data = stored_bytes(item.path, item.row)
     except OSError as error:
         problems.add(item.where, f"cannot be read: {error.strerror}")
         return None
