@@ -22,8 +22,7 @@ def over_processes(batch: BatchSize, processes: int) -> BatchSize:
 
 def scaled_by_area(batch: Mapping[int, int], resolutions: Iterable[int]) -> dict[int, int]:
     """Returns a batch size for each resolution: that of `batch`, or else the largest with no more pixels than those."""
-    pixels = max(size * resolution**2 for resolution, size in batch.items())
-    return {
-        resolution: batch.get(resolution, max(1, pixels // resolution**2))
-        for resolution in sorted(resolutions)
-    }
+    wanted = sorted(resolutions)
+    known = {side: samples for side, samples in batch.items() if side in wanted} or batch
+    pixels = max(samples * side**2 for side, samples in known.items())
+    return {side: known.get(side, max(1, pixels // side**2)) for side in wanted}
