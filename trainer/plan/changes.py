@@ -31,7 +31,7 @@ class Setting:
     @property
     def text(self) -> str:
         """The setting in the form that the command line takes."""
-        value = self.value
+        value = list(self.value) if isinstance(self.value, tuple) else self.value
         formatted = (
             str(value).lower() if isinstance(value, bool) else f"{value:g}" if _is_number(value) else value
         )
@@ -252,7 +252,7 @@ def _resolution(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     present = as_resolutions(data.resolution)
     for resolution in _RESOLUTIONS:
         if resolution < present[-1] and resolution % multiple == 0:
-            lower = list(dict.fromkeys(min(side, resolution) for side in present))
+            lower = tuple(dict.fromkeys(min(side, resolution) for side in present))
             parts = [Setting("data", "resolution", lower if len(lower) > 1 else lower[0])]
             batch = recipe.train.batch_size
             if not isinstance(batch, int):
