@@ -28,7 +28,7 @@ class TrainingSample:
     pooled_prompt_embeds: Tensor  # (P,)
     loss_weight: float = 1.0
     pixel_weight: Tensor | None = None  # (1, h, w) fp32 from 0 to 1, of each latent cell in the loss; None: 1
-    share: float = 1.0  # factor of its micro-batch's mean loss
+    share: float = 1.0  # factor of its micro-batch's mean loss, see `PlannedBatches`
     references: tuple[Tensor, ...] = ()  # of each reference image (C, h, w) fp32, of its own size
 
 
@@ -43,9 +43,7 @@ class Batch:
     pooled_prompt_embeds: Tensor  # (B, P)
     loss_weight: Tensor | None = None  # (B,) fp32, factors of the samples' losses; None: 1 for all
     pixel_weight: Tensor | None = None  # (B, 1, h, w) fp32 from 0 to 1, weights of latent cells; None: 1
-    share: float = (
-        1.0  # factor of the mean loss: samples of the micro-batch / mean of the step's micro-batches
-    )
+    share: float = 1.0  # factor of the mean loss, see `PlannedBatches`
     references: tuple[Tensor, ...] = ()  # means of the reference images' posteriors, each (B, C, h, w) fp32
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -39,9 +39,7 @@ class PlannedPictures:
     held_out_sizes: Sizes  # of validation images
     notes: tuple[str, ...]
     texts: int | None = None  # different captions to encode, with their variants; None if unknown
-    shares: Mapping[int, float] = field(
-        default_factory=dict
-    )  # of the samples, by resolution; empty if unknown
+    shares: Mapping[int, float] = field(default_factory=dict)  # of samples, by resolution; empty if unknown
 
     @property
     def largest(self) -> Size:

@@ -116,6 +116,12 @@ class SchemaTree:
         }
         return words[str(kind)]
 
+    def expected_key(self, path: KeyPath, data: Any) -> str:
+        """Describes the keys that a mapping accepts, for the end of a message as in `expected`."""
+        node = self.at(path, data)
+        assert node is not None, "only known mappings have keys"
+        return f"one such as {next(iter(self._mappings(node)[0]['examples'][0]))}"
+
     def meaning(self, node: Node) -> str:
         """Returns the first sentence of the description, worded as the end of a longer sentence."""
         text: str = self.resolve(node).get("description", "")

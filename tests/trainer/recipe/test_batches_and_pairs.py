@@ -64,7 +64,8 @@ def test_batch_sizes_must_name_the_resolutions_of_the_data(
     [
         ("{512: 4, 768: 2, 1024: 0}", "0"),
         ("{512: x, 768: 2, 1024: 1}", "'x'"),
-        ("{a: 1}", "a"),
+        ("{a: 1}", "got 'a' as a key, expected one such as 1024"),
+        ("{520: 1}", "got '520' as a key"),
         ("[1, 2]", "[1"),
     ],
 )

@@ -74,8 +74,13 @@ class ReferenceFiles:
 
 def _pictures(folder: Path) -> Iterator[Path]:
     """Yields all images below a folder except hidden ones, also of formats that cannot be read, in order."""
+    for file in visible_files(folder):
+        if file.suffix.lower() in (*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES):
+            yield file
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yields all files below a folder except hidden ones, in order."""
     for inner, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith((*PICTURE_SUFFIXES, *FOREIGN_SUFFIXES)):
-                yield Path(inner) / name
+        yield from (Path(inner) / name for name in sorted(names) if not name.startswith("."))

@@ -21,6 +21,7 @@ from halfbyte.trainer.data.sources.reference_columns import (
     path_in,
     usual_columns,
 )
+from halfbyte.trainer.data.sources.reference_files import visible_files
 from halfbyte.trainer.wording import shown
 
 _USUAL = "reference, references, or ref0, ref1 and so on"
@@ -54,7 +55,7 @@ class ReferenceTables:
         self._wanted = wanted
         self._rows: dict[Path, _Row] = {}  # by the file of the image
         self._parquet: dict[Path, Sequence[str]] = {}  # columns with references, by table
-        for table in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        for table in visible_files(path) if path.is_dir() else [path]:
             if table.name in METADATA_NAMES:
                 self._add_metadata(table)
             elif table.suffix == ".parquet":
