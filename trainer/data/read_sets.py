@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
+from halfbyte.trainer.data.references.find import reference_paths, refuse_more, with_references
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
 from halfbyte.trainer.data.sources.left_out import LeftOut
 from halfbyte.trainer.data.sources.masks import with_masks
-from halfbyte.trainer.data.sources.references import reference_paths, refuse_more, with_references
 from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
 from halfbyte.trainer.data.views.order import OrderedSet
 from halfbyte.trainer.data.views.references import with_reference_views

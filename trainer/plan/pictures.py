@@ -17,9 +17,9 @@ from halfbyte.trainer.data.read_sets import (
     training_views,
     untrained_paths,
 )
+from halfbyte.trainer.data.references.find import reference_paths
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.folder import Sample, read_samples
-from halfbyte.trainer.data.sources.references import reference_paths
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.data.views.order import OrderedSet
 from halfbyte.trainer.errors import DataError

@@ -13,11 +13,11 @@ from halfbyte.trainer.data.pictures.decode import (
     has_misnamed_profile,
     upright_size,
 )
+from halfbyte.trainer.data.references.files import ReferenceFiles
+from halfbyte.trainer.data.references.tables import ReferenceTables
 from halfbyte.trainer.data.sources.captions import Problems
 from halfbyte.trainer.data.sources.folder import Sample, stored_bytes
 from halfbyte.trainer.data.sources.reference_columns import Place
-from halfbyte.trainer.data.sources.reference_files import ReferenceFiles
-from halfbyte.trainer.data.sources.reference_tables import ReferenceTables
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.recipe.data_section import DataSet
 from halfbyte.trainer.wording import printable

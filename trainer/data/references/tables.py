@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow  # type: ignore[import-untyped]
 
+from halfbyte.trainer.data.references.files import visible_files
 from halfbyte.trainer.data.sources.captions import METADATA_NAMES, Problems, metadata_rows
 from halfbyte.trainer.data.sources.folder import Sample, is_inside
 from halfbyte.trainer.data.sources.parquet import IMAGE_COLUMN, embedded_bytes
@@ -21,7 +22,6 @@ from halfbyte.trainer.data.sources.reference_columns import (
     path_in,
     usual_columns,
 )
-from halfbyte.trainer.data.sources.reference_files import visible_files
 from halfbyte.trainer.wording import shown
 
 _USUAL = "reference, references, or ref0, ref1 and so on"
