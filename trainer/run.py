@@ -202,7 +202,7 @@ def _saved_state(
     if saved is None:
         log.warning("--resume: %s has no complete checkpoint; starting at step 0", folder.root)
         return None
-    check_order(saved.position, recipe.train, world.size, len(prepared.plan.sizes))
+    check_order(saved.position, recipe.train, world.size, len(prepared.plan.kinds))
     if saved.position.step > recipe.train.steps:
         raise RecipeError(
             f"--resume: the run is at step {saved.position.step}, but train.steps is {recipe.train.steps}; set"
@@ -250,6 +250,7 @@ def _opening(
         streamed=0 if loaded.stream is None else loaded.stream.host_bytes,
         data=prepared.summaries,
         sizes=prepared.sizes,
+        mean_batch=prepared.plan.mean_batch,
         attention=attention,
         held_out=len(prepared.held_out),
         texts=prepared.texts,

@@ -15,7 +15,7 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import METADATA
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
-from halfbyte.trainer.data.sources.folder import read_samples
+from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder.saved_state import read_state

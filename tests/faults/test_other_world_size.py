@@ -1,5 +1,6 @@
 """Tests that a run resumes with another number of processes or another batch size if its steps keep their samples."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.recipe.load import load_recipe
 from halfbyte.trainer.run_folder.batching import check_batching, check_order
 from halfbyte.trainer.run_folder.folder import RunFolder, begin, claim
-from halfbyte.trainer.run_folder.saved_state import Position
+from halfbyte.trainer.run_folder.saved_state import Position, read_state
 from halfbyte.trainer.training.metrics import read_metrics
 from halfbyte.trainer.training.module import DiffusionModule
 
@@ -82,6 +83,47 @@ def test_steps_must_keep_their_samples(tmp_path: Path, mini_flux: Path) -> None:
         with pytest.raises(RecipeError) as caught:
             allowed(was, processes, batch, accumulation, recipe, sizes)
         assert advice in str(caught.value)
+
+
+BY_SIZE = Position(2, 6, {512: 8, 1024: 2})  # samples per micro-batch by resolution, 3 micro-batches per step
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation", "advice"),
+    [
+        (1, "{512: 8, 1024: 2}", 3, None),
+        (2, "{512: 4, 1024: 1}", 3, None),
+        (2, "{512: 4, 1024: 1}", 6, "set 'train.batch_size={512: 4, 1024: 1}' train.grad_accumulation=3"),
+        (1, "{512: 4, 1024: 1}", 3, "set 'train.batch_size={512: 8, 1024: 2}' train.grad_accumulation=3"),
+        (1, "5", 3, "set 'train.batch_size={512: 8, 1024: 2}' train.grad_accumulation=3"),
+        (4, "{512: 2, 1024: 1}", 3, "start 1 or 2 processes"),
+    ],
+)
+def test_micro_batches_of_several_sizes_must_stay_the_same(
+    tmp_path: Path, mini_flux: Path, processes: int, batch: str, accumulation: int, advice: str | None
+) -> None:
+    settings = [f"train.batch_size={batch}", f"train.grad_accumulation={accumulation}"]
+    train = load_recipe(write_recipe(tmp_path, mini_flux), ["data.resolution=[512, 1024]", *settings]).train
+    if advice is None:
+        check_batching(BY_SIZE, train, processes)
+        check_order(BY_SIZE, train, processes, 2)
+        return
+    with pytest.raises(RecipeError) as caught:
+        check_batching(BY_SIZE, train, processes)
+    assert advice in str(caught.value)
+    assert str(BY_SIZE.global_batch) in str(caught.value)
+
+
+def test_a_checkpoint_keeps_the_samples_of_each_resolution(tmp_path: Path) -> None:
+    assert read_state(save(tmp_path, 2, samples={512: 8, 1024: 2})).position.global_batch == {512: 8, 1024: 2}
+    state = (tmp_path / "step-000002" / "state.json").read_text()
+    # One number for all is written as before, so that checkpoints of both kinds can be read.
+    save(tmp_path, 4, samples=8)
+    other = (tmp_path / "step-000004" / "state.json").read_text()
+    assert [json.loads(text)["position"]["global_batch"] for text in (state, other)] == [
+        {"512": 8, "1024": 2},
+        8,
+    ]
 
 
 def test_the_advice_of_the_message_is_accepted(

@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
+from halfbyte.trainer.recipe.batch_sizes import BatchSize
 from halfbyte.trainer.run_folder import checkpoint
 
 
-def save(root: Path, step: int, *, samples: int = 1) -> Path:
+def save(root: Path, step: int, *, samples: BatchSize = 1) -> Path:
     """Saves a checkpoint of a step with two micro-batches of `samples`; returns its folder."""
     weight = torch.nn.Parameter(torch.full((4, 3), float(step)))
     optimizer = torch.optim.AdamW([("layer.lora_A.weight", weight)], lr=0.1)

@@ -23,9 +23,14 @@ LAUNCHER = (
 )
 
 
+# Two sizes of each image, with other numbers of them in a micro-batch.
+SIZES = "data.resolution=[32, 64]"
+PAIR, ALONE = "train.batch_size={32: 2, 64: 1}", "train.batch_size={32: 4, 64: 2}"
+
+
 def assert_same_as_one_process(recipe, pair, alone):
-    """Checks that two processes with batch size 1 trained like one process with batch size 2."""
-    one = run_here(recipe, "train.batch_size=2", "sample.prompts=[]", f"output.dir={alone}")
+    """Checks that two processes trained like one process with batches of twice the size."""
+    one = run_here(recipe, SIZES, ALONE, "sample.prompts=[]", f"output.dir={alone}")
     first, second = ([row.loss for row in read_metrics(run / "metrics.csv")] for run in (one, pair))
     assert second == pytest.approx(first, rel=1e-4)
     ours, theirs = (load_file(run / "adapter" / ADAPTER_FILE) for run in (one, pair))
@@ -35,12 +40,12 @@ def assert_same_as_one_process(recipe, pair, alone):
 
 def test_accelerate_launch_trains_two_processes_as_one(tmp_path, mini_flux):
     recipe = write_recipe(tmp_path, mini_flux)
-    result = command(*LAUNCHER, "-m", "halfbyte.trainer", str(recipe))
+    result = command(*LAUNCHER, "-m", "halfbyte.trainer", str(recipe), SIZES, PAIR)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes") == 1, "only one process prints"
     assert_same_as_one_process(recipe, tmp_path / "run", tmp_path / "alone")
     # One process continues what two began.
-    settings = ("train.batch_size=2", "train.steps=6", "sample.prompts=[]")
+    settings = (SIZES, ALONE, "train.steps=6", "sample.prompts=[]")
     for run in ("run", "alone"):
         run_here(recipe, *settings, f"output.dir={tmp_path / run}", resume=True)
     pair, one = (

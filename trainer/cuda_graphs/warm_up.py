@@ -1,6 +1,6 @@
-"""Records a training step of each image size before training and compares it with the eager step.
+"""Records a training step of each image size and batch size before training and compares it with the eager step.
 
-For each size, three runs on the same inputs:
+For each of them, three runs on the same inputs:
 
     1. eagerly, with shifted adapters             the expected result
     2. recorded, with the adapters' own values
@@ -30,6 +30,9 @@ _LARGEST_DIFFERENCE = 0.02
 _SHIFT = 0.01  # added to the adapters; without it B is zero at the start of training and A has no gradient
 
 
+Shape = tuple[int, Size]  # images of one process's micro-batch, and their width and height in pixels
+
+
 class _Step(NamedTuple):
     """The result of one forward and backward."""
 
@@ -40,24 +43,25 @@ class _Step(NamedTuple):
 def warm_up(
     graphed: GraphedDenoiser,
     family: Family,
-    sizes: Sequence[Size],
+    shapes: Sequence[Shape],
     text: TextEmbedding,
     *,
     guidance_scale: float,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Records a step for at most `MOST_SHAPES` image sizes and runs the others once.
+    """Records a step for at most `MOST_SHAPES` shapes of a batch and runs the others once.
 
     Weights, gradients and random state stay unchanged. If a replay differs from the eager step, drops all
     recordings with a warning; steps then run eagerly.
-    text: the embeddings of a whole batch, on the denoiser's device in the compute dtype.
+    text: the embeddings of one caption, on the denoiser's device in the compute dtype.
     """
 
-    def run(size: Size) -> _Step:
-        noisy = _noisy(family, len(text.prompt_embeds), size).to(text.prompt_embeds.device, compute_dtype)
+    def run(shape: Shape) -> _Step:
+        noisy = _noisy(family, shape).to(text.prompt_embeds.device, compute_dtype)
         sigma = torch.ones(len(noisy), device=noisy.device)
+        texts = _repeated(text, len(noisy))
         with torch.autocast(noisy.device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-            velocity = family.predict(graphed, noisy, sigma, text, guidance_scale)
+            velocity = family.predict(graphed, noisy, sigma, texts, guidance_scale)
         velocity.sum().backward()
         norms = [
             velocity.new_zeros(()) if parameter.grad is None else parameter.grad.norm()
@@ -66,22 +70,22 @@ def warm_up(
         graphed.drop_gradients()
         return _Step(velocity.detach().float(), torch.stack(norms).float())
 
-    # The first call of a size runs eagerly. All sizes come first, so that no eager step has to find memory
+    # The first call of a shape runs eagerly. All shapes come first, so that no eager step has to find memory
     # next to the recordings' pool.
     with _shifted(graphed):
-        expected = {size: run(size) for size in sizes}
+        expected = {shape: run(shape) for shape in shapes}
     # The second call is recorded.
     recorded = list(expected)[:MOST_SHAPES]
-    for size in recorded:
-        run(size)
+    for shape in recorded:
+        run(shape)
     # The third is a replay.
     with _shifted(graphed):
-        for size in recorded:
+        for shape in recorded:
             if not graphed.works:
                 return
-            off = _difference(run(size), expected[size])
+            off = _difference(run(shape), expected[shape])
             if not off <= _LARGEST_DIFFERENCE:  # also True for NaN
-                width, height = size
+                width, height = shape[1]
                 graphed.give_up(
                     f"the recorded step of {width}x{height} px differs from the eager one by {off:.1%},"
                     f" expected at most {_LARGEST_DIFFERENCE:.0%}"
@@ -102,12 +106,21 @@ def _shifted(graphed: GraphedDenoiser) -> Iterator[None]:
             torch._foreach_copy_(parameters, before)
 
 
-def _noisy(family: Family, batch: int, size: Size) -> Tensor:
+def _noisy(family: Family, shape: Shape) -> Tensor:
     """Returns random latents (batch, C, H/8, W/8) fp32 on the CPU, the same ones at every call."""
-    width, height = size
-    scale = family.vae_scale
-    shape = (batch, family.vae_config["latent_channels"], height // scale, width // scale)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    batch, (width, height) = shape
+    channels, scale = family.vae_config["latent_channels"], family.vae_scale
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((batch, channels, height // scale, width // scale), generator=generator)
+
+
+def _repeated(text: TextEmbedding, batch: int) -> TextEmbedding:
+    """Returns the embeddings of one caption for a whole batch."""
+    embeds, pooled = (
+        part[:1].expand(batch, *part.shape[1:]).contiguous()
+        for part in (text.prompt_embeds, text.pooled_prompt_embeds)
+    )
+    return TextEmbedding(embeds, pooled)
 
 
 def _difference(ours: _Step, theirs: _Step) -> float:

@@ -28,11 +28,13 @@ class TrainingSample:
     pooled_prompt_embeds: Tensor  # (P,)
     loss_weight: float = 1.0
     pixel_weight: Tensor | None = None  # (1, h, w) fp32 from 0 to 1, of each latent cell in the loss; None: 1
+    share: float = 1.0  # factor of its micro-batch's mean loss, see `PlannedBatches`
+    references: tuple[Tensor, ...] = ()  # of each reference image (C, h, w) fp32, of its own size
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's share of a micro-batch: B samples of one size."""
+    """One process's part of a micro-batch: B samples whose images and references have the same sizes."""
 
     positions: tuple[int, ...]
     latent_mean: Tensor  # (B, C, h, w) fp32
@@ -41,6 +43,8 @@ class Batch:
     pooled_prompt_embeds: Tensor  # (B, P)
     loss_weight: Tensor | None = None  # (B,) fp32, factors of the samples' losses; None: 1 for all
     pixel_weight: Tensor | None = None  # (B, 1, h, w) fp32 from 0 to 1, weights of latent cells; None: 1
+    share: float = 1.0  # factor of the mean loss, see `PlannedBatches`
+    references: tuple[Tensor, ...] = ()  # means of the reference images' posteriors, each (B, C, h, w) fp32
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies the batch to a device, asynchronously if its memory is pinned. Lightning calls this."""
@@ -54,7 +58,7 @@ class Batch:
         tensors: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **tensors)
+        return replace(self, references=tuple(map(change, self.references)), **tensors)
 
 
 class TrainingSet(Dataset[TrainingSample]):
@@ -102,6 +106,9 @@ class TrainingSet(Dataset[TrainingSample]):
             text.pooled_prompt_embeds[0],
             1.0 if given is None else given.loss_weight,
             self._pixel_weight(entry.view, given),
+            entry.share,
+            # The mode of the posterior, which is its mean: as FLUX.1 Kontext and FLUX.2 encode references.
+            tuple(self._latents.read(reference).mean[0] for reference in entry.view.references),
         )
 
     def _pixel_weight(self, view: View, given: DataSet | None) -> Tensor | None:
@@ -112,24 +119,52 @@ class TrainingSet(Dataset[TrainingSample]):
 
 
 class PlannedBatches(Sampler[list[Entry]]):
-    """Yields one process's share of micro-batches `start` to `stop` (exclusive). Used as DataLoader's batch_sampler."""
+    """Yields one process's part of micro-batches `start` to `stop` (exclusive). Used as DataLoader's batch_sampler.
 
-    def __init__(self, plan: SampleOrder, *, batch_size: int, rank: int, start: int, stop: int) -> None:
+    Each process takes the same number of samples of a micro-batch. The micro-batches of an optimizer step may have
+    different numbers of samples, n(1) to n(A). The gradient of a step is the mean over its micro-batches, so the mean
+    loss of micro-batch i gets the factor `share`, n(i) / ((n(1) + ... + n(A)) / A). Every sample of the step then
+    counts alike, as in one batch of all of them.
+    """
+
+    def __init__(
+        self,
+        plan: SampleOrder,
+        *,
+        rank: int,
+        processes: int,
+        start: int,
+        stop: int,
+        accumulation: int = 1,
+    ) -> None:
+        """`accumulation` is the number of micro-batches of an optimizer step; `start` is the first one of a step."""
         self._plan = plan
-        self._slice = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._rank = rank
+        self._processes = processes
         self._start = start
         self._stop = stop
+        self._accumulation = accumulation
 
     def __iter__(self) -> Iterator[list[Entry]]:
-        micro_batches = self._plan.micro_batches(self._start)
-        return (list(entries[self._slice]) for entries in islice(micro_batches, len(self)))
+        micro_batches = islice(self._plan.micro_batches(self._start), len(self))
+        while step := list(islice(micro_batches, self._accumulation)):
+            samples = sum(map(len, step))
+            for entries in step:
+                share = len(entries) * len(step) / samples
+                yield [replace(entry, share=share) for entry in self._own(entries)]
+
+    def _own(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Returns this process's part of a micro-batch."""
+        assert len(entries) % self._processes == 0, "a micro-batch has the same part for each process"
+        part = len(entries) // self._processes
+        return entries[self._rank * part : (self._rank + 1) * part]
 
     def __len__(self) -> int:
         return max(0, self._stop - self._start)
 
 
 def collate(samples: Sequence[TrainingSample]) -> Batch:
-    """Stacks samples of one size into a batch. Used as DataLoader's collate_fn."""
+    """Stacks samples into a batch; all have the same sizes. Used as DataLoader's collate_fn."""
     return Batch(
         tuple(sample.position for sample in samples),
         torch.stack([sample.latent_mean for sample in samples]),
@@ -138,6 +173,8 @@ def collate(samples: Sequence[TrainingSample]) -> Batch:
         torch.stack([sample.pooled_prompt_embeds for sample in samples]),
         _loss_weight(samples),
         _pixel_weight(samples),
+        samples[0].share,
+        tuple(map(torch.stack, zip(*(sample.references for sample in samples), strict=True))),
     )
 
 

@@ -33,6 +33,7 @@ from halfbyte.trainer.data.views.order import SampleOrder
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.recipe.batch_sizes import over_processes
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.runtime.device_memory import free_unused
 from halfbyte.trainer.runtime.progress import LazyProgress
@@ -48,7 +49,7 @@ class Prepared:
 
     data: ReadData
     summaries: Sequence[SetSummary]  # one for each data set
-    sizes: Sequence[Size]  # the sizes that occur, not all buckets
+    shapes: Sequence[tuple[int, Size]]  # resolutions and sizes that occur, in pixels
     prompts: Sequence[Prompt]
     empty: TextEmbedding  # of the empty caption, a batch of one
     preserved: TextEmbedding | None  # of objective.preserve's caption, a batch of one
@@ -60,6 +61,11 @@ class Prepared:
     texts: int  # different captions and prompts that are encoded, with all variants and the empty caption
 
     @property
+    def sizes(self) -> list[Size]:
+        """The sizes of training images that occur, in pixels; not all buckets."""
+        return sorted({size for _, size in self.shapes})
+
+    @property
     def text_bytes(self) -> int:
         """The bytes of all encoded captions in the cache."""
         return self.texts * (self.empty.prompt_embeds.nbytes + self.empty.pooled_prompt_embeds.nbytes)
@@ -69,10 +75,11 @@ class Prepared:
         train = recipe.train
         batches = PlannedBatches(
             self.plan,
-            batch_size=train.batch_size,
             rank=world.rank,
+            processes=world.size,
             start=first_micro_batch,
             stop=train.steps * train.grad_accumulation,
+            accumulation=train.grad_accumulation,
         )
         return DataLoader(
             self.training_set,
@@ -135,7 +142,7 @@ def prepare(
     latents, texts = encode_missing(
         cache,
         encoders,
-        [*views, *held_out],
+        [one for view in (*views, *held_out) for one in (view, *view.references)],
         [text for _, text in captions],
         rank=world.rank,
         world_size=world.size,
@@ -149,11 +156,11 @@ def prepare(
     return Prepared(
         data,
         summaries(data, sets),
-        sorted({(view.width, view.height) for view in views}),
+        sorted({(view.resolution, view.size) for view in views}),
         [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
         None if preserve is None else texts.read(preserve.caption),
-        SampleOrder(sets, seed=train.seed, global_batch=train.batch_size * world.size),
+        SampleOrder(sets, seed=train.seed, global_batch=over_processes(train.batch_size, world.size)),
         TrainingSet(latents, texts, recipe.data.resolved_sets, masks, seed=train.seed),
         held_out,
         TrainingSet(latents, texts),

@@ -9,14 +9,15 @@ from statistics import fmean
 
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
 from halfbyte.trainer.data.records.problems import MOST_LINES
-from halfbyte.trainer.data.records.records import Records
 from halfbyte.trainer.data.records.sample import Sample
+from halfbyte.trainer.data.references.find import reference_paths, refuse_more, with_references
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.found import SourceSettings
 from halfbyte.trainer.data.sources.left_out import LeftOut
 from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
 from halfbyte.trainer.data.views.order import OrderedSet
+from halfbyte.trainer.data.views.references import with_reference_views
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.recipe.data_section import DataSet, set_uses
@@ -86,29 +87,34 @@ def read_data(
         DataError: with the problems of all images, captions and masks of one set; or see `split_data`.
     """
     common = SourceSettings(tables=tables, most_problems=most_problems)
-    left_out = [LeftOut() for _ in recipe.data.resolved_sets]
     read = [
         read_set(
             given,
             replace(set_settings(recipe, number), tables=tables, most_problems=most_problems),
             is_decoded=is_decoded,
             progress=progress,
-            left_out=left_out[number],
         )
         for number, given in enumerate(recipe.data.resolved_sets)
     ]
     validation = None
     if recipe.validation.path is not None:
-        style = first_style(recipe)
-        validation = read_samples(recipe.validation.path, style, common, is_decoded=is_decoded)
-    data = split_data(recipe, read, validation)
-    sets = [replace(one, left_out=own) for one, own in zip(data.sets, left_out, strict=True)]
-    return replace(data, sets=sets)
+        validation = read_validation(recipe, recipe.validation.path, common, is_decoded=is_decoded)
+    return split_data(recipe, read, validation)
 
 
 def tables_folder(cache: Path) -> Path:
     """Returns the folder in the cache that keeps what is known of images."""
     return cache / "images"
+
+
+def read_validation(
+    recipe: Recipe, path: Path, settings: SourceSettings, *, is_decoded: Callable[[str], bool]
+) -> Sequence[Sample]:
+    """Reads the images of validation.path, with references as the first data set says. Raises DataError."""
+    first = replace(recipe.data.resolved_sets[0], path=path)
+    own = replace(settings, without=reference_paths(first))
+    samples = read_samples(path, first_style(recipe), own, is_decoded=is_decoded)
+    return with_references(samples, first, is_decoded=is_decoded)
 
 
 def first_style(recipe: Recipe) -> CaptionStyle:
@@ -129,15 +135,28 @@ def read_set(
     is_decoded: Callable[[str], bool],
     progress: LazyProgress | None = None,
     left_out: LeftOut | None = None,
-) -> Records:
-    """Reads the samples of a data set with their masks. Arguments and errors are those of `read_samples`."""
-    style = CaptionStyle.of(given)
-    return read_samples(
-        given.path, style, settings, is_decoded=is_decoded, progress=progress, left_out=left_out
+) -> ReadSet:
+    """Reads the samples of a data set with masks and references. Arguments and errors are those of `read_samples`."""
+    style, own = CaptionStyle.of(given), replace(settings, without=untrained_paths(given))
+    left_out = LeftOut() if left_out is None else left_out
+    samples = read_samples(
+        given.path, style, own, is_decoded=is_decoded, progress=progress, left_out=left_out
     )
+    paired = with_references(samples, given, is_decoded=is_decoded)
+    if given.references.source != "none":
+        for sample in paired:
+            for reference in sample.references:
+                left_out.reasons.pop(reference.path, None)
+    return ReadSet(given, paired, samples.root, left_out)
 
 
-def split_data(recipe: Recipe, read: Sequence[Records], validation: Records | None) -> ReadData:
+def untrained_paths(settings: DataSet) -> frozenset[Path]:
+    """Returns the folders and files with masks or references, which may be among the images of a data set."""
+    masks = settings.masked_loss.folder
+    return reference_paths(settings) | (frozenset() if masks is None else {masks})
+
+
+def split_data(recipe: Recipe, read: Sequence[ReadSet], validation: Sequence[Sample] | None) -> ReadData:
     """Splits the samples of each data set into those to train on and those for validation.
 
     Args:
@@ -147,15 +166,15 @@ def split_data(recipe: Recipe, read: Sequence[Records], validation: Records | No
         DataError: a set has nothing left to train on, or an image is both held out and trained on.
     """
     settings = recipe.data.resolved_sets
-    trained: Sequence[Sequence[Sample]] = read
+    trained: Sequence[Sequence[Sample]] = [one.samples for one in read]
     held_out: Sequence[Sequence[Sample]]
     if validation is None:
         choice = [number for number, given in enumerate(settings) if given.kind == "train"]
         setting = "data.path" if recipe.data.path is not None else "data.sets"
-        trained, held_out = set_aside(read, recipe.validation.held_out, setting=setting, from_sets=choice)
+        trained, held_out = set_aside(trained, recipe.validation.held_out, setting=setting, from_sets=choice)
     else:
         held_out = [validation]
-        for own in read:
+        for own in trained:
             refuse_trained(validation, own)
     for given, left in zip(settings, trained, strict=True):
         if not left:
@@ -163,8 +182,7 @@ def split_data(recipe: Recipe, read: Sequence[Records], validation: Records | No
                 f"{given.setting}: all images of {printable(given.path)} are held out for validation; lower"
                 " validation.held_out, or remove the set"
             )
-    sets = [ReadSet(given, left, own.root) for given, left, own in zip(settings, trained, read, strict=True)]
-    return ReadData(sets, held_out)
+    return ReadData([replace(one, samples=left) for one, left in zip(read, trained, strict=True)], held_out)
 
 
 def croppings_of(settings: DataSet, family: Family) -> list[Cropping]:
@@ -188,16 +206,20 @@ def croppings_of(settings: DataSet, family: Family) -> list[Cropping]:
 
 
 def training_views(data: ReadData, family: Family, seed: int) -> list[OrderedSet]:
-    """Returns the views of each data set with the number of its samples in an epoch."""
-    groups = [
-        views_of(
-            read.samples,
-            croppings_of(read.settings, family),
-            seed,
-            only_largest=read.settings.image_sizes == "largest",
-        )
-        for read in data.sets
-    ]
+    """Returns the views of each data set with the number of its samples in an epoch.
+
+    Raises:
+        DataError: an image has more references than the model takes.
+    """
+    if any(read.settings.references.source != "none" for read in data.sets):
+        refuse_more([*data.samples(), *data.held_out_samples], family.max_references)
+    groups = []
+    for read in data.sets:
+        croppings, only_largest = croppings_of(read.settings, family), read.settings.image_sizes == "largest"
+        own = views_of(read.samples, croppings, seed, only_largest=only_largest)
+        if read.settings.references.source != "none":
+            own = with_reference_views(own, croppings[0], read.settings.references.resolution)
+        groups.append(own)
     uses = set_uses([read.settings for read in data.sets], [len(own) for own in groups])
     return [OrderedSet(own, count) for own, count in zip(groups, uses, strict=True)]
 
@@ -215,6 +237,7 @@ class SetSummary:
     cropped: float  # the share of the images' pixels that cropping removes, from 0 to 1, in the mean
     enlarged: int  # images that are enlarged by more than 5 %
     left_out: str  # describes the images that are not for training; empty if there are none
+    references: int = 0  # reference images
 
 
 def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]:
@@ -237,6 +260,9 @@ def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]
                 fmean(1 - kept_share(group[0]) for group in one.views),
                 len({group[0].sample.index for group in one.views if is_enlarged(group[0])}),
                 read.left_out.describe(read.root),
+                sum(len(sample.references) for sample in read.samples)
+                if read.settings.references.source != "none"
+                else 0,
             )
         )
     return found
@@ -247,8 +273,9 @@ def held_out_views(data: ReadData, family: Family, seed: int) -> list[View]:
     views = []
     for sample in data.held_out_samples:
         settings = data.sets[sample.data_set].settings
-        center = replace(settings, crop="center", random_crops=1, flip=False)
-        views.append(views_of([sample], croppings_of(center, family), seed, only_largest=True)[0][0])
+        croppings = croppings_of(replace(settings, crop="center", random_crops=1, flip=False), family)
+        own = views_of([sample], croppings, seed, only_largest=True)
+        views.append(with_reference_views(own, croppings[0], settings.references.resolution)[0][0])
     return views
 
 

@@ -38,11 +38,17 @@ class RecordedSample:
     held_out: bool
     data_set: int = 0  # the place of its data set in the recipe
     mask: str = ""  # SHA-256 of the file with its mask, empty without one
+    references: str = ""  # SHA-256 of its reference images, separated by spaces
 
     @property
-    def content(self) -> tuple[str, str, bool, int, str]:
+    def content(self) -> tuple[str, str, bool, int, str, str]:
         """Everything that the run's results depend on."""
-        return self.image, self.caption, self.held_out, self.data_set, self.mask
+        return self.image, self.caption, self.held_out, self.data_set, self.mask, self.references
+
+    @property
+    def line(self) -> dict[str, object]:
+        """The sample's line of the record; without references it is that of older versions."""
+        return {name: value for name, value in vars(self).items() if name != "references" or value}
 
 
 class Recorded(Collection[RecordedSample]):
@@ -65,6 +71,7 @@ class Recorded(Collection[RecordedSample]):
                     held_out,
                     sample.data_set,
                     "" if sample.mask is None else sample.mask.sha256,
+                    " ".join(reference.sha256 for reference in sample.references),
                 )
 
     def __contains__(self, one: object) -> bool:
@@ -96,7 +103,7 @@ def write_record(file: Path, samples: Collection[RecordedSample]) -> None:
     ):
         packed.write(json.dumps({"format": _FORMAT, "samples": len(samples)}).encode() + b"\n")
         for sample in samples:
-            packed.write(json.dumps(vars(sample)).encode() + b"\n")
+            packed.write(json.dumps(sample.line).encode() + b"\n")
 
 
 def read_record(file: Path) -> list[RecordedSample]:
@@ -162,10 +169,11 @@ def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]
     images = [name for name in both if then[name].image != present[name].image]
     captions = [name for name in both if then[name].caption != present[name].caption]
     masks = [name for name in both if then[name].mask != present[name].mask]
+    references = [name for name in both if then[name].references != present[name].references]
     missing = [name for name in then if name not in present]
     added = [name for name in present if name not in then]
     # A file with another name and the same content was renamed.
-    names: defaultdict[tuple[str, str, bool, int, str], list[_Key]] = defaultdict(list)
+    names: defaultdict[object, list[_Key]] = defaultdict(list)
     for name in reversed(added):
         names[present[name].content].append(name)
     renamed = {name: names[then[name].content].pop() for name in missing if names[then[name].content]}
@@ -174,6 +182,7 @@ def _differences(before: Sequence[RecordedSample], now: Sequence[RecordedSample]
         _line(captions, "caption", "changed"),
         _line(images, "image", "changed"),
         _line(masks, "mask", "changed"),
+        _line(references, "image", "with other references"),
         _line([name for name in missing if name not in renamed], "image", "missing"),
         _line([name for name in added if name not in taken], "image", "new"),
     ]

@@ -45,6 +45,15 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A reference image next to its image."""
+
+    name: str  # of the file
+    size: str  # of the file and of the view
+    picture: str  # a JPEG as a data URL: the crop as the model gets it
+
+
+@dataclass(frozen=True)
 class Shown:
     """One image on the page."""
 
@@ -54,6 +63,7 @@ class Shown:
     picture: str  # a JPEG as a data URL: the crop as it is trained, darker where a mask hides it
     captions: Sequence[Caption]
     notes: Sequence[str]
+    references: Sequence[Reference] = ()
 
 
 @dataclass(frozen=True)
@@ -174,17 +184,34 @@ def _shown(
     if sample.mask is not None:
         notes.append("masked")
         picture = _masked(view, picture)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=85)
     return Shown(
         name,
         "validation" if held_out else read.settings.setting,
-        f"{sample.width}x{sample.height} to {view.width}x{view.height}",
-        f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}",
+        _sizes(view),
+        _thumbnail(picture),
         [Caption(text.removesuffix(cut[text]), cut[text]) for text in texts],
         notes,
+        [
+            Reference(
+                reference.sample.path.name,
+                _sizes(reference),
+                _thumbnail(decode(sample_bytes(reference.sample), reference.box)),
+            )
+            for reference in view.references
+        ],
     )
+
+
+def _sizes(view: View) -> str:
+    return f"{view.sample.width}x{view.sample.height} to {view.width}x{view.height}"
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    """Returns a reduced picture as a data URL; changes `picture`."""
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _masked(view: View, picture: Image.Image) -> Image.Image:

@@ -24,6 +24,8 @@ ul { padding-left: 1.2rem; }
 .grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
 figure { border: 1px solid var(--line); border-radius: 6px; margin: 0; overflow: hidden; break-inside: avoid; }
 figure img { background: var(--faint); display: block; height: 190px; object-fit: contain; width: 100%; }
+.references { border-top: 1px solid var(--line); display: flex; font-size: .75rem; overflow-wrap: anywhere; }
+.references > div { flex: 1; min-width: 0; padding: .2rem; } .references img { height: 95px; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; padding: .5rem; }
 .name { font-weight: 600; } .facts { opacity: .75; }
 .cut { color: var(--cut); text-decoration: line-through; }
@@ -47,7 +49,11 @@ details summary { cursor: pointer; }
 {% endif %}<div class="grid">
 {% for one in report.shown %}<figure>
 <img src="{{ one.picture }}" alt="{{ one.name }}" loading="lazy">
-<figcaption><span class="name">{{ one.name }}</span><br>
+{% if one.references %}<div class="references">
+{% for reference in one.references %}<div><img src="{{ reference.picture }}" alt="{{ reference.name }}" loading="lazy">
+<span class="facts">reference {{ loop.index0 }}: {{ reference.name }}, {{ reference.size }}</span></div>
+{% endfor %}</div>
+{% endif %}<figcaption><span class="name">{{ one.name }}</span><br>
 <span class="facts">{{ one.group }}: {{ one.size }}{% for note in one.notes %}, {{ note }}{% endfor %}</span>
 {% for caption in one.captions[:1] %}<p>{{ caption.read }}<span class="cut">{{ caption.cut }}</span></p>
 {% endfor %}{% if one.captions | length > 1 %}<details><summary>{{ one.captions | length - 1 }} more texts</summary>

@@ -57,6 +57,7 @@ class Family(ABC):
     denoiser_fields: ClassVar[
         Mapping[str, Kind]
     ]  # values that the family reads besides those of every family
+    max_references: ClassVar[int] = 0  # reference images for one image that the model takes
     # The recipe's target presets: regular expressions that must match a module's full name.
     target_presets: ClassVar[dict[str, str]]
 

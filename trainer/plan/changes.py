@@ -31,7 +31,7 @@ class Setting:
     @property
     def text(self) -> str:
         """The setting in the form that the command line takes."""
-        value = self.value
+        value = list(self.value) if isinstance(self.value, tuple) else self.value
         formatted = (
             str(value).lower() if isinstance(value, bool) else f"{value:g}" if _is_number(value) else value
         )
@@ -145,9 +145,15 @@ def _plain_adamw(optimizer: OptimizerChoice, cost: str) -> RecipeChange:
     return RecipeChange([Setting("optimizer", None, smaller, f"optimizer={{{written}}}")], cost)
 
 
-def _batch(_: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
+def _batch(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     size, times = recipe.train.batch_size, recipe.train.grad_accumulation
-    if size > 1:
+    if not isinstance(size, int):
+        largest = planner.largest_batch(recipe)
+        if largest.samples > 1:
+            fewer = dict(size) | {largest.resolution: largest.samples // 2}
+            cost = f"fewer images per step at {largest.resolution} px"
+            yield RecipeChange([Setting("train", "batch_size", fewer)], cost)
+    elif size > 1:
         smaller = size // 2 if size % 2 == 0 else 1
         parts = [
             Setting("train", "batch_size", smaller),
@@ -246,9 +252,13 @@ def _resolution(planner: Planner, recipe: Recipe) -> Iterator[RecipeChange]:
     present = as_resolutions(data.resolution)
     for resolution in _RESOLUTIONS:
         if resolution < present[-1] and resolution % multiple == 0:
-            lower = list(dict.fromkeys(min(side, resolution) for side in present))
-            cost = "training images have less detail"
-            yield RecipeChange([Setting("data", "resolution", lower if len(lower) > 1 else lower[0])], cost)
+            lower = tuple(dict.fromkeys(min(side, resolution) for side in present))
+            parts = [Setting("data", "resolution", lower if len(lower) > 1 else lower[0])]
+            batch = recipe.train.batch_size
+            if not isinstance(batch, int):
+                kept = {side: batch[side] if side in batch else batch[present[-1]] for side in lower}
+                parts.append(Setting("train", "batch_size", kept))
+            yield RecipeChange(parts, "training images have less detail")
             return
 
 

@@ -143,7 +143,9 @@ class DryRun:
             recipe, self.family, self.denoiser, self.dtype, _WithoutValues, self._preservation(recipe)
         )
         with live, _autocast(self.dtype):
-            batch = self._batch(recipe.train.batch_size, width, height)
+            batch_size = recipe.train.batch_size
+            assert isinstance(batch_size, int), "a dry step is of one size"
+            batch = self._batch(batch_size, width, height)
             live.hold([batch.latent_mean, batch.latent_std, *_text(batch)], BATCH)
             # Lightning frees the last step's gradients between forward and backward, so the forward still
             # sees them.
@@ -218,17 +220,17 @@ class DryRun:
     def _batch(self, size: int, width: int, height: int) -> Batch:
         config, scale = self.family.denoiser_config, self.family.vae_scale
         channels = self.family.vae_config["latent_channels"]
-        moments = [
+        mean, std = (
             torch.empty(size, channels, height // scale, width // scale, device="meta") for _ in range(2)
-        ]
-        text = [
+        )
+        embeds, pooled = (
             torch.empty(shape, dtype=torch.bfloat16, device="meta")
             for shape in (
                 (size, self.family.text_tokens, config["joint_attention_dim"]),
                 (size, config["pooled_projection_dim"]),
             )
-        ]
-        return Batch(tuple(range(size)), *moments, *text)
+        )
+        return Batch(tuple(range(size)), mean, std, embeds, pooled)
 
 
 # The buffers of flash attention's backward are known, and those of cuDNN's are no larger.

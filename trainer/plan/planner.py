@@ -16,6 +16,7 @@ from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.plan.batches import PlannedBatch, planned_batches
 from halfbyte.trainer.plan.dry_run import ADAPTERS, BLOCK_KEEPS, GRADIENTS, DryRun, DryRunStep
 from halfbyte.trainer.plan.encoder_memory import (
     decoder_bytes,
@@ -36,6 +37,7 @@ from halfbyte.trainer.plan.phases import (
     Work,
 )
 from halfbyte.trainer.plan.pictures import PlannedPictures, largest_size, planned_pictures
+from halfbyte.trainer.recipe.batch_sizes import batch_at
 from halfbyte.trainer.recipe.recipe import Recipe
 
 
@@ -72,6 +74,10 @@ class Planner:
         side = recipe.data.largest_resolution
         return size if side == self.recipe.data.largest_resolution else (side, side)
 
+    def batches(self, recipe: Recipe) -> list[PlannedBatch]:
+        """Returns the micro-batches of a recipe, one for each resolution that occurs, the smallest first."""
+        return planned_batches(recipe, self.recipe, self.pictures)
+
     def plan(self, recipe: Recipe | None = None) -> RunPlan:
         """Returns the plan of the planner's recipe, or of a variant with settings that `changes` may change."""
         recipe = recipe or self.recipe
@@ -82,23 +88,40 @@ class Planner:
         phases = [*before, self._train(recipe, step), *([sampling[0]] if sampling else []), export]
         train = recipe.train
         drawings = 2 + (train.steps - 1) // recipe.sample.every if recipe.sample.every else 2
+        batches = self.batches(recipe)
+        samples = sum(one.share * one.samples for one in batches)  # of a micro-batch, in the mean
         return RunPlan(
             phases,
             size,
             steps=train.steps,
             pictures=self.pictures.count,
             epoch=self.pictures.epoch,
-            seen=train.steps * train.batch_size * train.grad_accumulation,
-            step=Work(
-                step.flops * train.grad_accumulation,
-                0 if train.cuda_graphs else step.calls * train.grad_accumulation,
-                (self.dry_run(recipe).visitors.copied + step.host) * train.grad_accumulation,
-            ),
+            seen=round(train.steps * samples * train.grad_accumulation),
+            step=self._mean_work(recipe, batches),
             draws=drawings * len(recipe.sample.prompts),
             drawing=sampling[1] if sampling else Work(),
             texts=self.pictures.texts,
-            notes=(*self.notes, *self.pictures.notes),
+            notes=(*self.notes, *self.pictures.notes, *self._batch_notes(recipe)),
         )
+
+    def _mean_work(self, recipe: Recipe, batches: Sequence[PlannedBatch]) -> Work:
+        """Returns the work of an optimizer step, in the mean over the micro-batches."""
+        train = recipe.train
+        steps = [(one.share * train.grad_accumulation, self._step(recipe, one)) for one in batches]
+        copied = self.dry_run(recipe).visitors.copied
+        return Work(
+            round(sum(share * step.flops for share, step in steps)),
+            0 if train.cuda_graphs else round(sum(share * step.calls for share, step in steps)),
+            round(sum(share * (copied + step.host) for share, step in steps)),
+        )
+
+    def _batch_notes(self, recipe: Recipe) -> list[str]:
+        if isinstance(recipe.train.batch_size, int):
+            return []
+        largest = self.largest_batch(recipe)
+        return [
+            f"a step takes most memory at {largest.resolution} px, with {largest.samples} images per micro-batch"
+        ]
 
     def fits(self, recipe: Recipe, budget: int) -> bool:
         """Returns True if every phase of the recipe's plan fits `budget` bytes.
@@ -118,21 +141,35 @@ class Planner:
         ]
 
     def step(self, recipe: Recipe) -> DryRunStep:
-        """Returns the dry run of one micro-batch at the recipe's largest image size."""
+        """Returns the dry run of the micro-batch that takes most memory, at its largest image size."""
+        return self._step(recipe, self.largest_batch(recipe))
+
+    def largest_batch(self, recipe: Recipe) -> PlannedBatch:
+        """Returns the micro-batch that takes most memory."""
+        batches = self.batches(recipe)
+        # A batch with no more images of no more pixels than another's is not the largest: it needs no dry run.
+        candidates = [one for one in batches if not any(one.is_within(other) for other in batches)]
+        if len(candidates) == 1:
+            return candidates[0]
+        return max(candidates, key=lambda one: self._step(recipe, one).peak.nbytes)
+
+    def _step(self, recipe: Recipe, batch: PlannedBatch) -> DryRunStep:
         if recipe.train.cuda_graphs and not self._more_than_recorded(recipe):
             # A recorded step starts without gradients. The eager step that does find accumulated gradients
             # peaks below the memory that recording adds, so it never decides the phase's peak.
             recipe = _without_accumulation(recipe)
-        train, size = recipe.train, self.size(recipe)
+        train = recipe.train
         key = (
             *self._layers(recipe),
             train.gradient_checkpointing,
-            train.batch_size,
+            batch.samples,
             train.grad_accumulation == 1,
-            size,
+            batch.size,
         )
         if key not in self._steps:
-            self._steps[key] = self.dry_run(recipe).step(recipe, *size)
+            train = train.model_copy(update={"batch_size": batch.samples})
+            of_one_size = recipe.model_copy(update={"train": train})
+            self._steps[key] = self.dry_run(recipe).step(of_one_size, *batch.size)
         return self._steps[key]
 
     def _prediction(self, recipe: Recipe, batch_size: int, size: Size) -> DryRunStep:
@@ -141,6 +178,18 @@ class Planner:
         if key not in self._predictions:
             self._predictions[key] = self.dry_run(recipe).prediction(batch_size, *size)
         return self._predictions[key]
+
+    def _measured(self, recipe: Recipe) -> list[DryRunStep]:
+        """Returns the dry runs of validation, one for each batch size, at its largest image."""
+        batch, sizes = recipe.train.batch_size, self.pictures.held_out_sizes
+        if isinstance(batch, int) or recipe.data.resolutions != self.recipe.data.resolutions:
+            most = max(one.samples for one in self.batches(recipe))
+            return [
+                self._prediction(recipe, most, self._at_resolution(recipe, self.pictures.largest_held_out))
+            ]
+        return [
+            self._prediction(recipe, batch_at(batch, side), largest_size(own)) for side, own in sizes.items()
+        ]
 
     def _largest_encoded(self, recipe: Recipe) -> Size:
         sizes = {self.pictures.largest}
@@ -203,15 +252,18 @@ class Planner:
         if recipe.validation.wanted:
             # Validation runs at least before the first and after the last step; the last step's gradients
             # still exist.
-            measured = self._at_resolution(recipe, self.pictures.largest_held_out)
-            moments.append({**held, **_working(self._prediction(recipe, recipe.train.batch_size, measured))})
+            moments += [{**held, **_working(measured)} for measured in self._measured(recipe)]
         largest = max(moments, key=lambda parts: sum(parts.values()))
         on_host = {"activations put aside": step.host, **self._while_training(recipe)}
         return Phase("step", largest, on_host)
 
     def _more_than_recorded(self, recipe: Recipe) -> bool:
-        """Returns True if there are more image sizes than CUDA graphs are kept for."""
-        return len(self.pictures.sizes) > MOST_SHAPES
+        """Returns True if there are more image and batch sizes than CUDA graphs are kept for."""
+        by_resolution = not isinstance(recipe.train.batch_size, int)
+        sizes = self.pictures.sizes.items()
+        return (
+            len({(side if by_resolution else 0, size) for side, own in sizes for size in own}) > MOST_SHAPES
+        )
 
     def _on_host(self, recipe: Recipe) -> dict[str, int]:
         """Returns the host memory that stays in use from loading to the end of the run."""

@@ -7,7 +7,7 @@ them.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def calibrate_for(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             module.loss(batch)
 
-    batches = islice(prepared.plan.micro_batches(), -(-samples // recipe.train.batch_size))
+    batches = _first(samples, prepared.plan.micro_batches())
     forwards = [
         partial(forward, module, entries) for module, entries in zip(cycle(modules), batches, strict=False)
     ]
@@ -79,6 +79,15 @@ def calibrate_for(
             )
     finally:
         progress.close()
+
+
+def _first(samples: int, batches: Iterator[tuple[Entry, ...]]) -> Iterator[tuple[Entry, ...]]:
+    """Yields batches until they have at least this many samples."""
+    taken = 0
+    while taken < samples:
+        batch = next(batches)
+        taken += len(batch)
+        yield batch
 
 
 def _modules(

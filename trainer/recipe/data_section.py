@@ -16,6 +16,7 @@ from halfbyte.trainer.recipe.fields import (
     Section,
     Text,
 )
+from halfbyte.trainer.recipe.references import References
 from halfbyte.trainer.registry import conflict
 
 Kind = Literal["train", "regularization"]
@@ -76,6 +77,7 @@ class DataSet:
     caption_variants: int | None
     caption_dropout: float
     masked_loss: MaskedLoss
+    references: References
 
     @property
     def varies_tags(self) -> bool:
@@ -152,6 +154,8 @@ class SetSection(Section):
     """The share of samples that are trained with an empty caption."""
     masked_loss: MaskedLoss | None = None
     """Masks that say which parts of the images are learned; {source: none} for none."""
+    references: References | None = None
+    """Reference images for models for editing; {source: none} for none."""
 
     @model_validator(mode="after")
     def _repeats_or_weight(self) -> Self:
@@ -229,6 +233,9 @@ class DataSection(Section):
     trains the unconditional prediction, which classifier-free guidance (SD3) relies on."""
     masked_loss: MaskedLoss = MaskedLoss()
     """Masks that say which parts of the images are learned, such as {source: alpha}."""
+    references: References = References()
+    """Reference images for models for editing, such as {source: folders, folders: [./before]}. The model must be of a
+    family that takes them."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What to do with images that cannot be read or decoded: stop with an error that names them all, or train without
     them. The start and the end of a run list those that were skipped."""
@@ -249,9 +256,14 @@ class DataSection(Section):
         return tuple(self._resolved(f"data.sets[{index}]", given) for index, given in enumerate(self.sets))
 
     @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The resolutions of all sets in pixels, the smallest first."""
+        return tuple(sorted({side for data_set in self.resolved_sets for side in data_set.resolutions}))
+
+    @property
     def largest_resolution(self) -> int:
         """The largest resolution of any set, in pixels."""
-        return max(data_set.resolutions[-1] for data_set in self.resolved_sets)
+        return self.resolutions[-1]
 
     def _resolved(self, setting: str, given: SetSection) -> DataSet:
         values = dict(given)

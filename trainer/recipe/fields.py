@@ -18,6 +18,8 @@ SIDE_STEP = 16  # pixels: sides of images are multiples of this
 PictureSide = Annotated[int, Field(ge=SIDE_STEP, le=8192, multiple_of=SIDE_STEP)]
 PictureSides = Annotated[tuple[PictureSide, ...], Field(strict=False, min_length=1)]
 FilePath = Annotated[Path, Field(strict=False)]
+SHARD_SUFFIXES = (".tar", ".parquet")
+"""The endings of files with many images, which a pattern may name."""
 DataPath = Annotated[FilePath, PlainSerializer(written_path, return_type=str, when_used="json")]
 """A folder or file, or a data set on the Hub."""
 Text = Annotated[str, Field(min_length=1)]

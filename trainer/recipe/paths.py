@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from halfbyte.quant.files.patterns import base_folder, is_pattern, matching_files
 from halfbyte.trainer.hub.reference import HubData, is_folder, is_repository
 from halfbyte.trainer.recipe.document import Document, KeyPath, dotted
-from halfbyte.trainer.recipe.file_patterns import SHARD_SUFFIXES, base_folder, is_pattern, matching_files
+from halfbyte.trainer.recipe.fields import SHARD_SUFFIXES
 from halfbyte.trainer.wording import in_prose, shown
 
 _REVISION = re.compile(r"\w[\w./+-]{0,99}")
@@ -32,6 +33,9 @@ def resolve_folders(document: Document, *, pictures_needed: bool = True) -> None
         ]
     for place in places:
         _resolve(document, (*place[:-1], "masked_loss", "folder"), must_exist=pictures_needed)
+        folders = document.at((*place[:-1], "references", "folders"))
+        for index in range(len(folders) if isinstance(folders, list) else 0):
+            _resolve(document, (*place[:-1], "references", "folders", index), must_exist=pictures_needed)
     read = {
         dotted(place): _resolve(document, place, must_exist=pictures_needed, suffixes=SHARD_SUFFIXES)
         for place in places

@@ -54,6 +54,8 @@ def _message(detail: ErrorDetails, path: KeyPath, document: Document, tree: Sche
         return f"missing, expected {tree.expected(node)}{f': {meaning}' if meaning else ''}"
     if detail["type"] == "union_tag_not_found":
         return f"no name given, expected {tree.expected(node)}"
+    if detail["loc"][-1] == "[key]":  # pydantic's mark of a mapping's key that is not accepted
+        return f"got {shown(path[-1])} as a key, expected {tree.expected_key(path[:-1], document.data)}"
     value = document.at(path)
     near = nearest(value, map(str, node.get("enum", []))) if isinstance(value, str) else None
     return f"got {shown(value)}, expected {tree.expected(node)}" + (

@@ -5,8 +5,10 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, model_validator
 
+from halfbyte.trainer.families.catalog import FAMILIES
 from halfbyte.trainer.optim.optimizers import OPTIMIZERS, AdamW, OptimizerChoice
 from halfbyte.trainer.optim.schedules import SCHEDULES, Constant, Schedule
+from halfbyte.trainer.recipe.batch_sizes import scaled_by_area
 from halfbyte.trainer.recipe.data_section import DataSection
 from halfbyte.trainer.recipe.document import KeyPath, dotted
 from halfbyte.trainer.recipe.fields import Section
@@ -47,6 +49,31 @@ class Recipe(Section):
     sample: SampleSection = Field(default_factory=SampleSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _every_resolution_has_a_batch_size(self) -> Self:
+        batch, resolutions = self.train.batch_size, self.data.resolutions
+        if isinstance(batch, int) or set(batch) == set(resolutions):
+            return self
+        raise conflict(
+            "train.batch_size",
+            f"got numbers for the resolutions {sorted(batch)}, but the data have {list(resolutions)}; expected one"
+            f" for each, such as {scaled_by_area(batch, resolutions)}",
+        )
+
+    @model_validator(mode="after")
+    def _the_family_takes_references(self) -> Self:
+        sets = [given for given in self.data.resolved_sets if given.references.source != "none"]
+        # A family is imported only if it matters: that takes seconds.
+        if not sets or FAMILIES[self.model.family].max_references > 0:
+            return self
+        taking = [name for name in FAMILIES.names if FAMILIES[name].max_references > 0]
+        setting = sets[0].setting if self.data.references.source == "none" else "data"
+        raise conflict(
+            f"{setting.replace('[', '.').replace(']', '')}.references",
+            f"got the source {sets[0].references.source}, expected {{source: none}} because models of the family"
+            f" {self.model.family} take no reference images; families that do: {', '.join(taking) or 'none yet'}",
+        )
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:

@@ -67,11 +67,11 @@ class SchemaTree:
                 node = self.resolve(array["items"] if "items" in array else array["prefixItems"][key])
                 continue
             fields = self.properties(node, data.get("name") if isinstance(data, dict) else None)
-            free = self.resolve(node).get("additionalProperties")
+            free = [option["additionalProperties"] for option in self._mappings(node)]
             if key in fields:
                 node = self.resolve(fields[key])
-            elif isinstance(free, dict):
-                node = self.resolve(free)
+            elif free:
+                node = self.resolve(free[0])
             else:
                 return None
             data = data.get(key) if isinstance(data, dict) else None
@@ -104,7 +104,8 @@ class SchemaTree:
                 return f"a list of mappings, such as [{{{first}: ...}}, {{{first}: ...}}]"
             return f"a list of {'texts' if item['type'] == 'string' else 'numbers'}, such as [one, two]"
         if kind == "object" and isinstance(node.get("additionalProperties"), dict):
-            return f"a mapping, such as {{name: {self.expected(node['additionalProperties'])}}}"
+            example = next(iter(node["examples"][0])) if "examples" in node else "name"
+            return f"a mapping, such as {{{example}: {self.expected(node['additionalProperties'])}}}"
         if kind == "string" and "format" in node:
             return {"path": "a path", "regex": "a regular expression"}[node["format"]]
         words = {
@@ -115,11 +116,23 @@ class SchemaTree:
         }
         return words[str(kind)]
 
+    def expected_key(self, path: KeyPath, data: Any) -> str:
+        """Describes the keys that a mapping accepts, for the end of a message as in `expected`."""
+        node = self.at(path, data)
+        assert node is not None, "only known mappings have keys"
+        return f"one such as {next(iter(self._mappings(node)[0]['examples'][0]))}"
+
     def meaning(self, node: Node) -> str:
         """Returns the first sentence of the description, worded as the end of a longer sentence."""
         text: str = self.resolve(node).get("description", "")
         text = text.partition(". ")[0].rstrip(".")
         return text[:1].lower() + text[1:]
+
+    def _mappings(self, node: Node) -> list[Node]:
+        """Returns the options of a node that accept any key."""
+        return [
+            option for option in self._options(node) if isinstance(option.get("additionalProperties"), dict)
+        ]
 
     def _options(self, node: Node) -> list[Node]:
         node = self.resolve(node)

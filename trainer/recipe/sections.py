@@ -18,6 +18,7 @@ from halfbyte.trainer.objective.weighting import WEIGHTINGS, NoWeighting, Weight
 from halfbyte.trainer.optim.nonfinite import NONFINITE, OnNonFinite, Stop
 from halfbyte.trainer.recipe.fields import (
     FilePath,
+    PictureSide,
     Section,
     Seed,
     Steps,
@@ -71,6 +72,13 @@ Targets = Annotated[
     ),
 ]
 
+
+Images = Annotated[int, Field(ge=1, le=10_000)]
+# Keys of a recipe file are texts, so they are not read strictly.
+ImagesByResolution = Annotated[
+    dict[Annotated[PictureSide, Field(strict=False)], Images],
+    Field(min_length=1, json_schema_extra={"examples": [{"1024": 1}]}),
+]
 
 MOST_TEXT_TOKENS = 512
 """The most tokens for T5 that the stock pipelines accept."""
@@ -255,12 +263,13 @@ class TrainSection(Section):
 
     steps: Steps = 1000
     """The number of optimizer steps in the whole run, including those before a resume."""
-    batch_size: int = Field(default=1, ge=1, le=10_000)
+    batch_size: Images | ImagesByResolution = 1
     """Images per process and micro-batch. All images of a micro-batch have one size. Activation memory grows in
-    proportion."""
+    proportion. With several resolutions it may be a mapping with a number for each, such as {512: 4, 1024: 1}, so that
+    all of them take about the same memory."""
     grad_accumulation: int = Field(default=1, ge=1, le=1_000_000)
     """Micro-batches per optimizer step. Each step trains on batch_size x processes x grad_accumulation images, so this
-    makes larger batches without more memory."""
+    makes larger batches without more memory. Every image of a step has the same weight in its gradient."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """The largest norm of the whole gradient; larger gradients are scaled down to it. null turns clipping off."""
     gradient_checkpointing: Literal["none", "selective", "full", "offload"] = "full"

@@ -8,6 +8,7 @@ from typing import Any
 
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.recipe.batch_sizes import BatchSize
 from halfbyte.trainer.run_folder.checkpoint_folders import STATE_FILE, step_of
 from halfbyte.trainer.wording import printable
 
@@ -18,7 +19,7 @@ class Position:
 
     step: int  # optimizer steps
     micro_batches: int  # micro-batches; all processes together take one
-    global_batch: int  # samples in one micro-batch, over all processes
+    global_batch: BatchSize  # samples in one micro-batch, over all processes
 
     @property
     def accumulation(self) -> int:
@@ -56,10 +57,13 @@ def read_state(folder: Path) -> SavedState:
 
 
 def _checked(facts: Any, step: int) -> SavedState:
-    position = Position(**{name: _count(name, value) for name, value in facts["position"].items()})
+    counts = dict(facts["position"])
+    batch = _batch(counts.pop("global_batch"))
+    position = Position(**{name: _count(name, value) for name, value in counts.items()}, global_batch=batch)
     if position.step != step:
         raise ValueError(f"the state is that of step {position.step}")
-    if 0 in (position.step, position.global_batch) or position.micro_batches % position.step:
+    batches = [batch] if isinstance(batch, int) else batch.values()
+    if 0 in (position.step, *batches) or not batches or position.micro_batches % position.step:
         raise ValueError(f"the position is {facts['position']}")
     scalars, groups, scaler = facts["optimizer_scalars"], facts["param_groups"], facts["scaler"]
     _require("optimizer_scalars", scalars, dict)
@@ -72,10 +76,17 @@ def _checked(facts: Any, step: int) -> SavedState:
         for name in group["params"]:
             _require("param_groups: params", name, str)
     _require("scaler", scaler, dict)
-    counts = facts.get("left_out", {})
-    _require("left_out", counts, dict)
-    skipped_steps = {name: _count(f"left_out: {name}", value) for name, value in counts.items()}
+    left_out = facts.get("left_out", {})
+    _require("left_out", left_out, dict)
+    skipped_steps = {name: _count(f"left_out: {name}", value) for name, value in left_out.items()}
     return SavedState(position, scalars, groups, scaler, skipped_steps)
+
+
+def _batch(value: Any) -> BatchSize:
+    """Reads the samples of a micro-batch, which may be given by resolution."""
+    if not isinstance(value, dict):
+        return _count("global_batch", value)
+    return {int(resolution): _count("global_batch", samples) for resolution, samples in value.items()}
 
 
 def _count(name: str, value: Any) -> int:

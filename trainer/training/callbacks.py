@@ -136,7 +136,6 @@ class MetricsRecorder(StepCallback):
         progress: Progress | None,
         *,
         rate: Callable[[torch.optim.Optimizer], float],
-        samples_per_step: int,
         every: int,
         last_step: int,
     ) -> None:
@@ -144,11 +143,10 @@ class MetricsRecorder(StepCallback):
         self.writer = writer
         self.progress = progress
         self.rate = rate
-        self.samples_per_step = samples_per_step
         self.every = every
         self.last_step = last_step
         self.last: StepMetrics | None = None
-        self._since = 0
+        self._samples = 0  # trained on since the last row, over all processes
         self._started = 0.0
         self._overflows = 0  # consecutive rows of metrics with an overflow
         self._finite: torch.Tensor | None = None  # on the device: are all losses since the last row finite?
@@ -162,7 +160,14 @@ class MetricsRecorder(StepCallback):
         if self.progress is not None:
             self.progress.restart()
         self._started = time.perf_counter()
-        self._since = pl_module.step
+        self._samples = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the samples of a micro-batch; all processes take the same number."""
+        self._samples += len(batch.positions) * self.world.size
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Writes a row of metrics after every `every`-th step, the last step and each validation.
@@ -195,8 +200,8 @@ class MetricsRecorder(StepCallback):
         assert module.grad_norm is not None
         grad_norm = float(module.grad_norm.item())
         now = time.perf_counter()
-        pace = (step - self._since) * self.samples_per_step / max(now - self._started, 1e-9)
-        self._since, self._started = step, now
+        pace = self._samples / max(now - self._started, 1e-9)
+        self._samples, self._started = 0, now
         if not module.skips_now:
             self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
             self._refuse(step, value, grad_norm)

@@ -18,6 +18,7 @@ from halfbyte.trainer.adapters.lora import (
 )
 from halfbyte.trainer.adapters.saved import ADAPTER_FILE
 from halfbyte.trainer.errors import NonFiniteError, RecipeError
+from halfbyte.trainer.recipe.batch_sizes import BatchSize
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.runtime.background import Background
 from halfbyte.trainer.runtime.host_memory import HostCopies, size_of
@@ -44,7 +45,7 @@ class Checkpointer(StepCallback):
         every: int,
         keep: int,
         last_step: int,
-        global_batch: int,
+        global_batch: BatchSize,
         resume: checkpoint.Checkpoint | None,
     ) -> None:
         self.world = world

@@ -22,6 +22,7 @@ from halfbyte.trainer.denoiser.settings import DTYPES
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.optim.averages import Ema, TrainedWeights
+from halfbyte.trainer.recipe.batch_sizes import batch_at, over_processes
 from halfbyte.trainer.recipe.recipe import Recipe
 from halfbyte.trainer.run_folder import checkpoint
 from halfbyte.trainer.run_folder.folder import RunFolder
@@ -187,7 +188,7 @@ def _watching(
     saves: writes the checkpoints.
     """
     recipe, world = training.recipe, training.world
-    last_step, global_batch = recipe.train.steps, recipe.train.batch_size * world.size
+    last_step = recipe.train.steps
     if training.prepared.held_out:
         every = recipe.validation.every
         validation = validation_of(recipe, training.family, world, training.prepared, training.denoiser)
@@ -197,7 +198,6 @@ def _watching(
         writer,
         progress,
         rate=recipe.optimizer.rate,
-        samples_per_step=global_batch * recipe.train.grad_accumulation,
         every=recipe.output.log_every,
         last_step=last_step,
     )
@@ -208,7 +208,7 @@ def _watching(
         every=recipe.checkpoint.every,
         keep=recipe.checkpoint.keep,
         last_step=last_step,
-        global_batch=global_batch,
+        global_batch=over_processes(recipe.train.batch_size, world.size),
         resume=training.saved,
     )
 
@@ -280,16 +280,16 @@ def records_graphs(recipe: Recipe, world: World) -> bool:
 
 def _warm_up(graphed: GraphedDenoiser, training: Training) -> None:
     recipe, prepared = training.recipe, training.prepared
-    dtype, size = DTYPES[recipe.quant.compute_dtype], recipe.train.batch_size
-    empty = [
-        part.to(training.world.device, dtype).expand(size, *part.shape[1:]).contiguous()
-        for part in (prepared.empty.prompt_embeds, prepared.empty.pooled_prompt_embeds)
-    ]
+    dtype, device = DTYPES[recipe.quant.compute_dtype], training.world.device
+    shapes = {(batch_at(recipe.train.batch_size, side), size) for side, size in prepared.shapes}
     warm_up(
         graphed,
         training.family,
-        prepared.sizes,
-        TextEmbedding(*empty),
+        sorted(shapes, key=lambda shape: (shape[1], shape[0])),
+        TextEmbedding(
+            prepared.empty.prompt_embeds.to(device, dtype),
+            prepared.empty.pooled_prompt_embeds.to(device, dtype),
+        ),
         guidance_scale=recipe.objective.guidance_scale,
         compute_dtype=dtype,
     )

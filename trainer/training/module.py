@@ -149,7 +149,10 @@ class DiffusionModule(LightningModule):
         return torch.stack(drawn).to(batch.latent_mean.device)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Computes the objective of one micro-batch: an fp32 scalar."""
+        """Computes the objective of one micro-batch, an fp32 scalar: its mean over the samples times `batch.share`.
+
+        The mean of these over the micro-batches of a step is the mean over the samples of the step.
+        """
         point = self.corrupt(batch)
         text = TextEmbedding(
             batch.prompt_embeds.to(self.compute_dtype), batch.pooled_prompt_embeds.to(self.compute_dtype)
@@ -166,13 +169,13 @@ class DiffusionModule(LightningModule):
             per_sample = per_sample * batch.loss_weight
         if self.preserve is not None:
             per_sample = per_sample + self.preserve.weight * distance(drifted, kept)
-        return (self.objective.weighting.weights(point.sigma) * per_sample).mean()
+        return batch.share * (self.objective.weighting.weights(point.sigma) * per_sample).mean()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Computes the loss of one micro-batch; Lightning runs the backward.
 
         Lightning divides the loss by the number of micro-batches before the backward, so the accumulated
-        gradient is that of their mean.
+        gradient is that of their mean, which is the mean over the samples of the step.
         """
         # Dropout uses torch's global generators. Seeding them here by position means that checkpoints need
         # not save their state.

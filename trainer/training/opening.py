@@ -29,6 +29,7 @@ class Opening:
     streamed: int  # bytes of the base that stay in host memory
     data: Sequence[SetSummary]  # one for each data set
     sizes: Sequence[tuple[int, int]]  # width and height in pixels of every bucket
+    mean_batch: float  # samples of a micro-batch over all processes, in the mean
     attention: AttentionChoice
     held_out: int  # validation images
     texts: int  # different captions and prompts that were encoded
@@ -51,7 +52,8 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         {family.image_tokens(h // family.vae_scale, w // family.vae_scale) for w, h in opening.sizes}
     )
     train, world = recipe.train, opening.world
-    step = train.batch_size * train.grad_accumulation * world.size
+    step = opening.mean_batch * train.grad_accumulation
+    samples = f"{step:g}" if isinstance(train.batch_size, int) else f"about {step:.1f}"
     return [
         ("model", f"{family.describe_source()} ({recipe.model.family})"),
         ("base", f"{base}; {memory_size(opening.footprint)}{where}"),
@@ -74,7 +76,7 @@ def opening_lines(opening: Opening) -> list[tuple[str, str]]:
         ("weights", f"{_evaluated_weights(recipe)}, in validation, samples and exports"),
         (
             "run",
-            f"{train.steps} steps of {step} samples ({train.batch_size} x {train.grad_accumulation} micro-batches"
+            f"{train.steps} steps of {samples} samples ({train.batch_size} x {train.grad_accumulation} micro-batches"
             f" x {_processes(world)}), about"
             f" {train.steps * step / sum(one.uses for one in opening.data):.1f} {_passes(opening.data)}, seed"
             f" {train.seed}",
@@ -103,7 +105,8 @@ def data_rows(sets: Sequence[SetSummary]) -> list[tuple[str, str]]:
 
 
 def _images(one: SetSummary) -> str:
-    return f"{one.images} images, {one.views} views"
+    references = f", {one.references} reference images" if one.references else ""
+    return f"{one.images} images, {one.views} views{references}"
 
 
 def _sizes(one: SetSummary) -> str:

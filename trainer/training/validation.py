@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfbyte.trainer.data.batches import TrainingSet, collate
-from halfbyte.trainer.data.views.buckets import View
+from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.data.views.order import Entry
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.randomness import generator
+from halfbyte.trainer.recipe.batch_sizes import BatchSize, batch_at
 from halfbyte.trainer.runtime.world import World
 from halfbyte.trainer.training.metrics import Measurement
 
@@ -51,7 +52,7 @@ class Validation:
         sigmas: Sequence[float],
         guidance_scale: float,
         compute_dtype: torch.dtype,
-        batch_size: int,
+        batch_size: BatchSize,
         world: World,
     ) -> None:
         """Sorts the points into batches.
@@ -134,12 +135,12 @@ class Validation:
         return torch.randn(shape, generator=source)
 
 
-def _batches(points: Sequence[Point], batch_size: int) -> Iterator[list[Point]]:
-    """Yields batches of points whose images have the same size."""
+def _batches(points: Sequence[Point], batch_size: BatchSize) -> Iterator[list[Point]]:
+    """Yields batches of points whose images and references have the same sizes."""
 
-    def size(point: Point) -> tuple[int, int]:
-        return point.view.width, point.view.height
+    def kind(point: Point) -> tuple[tuple[Size, ...], int]:
+        return point.view.sizes, batch_at(batch_size, point.view.resolution)
 
-    for _, alike in groupby(sorted(points, key=size), key=size):
-        while batch := list(islice(alike, batch_size)):
+    for (_, most), alike in groupby(sorted(points, key=kind), key=kind):
+        while batch := list(islice(alike, most)):
             yield batch

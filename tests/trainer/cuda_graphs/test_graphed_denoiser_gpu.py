@@ -284,7 +284,10 @@ def test_a_warm_up_records_and_changes_nothing_else(mini_sd3: Path, caplog: pyte
             warm_up(
                 steps.graphed,
                 family,
-                [(8 * scale, 8 * scale), (12 * scale, 8 * scale)],
+                [
+                    (len(text.positions), (8 * scale, 8 * scale)),
+                    (len(text.positions), (12 * scale, 8 * scale)),
+                ],
                 embedding,
                 guidance_scale=steps.module.objective.guidance_scale,
                 compute_dtype=torch.bfloat16,

@@ -40,7 +40,7 @@ def warmed(setup: Setup, batch: Batch) -> None:
     warm_up(
         setup.graphed,
         setup.family,
-        [(8 * scale, 8 * scale), (12 * scale, 8 * scale)],
+        [(len(batch.positions), (8 * scale, 8 * scale)), (len(batch.positions), (12 * scale, 8 * scale))],
         TextEmbedding(batch.prompt_embeds, batch.pooled_prompt_embeds),
         guidance_scale=setup.module.objective.guidance_scale,
         compute_dtype=setup.dtype,

@@ -37,8 +37,8 @@ class TestBatches:
         latents, texts = encode_missing(cache, CountingEncoders(), views, captions_of(views))
         batches = PlannedBatches(
             SampleOrder([OrderedSet(groups, len(groups))], seed=0, global_batch=2),
-            batch_size=2,
             rank=0,
+            processes=1,
             start=0,
             stop=24,
         )
@@ -98,11 +98,10 @@ class TestBatches:
         order = SampleOrder([OrderedSet(groups, len(groups))], seed=3, global_batch=2)
 
         def captions(processes: int, start: int = 0) -> dict[int, list[float]]:
-            size = 2 // processes
             return {
                 sample.position: sample.prompt_embeds.flatten().tolist()
                 for rank in range(processes)
-                for entries in PlannedBatches(order, batch_size=size, rank=rank, start=start, stop=20)
+                for entries in PlannedBatches(order, rank=rank, processes=processes, start=start, stop=20)
                 for sample in map(data.__getitem__, entries)
             }
 

@@ -1,6 +1,7 @@
 """Tests of reading several data sets: what is held out, what each set gives, and what a resumed run notices."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_a_set_of_which_everything_is_held_out_is_refused(tmp_path: Path) -> Non
     samples = read(recipe_in_place(recipe)).samples()
     first = min((sample for sample in samples if sample.data_set == 0), key=lambda sample: sample.sha256)
     with pytest.raises(DataError, match=r"data\.sets\[0\]: all images of .*dog are held out"):
-        split_data(recipe, [[], []], [first])
+        split_data(recipe, [replace(one, samples=[]) for one in read(recipe_in_place(recipe)).sets], [first])
 
 
 def recipe_in_place(recipe: Recipe) -> Recipe:

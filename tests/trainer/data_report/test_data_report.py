@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from halfbyte.trainer.cli.app import app
 from halfbyte.trainer.data_report.check import DataReport, check_data
 from halfbyte.trainer.data_report.duplicates import fingerprint, near_images
-from halfbyte.trainer.data_report.page import data_page
+from halfbyte.trainer.data_report.page import data_page, report_lines
+from halfbyte.trainer.families.flux.family import Flux
 from halfbyte.trainer.recipe.load import load_recipe
 
 QUIET = Console(quiet=True)
@@ -165,3 +166,29 @@ def test_a_fingerprint_survives_scaling_and_compression() -> None:
     noise(5, (300, 200)).save(stream, "JPEG", quality=50)
     assert (one ^ fingerprint(Image.open(stream))).bit_count() <= 5
     assert (one ^ fingerprint(noise(6))).bit_count() > 10
+
+
+def test_references_are_shown_with_their_crops(
+    tmp_path: Path, mini_flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flux, "max_references", 2)
+    (tmp_path / "after").mkdir()
+    noise(1).save(tmp_path / "after" / "a.png")
+    (tmp_path / "after" / "a.txt").write_text("make it <b>blue</b>")
+    noise(2, (192, 128)).save(tmp_path / "after" / "a.ref0.png")
+    noise(3, (64, 64)).save(tmp_path / "after" / "a.ref1.png")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {{family: flux, path: {mini_flux}, max_sequence_length: 24}}\n"
+        "data: {path: ./after, resolution: 64, references: {source: files}}\noutput: {dir: out}\n"
+    )
+    report = check_data(load_recipe(file), QUIET, most=100)
+    (shown,) = report.shown
+    assert [(one.name, one.size) for one in shown.references] == [
+        ("a.ref0.png", "192x128 to 80x48"),
+        ("a.ref1.png", "64x64 to 64x64"),
+    ]
+    assert any("2 reference images" in text and "left out" not in text for _, text in report_lines(report))
+    page = data_page(report, "recipe")
+    assert page.count("data:image/jpeg") == 3
+    assert all(one.picture in page for one in shown.references)

@@ -59,6 +59,7 @@ HIDDEN = {
         "sets",
         "image_sizes",
         "masked_loss",
+        "references",
         "on_bad_image",
         "caption_lines",
         "caption_suffix",

@@ -8,6 +8,7 @@ from halfbyte.trainer.data.records.problems import Problems
 from halfbyte.trainer.wording import shown
 
 CAPTION_COLUMNS = ("text", "caption")
+IMAGE_COLUMN = "image"
 MASK_COLUMN = "mask"
 
 

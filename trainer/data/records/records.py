@@ -109,9 +109,9 @@ class Records(Sequence[Sample]):
             self.data_set,
             captions,
             _mask(self.root, row),
-            row.part,
-            row.start,
-            row.size,
+            part=row.part,
+            start=row.start,
+            size=row.size,
         )
 
 

@@ -5,6 +5,14 @@ from pathlib import Path, PurePosixPath
 
 
 @dataclass(frozen=True)
+class Cell:
+    """The place of a reference image inside a row."""
+
+    column: str
+    number: int  # in the list of the cell; 0 for a cell that is no list
+
+
+@dataclass(frozen=True)
 class Place:
     """The place of an image's bytes: a file, a cell of a table or a member of a tar file."""
 
@@ -44,7 +52,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its captions. Latents and text embeddings are matched only through this object."""
+    """One image and its captions. Latents and text embeddings are matched only through this object.
+
+    A reference image is a sample without captions.
+    """
 
     index: int  # in the order of the source
     path: Path  # of the file with the image; a member of a tar file is named as if that were a folder
@@ -57,6 +68,8 @@ class Sample:
     data_set: int = 0  # the place of its data set in the recipe
     captions: tuple[str, ...] = ()  # of the source, without the settings; empty: it has none
     mask: Mask | None = None
+    references: tuple["Sample", ...] = ()  # its reference images, in the order in which the model sees them
+    cell: Cell | None = None  # of a reference image inside the parquet file at `path`
     part: str = ""  # the column of the table, or the name of the tar file's member
     start: int | None = None  # of the member's bytes in the tar file; None: not in a tar file
     size: int = 0  # of the member, in bytes

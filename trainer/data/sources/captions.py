@@ -38,7 +38,7 @@ class CaptionRow:
 def read_metadata(path: Path, problems: Problems, opener: Opener = open_regular) -> list[CaptionRow]:
     """Reads the rows of a metadata.jsonl or metadata.csv. Adds unusable rows to `problems` and leaves them out."""
     found: list[CaptionRow] = []
-    for where, row in _rows(path, problems, opener):
+    for where, row in metadata_rows(path, problems, opener):
         name = row.get("file_name")
         if not isinstance(name, str) or not name.strip():
             problems.add(
@@ -129,7 +129,9 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
 
 
-def _rows(path: Path, problems: Problems, opener: Opener) -> Iterator[tuple[str, dict[str, object]]]:
+def metadata_rows(
+    path: Path, problems: Problems, opener: Opener = open_regular
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Yields the rows of a metadata file with their places, without reading the whole file into memory."""
     try:
         if path.suffix == ".jsonl":

@@ -10,9 +10,10 @@ from torch import Tensor
 from halfbyte.quant.files.digest import sha256_of
 from halfbyte.quant.files.regular import open_regular, read_regular
 from halfbyte.trainer.data.archives import parquet, saved
+from halfbyte.trainer.data.archives.reference_columns import reference_bytes
 from halfbyte.trainer.data.pictures.decode import PICTURE_BYTES, decode, pixels
 from halfbyte.trainer.data.pictures.mask import decode_mask
-from halfbyte.trainer.data.records.sample import Place, Sample
+from halfbyte.trainer.data.records.sample import Cell, Place, Sample
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.wording import printable
 
@@ -43,12 +44,12 @@ def _member(place: Place) -> bytes:
 
 def sample_bytes(sample: Sample) -> bytes:
     """Returns the bytes of the image file. Raises DataError if they changed since the sample was read."""
-    return _unchanged(sample.place, sample.sha256)
+    return _unchanged(sample.place, sample.sha256, sample.cell)
 
 
-def _unchanged(place: Place, sha256: str) -> bytes:
+def _unchanged(place: Place, sha256: str, cell: Cell | None = None) -> bytes:
     try:
-        data = read_bytes(place)
+        data = read_bytes(place) if cell is None else reference_bytes(place.file, place.row or 0, cell)
     except OSError as error:
         raise DataError(f"{printable(place.path)}: cannot be read: {error.strerror}") from error
     if sha256_of(data) != sha256:

@@ -17,7 +17,7 @@ from halfbyte.trainer.data.sources.found import Found
 from halfbyte.trainer.data.sources.left_out import LeftOut, foreign_folder, pictures_in
 
 # Image formats that Pillow cannot read. They are reported as errors rather than skipped silently.
-_FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
+FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def list_files(root: Path, problems: Problems, left_out: LeftOut) -> list[Path]:
         for file in (Path(folder) / name for name in names if not name.startswith(".")):
             if file.is_symlink() and not is_inside(root, file):
                 problems.add(file, f"is a symbolic link to a file outside {root}; copy the file instead")
-            elif file.suffix.lower() in _FOREIGN_SUFFIXES:
+            elif file.suffix.lower() in FOREIGN_SUFFIXES:
                 problems.add(
                     file,
                     f"is of a format that cannot be read; convert it to one of {', '.join(PICTURE_SUFFIXES)}",

@@ -20,6 +20,7 @@ class SourceSettings:
     data_set: int = 0  # the number that the samples get, see `Sample`
     setting: str = "data"  # the section of the recipe, for messages
     masks: MaskedLoss = _NO_MASKS
+    without: frozenset[Path] = frozenset()  # folders and files that are left out: masks or reference images
     image_column: str | None = None  # of tables; None: image
     caption_column: str | None = None  # of tables; None: text or caption
     split: str | None = None  # of a saved or Hub data set with several
@@ -36,10 +37,10 @@ class SourceSettings:
             number,
             given.setting,
             given.masked_loss,
-            given.image_column,
-            given.caption_column,
-            given.split,
-            given.config,
+            image_column=given.image_column,
+            caption_column=given.caption_column,
+            split=given.split,
+            config=given.config,
         )
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from halfbyte.quant.files.patterns import base_folder, is_pattern, matching_files
 from halfbyte.trainer.data.archives import parquet, saved, tar
 from halfbyte.trainer.data.archives.columns import MASK_COLUMN, Columns
 from halfbyte.trainer.data.archives.hub import fetched
@@ -18,7 +19,7 @@ from halfbyte.trainer.data.sources.picture_captions import Listing, picture_capt
 from halfbyte.trainer.data.sources.shards import TarSource
 from halfbyte.trainer.data.sources.tables import TableSource
 from halfbyte.trainer.hub.reference import HubData
-from halfbyte.trainer.recipe.file_patterns import SHARD_SUFFIXES, base_folder, is_pattern, matching_files
+from halfbyte.trainer.recipe.fields import SHARD_SUFFIXES
 from halfbyte.trainer.wording import in_prose, printable, shown
 
 log = logging.getLogger(__name__)
@@ -113,11 +114,13 @@ def _tables(
 def _folder(
     root: Path, settings: SourceSettings, style: CaptionStyle, problems: Problems, left_out: LeftOut
 ) -> Source | None:
-    without = settings.masks.folder
+    without = (
+        settings.without if settings.masks.folder is None else settings.without | {settings.masks.folder}
+    )
     files = [
         file
         for file in list_files(root, problems, left_out)
-        if without is None or not file.is_relative_to(without)
+        if not without or without.isdisjoint((file, *file.parents))
     ]
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     tables = [file for file in files if file.suffix == parquet.SUFFIX]

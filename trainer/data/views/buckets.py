@@ -32,6 +32,17 @@ class View:
     height: int
     flip: bool
     resolution: int  # the training resolution that the size belongs to, in pixels
+    references: tuple["View", ...] = ()  # of its reference images, see `references`
+
+    @property
+    def size(self) -> Size:
+        """Width and height in pixels."""
+        return self.width, self.height
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes of the image and of its references. Samples of one batch have the same."""
+        return self.size, *(reference.size for reference in self.references)
 
 
 @dataclass(frozen=True)
@@ -121,12 +132,13 @@ def _enlargement(sample: Sample, size: Size) -> float:
 
 
 def _views(sample: Sample, size: Size, cropping: Cropping, seed: int) -> tuple[View, ...]:
+    whole = (0, 0, sample.width, sample.height)
     if cropping.crop == "center":
-        boxes = [_box(sample, size, 0.5, 0.5)]
+        boxes = [box_in(whole, size, 0.5, 0.5)]
     else:
         purpose = f"crop/{sample.sha256}"
         boxes = [
-            _box(sample, size, uniform(seed, purpose, number, 0), uniform(seed, purpose, number, 1))
+            box_in(whole, size, uniform(seed, purpose, number, 0), uniform(seed, purpose, number, 1))
             for number in range(cropping.random_crops)
         ]
     flips = (False, True) if cropping.flip else (False,)
@@ -136,13 +148,14 @@ def _views(sample: Sample, size: Size, cropping: Cropping, seed: int) -> tuple[V
     )
 
 
-def _box(sample: Sample, size: Size, right: float, down: float) -> Box:
-    """Returns the largest box with the size's aspect ratio, at shares `right` and `down` of the free space."""
-    scale = max(size[0] / sample.width, size[1] / sample.height)
-    width = min(sample.width, max(1, round(size[0] / scale)))
-    height = min(sample.height, max(1, round(size[1] / scale)))
-    left = round((sample.width - width) * right)
-    top = round((sample.height - height) * down)
+def box_in(outer: Box, size: Size, right: float, down: float) -> Box:
+    """Returns the largest box in `outer` with a size's aspect ratio, at shares `right` and `down` of the free space."""
+    across, high = outer[2] - outer[0], outer[3] - outer[1]
+    scale = max(size[0] / across, size[1] / high)
+    width = min(across, max(1, round(size[0] / scale)))
+    height = min(high, max(1, round(size[1] / scale)))
+    left = outer[0] + round((across - width) * right)
+    top = outer[1] + round((high - height) * down)
     return (left, top, left + width, top + height)
 
 

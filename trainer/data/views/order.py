@@ -7,6 +7,9 @@ all its random numbers. Samples of one size wait in a queue, across the ends of 
 when it is full. Every sample is therefore trained as often as its set says; none is dropped, or repeated to fill a
 batch. The order depends on batch sizes only through batch_size * world_size: two processes with one image each train
 the same micro-batches as one process with two.
+
+A queue holds samples whose image and reference images have the same sizes, and that have the same batch size: each
+training resolution may have its own.
 """
 
 from collections import Counter, defaultdict
@@ -19,8 +22,12 @@ import torch
 
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.randomness import generator, uniform
+from halfbyte.trainer.recipe.batch_sizes import BatchSize, batch_at
 
 _Use = tuple[int, int, int]  # position, set, sample of the set
+_Kind = tuple[
+    tuple[Size, ...], int
+]  # the sizes of an image and its references, and the samples of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Entry:
 
     position: int  # in the stream of the whole run, over all processes
     view: View
+    share: float = 1.0  # factor of its micro-batch's mean loss, see `PlannedBatches`
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,34 @@ class OrderedSet:
 class SampleOrder:
     """The endless sequence of a run's micro-batches, each over all processes."""
 
-    def __init__(self, sets: Sequence[OrderedSet], *, seed: int, global_batch: int) -> None:
-        """`global_batch` is batch_size * world_size."""
+    def __init__(self, sets: Sequence[OrderedSet], *, seed: int, global_batch: BatchSize) -> None:
+        """`global_batch` is batch_size * world_size, the samples of a micro-batch over all processes."""
         assert sets, "an order needs sets"
         assert all(given.views and given.uses > 0 for given in sets), "an order needs samples"
-        assert global_batch > 0, "a micro-batch needs room"
         self._sets = [([tuple(group) for group in given.views], given.uses) for given in sets]
         self._seed = seed
-        self._global_batch = global_batch
         self._turns = _spread([given.uses for given in sets])
-        self._sizes: list[list[Size]] = [
-            [(group[0].width, group[0].height) for group in views] for views, _ in self._sets
+        self._kinds: list[list[_Kind]] = [
+            [(group[0].sizes, batch_at(global_batch, group[0].resolution)) for group in views]
+            for views, _ in self._sets
         ]
-        self.sizes = frozenset(size for sizes in self._sizes for size in sizes)
+        self.kinds = frozenset(kind for kinds in self._kinds for kind in kinds)
+        assert all(samples > 0 for _, samples in self.kinds), "a micro-batch needs room"
 
     @property
     def epoch_length(self) -> int:
         """The number of samples of an epoch, over all sets."""
         return len(self._turns)
+
+    @property
+    def mean_batch(self) -> float:
+        """The samples of a micro-batch over all processes, in the mean over the run."""
+        batches = sum(
+            uses / len(kinds) * images / samples
+            for kinds, (_, uses) in zip(self._kinds, self._sets, strict=True)
+            for (_, samples), images in Counter(kinds).items()
+        )
+        return self.epoch_length / batches
 
     def micro_batches(self, start: int = 0) -> Iterator[tuple[Entry, ...]]:
         """Yields micro-batch `start` and all later ones. Starting takes two epochs of shuffling, at any `start`."""
@@ -68,9 +86,10 @@ class SampleOrder:
         number = self._emitted_before(epoch)
         for current in count(epoch):
             for position, turn, sample in self._stream(current):
-                queue = queues[self._sizes[turn][sample]]
+                kind = self._kinds[turn][sample]
+                queue = queues[kind]
                 queue.append((position, turn, sample))
-                if len(queue) < self._global_batch:
+                if len(queue) < kind[1]:
                     continue
                 if number >= start:
                     yield tuple(self._entry(*item) for item in queue)
@@ -103,21 +122,21 @@ class SampleOrder:
         drawn = torch.randperm(len(self._sets[turn][0]), generator=generator(self._seed, "epoch", *position))
         return drawn.tolist()
 
-    def _uses_before(self, epoch: int) -> Counter[Size]:
-        """Returns how many samples of each size come before an epoch."""
-        uses: Counter[Size] = Counter()
+    def _uses_before(self, epoch: int) -> Counter[_Kind]:
+        """Returns how many samples of each kind come before an epoch."""
+        uses: Counter[_Kind] = Counter()
         for turn, (views, in_epoch) in enumerate(self._sets):
             passes, rest = divmod(epoch * in_epoch, len(views))
-            sizes = self._sizes[turn]
-            for size, images in Counter(sizes).items():
-                uses[size] += passes * images
+            kinds = self._kinds[turn]
+            for kind, images in Counter(kinds).items():
+                uses[kind] += passes * images
             if rest:
-                uses.update(sizes[sample] for sample in self._pass(turn, passes)[:rest])
+                uses.update(kinds[sample] for sample in self._pass(turn, passes)[:rest])
         return uses
 
     def _emitted_before(self, epoch: int) -> int:
         """Returns the number of micro-batches that are complete when an epoch begins."""
-        return sum(uses // self._global_batch for uses in self._uses_before(epoch).values())
+        return sum(uses // samples for (_, samples), uses in self._uses_before(epoch).items())
 
     def _last_epoch_before(self, micro_batch: int) -> int:
         """Returns the last epoch that begins with at most this many micro-batches complete, by bisection."""
@@ -129,20 +148,20 @@ class SampleOrder:
             low, high = (middle, high) if self._emitted_before(middle) <= micro_batch else (low, middle)
         return low
 
-    def _waiting_before(self, epoch: int) -> defaultdict[Size, list[_Use]]:
-        """Rebuilds the queues at the beginning of an epoch: for each size, its last few samples in the stream.
+    def _waiting_before(self, epoch: int) -> defaultdict[_Kind, list[_Use]]:
+        """Rebuilds the queues at the beginning of an epoch: for each kind, its last few samples in the stream.
 
         The lengths follow from the counts, so walking the stream backwards until the queues are full is enough.
         """
-        missing = {size: uses % self._global_batch for size, uses in self._uses_before(epoch).items()}
-        queues: defaultdict[Size, list[_Use]] = defaultdict(list)
+        missing = {kind: uses % kind[1] for kind, uses in self._uses_before(epoch).items()}
+        queues: defaultdict[_Kind, list[_Use]] = defaultdict(list)
         while any(missing.values()):
             epoch -= 1
             for use in reversed(self._stream(epoch)):
-                size = self._sizes[use[1]][use[2]]
-                if missing[size]:
-                    queues[size].append(use)
-                    missing[size] -= 1
+                kind = self._kinds[use[1]][use[2]]
+                if missing[kind]:
+                    queues[kind].append(use)
+                    missing[kind] -= 1
         for queue in queues.values():
             queue.reverse()
         return queues

@@ -215,7 +215,7 @@ class TestPlannedBatches:
     def entries(world_size: int, batch_size: int, start: int = 0) -> list[list[list[Entry]]]:
         plan = plan_of(SHAPES, world_size * batch_size)
         return [
-            list(PlannedBatches(plan, batch_size=batch_size, rank=rank, start=start, stop=30))
+            list(PlannedBatches(plan, rank=rank, processes=world_size, start=start, stop=30))
             for rank in range(world_size)
         ]
 
@@ -232,5 +232,5 @@ class TestPlannedBatches:
         assert len(whole) == 30
         assert rest == whole[12:]
         plan = plan_of(SHAPES, 1)
-        assert len(PlannedBatches(plan, batch_size=1, rank=0, start=12, stop=30)) == 18
-        assert list(PlannedBatches(plan, batch_size=1, rank=0, start=30, stop=30)) == []
+        assert len(PlannedBatches(plan, rank=0, processes=1, start=12, stop=30)) == 18
+        assert list(PlannedBatches(plan, rank=0, processes=1, start=30, stop=30)) == []

@@ -82,7 +82,7 @@ def test_an_image_alone_in_its_bucket_is_trained_as_often_as_others(sets, global
     assert len(set(positions)) == len(positions)
     # What the stream has given and no micro-batch has taken yet waits: less than a batch of each size.
     waiting = set(range(max(positions) + 1)) - set(positions)
-    assert len(waiting) <= len(order.sizes) * (global_batch - 1)
+    assert len(waiting) <= len(order.kinds) * (global_batch - 1)
 
 
 def test_one_set_has_the_order_of_earlier_versions() -> None:

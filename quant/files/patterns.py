@@ -1,12 +1,9 @@
-"""Patterns of file names in data.path: shards/{000..012}.tar, or train-*.parquet."""
+"""Expands patterns of file names, such as shards/{000..012}.tar or train-*.parquet."""
 
 import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-SHARD_SUFFIXES = (".tar", ".parquet")
-"""The endings of files with many images, which a pattern may name."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
