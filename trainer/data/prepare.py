@@ -156,7 +156,7 @@ def prepare(
     return Prepared(
         data,
         summaries(data, sets),
-        sorted({(view.resolution, view.size) for view in views}),
+        sorted({shape for one in sets for shape in one.groups.used_shapes}),
         [Prompt(text, texts.read(text), references.get(text)) for text in recipe.sample.prompts],
         texts.read(""),
         None if preserve is None else texts.read(preserve.caption),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 from halfbyte.trainer.data.held_out import refuse_trained, set_aside
 from halfbyte.trainer.data.records.problems import MOST_LINES
@@ -15,7 +14,7 @@ from halfbyte.trainer.data.sources.caption_style import CaptionStyle
 from halfbyte.trainer.data.sources.found import SourceSettings
 from halfbyte.trainer.data.sources.left_out import LeftOut
 from halfbyte.trainer.data.sources.reading import read_samples
-from halfbyte.trainer.data.views.buckets import Cropping, Size, View, is_enlarged, kept_share, views_of
+from halfbyte.trainer.data.views.buckets import Cropping, Size, View, ViewGroups, views_of
 from halfbyte.trainer.data.views.order import OrderedSet
 from halfbyte.trainer.data.views.references import with_reference_views
 from halfbyte.trainer.errors import DataError
@@ -205,7 +204,14 @@ def croppings_of(settings: DataSet, family: Family) -> list[Cropping]:
     ]
 
 
-def training_views(data: ReadData, family: Family, seed: int) -> list[OrderedSet]:
+@dataclass(frozen=True)
+class TrainedSet(OrderedSet):
+    """The views of one data set, with references, and the groups that they were made from."""
+
+    groups: ViewGroups
+
+
+def training_views(data: ReadData, family: Family, seed: int) -> list[TrainedSet]:
     """Returns the views of each data set with the number of its samples in an epoch.
 
     Raises:
@@ -213,15 +219,19 @@ def training_views(data: ReadData, family: Family, seed: int) -> list[OrderedSet
     """
     if any(read.settings.references.source != "none" for read in data.sets):
         refuse_more([*data.samples(), *data.held_out_samples], family.max_references)
-    groups = []
+    groups: list[ViewGroups] = []
+    views: list[Sequence[Sequence[View]]] = []
     for read in data.sets:
         croppings, only_largest = croppings_of(read.settings, family), read.settings.image_sizes == "largest"
         own = views_of(read.samples, croppings, seed, only_largest=only_largest)
-        if read.settings.references.source != "none":
-            own = with_reference_views(own, croppings[0], read.settings.references.resolution)
+        references = read.settings.references
         groups.append(own)
+        has_references = references.source != "none"
+        views.append(
+            with_reference_views(own, croppings[0], references.resolution) if has_references else own
+        )
     uses = set_uses([read.settings for read in data.sets], [len(own) for own in groups])
-    return [OrderedSet(own, count) for own, count in zip(groups, uses, strict=True)]
+    return [TrainedSet(*one) for one in zip(views, uses, groups, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -240,29 +250,27 @@ class SetSummary:
     references: int = 0  # reference images
 
 
-def summaries(data: ReadData, ordered: Sequence[OrderedSet]) -> list[SetSummary]:
+def summaries(data: ReadData, ordered: Sequence[TrainedSet]) -> list[SetSummary]:
     """Returns a summary of each data set."""
     total = sum(one.uses for one in ordered)
     found = []
     for read, one in zip(data.sets, ordered, strict=True):
-        views = [view for group in one.views for view in group]
-        sizes: defaultdict[int, set[Size]] = defaultdict(set)
-        for view in views:
-            sizes[view.resolution].add((view.width, view.height))
+        sizes: defaultdict[int, list[Size]] = defaultdict(list)
+        for resolution, size in one.groups.used_shapes:
+            sizes[resolution].append(size)
+        has_references = read.settings.references.source != "none"
         found.append(
             SetSummary(
                 read.settings,
                 len(read.samples),
-                len(views),
+                one.groups.view_count,
                 one.uses,
                 one.uses / total,
-                {resolution: sorted(sizes[resolution]) for resolution in sorted(sizes)},
-                fmean(1 - kept_share(group[0]) for group in one.views),
-                len({group[0].sample.index for group in one.views if is_enlarged(group[0])}),
+                sizes,
+                1 - one.groups.mean_kept,
+                len(one.groups.enlarged),
                 read.left_out.describe(read.root),
-                sum(len(sample.references) for sample in read.samples)
-                if read.settings.references.source != "none"
-                else 0,
+                sum(len(sample.references) for sample in read.samples) if has_references else 0,
             )
         )
     return found

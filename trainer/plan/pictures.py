@@ -13,6 +13,7 @@ from typing import TypeVar
 from halfbyte.quant.files.patterns import is_pattern
 from halfbyte.trainer.data.caption_variants import all_variants
 from halfbyte.trainer.data.read_sets import (
+    TrainedSet,
     croppings_of,
     held_out_views,
     read_set,
@@ -24,8 +25,7 @@ from halfbyte.trainer.data.read_sets import (
 )
 from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.data.sources.found import SourceSettings
-from halfbyte.trainer.data.views.buckets import Size, View
-from halfbyte.trainer.data.views.order import OrderedSet
+from halfbyte.trainer.data.views.buckets import Size
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.hub.reference import HubData
@@ -101,28 +101,28 @@ def planned_pictures(recipe: Recipe, family: Family) -> PlannedPictures:
     return PlannedPictures(
         data.count,
         sum(one.uses for one in ordered),
-        _sizes(group[0] for one in ordered for group in one.views),
-        _sizes(held_out) or squares,
+        _sizes(shape for one in ordered for shape in one.groups.used_shapes),
+        _sizes((view.resolution, view.size) for view in held_out) or squares,
         tuple(notes),
         len(texts | set(recipe.sample.prompts) | {""}),
         _shares(ordered),
     )
 
 
-def _sizes(views: Iterable[View]) -> Sizes:
+def _sizes(shapes: Iterable[tuple[int, Size]]) -> Sizes:
     found: defaultdict[int, set[Size]] = defaultdict(set)
-    for view in views:
-        found[view.resolution].add(view.size)
+    for resolution, size in shapes:
+        found[resolution].add(size)
     return {resolution: frozenset(sizes) for resolution, sizes in found.items()}
 
 
-def _shares(ordered: Sequence[OrderedSet]) -> dict[int, float]:
+def _shares(ordered: Sequence[TrainedSet]) -> dict[int, float]:
     """Returns the share of the samples that each resolution has, from 0 to 1."""
     shares: defaultdict[int, float] = defaultdict(float)
     total = sum(one.uses for one in ordered)
     for one in ordered:
-        for group in one.views:
-            shares[group[0].resolution] += one.uses / total / len(one.views)
+        for resolution, share in one.groups.shares().items():
+            shares[resolution] += one.uses / total * share
     return dict(shares)
 
 

@@ -1,10 +1,15 @@
 """Chooses the part and size at which each image is trained: aspect buckets, crops and mirroring."""
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
+import numpy
+from numpy.typing import NDArray
+
+from halfbyte.trainer.data.records.records import Records
 from halfbyte.trainer.data.records.sample import Sample
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.randomness import uniform
@@ -98,9 +103,110 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
     return max(sizes, key=lambda size: (round(kept(size), 6), size[0] * size[1], size))
 
 
+class ViewGroups(Sequence[tuple[View, ...]]):
+    """Groups of views, those of a group of one image and size; several with random crops or mirroring.
+
+    A group is made when it is asked for. Takes about 20 bytes of memory for each.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], croppings: Sequence[Cropping], seed: int, *, only_largest: bool
+    ) -> None:
+        """See `views_of`."""
+        self._samples = samples
+        self._seed = seed
+        self.shapes = [(cropping, size) for cropping in croppings for size in cropping.sizes()]
+        numbers = {(cropping.resolution, size): number for number, (cropping, size) in enumerate(self.shapes)}
+        sides, frames = _frames(samples)
+        choice = [(cropping, cropping.sizes()) for cropping in croppings]
+        chosen = [
+            [numbers[cropping.resolution, size] for cropping, size in _chosen(frame, choice, only_largest)]
+            for frame in sides
+        ]
+        most = max(map(len, chosen), default=0)
+        table = numpy.array([own + [-1] * (most - len(own)) for own in chosen], numpy.int16).reshape(-1, most)
+        kinds = table[frames].ravel()
+        places = numpy.repeat(numpy.arange(len(samples), dtype=numpy.int32), most)
+        self._places = places[kinds >= 0]
+        self.kinds: NDArray[numpy.int16] = kinds[kinds >= 0]  # of each group, its number in `shapes`
+        self._sides = sides
+        self._frames = frames[self._places]
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[View, ...]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[View, ...]]: ...
+
+    def __getitem__(self, number: int | slice) -> tuple[View, ...] | list[tuple[View, ...]]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        return self._group(self._samples[int(self._places[number])], int(self.kinds[number]))
+
+    def __iter__(self) -> Iterator[tuple[View, ...]]:
+        samples = enumerate(self._samples)
+        place, sample = -1, None
+        for number in range(len(self)):
+            while place < self._places[number]:
+                place, sample = next(samples)
+            assert sample is not None, "the groups are in the order of the samples"
+            yield self._group(sample, int(self.kinds[number]))
+
+    def _group(self, sample: Sample, kind: int) -> tuple[View, ...]:
+        cropping, size = self.shapes[kind]
+        return _views(sample, size, cropping, self._seed)
+
+    @property
+    def view_count(self) -> int:
+        """The number of views in all groups."""
+        if all(cropping.crop == "center" for cropping, _ in self.shapes):
+            return len(self) * (2 if any(cropping.flip for cropping, _ in self.shapes) else 1)
+        return sum(map(len, self))
+
+    @property
+    def used_shapes(self) -> list[tuple[int, Size]]:
+        """The resolutions and sizes that occur, in pixels, sorted."""
+        used = (self.shapes[kind] for kind in numpy.unique(self.kinds).tolist())
+        return sorted({(cropping.resolution, size) for cropping, size in used})
+
+    def shares(self) -> dict[int, float]:
+        """Returns the share of the groups that each resolution has, from 0 to 1."""
+        found: defaultdict[int, float] = defaultdict(float)
+        for kind, count in enumerate(numpy.bincount(self.kinds, minlength=len(self.shapes)).tolist()):
+            if count:
+                found[self.shapes[kind][0].resolution] += count / len(self)
+        return dict(found)
+
+    @property
+    def mean_kept(self) -> float:
+        """The share of the images' pixels that crops keep, from 0 to 1, in the mean over the groups."""
+        return float(self._of_each(_kept).mean())
+
+    @property
+    def enlarged(self) -> dict[int, float]:
+        """The places of images that are enlarged by more than 5 %, with the most that each is."""
+        factors = self._of_each(_factor)
+        found: dict[int, float] = {}
+        for group in numpy.flatnonzero(factors > _SHARP).tolist():
+            place = int(self._places[group])
+            found[place] = max(found.get(place, 0.0), float(factors[group]))
+        return found
+
+    def _of_each(self, fact: Callable[[Size, Size], float]) -> NDArray[numpy.float64]:
+        """Returns a fact about each group that depends only on the size of its image and its own size."""
+        kinds = len(self.shapes)
+        pairs, numbers = numpy.unique(
+            self._frames.astype(numpy.int64) * kinds + self.kinds, return_inverse=True
+        )
+        facts = [fact(self._sides[pair // kinds], self.shapes[pair % kinds][1]) for pair in pairs.tolist()]
+        return numpy.array(facts)[numbers]
+
+
 def views_of(
     samples: Sequence[Sample], croppings: Sequence[Cropping], seed: int, *, only_largest: bool = False
-) -> list[tuple[View, ...]]:
+) -> ViewGroups:
     """Returns groups of views, those of a group of one image and size; several with random crops or mirroring.
 
     An image has one group for each resolution for which it is large enough, or one at the smallest. Random crops
@@ -111,24 +217,39 @@ def views_of(
         croppings: one for each resolution, the smallest first.
         only_largest: give each image only the largest resolution for which it is large enough.
     """
-    sizes = [cropping.sizes() for cropping in croppings]
-    groups = []
-    for sample in samples:
-        nearest = [nearest_size(sample.width, sample.height, choice) for choice in sizes]
-        fitting = [
-            (cropping, size)
-            for cropping, size in zip(croppings, nearest, strict=True)
-            if _enlargement(sample, size) <= _SHARP
-        ]
-        chosen = (fitting[-1:] if only_largest else fitting) or [(croppings[0], nearest[0])]
-        groups += [_views(sample, size, cropping, seed) for cropping, size in chosen]
-    _warn_of_enlargement(groups)
+    groups = ViewGroups(samples, croppings, seed, only_largest=only_largest)
+    _warn_of_enlargement(samples, groups.enlarged)
     return groups
 
 
-def _enlargement(sample: Sample, size: Size) -> float:
-    """Returns the factor by which an image is enlarged to fill a size; below 1 if it is reduced."""
-    return max(size[0] / sample.width, size[1] / sample.height)
+def _frames(samples: Sequence[Sample]) -> tuple[list[Size], NDArray[numpy.int32]]:
+    """Returns the sizes of the images that occur, in pixels, and for each image the number of its size."""
+    if isinstance(samples, Records):
+        sides = numpy.stack([samples.numbers("width"), samples.numbers("height")], axis=1)
+    else:
+        sides = numpy.array([(sample.width, sample.height) for sample in samples]).reshape(-1, 2)
+    found, numbers = numpy.unique(sides, axis=0, return_inverse=True)
+    return [(width, height) for width, height in found.tolist()], numbers.reshape(-1).astype(numpy.int32)
+
+
+def _chosen(
+    frame: Size, choice: Sequence[tuple[Cropping, Sequence[Size]]], only_largest: bool
+) -> list[tuple[Cropping, Size]]:
+    """Returns those of the croppings and their sizes at which an image of a size is trained."""
+    nearest = [(cropping, nearest_size(*frame, sizes)) for cropping, sizes in choice]
+    fitting = [one for one in nearest if max(one[1][0] / frame[0], one[1][1] / frame[1]) <= _SHARP]
+    return (fitting[-1:] if only_largest else fitting) or nearest[:1]
+
+
+def _kept(frame: Size, size: Size) -> float:
+    """Returns the share of an image's pixels that a crop of a size keeps, wherever it is."""
+    _, _, width, height = box_in((0, 0, *frame), size, 0, 0)
+    return width * height / (frame[0] * frame[1])
+
+
+def _factor(frame: Size, size: Size) -> float:
+    """Returns the factor by which a crop is enlarged, see `enlargement`."""
+    return size[0] / box_in((0, 0, *frame), size, 0, 0)[2]
 
 
 def _views(sample: Sample, size: Size, cropping: Cropping, seed: int) -> tuple[View, ...]:
@@ -175,17 +296,14 @@ def enlargement(view: View) -> float:
     return view.width / (view.box[2] - view.box[0])
 
 
-def _warn_of_enlargement(groups: Sequence[Sequence[View]]) -> None:
-    enlarged = {
-        view.sample.path: enlargement(view) for views in groups for view in views if is_enlarged(view)
-    }
+def _warn_of_enlargement(samples: Sequence[Sample], enlarged: Mapping[int, float]) -> None:
     if enlarged:
-        worst = max(enlarged, key=lambda path: enlarged[path])
+        worst = max(enlarged, key=lambda place: enlarged[place])
         log.warning(
             "%d of %d images are smaller than their training size and will be enlarged, the most %s, by %.1f; lower"
             " data.resolution to keep them sharp",
             len(enlarged),
-            len({view.sample.path for views in groups for view in views}),
-            printable(worst),
+            len(samples),
+            printable(samples[worst].where),
             enlarged[worst],
         )
