@@ -1,13 +1,16 @@
 """The command `halfbyte data`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halfbyte.quant.files.atomic import write_file
 from halfbyte.trainer.cli.console import DebugOption, library_imports, reported_errors, slow_imports
-from halfbyte.trainer.errors import RecipeError
+from halfbyte.trainer.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def data_command(
@@ -22,7 +25,8 @@ def data_command(
     """Check a recipe's images and captions, and show them on a page.
 
     Needs no GPU and no weights. The page is one HTML file with each image as the model will see it: its crop, its mask,
-    its texts with the end that T5 cuts, and equal and similar images.
+    its texts with the end that T5 cuts, and equal and similar images. If the data cannot be used, the page lists all
+    problems.
 
     Exit codes: 0 done, 2 recipe or model error, or the page cannot be written, 3 data error, 4 Hub error,
     128 + N stopped by signal N (130: Ctrl-C), 1 an unexpected error.
@@ -40,13 +44,21 @@ def data_command(
             from rich.console import Console
 
             from halfbyte.trainer.data_report.check import check_data
-            from halfbyte.trainer.data_report.page import data_page, report_lines
+            from halfbyte.trainer.data_report.page import data_page, problems_page, report_lines
             from halfbyte.trainer.runtime.progress import write_lines
         console = Console()
-        report = check_data(settings, console, most=most)
-        write_lines(console, report_lines(report))
         try:
-            write_file(page, data_page(report, recipe.name))
-        except OSError as error:
-            raise RecipeError(f"{page}: cannot write the page: {error.strerror}") from error
-        console.print(f"page  {page}", highlight=False, soft_wrap=True)
+            report = check_data(settings, console, most=most)
+        except DataError as error:
+            _write(page, problems_page(str(error).splitlines(), recipe.name), console)
+            raise
+        write_lines(console, report_lines(report))
+        _write(page, data_page(report, recipe.name), console)
+
+
+def _write(page: Path, content: str, console: "Console") -> None:
+    try:
+        write_file(page, content)
+    except OSError as error:
+        raise RecipeError(f"{page}: cannot write the page: {error.strerror}") from error
+    console.print(f"page  {page}", highlight=False, soft_wrap=True)

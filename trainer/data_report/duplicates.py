@@ -1,9 +1,9 @@
 """Finds images that are equal or nearly equal, from small thumbnails."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy
+from numpy.typing import NDArray
 from PIL import Image
 
 MOST_COMPARED = 20_000
@@ -21,18 +21,18 @@ def fingerprint(picture: Image.Image) -> int:
     return int.from_bytes(numpy.packbits(bits).tobytes(), "big")
 
 
-def equal_images(digests: Sequence[str]) -> list[list[int]]:
-    """Returns groups of at least two places with the same digest."""
-    places: defaultdict[str, list[int]] = defaultdict(list)
-    for place, digest in enumerate(digests):
-        places[digest].append(place)
-    return [group for group in places.values() if len(group) > 1]
+def equal_images(digests: NDArray[numpy.bytes_]) -> list[list[int]]:
+    """Returns groups of at least two places with the same digest, in the order of their first places."""
+    order = numpy.argsort(digests, kind="stable")
+    ordered = digests[order]
+    starts = numpy.flatnonzero(numpy.r_[True, ordered[1:] != ordered[:-1]])
+    ends = numpy.r_[starts[1:], len(ordered)]
+    several = numpy.flatnonzero(ends - starts > 1)
+    return sorted(order[starts[group] : ends[group]].tolist() for group in several.tolist())
 
 
-def near_images(fingerprints: Sequence[int], digests: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns pairs of places whose images are not equal but look alike; none for more than MOST_COMPARED images."""
-    if len(fingerprints) > MOST_COMPARED:
-        return []
+def near_images(fingerprints: Sequence[int], digests: Sequence[object]) -> list[tuple[int, int]]:
+    """Returns pairs of places whose images are not equal but look alike."""
     codes = numpy.array(fingerprints, dtype=numpy.uint64)
     pairs = []
     for place in range(len(codes) - 1):

@@ -68,6 +68,35 @@ details summary { cursor: pointer; }
 """
 
 
+_PROBLEMS = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Problems in the data of {{ name }}</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1400px; padding: 1rem; }
+li { overflow-wrap: anywhere; }
+</style>
+</head>
+<body>
+<h1>{{ problems | length }} problems in the data of {{ name }}</h1>
+<ul>
+{% for problem in problems %}<li>{{ problem }}</li>
+{% endfor %}</ul>
+</body>
+</html>
+"""
+
+
+def problems_page(problems: Sequence[str], name: str) -> str:
+    """Returns a page that lists what is wrong with the data; `name` is the recipe's. Every text is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(_PROBLEMS).render(problems=problems, name=name)
+
+
 def data_page(report: DataReport, name: str) -> str:
     """Returns the page as HTML; `name` is the recipe's. Every text is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)

@@ -65,12 +65,13 @@ def download(
             ) from error
         except RepositoryNotFoundError as error:
             # Without a login, the Hub responds with 401 for a repository that does not exist.
-            what = "repository" if kind == "model" else "data set"
-            hint = ". The path of a local folder must start with ./, ../, ~ or /" if kind == "model" else ""
+            missing, hint = f"the Hub has no data set {name}", ""
+            if kind == "model":
+                missing = f"the Hub has no repository {name}"
+                hint = ". The path of a local folder must start with ./, ../, ~ or /"
             raise HubError(
-                f"the Hub has no {what} {name}, or it is private and you may not read it (status"
-                f" {status_of(error)}); log"
-                f" in with `hf auth login` or set HF_TOKEN, with a token from {tokens_page()}{hint}"
+                f"{missing}, or it is private and you may not read it (status {status_of(error)}); log in with"
+                f" `hf auth login` or set HF_TOKEN, with a token from {tokens_page()}{hint}"
             ) from error
         except LocalEntryNotFoundError as error:
             if not isinstance(error.__cause__, OfflineModeIsEnabled):

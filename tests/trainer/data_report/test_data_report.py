@@ -138,13 +138,13 @@ def test_the_command_writes_the_page(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_images_are_named_and_no_page_is_written(recipe: Path, tmp_path: Path) -> None:
+def test_damaged_images_and_missing_masks_are_named(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "first" / "other.png").write_bytes(b"damaged")
     (tmp_path / "second" / "masked.mask.png").unlink()
     result = CliRunner().invoke(app, ["data", str(recipe), "--page", str(tmp_path / "page.html")])
     assert result.exit_code == 3
     assert "other.png: cannot be decoded" in result.output
-    assert not (tmp_path / "page.html").exists()
+    assert "other.png: cannot be decoded" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("page", ["page.txt", "nowhere/page.html"])
@@ -192,3 +192,16 @@ def test_references_are_shown_with_their_crops(
     page = data_page(report, "recipe")
     assert page.count("data:image/jpeg") == 3
     assert all(one.picture in page for one in shown.references)
+
+
+def test_all_problems_are_listed_also_on_the_page(recipe: Path, tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / "first" / f"{number:02d}<b>.png").write_bytes(b"junk")
+        (tmp_path / "first" / f"{number:02d}<b>.txt").write_text("x")
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["data", str(recipe), "--page", str(page)])
+    assert result.exit_code == 3
+    assert result.output.count("cannot be decoded") == 60
+    text = page.read_text()
+    assert "<h1>60 problems" in text
+    assert (text.count("<li>"), text.count("<b>")) == (60, 0)
