@@ -206,14 +206,15 @@ class TableWriter:
             self._written += batch.num_rows
 
     def _flush(self) -> None:
-        if self._waiting:
-            columns = zip(*map(_packed, self._waiting), strict=True)
+        # Emptied first, so that a signal in between loses rows rather than writing them twice.
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            columns = zip(*map(_packed, waiting), strict=True)
             arrays = [
                 pyarrow.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)
             ]
             self._writer.write_batch(pyarrow.record_batch(arrays, schema=_SCHEMA))
-            self._written += len(self._waiting)
-            self._waiting = []
+            self._written += len(waiting)
 
     def finish(self) -> None:
         """Writes the rest and the trailer."""

@@ -41,10 +41,11 @@ class LeftOut:
         """Adds an image, or a row of a table with its number; `reason` is a plural noun."""
         self.reasons[picture] = reason
 
-    def add_many(self, reason: str, first: str, count: int) -> None:
-        """Adds images of a tar file that are left out for one reason, by their number and the first of them."""
-        known, before = self._many.get(reason, (first, 0))
-        self._many[reason] = known, before + count
+    def add_groups(self, groups: Iterable[tuple[str, str, int]]) -> None:
+        """Adds images of a tar file that are left out: for each reason the first of them and their number."""
+        for reason, first, count in groups:
+            known, before = self._many.get(reason, (first, 0))
+            self._many[reason] = known, before + count
 
     def of(self, reason: str) -> list[str]:
         """Returns the images that were left out for one reason."""

@@ -118,10 +118,34 @@ class _Reader:
     def table(self, file: Path | None) -> Table:
         """Returns the table of all images; reads only those that the table in `file` lacks, and replaces it."""
         known = None if file is None else open_table(file)
+        if known is not None and self._is_current(known):
+            return known
+        interrupted = None
         with writing(file if self._settings.renew else None) as (writer, stream):
-            self._fill(writer, known)
+            try:
+                self._fill(writer, known)
+            except KeyboardInterrupt as error:  # also Stopped, by a signal
+                if known is not None and len(known) > len(writer):
+                    raise
+                interrupted = error  # after keeping what has been read
             writer.finish()
-            return read_table(stream)
+            table = read_table(stream)
+        if interrupted is not None:
+            raise interrupted
+        return table
+
+    def _is_current(self, known: Table) -> bool:
+        """Returns True if a table has exactly the shards of the source, and none has changed."""
+        shards = {_relative(self._source.root, shard): shard for shard in self._source.shards}
+        if not shards or list(known.shards) != list(shards):
+            return False
+        if sum(old.count for old in known.shards.values()) != len(known):
+            return False
+        if not all(_is_current(old.stamp, shards[name]) for name, old in known.shards.items()):
+            return False
+        for old in known.shards.values():
+            self._left_out.add_groups(old.left_out)
+        return True
 
     def _fill(self, writer: TableWriter, known: Table | None) -> None:
         if not self._source.shards:
@@ -134,14 +158,12 @@ class _Reader:
                 first = len(writer)
                 writer.copy(known, old.first, old.count)
                 writer.shards.append(Shard(name, stamp, first, old.count, old.left_out))
-                for reason, example, count in old.left_out:
-                    self._left_out.add_many(reason, example, count)
+                self._left_out.add_groups(old.left_out)
                 continue
             first, before, own = len(writer), len(self._problems), LeftOut()
             settled = self._add_all(writer, shard, _Known(None), own)
             groups = own.groups()
-            for reason, example, count in groups:
-                self._left_out.add_many(reason, example, count)
+            self._left_out.add_groups(groups)
             if stamp is not None and settled and len(self._problems) == before:
                 writer.shards.append(Shard(name, stamp, first, len(writer) - first, groups))
 

@@ -211,6 +211,27 @@ def test_only_files_that_changed_are_read_again(
     assert number_read(tars) == 0
 
 
+@pytest.mark.parametrize("form", [lambda folder, to: folder, as_tars])
+def test_a_start_that_is_stopped_keeps_what_it_has_read(
+    folder: Path, tmp_path: Path, form: Callable[[Path, Path], Path]
+) -> None:
+    path = form(folder, tmp_path / "other")
+    for file in path.iterdir():
+        os.utime(file, (1, 1))
+    settings = SourceSettings(tables=tmp_path / "tables")
+    counts: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_samples(path, settings=settings, progress=stop)
+    samples = read_samples(path, settings=settings, is_decoded=lambda sha256: counts.append(1) is not None)
+    assert facts(samples) == facts(read_samples(folder))
+    assert len(counts) == (2 if path == folder else 4)  # of the tar files, the first was complete
+
+
 def test_bad_images_are_listed_at_each_start(folder: Path, tmp_path: Path) -> None:
     (folder / "002.png").write_bytes(b"junk")
     tars = as_tars(folder, tmp_path / "tars")
