@@ -124,7 +124,9 @@ def _resolve(
         return None
     document.replace(path, str(folder))
     if not exists and suffixes and is_pattern(folder):
-        return _resolve_pattern(document, path, folder, must_exist=must_exist)
+        if must_exist:
+            _check_pattern(document, path, written, folder)
+        return base_folder(folder)
     if exists and not folder.is_dir() and not file and folder.suffix not in suffixes:
         kinds = f"a folder or a {in_prose(suffixes)} file" if suffixes else "a folder"
         document.problem(path, f"got '{written}', expected {kinds}; {folder} is a file")
@@ -146,11 +148,8 @@ def _check_hub_data(document: Document, path: KeyPath, written: str) -> None:
         )
 
 
-def _resolve_pattern(document: Document, path: KeyPath, pattern: Path, *, must_exist: bool) -> Path:
-    """Checks that a pattern names files, and returns the folder that holds them."""
-    if must_exist:
-        try:
-            matching_files(pattern)
-        except ValueError as error:
-            document.problem(path, f"got {shown(str(pattern))}, but {error}")
-    return base_folder(pattern)
+def _check_pattern(document: Document, path: KeyPath, written: str, pattern: Path) -> None:
+    try:
+        matching_files(pattern)
+    except ValueError as error:
+        document.problem(path, f"got '{written}', but {error}")

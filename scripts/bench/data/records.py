@@ -82,7 +82,6 @@ class _Report:
 
 def measure(folder: Path, count: int) -> None:
     """Reads the images and goes through an epoch, and prints time and memory."""
-    logging.disable(logging.WARNING)
     settings = SourceSettings(tables=folder / "tables")
     report = _Report(count)
     samples = read_samples(folder / "shards", settings=settings)
@@ -103,6 +102,11 @@ def measure(folder: Path, count: int) -> None:
     report("one epoch")
 
 
+def _quietly(folder: Path, count: int) -> None:
+    logging.disable(logging.WARNING)
+    measure(folder, count)
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -113,7 +117,7 @@ def main() -> None:
         started = time.perf_counter()
         write_shards(options.folder / "shards", count)
         print(f"{count:>9,}  {'writing':<16}  {time.perf_counter() - started:8.1f} s", flush=True)
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(options.folder, count))
+        process = multiprocessing.get_context("spawn").Process(target=_quietly, args=(options.folder, count))
         process.start()
         process.join()
         shutil.rmtree(options.folder)

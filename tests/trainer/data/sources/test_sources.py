@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import pyarrow  # type: ignore[import-untyped]
@@ -20,8 +21,15 @@ from halfbyte.trainer.data.sources.contents import load_mask, sample_bytes
 from halfbyte.trainer.data.sources.found import SourceSettings
 from halfbyte.trainer.data.sources.left_out import LeftOut
 from halfbyte.trainer.data.sources.reading import read_samples
-from halfbyte.trainer.errors import DataError
+from halfbyte.trainer.data.views.buckets import Cropping, views_of
+from halfbyte.trainer.data.views.order import OrderedSet, SampleOrder
+from halfbyte.trainer.errors import DataError, RecipeError
+from halfbyte.trainer.families.flux.family import Flux
+from halfbyte.trainer.plan.pictures import planned_pictures
 from halfbyte.trainer.recipe.data_section import MaskedLoss
+from halfbyte.trainer.recipe.load import load_recipe
+
+from steps import family_at
 
 NAMES = [f"{number:03d}" for number in range(7)]
 MASKED = SourceSettings(masks=MaskedLoss(source="files"))
@@ -265,3 +273,47 @@ def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(png("red"))
     (sample,) = read_samples(tmp_path, CaptionStyle("x"), SourceSettings(tables=tmp_path / "tables"))
     assert sample.path.name == name
+
+
+def test_views_and_their_order_are_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    croppings = [Cropping(side, 16, crop="random", random_crops=2, flip=True) for side in (32, 64)]
+    own = read_samples(as_tars(folder, tmp_path / "tars"))
+    groups = views_of(own, croppings, seed=3)
+    as_list = views_of(list(own), croppings, seed=3)
+    assert list(groups) == list(as_list) == [groups[place] for place in range(len(groups))]
+    assert groups.view_count == sum(map(len, groups))
+    expected = views_of(read_samples(folder), croppings, seed=3)
+    orders = [
+        SampleOrder([OrderedSet(views, len(views))], seed=1, global_batch=2)
+        for views in (groups, list(groups), expected)
+    ]
+    batches = [
+        [
+            [(one.position, one.view.sample.index, one.view.box, one.view.flip) for one in entries]
+            for entries in islice(order.micro_batches(start), 12)
+        ]
+        for order in orders
+        for start in (0, 5)
+    ]
+    assert batches[0::2] == [batches[0]] * 3
+    assert batches[1::2] == [batches[1]] * 3
+
+
+def test_a_plan_and_a_recipe_read_tar_files(folder: Path, tmp_path: Path, mini_flux: Path) -> None:
+    as_tars(folder, tmp_path / "tars")
+    recipe = tmp_path / "recipe.yaml"
+    found = []
+    for path in ("./folder", "./tars", "./tars/{0..1}.tar", "./tars/*.tar"):
+        recipe.write_text(
+            f"model: {{family: flux, path: {mini_flux}, max_sequence_length: 24}}\n"
+            f"data: {{path: '{path}', resolution: 32, cache_dir: ./cache}}\noutput: {{dir: out}}\n"
+        )
+        loaded = load_recipe(recipe)
+        found.append(planned_pictures(loaded, family_at(mini_flux, Flux)))
+    assert found[0].count == 7
+    assert found == [found[0]] * 4
+    for path in ("./tars/{0..2}.tar", "./tars/{0-1}.tar", "./tars/*.parquet"):
+        recipe.write_text(recipe.read_text().replace("./tars/*.tar", path))
+        with pytest.raises(RecipeError, match=r"data\.path: got '.*', but "):
+            load_recipe(recipe)
+        recipe.write_text(recipe.read_text().replace(path, "./tars/*.tar"))
