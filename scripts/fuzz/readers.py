@@ -1,13 +1,16 @@
 """The readers of files that users download or write by hand, each as a function of a file's bytes, for fuzzing."""
 
+import io
 import json
 import struct
+import tarfile
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import save
 
@@ -15,6 +18,7 @@ from halfbyte.quant.files.shards import ShardedWeights
 from halfbyte.trainer.adapters.read import read_layers
 from halfbyte.trainer.adapters.saved import METADATA
 from halfbyte.trainer.data.sources.caption_style import CaptionStyle
+from halfbyte.trainer.data.sources.contents import sample_bytes
 from halfbyte.trainer.data.sources.reading import read_samples
 from halfbyte.trainer.errors import HalfbyteError
 from halfbyte.trainer.recipe.load import load_recipe
@@ -88,6 +92,37 @@ def _captioned(name: str) -> Callable[[bytes, Path], object]:
                 text.encode()  # raises for half a surrogate pair, which no tokenizer takes
 
     return read
+
+
+def _tar(content: bytes, folder: Path) -> None:
+    (folder / "a.tar").write_bytes(content)
+    for sample in read_samples(folder, CaptionStyle("x"), is_decoded=lambda sha256: True):
+        sample_bytes(sample)
+
+
+def _arrow(content: bytes, folder: Path) -> None:
+    (folder / "a.arrow").write_bytes(content)
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    for sample in read_samples(folder, CaptionStyle("x"), is_decoded=lambda sha256: True):
+        sample_bytes(sample)
+
+
+def _packed(*files: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()[: 2048 + 512 * 2 * len(files)]
+
+
+def _arrow_stream() -> bytes:
+    table = pyarrow.table({"image": [_PNG, _PNG], "text": ["a dog", None]})
+    stream = io.BytesIO()
+    with pyarrow.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    return stream.getvalue()
 
 
 def _adapter(content: bytes, folder: Path) -> None:
@@ -164,6 +199,18 @@ READERS = {
     "caption_json": Reader(
         _captioned("a.json"), (b'{"caption": "a dog"}', b'{"text": ["a", "b"]}', b'"\\ud800"')
     ),
+    "meta_json": Reader(
+        _captioned("meta.json"),
+        (b'{"a": {"caption": "a dog", "tags": "b, c"}}', b'{"a.png": {}}', b'{"x": 1}'),
+    ),
+    "tar": Reader(
+        _tar,
+        (
+            _packed(("a.png", _PNG), ("a.txt", b"a dog")),
+            _packed(("b" * 120 + ".png", _PNG), ("../a.png", _PNG)),
+        ),
+    ),
+    "arrow": Reader(_arrow, (_arrow_stream(),)),
     "adapter": Reader(
         _adapter,
         (
