@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,17 @@ class Encoders(ABC):
     # consists of one of these and a digest of the image or the caption.
     latent_fingerprint: str
     text_fingerprint: str
+    device: torch.device = torch.device("cpu")
+    """Where the encoders compute. Pixels are already there."""
+
+    @property
+    def text_batch(self) -> int:
+        """The number of captions that are encoded at once."""
+        return 1
+
+    def image_batch(self, width: int, height: int) -> int:
+        """Returns the number of images of a size, in pixels, that are encoded at once."""
+        return 1
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> LatentMoments:

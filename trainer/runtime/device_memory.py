@@ -17,6 +17,16 @@ def free_unused(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the free memory of a CUDA device; None for other devices."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def total_bytes(device: torch.device) -> int:
+    """Returns the memory of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 # Out-of-memory messages of cuBLAS, cuDNN, Triton and the driver.
 _DEVICE_IS_FULL = re.compile(r"STATUS_ALLOC_FAILED|(CUDA|\[CUDA\]|driver)[^:\n]*: out of memory")
 
