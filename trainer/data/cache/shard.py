@@ -34,7 +34,8 @@ KEY_BYTES = 32
 _MAGIC = b"hbentry1"
 # Magic, key, bytes of the payload, its CRC-32, and the CRC-32 of the header up to there; little-endian.
 _HEADER = struct.Struct(f"<8s{KEY_BYTES}sQII")
-_BODY = _HEADER.size - 4
+HEADER_BYTES = _HEADER.size
+_BODY = HEADER_BYTES - 4
 _INDEX_KEY = bytes(KEY_BYTES)
 _SYNC_SECONDS = 15.0
 """Entries are flushed to the disk this often. A killed process loses nothing that it has written; a machine may."""
@@ -135,8 +136,8 @@ def read_payload(path: Path, key: bytes, offset: int, length: int) -> bytes:
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        header = _at(file, offset, _HEADER.size)
-        payload = _at(file, offset + _HEADER.size, length)
+        header = _at(file, offset, HEADER_BYTES)
+        payload = _at(file, offset + HEADER_BYTES, length)
     finally:
         os.close(file)
     if len(payload) < length:
@@ -167,7 +168,7 @@ def entries_of(path: Path, *, after: int = 0) -> Entries:
         found, covered = [], known.covered
         for key, offset, length in _scan(file, known.covered, state.st_size):
             found.append((key, offset, length))
-            covered = offset + _HEADER.size + length
+            covered = offset + HEADER_BYTES + length
     finally:
         os.close(file)
     rows = np.concatenate([rows, _as_rows(found)])
@@ -190,11 +191,11 @@ def _read_index(path: Path, shard_bytes: int) -> Entries | None:
         data = path.with_suffix(INDEX).read_bytes()
     except OSError:
         return None
-    header, payload = data[: _HEADER.size], data[_HEADER.size :]
+    header, payload = data[:HEADER_BYTES], data[HEADER_BYTES:]
     if header != _header(_INDEX_KEY, payload) or (len(payload) - 8) % _ROW.itemsize:
         return None
     rows = np.frombuffer(payload[8:], _ROW)
-    ends = rows["offset"] + _HEADER.size + rows["length"]
+    ends = rows["offset"] + HEADER_BYTES + rows["length"]
     return Entries(rows[ends <= shard_bytes], int.from_bytes(payload[:8], "little"))
 
 
@@ -211,17 +212,17 @@ def _as_rows(places: Sequence[tuple[bytes, int, int]]) -> NDArray[np.void]:
 def _scan(file: int, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Yields key, offset and length of each intact entry between two bytes of a shard."""
     offset = start
-    while offset + _HEADER.size <= end:
-        header = _at(file, offset, _HEADER.size)
+    while offset + HEADER_BYTES <= end:
+        header = _at(file, offset, HEADER_BYTES)
         parsed = _parsed(header)
         if parsed is None:
             offset = _next_magic(file, offset + 1, end)
             continue
         key, length = parsed
-        payload = _at(file, offset + _HEADER.size, length) if offset + _HEADER.size + length <= end else b""
+        payload = _at(file, offset + HEADER_BYTES, length) if offset + HEADER_BYTES + length <= end else b""
         if len(payload) == length and header == _header(key, payload):
             yield key, offset, length
-            offset += _HEADER.size + length
+            offset += HEADER_BYTES + length
         else:
             offset = _next_magic(file, offset + 1, end)
 
