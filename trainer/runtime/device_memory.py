@@ -18,8 +18,11 @@ def free_unused(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of a CUDA device; None for other devices."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+    """Returns the memory of a CUDA device that this process may still take; None for other devices."""
+    if device.type != "cuda":
+        return None
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total_bytes(device)
+    return min(int(torch.cuda.mem_get_info(device)[0]), int(allowed) - torch.cuda.memory_reserved(device))
 
 
 def total_bytes(device: torch.device) -> int:
