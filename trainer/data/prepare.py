@@ -163,7 +163,7 @@ def _encode(
         memo=cache / "digests",
         t5_quant=_t5_quant(recipe, family, world, captions),
         stream_t5=model.stream_text_encoder,
-        vae_dtype=getattr(torch, model.vae_dtype),
+        vae_dtype=_VAE_DTYPES[model.vae_dtype],
     )
     encoding = LazyProgress(console, "encoding", "entry")
     latents, texts = encode_missing(
@@ -208,6 +208,7 @@ def _workers(world: World, views: Sequence[View]) -> int:
 
 
 _DECODED_APART = 256  # images for each process
+_VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _captions(recipe: Recipe, data: ReadData) -> list[tuple[Place, str]]:

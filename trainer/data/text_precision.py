@@ -46,8 +46,7 @@ def choose_t5_quant(
     texts = list(dict.fromkeys(["", *captions]))
 
     def cached(quant: T5Quant) -> int:
-        known = TextCache(cache, text_fingerprint(family, digests, dtype, quant))
-        return sum(known.has(text) for text in texts)
+        return TextCache(cache, text_fingerprint(family, digests, dtype, quant)).count(texts)
 
     other: T5Quant = "int8" if fits == "none" else "none"
     before = cached(other)

@@ -46,7 +46,7 @@ def mapped(
         return
     # Not forked from this process, which may use CUDA and has threads. The server imports once for all workers.
     context = get_context("forkserver")
-    context.set_forkserver_preload([_module_of(function)])
+    context.set_forkserver_preload([__name__, _module_of(function)])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     waiting: deque[Future[Result]] = deque()
     try:

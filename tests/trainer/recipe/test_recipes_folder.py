@@ -53,7 +53,7 @@ def test_every_recipe_names_its_schema_for_editors(path: Path) -> None:
 
 TAGS = {"shuffle_tags", "keep_tags", "tag_separator", "tag_dropout", "caption_variants"}
 HIDDEN = {
-    "model": {"max_sequence_length"},
+    "model": {"max_sequence_length", "vae_dtype"},
     "data": {"sets", "image_sizes", "masked_loss", "on_bad_image", "caption_lines", "caption_suffix", *TAGS},
     "objective": {"preserve"},
 }

@@ -129,9 +129,9 @@ class EntryCache(ABC, Generic[Item]):
                 sizes[key] = item, self._size(item, key)
         return list(sizes.values())
 
-    def has(self, item: Item) -> bool:
-        """Returns True if the item has an entry, which is not read."""
-        return self._size(item, self.key(item)) is not None
+    def count(self, items: Iterable[Item]) -> int:
+        """Returns how many of the items, without duplicates, have an entry. The entries are not read."""
+        return sum(size is not None for _, size in self._sizes(items))
 
     def _size(self, item: Item, key: bytes) -> int | None:
         """Returns the bytes of an item's entry; None if there is none."""
