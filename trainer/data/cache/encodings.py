@@ -18,7 +18,6 @@ from halfbyte.trainer.data.cache.entry import DamagedEntry
 from halfbyte.trainer.data.cache.entry_cache import (
     EntryCache,
     file_digest_of,
-    has_entry_files,
     key_of,
     subject_of,
 )
@@ -50,10 +49,8 @@ class LatentCache(EntryCache[View]):
     @classmethod
     def has_decoded(cls, folder: Path, sha256: str) -> bool:
         """Returns True if an image with this SHA-256 has been decoded before, so that it need not be checked again."""
-        if cls.store(folder).has_subject(subject_of(sha256)):
-            return True
-        kind = folder / cls.kind
-        return has_entry_files(kind) and (kind / sha256[:2] / sha256).is_dir()
+        known = cls.store(folder).has_subject(subject_of(sha256))
+        return known or (folder / cls.kind / sha256[:2] / sha256).is_dir()
 
     def key(self, item: View) -> bytes:
         """Returns the key of a view's entry."""

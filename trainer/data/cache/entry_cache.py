@@ -45,7 +45,7 @@ class EntryCache(ABC, Generic[Item]):
         """`folder` is the cache's folder, which all kinds share."""
         self._folder = folder / self.kind
         self._store = self.store(folder)
-        self._has_files = has_entry_files(self._folder)
+        self._has_files = _has_entry_files(self._folder)
         self.patience = 0.0
         """Seconds to wait for an entry that is not there yet, because another machine has just written it."""
 
@@ -211,7 +211,7 @@ def is_small(sizes: Iterable[tuple[object, int | None]]) -> bool:
     return sum(size or 0 for _, size in sizes) <= VERIFIED_BYTES
 
 
-def has_entry_files(folder: Path) -> bool:
+def _has_entry_files(folder: Path) -> bool:
     """Returns True if the folder of a kind may hold entries of older versions, which have a file each."""
     try:
         return any(len(name) == 2 for name in os.listdir(folder))

@@ -13,7 +13,6 @@ from halfbyte.trainer.data.cache.entry import DamagedEntry
 from halfbyte.trainer.data.cache.entry_cache import (
     EntryCache,
     file_digest_of,
-    has_entry_files,
     is_small,
     key_of,
     subject_of,
@@ -46,10 +45,8 @@ class MaskCache(EntryCache[View]):
     @classmethod
     def has_checked(cls, folder: Path, sample: Sample) -> bool:
         """Returns True if the sample's mask has been cached before, so that it need not be checked again."""
-        if cls.store(folder).has_subject(_subject(sample)):
-            return True
-        kind = folder / cls.kind
-        return has_entry_files(kind) and _files_folder(kind, sample).is_dir()
+        known = cls.store(folder).has_subject(_subject(sample))
+        return known or _files_folder(folder / cls.kind, sample).is_dir()
 
     def key(self, item: View) -> bytes:
         """Returns the key of the entry of a view of a masked image."""

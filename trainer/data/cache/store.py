@@ -120,7 +120,9 @@ class ShardStore:
         found: dict[Path, Entries] = {}
         for shard in shards:
             with suppress(OSError):  # it was deleted, or cannot be read: its entries are missing
-                found[shard] = entries_of(shard, after=covered.get(shard, 0))
+                known = covered.get(shard, 0)
+                if known == 0 or os.stat(shard).st_size > known:
+                    found[shard] = entries_of(shard, after=known)
         return _merged(table, shards, found, frozenset(damaged))
 
     @staticmethod
