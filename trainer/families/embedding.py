@@ -45,11 +45,11 @@ class Encoders(ABC):
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> LatentMoments:
-        """Returns the images' posterior moments.
+        """Returns the images' posterior moments, on `device`.
 
         pixels: (B, 3, H, W) fp32 in [-1, 1], H and W multiples of the family's `size_multiple`.
         """
 
     @abstractmethod
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
-        """Returns one row per caption. Caption dropout trains on the row of the empty caption."""
+        """Returns one row per caption, on `device`. Caption dropout trains on the row of the empty caption."""

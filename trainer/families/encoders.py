@@ -106,7 +106,7 @@ class PipelineEncoders(Encoders):
         encoded = self._vae.encode(pixels.to(self.device, self._vae_dtype)).latent_dist
         # In fp32 from here: the deviation is the exponential of the VAE's output.
         posterior = DiagonalGaussianDistribution(encoded.parameters.float())
-        return LatentMoments(posterior.mean.cpu(), posterior.std.cpu())
+        return LatentMoments(posterior.mean, posterior.std)
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
@@ -132,8 +132,7 @@ class PipelineEncoders(Encoders):
             self._placement.place(self._pipeline)
         embedding = self._family.embed(self._pipeline, list(captions), self.device)
         return TextEmbedding(
-            embedding.prompt_embeds.to("cpu", torch.bfloat16),
-            embedding.pooled_prompt_embeds.to("cpu", torch.bfloat16),
+            embedding.prompt_embeds.to(torch.bfloat16), embedding.pooled_prompt_embeds.to(torch.bfloat16)
         )
 
 

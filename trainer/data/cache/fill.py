@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -132,30 +132,75 @@ def fill(
     ready = mapped(prepare, items, workers=workers, doing="decoding images")
     encoder = _Batches(encode)
     try:
-        with _Writing(cache) as writing:
+        with _Writing(cache, maker) as writing:
+            before: _Encoded[_Item] | None = None  # the batch that the device encodes or copies meanwhile
             for group, size in groups:
                 for batch in _batches(group, size):
-                    now = time.perf_counter()
-                    prepared = list(islice(ready, len(batch)))
-                    after = time.perf_counter()
-                    times.items += after - now
-                    rows = encoder.rows(prepared, size)
-                    now = time.perf_counter()
+                    with _clock(times, "items"):
+                        prepared = list(islice(ready, len(batch)))
+                    with _clock(times, "encoder" if times.entries or before else "first"):
+                        encoded = _on_host(batch, encoder.rows(prepared, size))
+                    if before is not None:
+                        _hand_over(before, writing, filling, times)
+                    before = encoded
                     if times.entries == 0:
-                        times.first = now - after
-                    else:
-                        times.encoder += now - after
-                    for item, row in zip(batch, rows, strict=True):
-                        writing.add(item, row, maker)
-                    times.entries += len(batch)
-                    if times.entries == len(batch):
-                        written = writing.wait()
-                        filling.check_space(written, times.entries, len(items) - times.entries)
-                    times.disk += time.perf_counter() - now
-                    filling.count(len(batch))
+                        _hand_over(encoded, writing, filling, times)
+                        before = None
+                        filling.check_space(writing.wait(), times.entries, len(items) - times.entries)
+                    elif encoded.copied is None:
+                        _hand_over(encoded, writing, filling, times)
+                        before = None
+            if before is not None:
+                _hand_over(before, writing, filling, times)
     finally:
         ready.close()
         times.whole = time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class _Encoded(Generic[_Item]):
+    """A batch with the tensors of its entries in host memory."""
+
+    batch: Sequence[_Item]
+    rows: Sequence[Mapping[str, Tensor]]
+    copied: torch.cuda.Event | None  # after which the tensors are complete; None: they are
+
+
+def _on_host(batch: Sequence[_Item], rows: Sequence[Mapping[str, Tensor]]) -> _Encoded[_Item]:
+    """Copies the tensors of a batch to the host. From a CUDA device the copies are only queued."""
+    device = next(iter(rows[0].values())).device
+    if device.type != "cuda":
+        return _Encoded(batch, rows, None)
+    copies = [
+        {
+            name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            for name, tensor in row.items()
+        }
+        for row in rows
+    ]
+    return _Encoded(batch, copies, torch.cuda.current_stream(device).record_event())
+
+
+def _hand_over(encoded: _Encoded[_Item], writing: "_Writing[_Item]", filling: Filling, times: Times) -> None:
+    """Waits until a batch is in host memory, and hands it to the writer."""
+    with _clock(times, "encoder" if times.entries else "first"):
+        if encoded.copied is not None:
+            encoded.copied.synchronize()
+    with _clock(times, "disk"):
+        for item, row in zip(encoded.batch, encoded.rows, strict=True):
+            writing.add(item, row)
+    times.entries += len(encoded.batch)
+    filling.count(len(encoded.batch))
+
+
+@contextmanager
+def _clock(times: Times, part: str) -> Iterator[None]:
+    """Adds the seconds of the context to a part of the times."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(times, part, getattr(times, part) + time.perf_counter() - began)
 
 
 class _Batches(Generic[_Ready]):
@@ -186,18 +231,19 @@ class _Batches(Generic[_Ready]):
 class _Writing(AbstractContextManager["_Writing[Any]"], Generic[_Item]):
     """Writes entries in a thread. The end of the context waits for it, and completes the last shard."""
 
-    def __init__(self, cache: EntryCache[_Item]) -> None:
+    def __init__(self, cache: EntryCache[_Item], maker: str) -> None:
         self._cache = cache
+        self._maker = maker
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halfbyte: cache")
         self._writer = ShardWriter(cache.shards)
         self._waiting: deque[Future[int]] = deque()
         self._written = 0
 
-    def add(self, item: _Item, tensors: Mapping[str, Tensor], maker: str) -> None:
+    def add(self, item: _Item, tensors: Mapping[str, Tensor]) -> None:
         """Hands an entry over; waits if too many are waiting. Raises an error of an earlier one."""
         while len(self._waiting) >= _WAITING:
             self._take()
-        self._waiting.append(self._thread.submit(self._write, item, tensors, maker))
+        self._waiting.append(self._thread.submit(self._write, item, tensors))
 
     def wait(self) -> int:
         """Waits until all entries are written, and returns the bytes that they take."""
@@ -208,8 +254,8 @@ class _Writing(AbstractContextManager["_Writing[Any]"], Generic[_Item]):
     def _take(self) -> None:
         self._written += self._waiting.popleft().result()
 
-    def _write(self, item: _Item, tensors: Mapping[str, Tensor], maker: str) -> int:
-        return self._writer.add(*self._cache.pack(item, tensors, maker))
+    def _write(self, item: _Item, tensors: Mapping[str, Tensor]) -> int:
+        return self._writer.add(*self._cache.pack(item, tensors, self._maker))
 
     def __enter__(self) -> Self:
         return self

@@ -25,5 +25,7 @@ def unit_pixels(values: Tensor, device: torch.device) -> Tensor:
     By a table, so that they are bitwise the same everywhere: a GPU divides by a constant by multiplying.
     """
     table = torch.arange(256, dtype=torch.float32).div(127.5).sub(1.0).to(device)
-    places = values.to(device).permute(0, 3, 1, 2).to(torch.int32).contiguous()
+    if device.type == "cuda":
+        values = values.pin_memory()  # so that the copy does not wait for the device's earlier work
+    places = values.to(device, non_blocking=True).permute(0, 3, 1, 2).to(torch.int32).contiguous()
     return table[places]

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode
 from halfbyte.trainer.data.cache.store import store_of
 from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.errors import DataError, DiskError
-from halfbyte.trainer.families.embedding import LatentMoments
+from halfbyte.trainer.families.embedding import LatentMoments, TextEmbedding
 
 from counting_encoders import (
     CountingEncoders,
@@ -233,6 +234,28 @@ class TestFill:
         (pictures / "a.png").write_bytes(b"changed")
         with pytest.raises(DataError, match=r"a\.png: changed since the run was started"):
             encode_missing(tmp_path / "again", CountingEncoders(), views, [], workers=1)
+
+    @pytest.mark.gpu
+    def test_entries_of_a_device_are_copied_while_it_goes_on(self, pictures: Path, tmp_path: Path) -> None:
+        class OnDevice(CountingEncoders):
+            device = torch.device("cuda")
+
+            def encode_images(self, pixels: Tensor) -> LatentMoments:
+                torch.cuda._sleep(10**8)  # so that an unfinished copy would be written
+                return super().encode_images(pixels)
+
+            def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
+                made = super().encode_texts(captions)
+                torch.cuda._sleep(10**8)
+                return TextEmbedding(made.prompt_embeds.cuda(), made.pooled_prompt_embeds.cuda())
+
+        views = views_in(pictures, flip=True)
+        plain = encode_missing(tmp_path / "cpu", CountingEncoders(), views, captions_of(views))
+        found = encode_missing(tmp_path / "cuda", OnDevice(batch=2), views, captions_of(views))
+        for view in views:
+            assert torch.allclose(plain[0].read(view).mean, found[0].read(view).mean, atol=1e-6)
+            caption = view.sample.caption
+            assert entry_bytes(plain[1], caption) == entry_bytes(found[1], caption)
 
     def test_nan_is_refused_with_the_name_of_the_image(self, pictures: Path, tmp_path: Path) -> None:
         class Overflowing(CountingEncoders):
