@@ -130,28 +130,18 @@ def fill(
     began = time.perf_counter()
     items = [item for group, _ in groups for item in group]
     ready = mapped(prepare, items, workers=workers, doing="decoding images")
-    encoder = _Batches(encode)
     try:
         with _Writing(cache, maker) as writing:
-            before: _Encoded[_Item] | None = None  # the batch that the device encodes or copies meanwhile
-            for group, size in groups:
-                for batch in _batches(group, size):
-                    with _clock(times, "items"):
-                        prepared = list(islice(ready, len(batch)))
-                    with _clock(times, "encoder" if times.entries or before else "first"):
-                        encoded = _on_host(batch, encoder.rows(prepared, size))
-                    if before is not None:
-                        _hand_over(before, writing, filling, times)
-                    before = encoded
-                    if times.entries == 0:
-                        _hand_over(encoded, writing, filling, times)
-                        before = None
-                        filling.check_space(writing.wait(), times.entries, len(items) - times.entries)
-                    elif encoded.copied is None:
-                        _hand_over(encoded, writing, filling, times)
-                        before = None
-            if before is not None:
-                _hand_over(before, writing, filling, times)
+            for encoded in _one_behind(_encoded(groups, ready, _Batches(encode), times)):
+                with _clock(times, "encoder" if times.entries else "first"):
+                    encoded.wait()
+                with _clock(times, "disk"):
+                    for item, row in zip(encoded.batch, encoded.rows, strict=True):
+                        writing.add(item, row)
+                times.entries += len(encoded.batch)
+                if times.entries == len(encoded.batch):
+                    filling.check_space(writing.wait(), times.entries, len(items) - times.entries)
+                filling.count(len(encoded.batch))
     finally:
         ready.close()
         times.whole = time.perf_counter() - began
@@ -164,6 +154,38 @@ class _Encoded(Generic[_Item]):
     batch: Sequence[_Item]
     rows: Sequence[Mapping[str, Tensor]]
     copied: torch.cuda.Event | None  # after which the tensors are complete; None: they are
+
+    def wait(self) -> None:
+        """Waits until the tensors are complete."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+def _encoded(
+    groups: Groups[_Item], ready: Iterator[_Ready], encoder: "_Batches[_Ready]", times: Times
+) -> Iterator[_Encoded[_Item]]:
+    """Encodes the batches of all groups; `ready` are the prepared items, in the same order."""
+    for group, size in groups:
+        for batch in _batches(group, size):
+            with _clock(times, "items"):
+                prepared = list(islice(ready, len(batch)))
+            with _clock(times, "encoder" if times.entries else "first"):
+                encoded = _on_host(batch, encoder.rows(prepared, size))
+            yield encoded
+
+
+def _one_behind(batches: Iterator[_Encoded[_Item]]) -> Iterator[_Encoded[_Item]]:
+    """Yields batches that a device copies when it has the next one to encode; complete ones at once."""
+    before: _Encoded[_Item] | None = None
+    for encoded in batches:
+        if before is not None:
+            yield before
+        before = encoded
+        if encoded.copied is None:
+            yield encoded
+            before = None
+    if before is not None:
+        yield before
 
 
 def _on_host(batch: Sequence[_Item], rows: Sequence[Mapping[str, Tensor]]) -> _Encoded[_Item]:
@@ -179,18 +201,6 @@ def _on_host(batch: Sequence[_Item], rows: Sequence[Mapping[str, Tensor]]) -> _E
         for row in rows
     ]
     return _Encoded(batch, copies, torch.cuda.current_stream(device).record_event())
-
-
-def _hand_over(encoded: _Encoded[_Item], writing: "_Writing[_Item]", filling: Filling, times: Times) -> None:
-    """Waits until a batch is in host memory, and hands it to the writer."""
-    with _clock(times, "encoder" if times.entries else "first"):
-        if encoded.copied is not None:
-            encoded.copied.synchronize()
-    with _clock(times, "disk"):
-        for item, row in zip(encoded.batch, encoded.rows, strict=True):
-            writing.add(item, row)
-    times.entries += len(encoded.batch)
-    filling.count(len(encoded.batch))
 
 
 @contextmanager
