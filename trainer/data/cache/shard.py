@@ -9,6 +9,7 @@ that has grown since, is scanned; the index can always be made from the shard.
 import os
 import secrets
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,10 @@ class Entries:
 
 
 class ShardWriter:
-    """Appends entries to shards of its own in a folder. A context manager, whose end completes the last shard."""
+    """Appends entries to shards of its own in a folder. A context manager, whose end completes the last shard.
+
+    Several threads may add entries: their checksums are computed in parallel.
+    """
 
     def __init__(self, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder = folder
@@ -64,24 +68,26 @@ class ShardWriter:
         self._rows: list[tuple[bytes, int, int]] = []
         self._size = 0
         self._synced = 0.0
+        self._lock = threading.Lock()
 
     def add(self, key: bytes, payload: bytes) -> int:
         """Appends an entry and returns its bytes on the disk. Raises DiskError if it cannot be written."""
         header = _header(key, payload)
-        try:
-            if self._file is None:
-                self._open()
-            assert self._file is not None
-            self._append(self._file, header, payload)
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(self._file)
-                self._synced = time.monotonic()
-        except OSError as error:
-            raise _disk_error(self._folder, error) from error
-        self._rows.append((key, self._size, len(payload)))
-        self._size += len(header) + len(payload)
-        if self._size >= self._shard_bytes:
-            self.close()
+        with self._lock:
+            try:
+                if self._file is None:
+                    self._open()
+                assert self._file is not None
+                self._append(self._file, header, payload)
+                if time.monotonic() - self._synced > _SYNC_SECONDS:
+                    os.fsync(self._file)
+                    self._synced = time.monotonic()
+            except OSError as error:
+                raise _disk_error(self._folder, error) from error
+            self._rows.append((key, self._size, len(payload)))
+            self._size += len(header) + len(payload)
+            if self._size >= self._shard_bytes:
+                self.close()
         return len(header) + len(payload)
 
     def close(self) -> None:
