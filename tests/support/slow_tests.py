@@ -25,6 +25,8 @@ SLOW = (
     "tests/quant/layers/test_exact.py",
     "tests/scripts/",
     "tests/docs/test_site.py",
+    "tests/trainer/runtime/test_workers.py",
+    "tests/trainer/data/cache/test_encodings.py::TestFill::test_worker_processes",
     "tests/trainer/runtime/test_launch.py::test_the_allocator_is_configured_before_torch_is_imported",
     "tests/trainer/test_registry.py::test_loading_a_recipe_imports_no_model_code",
     "tests/trainer/test_registry.py::test_a_new_loss_is_one_registered_class",
