@@ -106,10 +106,11 @@ def log_level() -> None:
 
 @pytest.fixture(scope="session")
 def mini_flux(tmp_path_factory):
+    """A FLUX pipeline with few blocks: the time of most tests is proportional to their number."""
     from scripts.mini.tiny_pipelines import build_flux_pipeline
 
     folder = tmp_path_factory.mktemp("mini") / "flux"
-    build_flux_pipeline().save_pretrained(folder)
+    build_flux_pipeline(dual=1, single=2).save_pretrained(folder)
     return folder
 
 

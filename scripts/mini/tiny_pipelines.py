@@ -34,13 +34,16 @@ from scripts.mini.tokenizer_files import clip_tokenizer, t5_tokenizer
 _SD3_TEXT_WIDTH = 128
 
 
-def build_flux_pipeline(seed: int = 0) -> FluxPipeline:
-    """Returns a small FLUX.1-dev in bf16: two dual and four single blocks, guidance embedding, dynamic shifting."""
+def build_flux_pipeline(seed: int = 0, *, dual: int = 2, single: int = 4) -> FluxPipeline:
+    """Returns a small FLUX.1-dev in bf16, with guidance embedding and dynamic shifting.
+
+    dual, single: numbers of blocks.
+    """
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
-        num_layers=2,
-        num_single_layers=4,
+        num_layers=dual,
+        num_single_layers=single,
         attention_head_dim=32,
         num_attention_heads=2,
         joint_attention_dim=64,

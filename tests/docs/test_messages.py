@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -12,8 +13,16 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 QUOTED = re.findall(r"^### `(.+)`$", PAGE.read_text(), re.MULTILINE)
 
 
-def strings() -> Iterator[str]:
-    """Yields every text in the source, with a NUL character for each value that is put into it."""
+@cache
+def strings() -> tuple[str, ...]:
+    """Returns every text in the source, with a NUL character for each value that is put into it.
+
+    Not at import: every test process imports this file, and one of them needs the texts.
+    """
+    return tuple(_strings())
+
+
+def _strings() -> Iterator[str]:
     for top in ("trainer", "quant", "kernels"):
         for file in (ROOT / top).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
@@ -25,13 +34,10 @@ def strings() -> Iterator[str]:
                     yield node.value
 
 
-STRINGS = list(strings())
-
-
 def occurs(quoted: str) -> bool:
     """Returns True if one text of the source has the parts of a quoted message, in their order."""
     pattern = re.compile(".*".join(re.escape(part.strip()) for part in quoted.split("...")), re.DOTALL)
-    return any(pattern.search(text) for text in STRINGS)
+    return any(pattern.search(text) for text in strings())
 
 
 @pytest.mark.parametrize("quoted", QUOTED)

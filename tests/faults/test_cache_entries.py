@@ -2,24 +2,36 @@
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from halfbyte.quant.files import atomic
 from halfbyte.trainer.data.batches import TrainingSet
 from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode_missing
-from halfbyte.trainer.data.cache.entry import checksum, write_entry
+from halfbyte.trainer.data.cache.entry_cache import EntryCache
+from halfbyte.trainer.data.cache.shard import HEADER_BYTES
+from halfbyte.trainer.data.cache.store import store_of
 from halfbyte.trainer.data.views.buckets import View
 from halfbyte.trainer.data.views.order import Entry
 from halfbyte.trainer.errors import DataError
 
-from counting_encoders import CountingEncoders, captions_of, views_in, write_pictures
+from counting_encoders import (
+    CountingEncoders,
+    captions_of,
+    move_to_files,
+    place_of,
+    replace_entry,
+    views_in,
+    write_pictures,
+)
 from kill_points import kill, points
 from soak import report, tries
 
@@ -29,14 +41,21 @@ class Filled:
 
     def __init__(self, folder: Path) -> None:
         self.views = views_in(write_pictures(folder / "pictures"))
-        self.cache = folder / "cache"
+        self.folder = folder / "cache"
         self.latents, self.texts = encode_missing(
-            self.cache, CountingEncoders(), self.views, captions_of(self.views)
+            self.folder, CountingEncoders(), self.views, captions_of(self.views)
         )
-        self.training_set = TrainingSet(self.latents, self.texts)
 
-    def entry(self, kind: str, view: View) -> Path:
-        return self.latents.path(view) if kind == "latents" else self.texts.path(view.sample.caption)
+    def item(self, kind: str, view: View) -> tuple[EntryCache[Any], Any]:
+        return (self.latents, view) if kind == "latents" else (self.texts, view.sample.caption)
+
+    def read(self, view: View) -> None:
+        """Reads a sample as training does, in a process that has noted no damage."""
+        store_of.cache_clear()
+        for note in self.folder.rglob("*.damaged"):
+            note.unlink()
+        training_set = TrainingSet(LatentCache(self.folder, "vae1"), TextCache(self.folder, "text1"))
+        training_set[Entry(0, view)]
 
 
 @pytest.fixture
@@ -48,101 +67,105 @@ def names_the_sample(message: str, kind: str, view: View) -> bool:
     return message.startswith(f"{view.sample.path if kind == 'latents' else repr(view.sample.caption)}: ")
 
 
+@pytest.mark.parametrize("layout", ["shards", "files"])
 @pytest.mark.parametrize("kind", ["latents", "texts"])
-def test_every_flipped_bit_is_noticed_by_the_next_read(filled: Filled, kind: str) -> None:
+def test_every_flipped_bit_is_noticed_by_the_next_read(filled: Filled, kind: str, layout: str) -> None:
     view = filled.views[1]
-    victim = filled.entry(kind, view)
+    cache, item = filled.item(kind, view)
+    if layout == "files":
+        (victim,) = move_to_files(cache, [item])
+        first, length = 0, victim.stat().st_size
+    else:
+        place = place_of(cache, item)
+        victim, first, length = place.shard, place.offset, HEADER_BYTES + place.length
     intact = victim.read_bytes()
     places = random.Random(kind)
     silent, messages = [], []
-    flips = tries("ENTRY_FLIPS", 120)
+    flips = tries("ENTRY_FLIPS", 60)
     for _ in range(flips):
-        place, bit = places.randrange(len(intact)), places.randrange(8)
+        offset, bit = first + places.randrange(length), places.randrange(8)
         damaged = bytearray(intact)
-        damaged[place] ^= 1 << bit
+        damaged[offset] ^= 1 << bit
         victim.write_bytes(damaged)
         try:
-            filled.training_set[Entry(0, view)]
+            filled.read(view)
         except DataError as error:
             messages.append(str(error))
         else:
-            silent.append((place, bit))
+            silent.append((offset, bit))
     report(f"flipped bits of cached {kind}", tried=flips, undetected=len(silent))
     assert silent == []
     assert all(names_the_sample(message, kind, view) for message in messages)
     assert all("start again" in message for message in messages)
     victim.write_bytes(intact)
-    filled.training_set[Entry(0, view)]
+    filled.read(view)
 
 
 @pytest.mark.parametrize("kind", ["latents", "texts"])
-def test_a_file_cut_at_any_place_is_refused(filled: Filled, kind: str) -> None:
-    view = filled.views[0]
-    victim = filled.entry(kind, view)
-    intact = victim.read_bytes()
-    for length in range(0, len(intact), 13):
-        victim.write_bytes(intact[:length])
-        with pytest.raises(DataError, match="start again"):
-            filled.training_set[Entry(0, view)]
-
-
-def replaced(path: Path, **changed: Tensor) -> None:
-    """Writes other tensors with their correct checksum, as another program or an older version might."""
-    tensors = load_file(path) | changed
-    save_file(tensors, path, metadata={"crc32": checksum(tensors)})
+def test_a_shard_cut_at_any_place_loses_only_what_was_cut(filled: Filled, kind: str) -> None:
+    places = {view: place_of(*filled.item(kind, view)) for view in filled.views}
+    shard = next(iter(places.values())).shard
+    intact = shard.read_bytes()
+    for length in range(0, len(intact), 97):
+        shard.write_bytes(intact[:length])
+        for view, place in places.items():
+            if place.offset + HEADER_BYTES + place.length <= length:
+                filled.read(view)
+            else:
+                with pytest.raises(DataError, match="start again"):
+                    filled.read(view)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused_with_the_sample(filled: Filled, value: float) -> None:
     view = filled.views[2]
     for kind, name in (("latents", "mean"), ("latents", "std"), ("texts", "prompt_embeds")):
-        path = filled.entry(kind, view)
-        intact = path.read_bytes()
-        tensor = load_file(path)[name]
-        tensor.flatten()[7] = value
-        replaced(path, **{name: tensor})
+        cache, item = filled.item(kind, view)
+        tensors = cache.tensors(item)
+        tensors[name].flatten()[7] = value
+        shutil.rmtree(cache.shards)
+        replace_entry(cache, item, tensors)
         with pytest.raises(DataError, match=f"{name} holds NaN or infinity") as caught:
-            filled.training_set[Entry(0, view)]
+            cache.tensors(item)
         assert names_the_sample(str(caught.value), kind, view)
         # The next start does what the message says.
-        encoders = CountingEncoders()
-        encode_missing(filled.cache, encoders, filled.views, captions_of(filled.views))
-        assert len(encoders.pictures) + len(encoders.captions) == 1
-        assert path.read_bytes() == intact
+        encode_missing(filled.folder, CountingEncoders(), filled.views, captions_of(filled.views))
+        assert cache.tensors(item)[name].isfinite().all()
 
 
 def test_tensors_of_another_shape_or_type_are_refused(filled: Filled) -> None:
     view = filled.views[0]
-    latents, text = filled.entry("latents", view), filled.entry("texts", view)
-    shape = load_file(latents)["mean"].shape
-    cases: list[tuple[Path, dict[str, Tensor]]] = [
-        (latents, {"mean": torch.zeros(shape).half()}),
-        (latents, {"mean": torch.zeros(shape)[None]}),
-        (latents, {"std": torch.zeros(3, 1, 1)}),
-        (latents, {name: torch.zeros(3, shape[1] + 1, shape[2]) for name in ("mean", "std")}),
-        (latents, {"other": torch.zeros(3)}),
-        (text, {"prompt_embeds": torch.zeros(8, 4)}),
-        (text, {"pooled_prompt_embeds": torch.zeros(4, 1).bfloat16()}),
+    shape = filled.latents.read(view).mean.shape[1:]
+    cases: list[tuple[str, dict[str, Tensor]]] = [
+        ("latents", {"mean": torch.zeros(shape).half()}),
+        ("latents", {"mean": torch.zeros(shape)[None]}),
+        ("latents", {"std": torch.zeros(3, 1, 1)}),
+        ("latents", {name: torch.zeros(3, shape[1] + 1, shape[2]) for name in ("mean", "std")}),
+        ("latents", {"other": torch.zeros(3)}),
+        ("texts", {"prompt_embeds": torch.zeros(8, 4)}),
+        ("texts", {"pooled_prompt_embeds": torch.zeros(4, 1).bfloat16()}),
     ]
-    for path, tensors in cases:
-        intact = path.read_bytes()
-        replaced(path, **tensors)
-        with pytest.raises(DataError, match="delete it and start again"):
-            filled.training_set[Entry(0, view)]
-        path.write_bytes(intact)
+    for kind, changed in cases:
+        cache, item = filled.item(kind, view)
+        tensors = cache.tensors(item)
+        shutil.rmtree(cache.shards)
+        replace_entry(cache, item, tensors | changed)
+        with pytest.raises(DataError, match="damaged"):
+            cache.tensors(item)
+        replace_entry(cache, item, tensors)
+        assert cache.tensors(item).keys() == tensors.keys()
 
 
 def test_entries_of_the_last_version_are_read(tmp_path: Path) -> None:
     """They have the same checksum over the same bytes."""
-    cache = TextCache(tmp_path, "text1")
-    path = cache.path("a cat")
+    path = TextCache(tmp_path, "text1").file("a cat")
     path.parent.mkdir(parents=True)
     tensors = {
         "prompt_embeds": torch.full((2, 3), 1.5).bfloat16(),
         "pooled_prompt_embeds": torch.full((3,), -2.0).bfloat16(),
     }
     save_file(tensors, path, metadata={"crc32": "49b92df4"})
-    assert torch.equal(cache.read("a cat").prompt_embeds[0], tensors["prompt_embeds"])
+    assert torch.equal(TextCache(tmp_path, "text1").read("a cat").prompt_embeds[0], tensors["prompt_embeds"])
     assert LatentCache(tmp_path, "vae1").missing([]) == []
 
 
@@ -165,23 +188,22 @@ def unfinished(folder: Path) -> list[Path]:
 def test_the_unfinished_file_of_a_dead_process_is_removed(
     tmp_path: Path, later: Callable[[Path], None]
 ) -> None:
-    entry = tmp_path / "texts" / "ab" / "cd.safetensors"
-    entry.parent.mkdir(parents=True)
-    tensors = {"prompt_embeds": torch.ones(2, 3)}
-    found = points(lambda: write_entry(entry, tensors, "T5"))
-    entry.unlink()
-    kill(
-        lambda: write_entry(entry, tensors, "T5"),
-        next(n for n, what in enumerate(found) if "before replace" in what),
-    )
+    file = tmp_path / "file"
+
+    def write() -> None:
+        atomic.write_file(file, "content")
+
+    found = points(write)
+    file.unlink()
+    kill(write, next(n for n, what in enumerate(found) if "before replace" in what))
     (left,) = unfinished(tmp_path)
-    write_entry(entry, tensors, "T5")
+    write()
     assert unfinished(tmp_path) == [left], "a young file may have a writer that has not locked it yet"
     later(left)
-    mine = entry.with_name(".mine.partial")
+    mine = file.with_name(".mine.partial")
     mine.touch()
     later(mine)
-    write_entry(entry, tensors, "T5")
+    write()
     assert unfinished(tmp_path) == [mine]
 
 

@@ -201,9 +201,9 @@ def test_only_the_cache_entries_of_misnamed_profiles_change(tmp_path: Path) -> N
     cache = LatentCache(tmp_path, "vae")
     # Names that version 0.2.0 gave: the entry of a real sRGB image is still found.
     made_from = f'[1, {list(views[0].box)}, 32, 32, false, "vae"]'
-    assert cache.path(views[0]).stem == sha256_of(made_from)
+    assert cache.file(views[0]).stem == sha256_of(made_from)
     made_from = f'[2, {list(views[1].box)}, 32, 32, false, "vae"]'
-    assert cache.path(views[1]).stem == sha256_of(made_from)
+    assert cache.file(views[1]).stem == sha256_of(made_from)
 
 
 def varied(mode: str) -> Image.Image:

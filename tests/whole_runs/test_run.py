@@ -15,6 +15,7 @@ from halfbyte.quant.load.transformer import load_quantized
 from halfbyte.trainer.cli.app import app, train_app
 from halfbyte.trainer.export.export import ADAPTER_FILE
 from halfbyte.trainer.training.metrics import read_metrics
+from scripts.mini.tiny_pipelines import build_flux_pipeline
 
 from judge import stock_bitsandbytes_on_cpu
 from runs import run_here, write_recipe
@@ -23,6 +24,14 @@ STOCK = {
     "flux": (FluxPipeline, FluxTransformer2DModel),
     "sd3": (StableDiffusion3Pipeline, SD3Transformer2DModel),
 }
+
+
+@pytest.fixture(scope="module")
+def mini_flux(tmp_path_factory):
+    """The miniature with two dual and four single blocks, which the pinned losses belong to."""
+    folder = tmp_path_factory.mktemp("mini") / "flux"
+    build_flux_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=["flux", "sd3"])

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader
 
-from halfbyte.trainer.data.batches import PlannedBatches, TrainingSample, TrainingSet, collate
-from halfbyte.trainer.data.cache.encodings import LatentCache, encode_missing
+from halfbyte.trainer.data.batches import PlannedBatches, TrainingSet, collate
+from halfbyte.trainer.data.cache.encodings import LatentCache, TextCache, encode_missing
 from halfbyte.trainer.data.cache.masks import MaskCache
 from halfbyte.trainer.data.caption_variants import all_variants
 from halfbyte.trainer.data.long_captions import Place, prompt_places, warn_of_long_captions
+from halfbyte.trainer.data.prefetch import PrefetchingLoader
 from halfbyte.trainer.data.prompts import Prompt, references_for, refuse_placeholders
 from halfbyte.trainer.data.read_sets import (
     ReadData,
@@ -28,16 +28,19 @@ from halfbyte.trainer.data.read_sets import (
 )
 from halfbyte.trainer.data.record import Recorded, require_same
 from halfbyte.trainer.data.records.sample import Sample
+from halfbyte.trainer.data.text_precision import choose_t5_quant
 from halfbyte.trainer.data.views.buckets import Size, View
 from halfbyte.trainer.data.views.order import SampleOrder
 from halfbyte.trainer.families.embedding import TextEmbedding
 from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
+from halfbyte.trainer.families.t5 import T5Setting
 from halfbyte.trainer.recipe.batch_sizes import over_processes
 from halfbyte.trainer.recipe.recipe import Recipe
-from halfbyte.trainer.runtime.device_memory import free_unused
+from halfbyte.trainer.runtime.device_memory import free_bytes, free_unused
 from halfbyte.trainer.runtime.progress import LazyProgress
-from halfbyte.trainer.runtime.world import World, barrier, broadcast_from_leader
+from halfbyte.trainer.runtime.workers import worker_count
+from halfbyte.trainer.runtime.world import World, barrier, broadcast_from_leader, max_over_processes
 from halfbyte.trainer.wording import printable
 
 log = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ class Prepared:
         """The bytes of all encoded captions in the cache."""
         return self.texts * (self.empty.prompt_embeds.nbytes + self.empty.pooled_prompt_embeds.nbytes)
 
-    def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> DataLoader[TrainingSample]:
+    def loader(self, recipe: Recipe, world: World, first_micro_batch: int) -> PrefetchingLoader:
         """Makes the loader of this process's micro-batches, from the given one to the end of the run."""
         train = recipe.train
         batches = PlannedBatches(
@@ -81,11 +84,8 @@ class Prepared:
             stop=train.steps * train.grad_accumulation,
             accumulation=train.grad_accumulation,
         )
-        return DataLoader(
-            self.training_set,
-            batch_sampler=batches,
-            collate_fn=collate,
-            pin_memory=world.device.type == "cuda",
+        return PrefetchingLoader(
+            self.training_set, device=world.device, batch_sampler=batches, collate_fn=collate
         )
 
 
@@ -118,7 +118,9 @@ def prepare(
     held_out = held_out_views(data, family, recipe.train.seed)
     masks = MaskCache(cache, family.vae_scale)
     masking = LazyProgress(console, "reading masks", "mask")
-    black = masks.add_missing(views, rank=world.rank, world_size=world.size, progress=masking)
+    black = masks.add_missing(
+        views, workers=_workers(world, views), rank=world.rank, world_size=world.size, progress=masking
+    )
     masking.close()
     if black:
         log.warning(
@@ -130,27 +132,14 @@ def prepare(
     captions = _captions(recipe, data)
     if world.is_leader:
         warn_of_long_captions(captions, family)
-    encoding = LazyProgress(console, "encoding", "entry")
-    encoders = load_encoders(
+    latents, texts = _encode(
+        recipe,
         family,
-        device=world.device,
-        dtype=torch.bfloat16,
-        memo=cache / "digests",
-        t5_quant=recipe.model.text_encoder_quant,
-        stream_t5=recipe.model.stream_text_encoder,
-    )
-    latents, texts = encode_missing(
-        cache,
-        encoders,
+        world,
+        console,
         [one for view in (*views, *held_out) for one in (view, *view.references)],
         [text for _, text in captions],
-        rank=world.rank,
-        world_size=world.size,
-        progress=encoding,
     )
-    encoding.close()
-    del encoders
-    free_unused(world.device)
     barrier(world)
     train = recipe.train
     return Prepared(
@@ -167,6 +156,71 @@ def prepare(
         record,
         len({"", *(text for _, text in captions)}),
     )
+
+
+def _encode(
+    recipe: Recipe,
+    family: Family,
+    world: World,
+    console: Console,
+    views: Sequence[View],
+    captions: Sequence[str],
+) -> tuple[LatentCache, TextCache]:
+    """Encodes this process's share of what the cache lacks, and frees the encoders."""
+    cache, model = recipe.data.cache_folder, recipe.model
+    encoders = load_encoders(
+        family,
+        device=world.device,
+        dtype=torch.bfloat16,
+        memo=cache / "digests",
+        t5_quant=_t5_quant(recipe, family, world, captions),
+        stream_t5=model.stream_text_encoder,
+        vae_dtype=_VAE_DTYPES[model.vae_dtype],
+    )
+    encoding = LazyProgress(console, "encoding", "entry")
+    latents, texts = encode_missing(
+        cache,
+        encoders,
+        views,
+        captions,
+        workers=_workers(world, views),
+        rank=world.rank,
+        world_size=world.size,
+        progress=encoding,
+    )
+    encoding.close()
+    del encoders
+    free_unused(world.device)
+    return latents, texts
+
+
+def _t5_quant(recipe: Recipe, family: Family, world: World, captions: Sequence[str]) -> T5Setting:
+    """Returns T5's precision, which is the same in all processes."""
+    model, free = recipe.model, free_bytes(world.device)
+    if free is not None:
+        free = -max_over_processes(world, -free)  # of the fullest device
+    if model.stream_text_encoder:
+        free = None  # only quantized blocks can be streamed
+    return broadcast_from_leader(
+        world,
+        lambda: choose_t5_quant(
+            model.text_encoder_quant,
+            family,
+            recipe.data.cache_folder,
+            captions,
+            dtype=torch.bfloat16,
+            free=free,
+        ),
+    )
+
+
+def _workers(world: World, views: Sequence[View]) -> int:
+    """Returns the number of processes that decode images for this one. For few images, starting them takes longer."""
+    return worker_count(world.local_size) if len(views) >= _DECODED_APART * world.size else 0
+
+
+_DECODED_APART = 256  # images for each process
+_VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _captions(recipe: Recipe, data: ReadData) -> list[tuple[Place, str]]:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,14 +31,25 @@ class Encoders(ABC):
     # consists of one of these and a digest of the image or the caption.
     latent_fingerprint: str
     text_fingerprint: str
+    device: torch.device = torch.device("cpu")
+    """Where the encoders compute. Pixels are already there."""
+
+    @property
+    def text_batch(self) -> int:
+        """The number of captions that are encoded at once."""
+        return 1
+
+    def image_batch(self, width: int, height: int) -> int:
+        """Returns the number of images of a size, in pixels, that are encoded at once."""
+        return 1
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> LatentMoments:
-        """Returns the images' posterior moments.
+        """Returns the images' posterior moments, on `device`.
 
         pixels: (B, 3, H, W) fp32 in [-1, 1], H and W multiples of the family's `size_multiple`.
         """
 
     @abstractmethod
     def encode_texts(self, captions: Sequence[str]) -> TextEmbedding:
-        """Returns one row per caption. Caption dropout trains on the row of the empty caption."""
+        """Returns one row per caption, on `device`. Caption dropout trains on the row of the empty caption."""

@@ -22,17 +22,27 @@ log = logging.getLogger(__name__)
 T5Quant = Literal["none", "int8", "nf4"]
 T5Setting = Literal["auto", "none", "int8", "nf4"]
 
-# Parameters from which `auto` quantizes. T5-XXL has 4.8 billion, 9.5 GB in bf16.
+# Parameters from which `auto` may quantize. T5-XXL has 4.8 billion, 9.5 GB in bf16.
 _LARGE = 10**9
+# Device memory next to T5's bf16 weights: the other text encoders (1.7 GB for SD3), the activations of a batch of
+# captions, and room for the largest weight while it is loaded.
+_BESIDES_T5 = 4 * 2**30
 
 
-def resolve_quant(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE) -> T5Quant:
-    """Returns how to quantize the T5 in `folder`: `auto` means int8 above a billion parameters, else none.
+def bf16_bytes(folder: Path) -> int:
+    """Returns the device memory from which `auto` loads a large T5 in bf16. Raises ValueError for a damaged folder."""
+    return 2 * count_parameters(T5EncoderModel, folder) + _BESIDES_T5
 
-    A T5 that is already quantized is loaded unchanged, so the result is none, whatever the setting.
 
-    `auto` takes int8 because it fits T5-XXL and the other encoders into 8 GB, at a seventh of NF4's error. It
-    depends on the model and not on the card, so a recipe trains on the same embeddings everywhere.
+def resolve_quant(
+    setting: T5Setting, folder: Path, *, free: int | None = None, named_by: str = PIPELINE
+) -> T5Quant:
+    """Returns how to quantize the T5 in `folder`: `auto` means none where it fits, and else int8.
+
+    A T5 that is already quantized is loaded unchanged, so the result is none, whatever the setting. `auto` takes int8
+    because it fits T5-XXL and the other encoders into 8 GB, at a seventh of NF4's error.
+
+    free: the bytes of free device memory; None: unknown, so that `auto` means int8 above a billion parameters.
 
     Raises:
         RecipeError: the configuration is damaged; the message starts with the setting `named_by`.
@@ -42,7 +52,9 @@ def resolve_quant(setting: T5Setting, folder: Path, *, named_by: str = PIPELINE)
             return "none"
         if setting != "auto":
             return setting
-        return "int8" if count_parameters(T5EncoderModel, folder) > _LARGE else "none"
+        if count_parameters(T5EncoderModel, folder) <= _LARGE:
+            return "none"
+        return "none" if free is not None and free >= bf16_bytes(folder) else "int8"
     except ValueError as error:
         raise RecipeError(f"{named_by}: {error}") from error
 

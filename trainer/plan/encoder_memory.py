@@ -17,7 +17,7 @@ from halfbyte.quant.load.text_encoder import text_config, text_encoder_on_meta
 from halfbyte.trainer.errors import RecipeError
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.offload.block_stream import Visitors
-from halfbyte.trainer.families.t5 import T5Setting, resolve_quant, t5_block_names
+from halfbyte.trainer.families.t5 import T5Setting, bf16_bytes, resolve_quant, t5_block_names
 from halfbyte.trainer.plan.memory_tracker import LiveBytes
 from halfbyte.trainer.pretrained.component import PIPELINE
 
@@ -47,6 +47,18 @@ def text_encoder_bytes(family: Family, t5_quant: T5Setting, stream_t5: bool) -> 
     return sizes, on_host
 
 
+def auto_in_bf16(family: Family, t5_quant: T5Setting, stream_t5: bool) -> int | None:
+    """Returns the free device memory from which `auto` loads T5 in bf16; None if that is no choice of the recipe.
+
+    Raises:
+        RecipeError: the configuration does not describe a T5.
+    """
+    path, named_by = family.t5.path, family.t5.setting
+    if t5_quant != "auto" or stream_t5 or resolve_quant("auto", path, named_by=named_by) == "none":
+        return None
+    return bf16_bytes(path)
+
+
 def text_working_bytes(family: Family) -> int:
     """Returns the bytes of T5's activations at their peak, for one caption, in fp32.
 
@@ -60,10 +72,10 @@ def text_working_bytes(family: Family) -> int:
     return 4 * (3 * config.num_heads * tokens**2 + tokens * (2 * config.d_ff + 4 * config.d_model))
 
 
-def picture_encoder_bytes(family: Family, width: int, height: int) -> tuple[int, int]:
-    """Returns the bytes of (weights, activations) of the VAE's encoder in fp32. width, height: pixels."""
-    vae: Any = model_on_meta(AutoencoderKL, family.vae_config, None, torch.float32)
-    pixels = torch.empty(1, 3, height, width, device="meta")
+def picture_encoder_bytes(family: Family, dtype: torch.dtype, width: int, height: int) -> tuple[int, int]:
+    """Returns the bytes of (weights, activations) of the VAE's encoder, for one image. width, height: pixels."""
+    vae: Any = model_on_meta(AutoencoderKL, family.vae_config, None, dtype)
+    pixels = torch.empty(1, 3, height, width, dtype=dtype, device="meta")
     return _weights(vae), _working(lambda: vae.encode(pixels), channels_last=True)
 
 

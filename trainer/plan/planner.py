@@ -4,7 +4,7 @@ Needs only configurations and shapes, and works on any machine. The training ste
 (`dry_run`); everything else is computed from shapes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.plan.batches import PlannedBatch, planned_batches
 from halfbyte.trainer.plan.dry_run import ADAPTERS, BLOCK_KEEPS, GRADIENTS, DryRun, DryRunStep
 from halfbyte.trainer.plan.encoder_memory import (
+    auto_in_bf16,
     decoder_bytes,
     picture_encoder_bytes,
     text_encoder_bytes,
@@ -39,6 +40,7 @@ from halfbyte.trainer.plan.phases import (
 from halfbyte.trainer.plan.pictures import PlannedPictures, largest_size, planned_pictures
 from halfbyte.trainer.recipe.batch_sizes import batch_at
 from halfbyte.trainer.recipe.recipe import Recipe
+from halfbyte.trainer.runtime.sizes import memory_size
 
 
 class Planner:
@@ -101,7 +103,7 @@ class Planner:
             draws=drawings * len(recipe.sample.prompts),
             drawing=sampling[1] if sampling else Work(),
             texts=self.pictures.texts,
-            notes=(*self.notes, *self.pictures.notes, *self._batch_notes(recipe)),
+            notes=(*self.notes, *self.pictures.notes, *self._batch_notes(recipe), *self._notes(recipe)),
         )
 
     def _mean_work(self, recipe: Recipe, batches: Sequence[PlannedBatch]) -> Work:
@@ -123,6 +125,16 @@ class Planner:
             f"a step takes most memory at {largest.resolution} px, with {largest.samples} images per micro-batch"
         ]
 
+    def _notes(self, recipe: Recipe) -> Iterator[str]:
+        """Yields what the run does differently where more memory is free than the plan asks for."""
+        model = recipe.model
+        free = auto_in_bf16(self.family, model.text_encoder_quant, model.stream_text_encoder)
+        if free is not None:
+            yield (
+                f"model.text_encoder_quant: T5 is planned in int8; auto loads it in bf16 where {memory_size(free)} of"
+                " device memory are free"
+            )
+
     def fits(self, recipe: Recipe, budget: int) -> bool:
         """Returns True if every phase of the recipe's plan fits `budget` bytes.
 
@@ -135,7 +147,7 @@ class Planner:
         """Returns the phases that need no dry run: the three before training, and the export as the last."""
         return [
             self._encode_texts(recipe),
-            self._encode_pictures(self._largest_encoded(recipe)),
+            self._encode_pictures(recipe, self._largest_encoded(recipe)),
             self._load(recipe),
             self._export(recipe),
         ]
@@ -290,12 +302,14 @@ class Planner:
             self._encoders[key] = Phase("encode texts", device, host)
         return self._encoders[key]
 
-    def _encode_pictures(self, size: Size) -> Phase:
-        if size not in self._encoders:
-            weights, working = picture_encoder_bytes(self.family, *size)
-            parts = {"vae (fp32)": weights, WORKING: working}
-            self._encoders[size] = Phase("encode pictures", parts, {"vae (fp32)": weights})
-        return self._encoders[size]
+    def _encode_pictures(self, recipe: Recipe, size: Size) -> Phase:
+        dtype = DTYPES[recipe.model.vae_dtype]
+        key = (dtype, size)
+        if key not in self._encoders:
+            weights, working = picture_encoder_bytes(self.family, dtype, *size)
+            vae = "vae (fp32)" if dtype == torch.float32 else "vae (bf16)"
+            self._encoders[key] = Phase("encode pictures", {vae: weights, WORKING: working}, {vae: weights})
+        return self._encoders[key]
 
     def _load(self, recipe: Recipe) -> Phase:
         dry_run = self.dry_run(recipe)

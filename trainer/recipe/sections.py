@@ -112,8 +112,12 @@ class ModelSection(Section):
     FLUX.1-schnell and SD3, 512 for other FLUX models. A smaller value makes steps faster if all captions are short."""
     text_encoder_quant: Literal["auto", "none", "int8", "nf4"] = "auto"
     """The precision of T5, the large text encoder, while captions are encoded: none (bf16, 9.5 GB for T5-XXL), int8
-    (5.2 GB) or nf4 (4.4 GB, with seven times int8's error). auto uses int8 above a billion parameters and none below.
-    A T5 that is stored quantized keeps the format it is stored in."""
+    (5.2 GB) or nf4 (4.4 GB, with seven times int8's error). auto uses none where that fits the free device memory (14
+    GB for T5-XXL), and int8 elsewhere; captions that are cached in one of them stay in it. A T5 that is stored
+    quantized keeps the format it is stored in."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The precision of the VAE while images are encoded. bfloat16 is faster on large data sets, and changes the latents
+    by about 1 %."""
     stream_text_encoder: bool = False
     """Keep T5's quantized blocks in page-locked host memory while captions are encoded, and copy each block to the
     device just before it runs. It takes 4.3 GB of host memory for T5-XXL in int8. Turn it on for SD3 on a 6 GB card

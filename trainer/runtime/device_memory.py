@@ -17,6 +17,19 @@ def free_unused(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the memory of a CUDA device that this process may still take; None for other devices."""
+    if device.type != "cuda":
+        return None
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total_bytes(device)
+    return min(int(torch.cuda.mem_get_info(device)[0]), int(allowed) - torch.cuda.memory_reserved(device))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Returns the memory of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 # Out-of-memory messages of cuBLAS, cuDNN, Triton and the driver.
 _DEVICE_IS_FULL = re.compile(r"STATUS_ALLOC_FAILED|(CUDA|\[CUDA\]|driver)[^:\n]*: out of memory")
 

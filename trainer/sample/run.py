@@ -12,6 +12,7 @@ from rich.console import Console
 from halfbyte.trainer.cuda_graphs.recorder import CudaRecorder
 from halfbyte.trainer.data.cache.encodings import encode_missing
 from halfbyte.trainer.data.size_limits import refuse_large_drawings
+from halfbyte.trainer.data.text_precision import choose_t5_quant
 from halfbyte.trainer.denoiser.attention import AttentionShape, choose_attention
 from halfbyte.trainer.errors import LaunchError, RecipeError
 from halfbyte.trainer.families.embedding import TextEmbedding
@@ -19,7 +20,7 @@ from halfbyte.trainer.families.encoders import load_encoders
 from halfbyte.trainer.families.family import Family
 from halfbyte.trainer.families.stock_parts import load_t5_tokenizer
 from halfbyte.trainer.pretrained.file_digests import FileDigests
-from halfbyte.trainer.runtime.device_memory import free_unused, when_full
+from halfbyte.trainer.runtime.device_memory import free_bytes, free_unused, when_full
 from halfbyte.trainer.runtime.placement import Placement
 from halfbyte.trainer.runtime.progress import LazyProgress, Progress, write_lines
 from halfbyte.trainer.runtime.version import halfbyte_version
@@ -190,15 +191,22 @@ def _encode(
 ) -> Mapping[str, TextEmbedding]:
     """Returns the prompts' embeddings, from the cache that training uses. Frees the text encoders before it returns."""
     encoding = LazyProgress(console, "encoding", "entry")
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
     encoders = load_encoders(
         subject.family,
         device=placement.device,
         dtype=torch.bfloat16,
         memo=subject.cache_folder / "digests",
-        t5_quant=subject.text_encoder_quant,
+        t5_quant=choose_t5_quant(
+            subject.text_encoder_quant,
+            subject.family,
+            subject.cache_folder,
+            prompts,
+            dtype=torch.bfloat16,
+            free=free_bytes(placement.device) if placement.stays else None,
+        ),
         placement=placement,
     )
-    prompts = list(dict.fromkeys(job.prompt for job in jobs))
     texts = encode_missing(subject.cache_folder, encoders, [], prompts, progress=encoding)[1]
     encoding.close()
     del encoders

@@ -4,7 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,10 +128,9 @@ def train(training: Training) -> Finished:
             full = training.when_full(_WHEN_FULL, "step")
             loader = training.prepared.loader(recipe, world, first_step * recipe.train.grad_accumulation)
             with full, warnings.catch_warnings():
-                # Lightning recommends worker processes, but handing batches over would take longer than
-                # reading them.
+                # Lightning recommends worker processes, but the loader reads ahead in a thread.
                 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-                with saves, _interrupts_raised(), exchange(world):
+                with closing(loader), saves, _interrupts_raised(), exchange(world):
                     trainer.fit(module, loader)
     finally:
         SIGNALS.defer(False)

@@ -72,8 +72,9 @@ def test_the_op_passes_opcheck(device, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_the_deterministic_backward_is_bitwise_repeatable(device, dtype):
-    parts = random_parts(1, 2000, 4, 64, device=device, dtype=dtype)
-    grad = torch.randn(1, 2000, 4, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    tokens = 400 if device == "cpu" else 2000
+    parts = random_parts(1, tokens, 4, 64, device=device, dtype=dtype)
+    grad = torch.randn(1, tokens, 4, 64, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     first, *others = (
         torch.autograd.grad(attention(*parts, "deterministic")[0], parts, grad) for _ in range(5)
     )

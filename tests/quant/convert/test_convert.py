@@ -91,7 +91,7 @@ def test_entry_that_matches_layers_outside_its_module_warns(request, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith("skip: 'proj_out'")
     first_other = "single_transformer_blocks.0.proj_out"
-    assert record.args == ("proj_out", 5, "FluxTransformer2DModel", "86,016", 4, first_other)
+    assert record.args == ("proj_out", 3, "FluxTransformer2DModel", "45,056", 2, first_other)
 
 
 @pytest.mark.parametrize("skip", [("proj_out",), ("norm_out", "to_q"), ("transformer_blocks.0",)])

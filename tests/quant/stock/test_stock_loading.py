@@ -110,7 +110,7 @@ def layers(model):
 def test_flux_checkpoint_of_bitsandbytes_loads_into_our_layers(ours, kind, stock_flux, tmp_path):
     folder, expected = stock_flux
     model = FluxTransformer2DModel.from_pretrained(folder, dtype=torch.float32)
-    assert len(layers(model)) > 50
+    assert len(layers(model)) > 30
     assert_close(prediction(model), expected, kind)
     model.save_pretrained(tmp_path / "again")
     assert_same_tensors(folder, "diffusion_pytorch_model.safetensors", tmp_path / "again")

@@ -267,7 +267,7 @@ def test_an_adapter_that_differs_from_training_is_not_exported(finished, monkeyp
 def test_merging_reports_how_much_of_the_update_is_kept(run):
     request(run, merged=True, check=False)
     report = json.loads((run / "merged" / "merge_report.json").read_text())
-    assert len(report["layers"]) == 44
+    assert len(report["layers"]) == 22
     assert 0 < report["kept"] < 1.5
     strong = max(report["layers"], key=lambda layer: layer["relative"])
     assert strong["error"] < 1.5

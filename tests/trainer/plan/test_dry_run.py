@@ -189,7 +189,7 @@ def test_a_dry_run_allocates_no_values(folders: dict[str, Any], init: str) -> No
     family, on_cpu, called = opened(recipe), LiveBytes("cpu"), _Operations()
     with on_cpu, called:
         dry_run = DryRun(recipe, family)
-    assert dry_run.held[ADAPTERS] > 5e7
+    assert dry_run.held[ADAPTERS] > 3e7
     assert on_cpu.peak.nbytes < 1e5
     assert not called.names & {"aten::normal_", "aten::uniform_"}
 

@@ -137,14 +137,17 @@ def test_the_text_of_a_plan_has_its_parts(planner: Planner) -> None:
     assert f"fits {describe_card(10)}" in text
 
 
-def test_a_plan_prints_memory_in_gib(planner: Planner) -> None:
+def test_a_plan_prints_memory_in_gib(shallow_flux: Path) -> None:
     """GB stands only in the names of cards."""
+    settings = [f"model.path={shallow_flux}", "train.cuda_graphs=false"]
+    planner = open_planner(load_recipe(FOLDER / "flux_lora.yaml", settings))
     plan = planner.plan()
     # With copies, so that the lines about the bus are printed too; and a plan that fits no card.
     copying = replace(plan, step=replace(plan.step, copies=220 * GIB))
     huge = replace(plan, phases=[replace(plan.largest, device={"weights": 971 * GIB})])
     lines = [line for printed in (plan, copying, huge) for line in plan_lines(printed)]
-    fitted = fit_to_budget(planner, 8 * GIB)
+    fitted = fit_to_budget(planner, 2 * GIB)
+    assert fitted.changes
     lines += [
         line for result in (fitted, replace(fitted, fits=False, nearest=fitted)) for line in fit_lines(result)
     ]

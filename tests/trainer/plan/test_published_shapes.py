@@ -82,6 +82,9 @@ def test_the_command_plans_without_the_hub_and_says_so() -> None:
     (note,) = [line for line in result.stdout.splitlines() if "built-in" in line]
     assert name in note
     assert "local Hub cache" in note
+    # T5-XXL takes 8.9 GiB in bf16, and 4 are left for the rest.
+    (note,) = [line for line in result.stdout.splitlines() if "model.text_encoder_quant" in line]
+    assert "in bf16 where 12.87 GiB" in note
 
 
 def test_components_in_unavailable_repositories_are_noted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tests which files of a run are pushed, and that a damaged run fails before the Hub is contacted."""
 
 import json
+import re
 import shutil
 
 import numpy
@@ -59,7 +60,7 @@ def test_a_dry_run_lists_files_with_sizes_and_shows_the_card(run):
 def test_the_quantization_error_of_the_base_is_measured(run):
     measured = json.loads((run / "transformer" / "quantization_error.json").read_text())
     assert measured["relative"] == pytest.approx(0.092, rel=0.02), "NF4's error on Gaussian weights"
-    assert measured["measured"] == measured["weights"] > 500_000
+    assert measured["measured"] == measured["weights"] > 250_000
     assert f"Quantization error: {measured['relative']:.2%}" in dry(run).output
 
 
@@ -194,7 +195,8 @@ def test_a_large_file_is_reported_separately_and_sent_once(hub, pushed_run, tmp_
     hub.hub.faults = Faults()
     answer = hub.worker.run("push", str(run), "--repo", "ann/big")
     assert answer.code == 0, answer.output
-    assert "uploading comfyui/big.safetensors (12.0 MB), 0 B of 13." in answer.output
-    assert "small files (1." in answer.output
-    assert "12.0 MB of 13." in answer.output
+    assert "uploading comfyui/big.safetensors (12.0 MB), 0 B of 12." in answer.output
+    (small,) = re.findall(r"small files \((\d+)\.?\d* kB\)", answer.output)
+    assert 500 < int(small) < 1000
+    assert "12.0 MB of 12." in answer.output
     assert hub.store.model("ann/big").tree["comfyui/big.safetensors"].content == big.read_bytes()

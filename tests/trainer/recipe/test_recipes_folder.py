@@ -54,7 +54,7 @@ def test_every_recipe_names_its_schema_for_editors(path: Path) -> None:
 TAGS = {"shuffle_tags", "keep_tags", "tag_separator", "tag_dropout", "caption_variants"}
 FORMS = {"image_column", "caption_column", "split", "config"}
 HIDDEN = {
-    "model": {"max_sequence_length"},
+    "model": {"max_sequence_length", "vae_dtype"},
     "data": {
         "sets",
         "image_sizes",

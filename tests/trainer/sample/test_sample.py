@@ -236,8 +236,7 @@ def test_a_prompt_that_is_cut_off_gives_a_warning(flux, tmp_path, caplog):
 
 @pytest.mark.usefixtures("traced")
 def test_blocks_are_compiled(run_of, tmp_path):
-    """Uses SD3, whose blocks compile faster than FLUX's."""
-    _, run = run_of("sd3")
+    _, run = run_of("flux")
     drawn = drawn_pixels(tmp_path / "out", run, "--prompt", "a gradient", "--compile")
     assert apart(drawn["prompt00-strength1-seed0.png"], trained(run, 0)) <= 1
     assert read_record(tmp_path / "out" / "prompt00-strength1-seed0.png")["compiled"]

@@ -1,4 +1,4 @@
-"""One entry of the encoding cache: a safetensors file with a checksum, which is verified whenever it is read."""
+"""The content of one entry of the encoding cache: named tensors, checked whenever they are read."""
 
 import json
 import zlib
@@ -10,9 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from halfbyte.quant.files.atomic import write_file
 from halfbyte.quant.files.regular import read_regular
-from halfbyte.trainer.errors import DataError, DiskError
+from halfbyte.trainer.errors import DataError
+
+Shapes = Mapping[str, Sequence[int | None]]
+"""The shape of each tensor of an entry; None: any length."""
 
 _ENTRY_BYTES = 2**32  # far above any entry
 _CHECKSUM = "crc32"
@@ -22,33 +24,28 @@ class DamagedEntry(ValueError):
     """An entry is not what was written. The text says how."""
 
 
-def read_entry(
-    path: Path, shapes: Mapping[str, Sequence[int | None]], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Reads and verifies an entry.
+def packed(tensors: Mapping[str, Tensor], maker: str) -> bytes:
+    """Returns the tensors as safetensors bytes. Raises DataError, which begins with `maker`, if one is not finite."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise DataError(f"{maker} produced NaN or infinity in {name}; run it in bfloat16 or float32")
+    return save(tensors)
 
-    The file is read rather than mapped, so that the tensors are the bytes that were verified, whatever happens to the
-    file later.
+
+def unpacked(data: bytes, shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the tensors of an entry.
 
     Args:
-        shapes: the shape of each tensor that the entry must hold; None accepts any length.
+        shapes: the shape of each tensor that the entry must hold.
 
     Raises:
-        FileNotFoundError: there is no entry.
-        DamagedEntry: the entry cannot be read, or is not what was written.
+        DamagedEntry: these are not such tensors, or not finite ones.
     """
     try:
-        data = read_regular(path, _ENTRY_BYTES)
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DamagedEntry(error.strerror or str(error)) from error
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch lacks
         raise DamagedEntry(str(error)) from error
-    if header.get("__metadata__", {}).get(_CHECKSUM) != checksum(tensors):
-        raise DamagedEntry("its checksum does not match")
     if set(tensors) != set(shapes):
         raise DamagedEntry(f"it holds {', '.join(sorted(tensors))}")
     for name, tensor in tensors.items():
@@ -63,30 +60,26 @@ def read_entry(
     return tensors
 
 
-def write_entry(path: Path, tensors: Mapping[str, Tensor], maker: str) -> None:
-    """Writes an entry atomically.
+def read_entry_file(path: Path, shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Reads and verifies an entry of older versions, which is a file of its own; see `unpacked`.
+
+    The file is read rather than mapped, so that the tensors are the bytes that were verified, whatever happens to the
+    file later.
 
     Raises:
-        DataError: a tensor is not finite.
-        DiskError: the file cannot be written.
+        OSError: the file cannot be read.
+        DamagedEntry: the entry is not what was written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise DataError(f"{maker} produced NaN or infinity in {name}; run it in bfloat16 or float32")
-    data = save(tensors, metadata={_CHECKSUM: checksum(tensors)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
-    except OSError as error:
-        raise DiskError(
-            f"data.cache_dir: cannot write the cache entry {path}: {error.strerror}; free space, or set"
-            " data.cache_dir to a folder on a larger disk"
-        ) from error
+    data = read_regular(path, _ENTRY_BYTES)
+    tensors = unpacked(data, shapes, dtype)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    if header.get("__metadata__", {}).get(_CHECKSUM) != checksum(tensors):
+        raise DamagedEntry("its checksum does not match")
+    return tensors
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the CRC-32 of all tensors in the order of their names.
+    """Returns the CRC-32 of all tensors in the order of their names, as entries of older versions have it.
 
     safetensors notices a truncated file, but not a changed byte.
     """

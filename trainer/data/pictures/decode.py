@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -131,16 +132,21 @@ def _bands(image: Image.Image, box: Box) -> Iterator[Image.Image]:
 
 
 def pixels(image: Image.Image, size: tuple[int, int], *, flip: bool) -> Tensor:
-    """Returns an RGB image scaled to (W, H) as (3, H, W) fp32 in [-1, 1].
+    """Returns an RGB image scaled to (W, H) as (3, H, W) fp32 in [-1, 1]."""
+    values = torch.from_numpy(scaled(image, size, flip=flip))
+    return values.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0).contiguous()
+
+
+def scaled(image: Image.Image, size: tuple[int, int], *, flip: bool) -> NDArray[np.uint8]:
+    """Returns an RGB image scaled to (W, H) and mirrored if `flip` is set, (H, W, 3).
 
     Scales with Lanczos, whose kernel Pillow widens when shrinking. The image is already cropped, because
     resize(box=...) also reads pixels beyond the box's edges.
     """
-    scaled = image.resize(size, Image.Resampling.LANCZOS)
+    image = image.resize(size, Image.Resampling.LANCZOS)
     if flip:
-        scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    values = torch.from_numpy(np.array(scaled, dtype=np.uint8))
-    return values.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0).contiguous()
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image, dtype=np.uint8)
 
 
 def _bounded(size: tuple[int, int]) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from halfbyte.trainer.data.views.buckets import Cropping, views_of
 from halfbyte.trainer.errors import DataError
 from halfbyte.trainer.recipe.load import load_recipe
 
-from counting_encoders import write_pictures
+from counting_encoders import change_byte, move_to_files, write_pictures
 
 
 def left_half(size: tuple[int, int], mode: str = "L") -> Image.Image:
@@ -156,20 +156,17 @@ class TestCache:
         samples = masked(pictures.parent, "{source: files}")
         views = [group[0] for group in views_of(samples, [Cropping(32, 16, aspect_buckets=False)], 0)]
         cache = MaskCache(tmp_path / "cache", 8)
-        assert not MaskCache.has_checked(tmp_path / "cache", samples[0])
         assert cache.add_missing(views) == []
-        assert MaskCache.has_checked(tmp_path / "cache", samples[0])
         for view in views:
             assert cache.read(view).equal(torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 4))
-        paths = [cache.path(view) for view in views]
-        written = [path.stat().st_mtime_ns for path in paths]
+        keys = [cache.key(view) for view in views]
         cache.add_missing(views)
-        assert [path.stat().st_mtime_ns for path in paths] == written
+        assert len(list(cache.shards.glob("*.shard"))) == 1, "no mask is made again"
 
         left_half((32, 24)).save(pictures / "a.mask.png")
         changed = masked(pictures.parent, "{source: files}")
         again = [group[0] for group in views_of(changed, [Cropping(32, 16, aspect_buckets=False)], 0)]
-        assert [cache.path(view) == path for view, path in zip(again, paths, strict=True)] == [
+        assert [cache.key(view) == key for view, key in zip(again, keys, strict=True)] == [
             False,
             True,
             True,
@@ -183,13 +180,24 @@ class TestCache:
         ]
         cache = MaskCache(tmp_path / "cache", 8)
         cache.add_missing([view])
-        data = bytearray(cache.path(view).read_bytes())
-        data[-1] ^= 1
-        cache.path(view).write_bytes(data)
+        change_byte(cache, view)
         with pytest.raises(DataError, match="checksum"):
             cache.read(view)
         cache.add_missing([view])
         assert cache.read(view).any()
+
+    def test_masks_of_older_versions_are_read(self, pictures: Path, tmp_path: Path) -> None:
+        write_masks(pictures, pictures, ".mask")
+        samples = masked(pictures.parent, "{source: files}")
+        (view, *_) = [group[0] for group in views_of(samples, [Cropping(32, 16)], 0)]
+        cache = MaskCache(tmp_path / "cache", 8)
+        cache.add_missing([view])
+        before = cache.read(view)
+        move_to_files(cache, [view])
+        cache = MaskCache(tmp_path / "cache", 8)
+        cache.add_missing([view])
+        assert not cache.shards.exists()
+        assert cache.read(view).equal(before)
 
     def test_a_crop_that_misses_the_mask_is_reported(self, pictures: Path, tmp_path: Path) -> None:
         for name in "abcd":

@@ -45,7 +45,7 @@ OTHERS: dict[str, tuple[Keep, dict[str, Any]]] = {
     "dropout": ("inputs", {"dropout": 0.3}),
     # Here the modulation's input needs a gradient, which flows through packed weights too.
     "learning time": ("everything", {"targets": r"time_text_embed\..*linear_1|.*norm1\.linear|.*attn\.to_q"}),
-    "some blocks": ("inputs", {"targets": r"transformer_blocks\.1\.attn\.to_[qkv]"}),
+    "some blocks": ("inputs", {"targets": r"(single_)?transformer_blocks\.1\.attn\.to_[qkv]"}),
 }
 
 
@@ -294,7 +294,7 @@ def test_the_step_after_a_failed_one_is_correct(mini_flux: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     module: Any = visiting
-    for norm in (module.transformer_blocks[1].norm1, module.single_transformer_blocks[2].norm):
+    for norm in (module.transformer_blocks[0].norm1, module.single_transformer_blocks[1].norm):
         broken = norm.linear.register_forward_pre_hook(full)
         with pytest.raises(torch.OutOfMemoryError):
             module_of(family, visiting, torch.float32).loss(batch_for(family))
