@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     sizes = [int(size) for size in arguments.batches.split(",")]
     folder = arguments.work / f"{arguments.model}-{arguments.size}"
     folder.mkdir(parents=True, exist_ok=True)
