@@ -225,11 +225,11 @@ def views_of(
 def _frames(samples: Sequence[Sample]) -> tuple[list[Size], NDArray[numpy.int32]]:
     """Returns the sizes of the images that occur, in pixels, and for each image the number of its size."""
     if isinstance(samples, Records):
-        sides = numpy.stack([samples.numbers("width"), samples.numbers("height")], axis=1)
+        packed = samples.numbers("width").astype(numpy.int64) << 32 | samples.numbers("height")
     else:
-        sides = numpy.array([(sample.width, sample.height) for sample in samples]).reshape(-1, 2)
-    found, numbers = numpy.unique(sides, axis=0, return_inverse=True)
-    return [(width, height) for width, height in found.tolist()], numbers.reshape(-1).astype(numpy.int32)
+        packed = numpy.array([sample.width << 32 | sample.height for sample in samples], numpy.int64)
+    found, numbers = numpy.unique(packed, return_inverse=True)
+    return [(side >> 32, side & 0xFFFFFFFF) for side in found.tolist()], numbers.astype(numpy.int32)
 
 
 def _chosen(
