@@ -270,7 +270,7 @@ def test_an_export_is_complete_in_each_folder(
                 (target.root / name).write_bytes(content)
         return contents(target.root)
 
-    def part(files: dict[str, bytes], folder: str) -> dict[str, bytes]:
+    def below(files: dict[str, bytes], folder: str) -> dict[str, bytes]:
         return {name: content for name, content in files.items() if name.startswith(f"{folder}/")}
 
     before = prepare()
@@ -286,8 +286,8 @@ def test_an_export_is_complete_in_each_folder(
         for place in (target.adapter, target.base):
             if not exchange:
                 recover(place)
-            left = part(contents(target.root), place.name)
-            assert left in (part(before, place.name), part(after, place.name)), found[point]
+            left = below(contents(target.root), place.name)
+            assert left in (below(before, place.name), below(after, place.name)), found[point]
         export(target, 4)
         assert contents(target.root) == after, found[point]
     kind = f"{'second' if earlier else 'first'} export, {'exchange' if exchange else 'two renames'}"
