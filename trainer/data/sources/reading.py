@@ -3,8 +3,12 @@
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import numpy
 
@@ -44,6 +48,10 @@ log = logging.getLogger(__name__)
 _PLAIN = CaptionStyle()
 _DEFAULTS = SourceSettings()
 _NO_DIGEST = bytes(32)
+# Pillow and hashing let other threads run. More of them would hold more decoded images in memory.
+_THREADS = min(8, os.cpu_count() or 1)
+_AHEAD = 3 * _THREADS  # images that are read or wait to be added
+_LARGE = 20_000_000  # pixels of images that are decoded one at a time, 60 MB each
 
 
 def read_samples(
@@ -95,6 +103,14 @@ def _file_of(path: Path, style: CaptionStyle, settings: SourceSettings) -> Path 
     return settings.tables / f"{sha256_of(json.dumps(made_from))[:32]}.arrow"
 
 
+class _Read(NamedTuple):
+    """What was learned of one image."""
+
+    row: Row
+    unread: bool = False  # it could not be read, which may succeed at the next start
+    problem: tuple[str, str] | None = None  # where and what, of its mask
+
+
 class _Reader:
     """Makes the table of a source."""
 
@@ -113,7 +129,8 @@ class _Reader:
         self._problems = problems
         self._left_out = left_out
         self._progress = progress
-        self._unread = 0  # images that could not be read, which may succeed at the next start
+        self._unread = 0  # images that could not be read
+        self._one_large = Lock()
 
     def table(self, file: Path | None) -> Table:
         """Returns the table of all images; reads only those that the table in `file` lacks, and replaces it."""
@@ -173,14 +190,37 @@ class _Reader:
         """Adds the images of one shard, or of the folder. Returns True if all could be read."""
         unread = self._unread
         left_out = self._left_out if left_out is None else left_out
-        for item in self._source.items(shard, self._problems, left_out):
-            writer.add(known.row(self._source.root, item) or self._row(item))
+        for read in self._in_order(self._source.items(shard, self._problems, left_out), known):
+            writer.add(read.row)
+            self._unread += read.unread
+            if read.problem is not None:
+                self._problems.add(*read.problem)
             if self._progress is not None:
                 done = len(writer)
                 self._progress(done, max(done, self._source.total))
         return self._unread == unread
 
-    def _row(self, item: Found) -> Row:
+    def _in_order(self, items: Iterator[Found], known: "_Known") -> Iterator[_Read]:
+        """Yields what is known or read of each image, in order. Threads read several at once."""
+        pool = ThreadPoolExecutor(_THREADS)
+        waiting: deque[Future[_Read] | _Read] = deque()
+        try:
+            for item in items:
+                row = known.row(self._source.root, item)
+                if row is not None:
+                    waiting.append(_Read(row))
+                elif item.data is None and not _is_file(item):
+                    waiting.append(self._read(item))  # readers of tables keep what they read last
+                else:
+                    waiting.append(pool.submit(self._read, item))
+                if len(waiting) >= _AHEAD:
+                    yield _result(waiting.popleft())
+            while waiting:
+                yield _result(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, item: Found) -> _Read:
         """Reads, checks and describes one image."""
         root, place = self._source.root, item.place
         stamp = stamp_of(place.file) if _is_file(item) else None
@@ -191,28 +231,37 @@ class _Reader:
         try:
             data = read_bytes(place) if item.data is None else item.data
         except OSError as error:
-            self._unread += 1
-            return row._replace(problem=f"cannot be read: {error.strerror}")
+            return _Read(row._replace(problem=f"cannot be read: {error.strerror}"), unread=True)
         sha256 = sha256_of(data)
         try:
-            width, height = upright_size(data) if self._is_decoded(sha256) else decoded_size(data)
+            width, height = self._size(data, sha256)
             misnamed = has_misnamed_profile(data)
         except DECODE_ERRORS as error:
-            return row._replace(problem=_undecodable(data, error))
+            return _Read(row._replace(problem=_undecodable(data, error)))
         row = row._replace(
             width=width, height=height, sha256=bytes.fromhex(sha256), misnamed=misnamed, stamp=stamp
         )
         return self._with_mask(row, item, data)
 
-    def _with_mask(self, row: Row, item: Found, data: bytes) -> Row:
-        size = (row.width, row.height)
+    def _size(self, data: bytes, sha256: str) -> tuple[int, int]:
+        """Returns width and height of an image, which it decodes unless it has been decoded before."""
+        width, height = upright_size(data)
+        if self._is_decoded(sha256):
+            return width, height
+        if width * height <= _LARGE:
+            return decoded_size(data)
+        with self._one_large:
+            return decoded_size(data)
+
+    def _with_mask(self, row: Row, item: Found, data: bytes) -> _Read:
+        size, unread = (row.width, row.height), False
         if self._settings.masks.source == "alpha":
             if not has_alpha(data):
-                return row
+                return _Read(row)
             problem = mask_problem(data, item.place, size, alpha=True)
             row, where = row._replace(mask_sha256=row.sha256), item.place
         elif item.mask is None:
-            return row
+            return _Read(row)
         else:
             where = item.mask
             stamp = stamp_of(where.file) if _is_file(item) else None
@@ -220,7 +269,7 @@ class _Reader:
                 mask = read_bytes(where) if item.mask_data is None else item.mask_data
                 problem = mask_problem(mask, item.place, size, alpha=False)
             except OSError as error:
-                self._unread += 1
+                unread = True
                 mask, problem = b"", f"cannot be read: {error.strerror}"
             row = row._replace(
                 mask_file=_relative(self._source.root, where.file),
@@ -231,9 +280,13 @@ class _Reader:
                 mask_stamp=stamp,
             )
         if problem is None:
-            return row
-        self._problems.add(where.where, problem)
-        return row._replace(stamp=None)  # it is read again when the mask is replaced
+            return _Read(row, unread)
+        # The image is read again when the mask is replaced.
+        return _Read(row._replace(stamp=None), unread, (str(where.where), problem))
+
+
+def _result(read: "Future[_Read] | _Read") -> _Read:
+    return read.result() if isinstance(read, Future) else read
 
 
 def _undecodable(data: bytes, error: Exception) -> str:
