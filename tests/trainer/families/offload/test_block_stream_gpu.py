@@ -264,5 +264,5 @@ def test_a_run_on_the_gpu_streams_from_loading_to_export(
     )
     assert run(recipe, read_world({}), console=Console(quiet=True), resume=False)
     # The block of the last visit is still on the device.
-    assert devices == {"packed": ["cpu"] * 5 + ["cuda"], "adapters": ["cuda"]}
+    assert devices == {"packed": ["cpu"] * 2 + ["cuda"], "adapters": ["cuda"]}
     assert len(list((recipe.output.dir / "samples").glob("step-*.png"))) == 2
