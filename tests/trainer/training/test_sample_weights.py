@@ -51,4 +51,5 @@ def test_a_step_is_the_mean_over_its_samples(mini_flux):
     assert (sum(losses) / 2).item() == pytest.approx(loss.item(), rel=1e-6)
     assert any(gradient.abs().max() > 0 for gradient in reference)
     for mine, theirs in zip(ours, reference, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+        # Relative to the whole tensor: some of its elements nearly cancel in float32.
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
