@@ -58,10 +58,7 @@ ALL = [
     Case(phase, ranks, number, twice)
     for phase, ranks, number, twice in product(PHASES, ((0,), (1,), (0, 1)), STOPPING, (False, True))
 ]
-SHORT = [
-    Case("encoding", (1,), signal.SIGTERM, False),
-    Case("a step", (0, 1), signal.SIGUSR1, True),
-]
+SHORT = [Case("encoding", (1,), signal.SIGUSR1, True)]  # test_signals.py has one during steps
 CASES = ALL if tries("ALL_SIGNALS", 0) else SHORT
 
 
