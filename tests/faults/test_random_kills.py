@@ -4,7 +4,9 @@ import contextlib
 import random
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,9 +29,20 @@ def start(server, ranks, recipe, *arguments):
     return server.start_ranks(ranks, "train", str(recipe), *SETTINGS, "train.grad_accumulation=1", *arguments)
 
 
+@pytest.fixture
+def output(tmp_path, part):
+    """The folder for the run's output: in every other part on another file system than the cache."""
+    shared_memory = Path("/dev/shm")
+    if part % 2 == 0 or not shared_memory.is_dir():
+        yield tmp_path / "killed" / "run"
+        return
+    with tempfile.TemporaryDirectory(dir=shared_memory) as folder:
+        yield Path(folder) / "run"
+
+
 @pytest.mark.parametrize("part", parts())
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini_flux, ranks, part):
+def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini_flux, output, ranks, part):
     draws, kills, lost = random.Random(f"{ranks}/{part}"), 0, 0
     (tmp_path / "whole").mkdir()
     began = time.monotonic()
@@ -39,7 +52,7 @@ def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini
     expected = results(tmp_path / "whole" / "run")
     (tmp_path / "killed").mkdir()
     recipe = write_recipe(tmp_path / "killed", mini_flux)
-    run = tmp_path / "killed" / "run"
+    run = output
     wanted = len(share(range(tries("KILLS", 2)), part))
     while kills < wanted:
         for folder in (run, tmp_path / "killed" / "cache"):
@@ -47,7 +60,7 @@ def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini
         finished = False
         while not finished:
             resume = ["--resume"] if (run / "recipe.yaml").exists() else []
-            processes = start(server, ranks, recipe, *resume)
+            processes = start(server, ranks, recipe, f"output.dir={run}", *resume)
             if kills < wanted:
                 time.sleep(draws.uniform(0.1, duration))
                 for process in processes:
@@ -58,5 +71,6 @@ def test_killed_at_random_and_resumed_a_run_ends_the_same(server, tmp_path, mini
             finished = codes == [0] * ranks
             assert all(code in (0, -signal.SIGKILL) for code in codes), [p.errors for p in processes]
         lost += results(run) != expected or bool(leftovers(run))
-    report(f"random kills, processes: {ranks}", tried=kills, lost=lost)
+    where = "on other file systems" if run.stat().st_dev != tmp_path.stat().st_dev else "on one file system"
+    report(f"random kills, processes: {ranks}, output and cache {where}", tried=kills, lost=lost)
     assert lost == 0
