@@ -69,9 +69,8 @@ class _Reader:
 
     def _read(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(
-                self._device
-            )  # of this thread; otherwise it would take memory of the first one
+            # The device is set for each thread. Without this one, the thread would take memory of the first device.
+            torch.cuda.set_device(self._device)
         try:
             for batch in self._batches:
                 if not self._put((batch, None)):

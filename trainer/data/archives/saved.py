@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 
 from halfbyte.quant.files.regular import read_regular, require_regular
-from halfbyte.trainer.data.archives.columns import Columns, embedded_bytes
+from halfbyte.trainer.data.archives.columns import TABLE_BYTES, Columns, embedded_bytes, is_table_file
 from halfbyte.trainer.data.records.problems import Problems
 from halfbyte.trainer.wording import in_prose, shown
 
@@ -21,7 +21,6 @@ SUFFIX = ".arrow"
 STATE = "state.json"  # of a Dataset
 SPLITS = "dataset_dict.json"  # of a DatasetDict
 
-_FILE_BYTES = 2**50
 _STATE_BYTES = 10**8
 _BATCH_ROWS = 64
 
@@ -126,10 +125,7 @@ def _open(path: Path) -> _Mapped:
 
 def read_rows(path: Path, columns: Columns, problems: Problems) -> Iterator[tuple[int, dict[str, object]]]:
     """Yields each row's number and the columns that are used, with a few rows in memory at a time."""
-    try:
-        require_regular(path, _FILE_BYTES)
-    except OSError as error:
-        problems.add(path, f"cannot be read: {error.strerror}")
+    if not is_table_file(path, problems):
         return
     try:
         mapped = _open(path)
@@ -150,7 +146,7 @@ def read_rows(path: Path, columns: Columns, problems: Problems) -> Iterator[tupl
 def count_rows(path: Path) -> int:
     """Returns the number of rows; 0 if the file cannot be read, which `read_rows` reports."""
     try:
-        require_regular(path, _FILE_BYTES)
+        require_regular(path, TABLE_BYTES)
         return _open(path).starts[-1]
     except (pyarrow.ArrowException, OSError):
         return 0

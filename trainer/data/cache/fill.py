@@ -2,9 +2,10 @@
 
 Every batch of a group has the same size; the last one is filled up with copies of its last item. Convolutions, norms,
 softmax and matrix products compute the rows of a batch from nothing but these rows, so that an entry does not depend on
-the other items of its batch, only on the batch's size (tests/trainer/families/test_encoder_batches.py). Other sizes
-change the last bits, like another card does. LLM.int8() is the exception, whose outlier columns are those of the whole
-batch: its batches have one item. A batch is halved, with a warning, only if the device has no memory for it.
+the other items of its batch, only on the batch's size. That is tested on the CPU
+(tests/trainer/families/test_encoder_batches.py); on CUDA, `scripts.bench.data.batches` has still to show it. Other
+sizes change the last bits, like another card does. LLM.int8() is the exception, whose outlier columns are those of the
+whole batch: its batches have one item. A batch is halved, with a warning, only if the device has no memory for it.
 """
 
 import logging

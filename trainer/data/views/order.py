@@ -26,9 +26,8 @@ from halfbyte.trainer.randomness import generator, uniform
 from halfbyte.trainer.recipe.batch_sizes import BatchSize, batch_at
 
 _Use = tuple[int, int, int]  # position, set, sample of the set
-_Kind = tuple[
-    tuple[Size, ...], int
-]  # the sizes of an image and its references, and the samples of a micro-batch
+# The sizes of an image and its references, and the samples of a micro-batch.
+_Kind = tuple[tuple[Size, ...], int]
 _BLOCK = 4096  # uses that are Python objects at a time
 
 
